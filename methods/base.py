@@ -1,0 +1,83 @@
+"""The contract of a compression method: knobs, ``prepare``, ``apply``, ``footprint``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from isoflop.core.errors import Infeasible
+from isoflop.core.knobs import KnobSpec, KnobValue, check_knobs, knob_specs
+from isoflop.core.registry import Registry
+from isoflop.core.stage import Stage, StageContext
+from isoflop.models.base import Model, ModelInfo
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base class of methods: a frozen dataclass whose ``Knob`` fields are the method's hyper-parameters.
+
+    Class attributes:
+        name: set by registration.
+        family: the family's name; set by the family base class, which also owns the hook point.
+        version: part of every job id; raise it when the same knobs would compute something else.
+        paper: reference, e.g. "arXiv 2411.03312".
+        needs: hook points and capabilities that the model must offer (``ModelInfo.hooks``).
+        order: methods of one trial are applied in ascending order.
+        trains_model: takes part in training a model family that is trained here.
+    """
+
+    name: ClassVar[str] = ""
+    family: ClassVar[str] = ""
+    version: ClassVar[str] = "1"
+    paper: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    order: ClassVar[int] = 0
+    trains_model: ClassVar[bool] = False
+
+    def knobs(self) -> dict[str, KnobValue]:
+        """All knob values, defaults included."""
+        return {name: value for name, value in asdict(self).items() if name in knob_specs(type(self))}
+
+    def spec(self) -> dict[str, Any]:
+        """What names this method in a job id: name, version and every knob."""
+        return {"name": self.name, "version": self.version, "knobs": self.knobs()}
+
+    def check(self, info: ModelInfo) -> None:
+        """Raise Infeasible when this configuration cannot work on the model; names the knob and what would work."""
+        missing = self.needs - info.hooks
+        if missing:
+            raise Infeasible(f"method {self.name} needs {', '.join(sorted(missing))}, which model {info.ref} does not offer (it offers: {', '.join(sorted(info.hooks)) or 'nothing'})")
+
+    def prepare(self, info: ModelInfo, weights: Stage | None, seed: int) -> Stage | None:
+        """The stage that trains or calibrates this method for a model, or None when nothing is needed."""
+        return None
+
+    @contextmanager
+    def apply(self, model: Model, prepared: Any) -> Iterator[None]:
+        """Compress ``model`` inside the ``with`` block and leave it exactly as it was.
+
+        Args:
+            prepared: the value of the ``prepare`` stage, or None.
+        """
+        raise NotImplementedError
+        yield
+
+    def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
+        """Costs only the method knows of (bytes of scales, indices, masks; extra parameters), measured while applied."""
+        return {}
+
+
+METHODS: Registry[type[Method]] = Registry("method", ("isoflop.methods",))
+
+
+def build(name: str, knobs: Mapping[str, Any], where: str = "") -> Method:
+    """The method called ``name`` with checked knobs; a UserError names the nearest method or knob otherwise."""
+    cls = METHODS.get(name, where)
+    return cls(**check_knobs(cls, knobs, f"method {name}", where))
+
+
+def method_knobs(name: str) -> dict[str, KnobSpec]:
+    """The knobs of a registered method."""
+    return knob_specs(METHODS.get(name))

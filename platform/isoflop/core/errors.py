@@ -1,0 +1,46 @@
+"""The errors a user can cause, and the one line each of them prints."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class IsoflopError(Exception):
+    """Base of every error that isoflop raises on purpose."""
+
+
+class UserError(IsoflopError):
+    """Bad input: the CLI prints the message as one line and exits with code 2, without a traceback."""
+
+    exit_code = 2
+
+
+class Infeasible(UserError):
+    """A configuration that cannot exist: a knob the model's geometry rules out, a missing hook, too little memory.
+
+    At plan time it is a user's error; inside a search it becomes a ledger row with status ``infeasible``.
+    """
+
+
+def nearest(name: str, options: Iterable[str]) -> str | None:
+    """The option most like ``name``, or None when nothing is close."""
+    found = difflib.get_close_matches(str(name), [str(o) for o in options], n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def unknown(kind: str, name: object, options: Iterable[str], where: str = "") -> UserError:
+    """The error for a name that does not exist: says what is allowed and which name is nearest.
+
+    Args:
+        kind: what the name should have been ("method", "knob of quecc").
+        name: what the user wrote.
+        options: every allowed name.
+        where: file, line and key, when known.
+    """
+    allowed = sorted(str(o) for o in options)
+    shown = ", ".join(allowed[:20]) + (", …" if len(allowed) > 20 else "")
+    hint = nearest(str(name), allowed)
+    prefix = f"{where}: " if where else ""
+    guess = f" (did you mean {hint!r}?)" if hint else ""
+    return UserError(f"{prefix}unknown {kind} {name!r}{guess}; allowed: {shown or 'none'}")

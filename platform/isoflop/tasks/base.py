@@ -1,0 +1,63 @@
+"""What a task is: examples plus a metric, giving one error per example."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from isoflop.core.registry import Registry
+from isoflop.core.stage import Stage, StageContext
+from isoflop.models.base import Model, ModelInfo
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Scores of some examples, in the task's seeded order.
+
+    Attributes:
+        ids: example numbers, the same for every model and method, so that runs compare pairwise.
+        errors: one error in [0, 1] (or another quantity to be minimised) per example.
+        metrics: secondary per-example metrics, by name.
+    """
+
+    ids: np.ndarray
+    errors: np.ndarray
+    metrics: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """Base class of tasks: a frozen dataclass whose ``Knob`` fields are the task's options.
+
+    ``version`` is part of every job id: raise it whenever the same options would give other examples or another metric.
+    """
+
+    name: ClassVar[str] = ""
+    version: ClassVar[str] = "1"
+    metric: ClassVar[str] = "error"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    chance: ClassVar[float] = float("nan")
+
+    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
+        """Shared intermediates that ``evaluate`` will ask for (test examples, vision features …)."""
+        return ()
+
+    @abstractmethod
+    def evaluate(self, model: Model, ctx: StageContext, seed: int) -> Iterator[Shard]:
+        """Yield shards (at least one); a caller may stop in between."""
+
+    @abstractmethod
+    def measure(self, model: Model, ctx: StageContext) -> dict[str, float]:
+        """Footprint of answering one example with the methods that are applied now, measured on the live model.
+
+        Keys in use (more are kept too): ``visual_tokens`` (V, entering the language model), ``text_tokens`` (Q),
+        ``flops`` (all, per answer), ``flops_llm``, ``flops_vision``, ``flops_method`` (overhead of the compressor),
+        ``weight_bytes``, ``kv_bytes``, ``seconds`` (per answer), ``peak_bytes``.
+        """
+
+
+TASKS: Registry[type[Task]] = Registry("task", ("isoflop.tasks",))
