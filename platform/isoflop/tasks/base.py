@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from isoflop.core.errors import Infeasible
 from isoflop.core.registry import Registry
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import Model, ModelInfo
@@ -41,6 +42,15 @@ class Task(ABC):
     metric: ClassVar[str] = "error"
     needs: ClassVar[frozenset[str]] = frozenset()
     chance: ClassVar[float] = float("nan")
+
+    def check(self, info: ModelInfo) -> None:
+        """Raise Infeasible when the model cannot do this task; says what is missing."""
+        missing = self.needs - info.hooks
+        if missing:
+            raise Infeasible(
+                f"task {self.name} needs {', '.join(sorted(missing))}, which model {info.ref} does not offer "
+                f"(it offers: {', '.join(sorted(info.hooks)) or 'nothing'})"
+            )
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         """Shared intermediates that ``evaluate`` will ask for (test examples, vision features …)."""

@@ -1,0 +1,177 @@
+"""Job: trial × task × repeat, named by its content."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from isoflop.core.hashing import content_hash
+from isoflop.core.knobs import KnobValue, check_knobs
+from isoflop.core.stage import Stage, walk
+from isoflop.methods.base import METHODS, Method, build
+from isoflop.models.base import ModelFamily, ModelInfo, family_of
+from isoflop.tasks.base import TASKS, Task
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method by name with all of its knob values."""
+
+    name: str
+    knobs: tuple[tuple[str, KnobValue], ...] = ()
+
+    @classmethod
+    def of(cls, name: str, knobs: Mapping[str, KnobValue]) -> MethodSpec:
+        """From a mapping of knobs."""
+        return cls(name, tuple(sorted(knobs.items())))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One unit of execution, retry, caching, one MLflow run and one result row.
+
+    Holds plain values only, so that it can be sent to another process, written to a row and read back.
+
+    Attributes:
+        model: reference; ``model_options`` are passed to its family.
+        methods: the composition, in the order of the YAML.
+        task: name; ``task_options`` are its knobs.
+        repeat: 0-based.
+        seed: trains and evaluates; the sweep's seed plus the repeat.
+        versions: of model, methods and task, as resolved; part of the id.
+    """
+
+    model: str
+    methods: tuple[MethodSpec, ...]
+    task: str
+    repeat: int
+    seed: int
+    model_options: tuple[tuple[str, Any], ...] = ()
+    task_options: tuple[tuple[str, Any], ...] = ()
+    versions: tuple[tuple[str, str], ...] = field(default=())
+
+    @cached_property
+    def trial_id(self) -> str:
+        """Hash of model, methods and knobs."""
+        return content_hash({"model": self._model_spec(), "methods": self._method_specs()})
+
+    @cached_property
+    def id(self) -> str:
+        """Hash of the content: everything that the result depends on, nothing else (not the sweep's name)."""
+        return content_hash(
+            {
+                "model": self._model_spec(),
+                "methods": self._method_specs(),
+                "task": {"name": self.task, "options": dict(self.task_options), "version": self.version("task")},
+                "repeat": self.repeat,
+                "seed": self.seed,
+            }
+        )
+
+    @property
+    def method_label(self) -> str:
+        """``quecc``, or ``mqt+zipcache`` for a composition."""
+        return "+".join(m.name for m in self.methods)
+
+    def version(self, part: str) -> str:
+        """Version of ``model``, ``task`` or ``method:<name>``."""
+        return dict(self.versions).get(part, "")
+
+    def knobs(self) -> dict[str, KnobValue]:
+        """Knob values; in a composition, prefixed with the method's name."""
+        if len(self.methods) == 1:
+            return dict(self.methods[0].knobs)
+        return {f"{m.name}.{k}": v for m in self.methods for k, v in m.knobs}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "model": self.model,
+            "model_options": dict(self.model_options),
+            "methods": [{"name": m.name, "knobs": dict(m.knobs)} for m in self.methods],
+            "task": self.task,
+            "task_options": dict(self.task_options),
+            "repeat": self.repeat,
+            "seed": self.seed,
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Job:
+        """The inverse of :meth:`to_dict`."""
+        return cls(
+            model=data["model"],
+            methods=tuple(MethodSpec.of(m["name"], m["knobs"]) for m in data["methods"]),
+            task=data["task"],
+            repeat=data["repeat"],
+            seed=data["seed"],
+            model_options=tuple(sorted(data.get("model_options", {}).items())),
+            task_options=tuple(sorted(data.get("task_options", {}).items())),
+            versions=tuple(sorted(data.get("versions", {}).items())),
+        )
+
+    def _model_spec(self) -> dict[str, Any]:
+        return {"ref": self.model, "options": dict(self.model_options), "version": self.version("model")}
+
+    def _method_specs(self) -> list[dict[str, Any]]:
+        return [{"name": m.name, "knobs": dict(m.knobs), "version": self.version(f"method:{m.name}")} for m in self.methods]
+
+
+@dataclass(frozen=True)
+class ResolvedJob:
+    """A job together with the objects its names stand for and the stages it needs. Loads no weights."""
+
+    job: Job
+    family: ModelFamily
+    info: ModelInfo
+    methods: tuple[Method, ...]
+    task: Task
+    weights: Stage | None
+    prepared: tuple[Stage | None, ...]
+
+    @classmethod
+    def of(cls, job: Job) -> ResolvedJob:
+        """Resolve names and check the configuration.
+
+        Raises:
+            UserError: an unknown name or knob.
+            Infeasible: knobs, model and task that cannot work together.
+        """
+        family = family_of(job.model)
+        info = family.info(job.model, dict(job.model_options))
+        methods = tuple(build(m.name, dict(m.knobs)) for m in job.methods)
+        task = TASKS.get(job.task)
+        options = check_knobs(task, dict(job.task_options), f"task {job.task}")
+        for method in methods:
+            method.check(info)
+        built = task(**options)
+        built.check(info)
+        weights = family.weights(info, methods, job.seed)
+        prepared = tuple(method.prepare(info, weights, job.seed) for method in methods)
+        return cls(job, family, info, methods, built, weights, prepared)
+
+    @property
+    def in_order(self) -> list[tuple[Method, Stage | None]]:
+        """Methods with their prepared stages, in the order in which they are applied."""
+        return sorted(zip(self.methods, self.prepared, strict=True), key=lambda pair: pair[0].order)
+
+    @property
+    def model_key(self) -> str:
+        """Names the loaded model; jobs with equal keys share it."""
+        return self.weights.key if self.weights is not None else f"{self.info.ref}@{self.info.version}"
+
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages, dependencies first."""
+        own = (self.weights, *self.prepared, *self.task.stages(self.info))
+        return tuple(walk(tuple(s for s in own if s is not None)))
+
+
+def versions_of(model: str, model_options: Mapping[str, Any], methods: tuple[str, ...], task: str) -> dict[str, str]:
+    """Versions that enter a job's id."""
+    return {
+        "model": family_of(model).info(model, model_options).version,
+        "task": TASKS.get(task).version,
+        **{f"method:{name}": METHODS.get(name).version for name in methods},
+    }

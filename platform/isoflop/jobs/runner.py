@@ -1,0 +1,204 @@
+"""Runs jobs and computes stages inside one worker process, holding models warm between jobs."""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import socket
+import time
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from isoflop.core.errors import Infeasible
+from isoflop.jobs.job import Job, ResolvedJob
+from isoflop.models.base import Model
+from isoflop.stages import StageCache
+
+Status = Literal["ok", "failed", "infeasible", "pruned"]
+OnShard = Callable[[int, float, int], bool]
+
+
+@dataclass
+class Outcome:
+    """What a worker reports of one job: plain values only, whatever happened.
+
+    Attributes:
+        errors: one error per example, in the task's order (of the shards that were run).
+        shard_sizes: examples per shard.
+        metrics: means of the task's secondary metrics.
+        footprint: measured costs.
+        axes: N, V, Q, ratio, bits.
+        error_type, error_text: of a job that failed or was infeasible.
+    """
+
+    status: Status
+    errors: list[float] = field(default_factory=list)
+    shard_sizes: list[int] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    footprint: dict[str, float] = field(default_factory=dict)
+    axes: dict[str, float] = field(default_factory=dict)
+    error_type: str = ""
+    error_text: str = ""
+    started: float = 0.0
+    seconds: float = 0.0
+    host: str = ""
+    device: str = ""
+    worker: str = ""
+    model_was_warm: bool = False
+    stages_computed: list[tuple[str, float]] = field(default_factory=list)
+
+
+class Runner:
+    """Executes jobs and stages in this process.
+
+    Args:
+        cache_dir: root of the stage cache.
+        device: torch device; chosen from torch when None.
+        keep_models: how many loaded models stay warm.
+        name: of the worker, for provenance.
+    """
+
+    def __init__(self, cache_dir: Path | None = None, device: str | None = None, keep_models: int = 4, name: str = "driver") -> None:
+        self.cache = StageCache(cache_dir, device or _pick_device())
+        self.name = name
+        self._keep_models = keep_models
+        self._models: OrderedDict[str, Model] = OrderedDict()
+
+    def run_job(self, job: Job, on_shard: OnShard | None = None) -> Outcome:
+        """Run one job to its end; never raises for the job's own failures.
+
+        Args:
+            on_shard: called after each shard with (shard index, mean error so far, examples so far); True stops the job.
+        """
+        out = Outcome("failed", started=time.time(), host=socket.gethostname(), device=_device_name(self.cache.device), worker=self.name)
+        clock = time.monotonic()
+        computed_before = len(self.cache.computed)
+        try:
+            self._run(ResolvedJob.of(job), out, on_shard)
+        except Infeasible as error:
+            out.status, out.error_type, out.error_text = "infeasible", "Infeasible", str(error)
+        except Exception as error:
+            out.status = "infeasible" if _is_out_of_memory(error) else "failed"
+            out.error_type, out.error_text = type(error).__name__, _describe(error)
+            self._forget_models()
+        out.seconds = time.monotonic() - clock
+        out.stages_computed = self.cache.computed[computed_before:]
+        return out
+
+    def run_stage(self, job: Job, key: str) -> dict[str, Any]:
+        """Compute the stage ``key`` of ``job``: ``{"ok": True, "seconds": …, "bytes": …}`` or the error as text."""
+        try:
+            stage = next(s for s in ResolvedJob.of(job).stages() if s.key == key)
+            seconds = self.cache.ensure(stage)
+            return {"ok": True, "seconds": seconds, "bytes": self.cache.size(stage)}
+        except Exception as error:
+            status = "infeasible" if isinstance(error, Infeasible) or _is_out_of_memory(error) else "failed"
+            return {"ok": False, "status": status, "error_type": type(error).__name__, "error_text": _describe(error)}
+
+    def stage_files(self, job: Job, key: str) -> dict[str, bytes]:
+        """The files of a computed stage, to be sent to another host."""
+        return self.cache.files(next(s for s in ResolvedJob.of(job).stages() if s.key == key))
+
+    def install_stage(self, job: Job, key: str, files: dict[str, bytes]) -> None:
+        """Store the files of a stage that another host computed."""
+        self.cache.install(next(s for s in ResolvedJob.of(job).stages() if s.key == key), files)
+
+    def _run(self, resolved: ResolvedJob, out: Outcome, on_shard: OnShard | None) -> None:
+        model = self._model(resolved, out)
+        errors: list[np.ndarray] = []
+        metrics: dict[str, list[np.ndarray]] = {}
+        stopped = False
+        with ExitStack() as stack:
+            for method, stage in resolved.in_order:
+                stack.enter_context(method.apply(model, self.cache.get(stage) if stage is not None else None))
+            clock = time.monotonic()
+            for index, shard in enumerate(resolved.task.evaluate(model, self.cache, resolved.job.seed)):
+                errors.append(np.asarray(shard.errors, dtype=np.float64))
+                for name, values in shard.metrics.items():
+                    metrics.setdefault(name, []).append(np.asarray(values, dtype=np.float64))
+                so_far = np.concatenate(errors)
+                if on_shard is not None and on_shard(index, float(so_far.mean()), len(so_far)):
+                    stopped = True
+                    break
+            out.footprint["eval_seconds"] = time.monotonic() - clock
+            out.footprint.update(resolved.task.measure(model, self.cache))
+            for method, _ in resolved.in_order:
+                out.footprint.update(method.footprint(model, self.cache))
+        scores = np.concatenate(errors)
+        if not np.isfinite(scores).all():
+            raise ArithmeticError(f"{int((~np.isfinite(scores)).sum())} of {len(scores)} scores are not finite")
+        out.errors, out.shard_sizes = scores.tolist(), [len(e) for e in errors]
+        out.metrics = {name: float(np.concatenate(parts).mean()) for name, parts in metrics.items()}
+        out.footprint["process_peak_bytes"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        out.axes = _axes(resolved, out.footprint)
+        out.status = "pruned" if stopped else "ok"
+
+    def _model(self, resolved: ResolvedJob, out: Outcome) -> Model:
+        key = resolved.model_key
+        if key in self._models:
+            self._models.move_to_end(key)
+            out.model_was_warm = True
+            return self._models[key]
+        model = resolved.family.load(resolved.info, resolved.weights, self.cache)
+        self._models[key] = model
+        while len(self._models) > self._keep_models:
+            self._models.popitem(last=False)
+        return model
+
+    def _forget_models(self) -> None:
+        """After a failure nothing is known of the state of warm models: load them afresh."""
+        self._models.clear()
+        gc.collect()
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _axes(resolved: ResolvedJob, footprint: dict[str, float]) -> dict[str, float]:
+    axes = {"N": float(resolved.info.n_params)}
+    for axis, key in (("V", "visual_tokens"), ("Q", "text_tokens"), ("bits", "bits")):
+        if key in footprint:
+            axes[axis] = footprint[key]
+    full = resolved.info.geometry.get("visual_tokens")
+    if "ratio" in footprint:
+        axes["ratio"] = footprint["ratio"]
+    elif full and axes.get("V"):
+        axes["ratio"] = float(full) / axes["V"]
+    return axes
+
+
+def _pick_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES", "all") != "" else "cpu"
+
+
+def _device_name(device: str) -> str:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if device.startswith("cuda"):
+        import torch
+
+        return f"{torch.cuda.get_device_name()} [{visible}]" if visible else torch.cuda.get_device_name()
+    return "cpu" if not visible else f"cpu [CUDA_VISIBLE_DEVICES={visible}]"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+def _describe(error: Exception) -> str:
+    """The message, and the innermost frames of the traceback for whoever debugs a method."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    places = " < ".join(f"{Path(f.filename).name}:{f.lineno} in {f.name}" for f in reversed(frames))
+    return f"{error} [{places}]"[:4000]
