@@ -36,7 +36,7 @@ class Registry(Generic[T]):
         self._loading = False
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that adds an entry. Re-registering a name by the same module and class replaces it (notebooks)."""
+        """Decorator that adds an entry and sets a class's ``name``. Re-registering a name by the same module and class replaces it (notebooks)."""
         if not _NAME.match(name):
             raise UserError(f"{self.kind} name {name!r}: use lower-case letters, digits, '.', '_' and '-'")
 
@@ -44,6 +44,8 @@ class Registry(Generic[T]):
             old = self._entries.get(name)
             if old is not None and _origin(old) != _origin(entry):
                 raise UserError(f"{self.kind} {name!r} is registered twice: by {_origin(old)} and by {_origin(entry)}")
+            if isinstance(entry, type):
+                entry.name = name  # type: ignore[attr-defined]
             self._entries[name] = entry
             return entry
 

@@ -1,0 +1,5 @@
+"""Compressors of visual tokens between the vision tower and the language model."""
+
+from isoflop.methods.visual_tokens import avgpool, none
+
+__all__ = ["avgpool", "none"]

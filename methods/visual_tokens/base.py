@@ -1,0 +1,187 @@
+"""Visual-token methods: a compressor between the vision tower and the projector.
+
+The base class owns the hook point. A method says how many tokens it leaves and how it computes them; a method with
+weights also builds a module. In the tiny family the model is trained with the compressor in the loop. On a Hugging
+Face checkpoint a method without weights is applied as it is, and one with weights is trained together with the
+projector while the language model stays frozen.
+
+Shape suffixes: B batch, P patches, V visual tokens, D vision width.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from isoflop.core.errors import Infeasible
+from isoflop.core.hashing import derive_seed
+from isoflop.core.stage import Stage, StageContext
+from isoflop.methods.base import Method
+from isoflop.models.base import Model, ModelInfo
+from isoflop.models.vlm import Checkpoint, CompressedTokens, VisualInput, VlmInfo, VlmModel
+
+if TYPE_CHECKING:
+    from isoflop.methods.probe import Probe
+
+
+@dataclass(frozen=True)
+class VisualTokenMethod(Method):
+    """Base class of compressors that replace the P patch features of an image by V tokens before the projector.
+
+    Life cycle on a model: ``check`` refuses impossible knobs; ``prepare`` names the stage that trains the weights, if
+    there are any; ``apply`` puts the compressor in place for the length of a ``with`` block.
+
+    Class attributes:
+        commutes: the result does not change when the features are shifted and scaled per channel before instead of
+            after; true for selections and averages.
+        learning_rate: of ``module``'s weights on a checkpoint whose language model is frozen.
+    """
+
+    family: ClassVar[str] = "visual-tokens"
+    needs: ClassVar[frozenset[str]] = frozenset({"visual-tokens"})
+    order: ClassVar[int] = 10
+    trains_model: ClassVar[bool] = True
+    commutes: ClassVar[bool] = True
+
+    @abstractmethod
+    def tokens_left(self, grid: int) -> int:
+        """V for an image of ``grid`` x ``grid`` patches. Raises Infeasible, naming the knob and what would work."""
+
+    @abstractmethod
+    def compress(self, view: VisualInput, module: nn.Module | None) -> CompressedTokens:
+        """Compress a batch; ``module`` is what ``build`` returned. Gradients flow when they are enabled."""
+
+    def layers(self, info: VlmInfo) -> tuple[int, ...]:
+        """Hidden states of the tower that ``compress`` reads besides the one that feeds the projector."""
+        return ()
+
+    def build(self, info: VlmInfo) -> nn.Module | None:
+        """A freshly initialised module with the method's weights, or None. Randomness comes from torch's global state."""
+        return None
+
+    def fit_inputs(self, module: nn.Module, view: VisualInput) -> None:
+        """Set what ``module`` derives from data (input statistics) from a sample of the training images."""
+
+    def untrained(self, info: VlmInfo, seed: int) -> nn.Module | None:
+        """``build`` under a seed, without touching torch's global random state."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed("compressor", self.name, seed))
+            return self.build(info)
+
+    def check(self, info: ModelInfo) -> None:
+        """Refuse models without the hook point, and knobs that the patch grid rules out."""
+        super().check(info)
+        self.tokens_left(vlm_info(info).geometry["grid"])
+
+    def prepare(self, info: ModelInfo, weights: Stage | None, seed: int) -> Stage | None:
+        """The model's own training stage (tiny family), a training stage of the compressor, or None."""
+        self.check(info)
+        if weights is not None:
+            return weights
+        vlm = vlm_info(info)
+        if self.untrained(vlm, 0) is None:
+            return None
+        from isoflop.models.frozen import CompressorStage
+
+        return CompressorStage.of(vlm, self, seed)
+
+    @contextmanager
+    def apply(self, model: Model, prepared: Any) -> Iterator[None]:
+        """Put the compressor in place.
+
+        Args:
+            prepared: a ``Checkpoint`` with the trained weights, a module, or None for a method without weights.
+        """
+        vlm = vlm_model(model)
+        self.check(vlm.info)
+        if vlm.compression is not None:
+            raise Infeasible(f"method {self.name}: another visual-token method is applied already; a trial takes one")
+        vlm.compression = self._in_place(vlm, prepared)
+        try:
+            yield
+        finally:
+            vlm.compression = None
+
+    def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
+        """``ratio`` = P / V, and parameters and bytes of the compressor's own weights."""
+        vlm = vlm_model(model)
+        patches = vlm.info.geometry["visual_tokens"]
+        module = vlm.compression.module if isinstance(vlm.compression, InPlace) else None
+        tensors = [] if module is None else [*module.parameters(), *module.buffers()]
+        return {
+            "ratio": patches / self.tokens_left(vlm.info.geometry["grid"]),
+            "method_params": float(sum(t.numel() for t in tensors)),
+            "method_bytes": float(sum(t.numel() * t.element_size() for t in tensors)),
+        }
+
+    @classmethod
+    def probe(cls) -> Probe:
+        """An untrained tiny model on which the conformance suite runs."""
+        from isoflop.methods.visual_tokens.probe import VisualTokenProbe
+
+        return VisualTokenProbe()
+
+    def _in_place(self, model: VlmModel, prepared: Any) -> InPlace:
+        module, projector = None, None
+        if isinstance(prepared, Checkpoint):
+            module = self._load(model, prepared)
+            projector = _load_projector(model, prepared)
+        elif isinstance(prepared, nn.Module):
+            module = prepared
+        if module is None and self.untrained(model.info, 0) is not None:
+            raise ValueError(f"method {self.name} has weights: apply() needs the value of its prepare() stage")
+        if module is not None:
+            module = module.to(model.device, model.dtype).eval().requires_grad_(False)
+        return InPlace(self, module, projector, self.layers(model.info))
+
+    def _load(self, model: VlmModel, checkpoint: Checkpoint) -> nn.Module | None:
+        state = checkpoint.state("compressor")
+        module = self.untrained(model.info, 0)
+        if module is not None and state is not None:
+            module.load_state_dict(state)
+        return module
+
+
+@dataclass
+class InPlace:
+    """A compressor in place (``VlmModel.compression``)."""
+
+    method: VisualTokenMethod
+    module: nn.Module | None
+    projector: nn.Module | None
+    layers: tuple[int, ...]
+
+    def __call__(self, view: VisualInput) -> CompressedTokens:
+        """Compress a batch."""
+        return self.method.compress(view, self.module)
+
+
+def vlm_info(info: ModelInfo) -> VlmInfo:
+    """``info`` as that of a vision-language model; Infeasible otherwise."""
+    if not isinstance(info, VlmInfo):
+        raise Infeasible(f"model {info.ref} is no vision-language model: visual-token methods do not apply")
+    return info
+
+
+def vlm_model(model: Model) -> VlmModel:
+    """``model`` as a vision-language model; Infeasible otherwise."""
+    if not isinstance(model, VlmModel):
+        raise Infeasible(f"model {model.info.ref} is no vision-language model: visual-token methods do not apply")
+    return model
+
+
+def _load_projector(model: VlmModel, checkpoint: Checkpoint) -> nn.Module | None:
+    from copy import deepcopy
+
+    state = checkpoint.state("projector")
+    if state is None:
+        return None
+    projector = deepcopy(model.module.model.multi_modal_projector)
+    projector.load_state_dict(state)
+    return projector.eval().requires_grad_(False)

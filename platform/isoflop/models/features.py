@@ -1,0 +1,144 @@
+"""Vision stages: a trained tower, its features of a set of scenes, and what a checkpoint's tower looks like.
+
+Shape suffixes: N scenes, B batch, P patches, D vision width, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from isoflop.core.stage import Stage, StageContext
+from isoflop.models.digit_world import SceneSet
+
+
+@dataclass(frozen=True)
+class Vision:
+    """A frozen vision tower with its preprocessing.
+
+    Attributes:
+        tower: a module that takes pixel values (B, C, H, W) and returns hidden states.
+        image_size: side of the images it wants, in pixels.
+        mean, std: normalisation of pixel values in [0, 1], one number per channel.
+        prefix: tokens before the patches (1 when there is a CLS token).
+    """
+
+    tower: nn.Module
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    prefix: int
+
+    def preprocess(self, images_BCHW: Tensor) -> Tensor:
+        """Images in [0, 1] as the tower's pixel values: resized when the side differs, then normalised."""
+        if images_BCHW.shape[-1] != self.image_size:
+            size = (self.image_size, self.image_size)
+            images_BCHW = F.interpolate(images_BCHW, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+        mean = images_BCHW.new_tensor(self.mean)[:, None, None]
+        std = images_BCHW.new_tensor(self.std)[:, None, None]
+        return (images_BCHW - mean) / std
+
+    def hidden_states(self, images_BCHW: Tensor) -> tuple[Tensor, ...]:
+        """Patch features after the embedding (index 0) and after every layer, each (B, P, D), prefix tokens removed."""
+        pixels_BCHW = self.preprocess(images_BCHW).to(next(self.tower.parameters()).dtype)
+        outputs = self.tower(pixels_BCHW, output_hidden_states=True)
+        return tuple(h[:, self.prefix :] for h in outputs.hidden_states)
+
+
+def vision_of(tower: nn.Module, folder: Path | None) -> Vision:
+    """Wrap a tower; ``folder`` may hold a ``preprocessor_config.json`` with its normalisation and image size."""
+    stored: dict[str, Any] = {}
+    if folder is not None and (folder / "preprocessor_config.json").exists():
+        stored = json.loads((folder / "preprocessor_config.json").read_text())
+    config: Any = tower.config
+    prefix = 0 if config.model_type.startswith("siglip") else 1
+    mean = tuple(stored.get("image_mean", (0.5, 0.5, 0.5)))
+    std = tuple(stored.get("image_std", (0.5, 0.5, 0.5)))
+    return Vision(tower, config.image_size, mean, std, prefix)
+
+
+class TowerSource(Stage):
+    """A stage whose value is a ``Vision``: a tower trained here, or the tower of a checkpoint."""
+
+
+@dataclass(frozen=True)
+class FeaturesStage(Stage):
+    """Features of a scene set from one layer of a tower: ``features.npy``, float32 (N, P, D), memory-mapped."""
+
+    kind: ClassVar[str] = "features"
+
+    tower: TowerSource
+    layer: int
+    split: str
+    count: int
+    mix: tuple[float, ...]
+    seed: int
+
+    @property
+    def scenes(self) -> SceneSet:
+        """The scenes these features belong to."""
+        return SceneSet(self.split, self.count, self.mix, self.seed)
+
+    @torch.no_grad()
+    def compute(self, ctx: StageContext, folder: Path) -> None:
+        """Run the tower over the scenes in batches of 256."""
+        vision: Vision = ctx.get(self.tower)
+        device = next(vision.tower.parameters()).device
+        table: np.memmap | None = None
+        done = 0
+        for images_BCHW in self.scenes.images():
+            x_BPD = vision.hidden_states(torch.from_numpy(images_BCHW).to(device))[self.layer].float().cpu().numpy()
+            if table is None:
+                shape = (self.count, *x_BPD.shape[1:])
+                table = np.lib.format.open_memmap(folder / "features.npy", mode="w+", dtype=np.float32, shape=shape)
+            table[done : done + len(x_BPD)] = x_BPD
+            done += len(x_BPD)
+        if table is not None:
+            table.flush()
+
+    def load(self, ctx: StageContext, folder: Path) -> np.ndarray:
+        """The table, read-only."""
+        return np.load(folder / "features.npy", mmap_mode="r")
+
+
+@dataclass(frozen=True)
+class TinyTowerStage(TowerSource):
+    """The tiny family's ``CLIPVisionModel``, trained once by dense patch labelling, then frozen.
+
+    Every patch is labelled with its digit, colour, row and column by four linear heads on the last hidden state, which
+    are thrown away. AdamW with a one-cycle schedule.
+    """
+
+    kind: ClassVar[str] = "tower"
+
+    steps: int = 150
+    batch: int = 64
+    lr: float = 3e-3
+    seed: int = 0
+
+    def compute(self, ctx: StageContext, folder: Path) -> None:
+        """Train and save in ``save_pretrained`` form with a ``preprocessor_config.json``."""
+        from isoflop.models.tiny_vision import save_tower, train_tower
+
+        save_tower(train_tower(self.steps, self.batch, self.lr, self.seed), folder)
+
+    def load(self, ctx: StageContext, folder: Path) -> Vision:
+        """The tower in evaluation mode on the worker's device, without gradients."""
+        from transformers import CLIPVisionModel
+
+        tower = CLIPVisionModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        return vision_of(tower.to(ctx.device).eval().requires_grad_(False), folder)
+
+
+def batches(count: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``size`` that cover ``count`` rows."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

@@ -1,0 +1,131 @@
+"""Sizes of the tiny LLaVA family, their configs and their initial weights.
+
+Shape suffixes are not needed here; d is the language model's width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from isoflop.models import digit_world as world
+from isoflop.models.tiny_vision import LAYERS, WIDTH, tower_config
+
+if TYPE_CHECKING:
+    from transformers import LlavaConfig
+
+ROPE_BASE = 1000.0
+MAX_POSITIONS = 64
+
+
+@dataclass(frozen=True)
+class TinySize:
+    """One member: width, layers, heads, MLP width, and the decoder's type (``llama`` or ``qwen2``)."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    decoder: str = "llama"
+
+    @property
+    def n_params(self) -> int:
+        """N: parameters of the decoder layers, their norms and biases included.
+
+        Embeddings, head and the final norm (d numbers, part of the head's side) are left out.
+        """
+        qkv_bias = 3 * self.width if self.decoder == "qwen2" else 0
+        per_layer = 4 * self.width**2 + 3 * self.width * self.mlp + 2 * self.width + qkv_bias
+        return self.layers * per_layer
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """Sizes that methods check against (see ``VlmInfo``)."""
+        return {
+            "grid": world.GRID,
+            "visual_tokens": world.TILES,
+            "vision_width": WIDTH,
+            "vision_layers": LAYERS,
+            "width": self.width,
+            "layers": self.layers,
+            "heads": self.heads,
+            "kv_heads": self.heads,
+            "vocab_size": world.VOCAB_SIZE,
+            "image_token": world.IMAGE,
+        }
+
+
+_LLAMA = {
+    "d24": TinySize(24, 2, 2, 64),
+    "d32": TinySize(32, 2, 2, 88),
+    "d48": TinySize(48, 2, 4, 128),
+    "d96": TinySize(96, 2, 4, 256),
+    "d128": TinySize(128, 3, 4, 344),
+}
+SIZES: dict[str, TinySize] = {
+    **_LLAMA,
+    **{f"{name}-qwen": TinySize(s.width, s.layers, s.heads, s.mlp, "qwen2") for name, s in _LLAMA.items()},
+}
+
+
+def llava_config(size: TinySize) -> LlavaConfig:
+    """The Hugging Face config; declares the raw vocabulary under ``isoflop``."""
+    from transformers import LlamaConfig, LlavaConfig, Qwen2Config
+
+    text_class = {"llama": LlamaConfig, "qwen2": Qwen2Config}[size.decoder]
+    text = text_class(
+        vocab_size=world.VOCAB_SIZE,
+        hidden_size=size.width,
+        intermediate_size=size.mlp,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        max_position_embeddings=MAX_POSITIONS,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return LlavaConfig(
+        vision_config=tower_config(),
+        text_config=text,
+        image_token_id=world.IMAGE,
+        image_seq_length=world.TILES,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        projector_hidden_act="gelu",
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        isoflop={"vocabulary": world.VOCABULARY},
+    )
+
+
+@torch.no_grad()
+def initialise(module: Any, seed: int) -> None:
+    """Draw the projector's and the language model's weights; the tower is left alone.
+
+    Embeddings N(0, 0.5²); matrices N(0, 1/fan_in); residual outputs also divided by √(2·layers); head N(0, 0.01/d);
+    norms 1, biases 0. Hugging Face's default (0.02 everywhere) leaves such narrow models at chance.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    decoder = module.model.language_model
+    layers = len(decoder.layers)
+
+    def draw(parameter: nn.Parameter, std: float) -> None:
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+    for name, parameter in [*module.model.multi_modal_projector.named_parameters(), *decoder.named_parameters()]:
+        if "embed_tokens" in name:
+            draw(parameter, 0.5)
+        elif parameter.ndim == 2:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            draw(parameter, parameter.shape[1] ** -0.5 / ((2 * layers) ** 0.5 if residual else 1.0))
+        else:
+            parameter.fill_(1.0 if "norm" in name else 0.0)
+    draw(module.lm_head.weight, 0.1 * module.lm_head.weight.shape[1] ** -0.5)

@@ -1,0 +1,111 @@
+"""The built-in family ``tiny-llava``: LLaVA-style models of 14 thousand to 0.6 million parameters, trained on the spot."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from isoflop.core.errors import Infeasible, unknown
+from isoflop.core.hashing import content_hash
+from isoflop.core.knobs import check_knobs
+from isoflop.core.stage import Stage, StageContext
+from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo
+from isoflop.models.digit_world import VOCABULARY
+from isoflop.models.features import TinyTowerStage, vision_of
+from isoflop.models.tiny_config import SIZES
+from isoflop.models.training import CellStage, Recipe, method_spec, recipe_fields
+from isoflop.models.vlm import Checkpoint, VlmInfo, VlmModel
+
+if TYPE_CHECKING:
+    from isoflop.methods.base import Method
+
+FAMILY = "tiny-llava"
+HOOKS = frozenset({"visual-tokens", "kv-cache", "attention", "weights", f"vocabulary:{VOCABULARY}"})
+
+
+def tiny_info(size: str, recipe: Recipe) -> VlmInfo:
+    """Describe a member under a recipe."""
+    shape = SIZES[size]
+    fields = recipe_fields(recipe)
+    return VlmInfo(
+        ref=f"{FAMILY}/{size}",
+        family=FAMILY,
+        version=content_hash({"stage": CellStage.version, "tower": TinyTowerStage.version, "recipe": dict(fields)}, 12),
+        n_params=shape.n_params,
+        hooks=HOOKS,
+        geometry=shape.geometry,
+        tower=TinyTowerStage(steps=recipe.tower_steps),
+        feature_layer=shape.geometry["vision_layers"],
+        vocabulary=VOCABULARY,
+        options=fields,
+    )
+
+
+class TinyLlava(ModelFamily):
+    """LLaVA-style models built from Hugging Face classes and trained by the recipe in ``Recipe``.
+
+    N counts the decoder layers; embeddings, final norm, head, projector and tower are left out.
+    """
+
+    name: ClassVar[str] = FAMILY
+
+    def members(self) -> list[str]:
+        """``tiny-llava/d24`` … ``tiny-llava/d128``, and the same with a Qwen2-type decoder (``…-qwen``)."""
+        return [f"{FAMILY}/{size}" for size in SIZES]
+
+    def info(self, ref: str, options: Mapping[str, Any]) -> VlmInfo:
+        """Describe a member; ``options`` are fields of ``Recipe``."""
+        size = ref.partition("/")[2]
+        if size not in SIZES:
+            raise unknown("model", ref, self.members())
+        return _info(size, tuple(sorted(check_knobs(Recipe, options, f"model {ref}").items())))
+
+    def weights(self, info: ModelInfo, methods: tuple[Method, ...], seed: int) -> Stage:
+        """The training stage of a cell: size, visual-token method, seed."""
+        from isoflop.methods.base import build
+        from isoflop.methods.visual_tokens.base import VisualTokenMethod
+
+        vlm = _own(info)
+        taking_part = [m for m in methods if m.trains_model]
+        visual = [m for m in taking_part if isinstance(m, VisualTokenMethod)]
+        other = [m.name for m in taking_part if not isinstance(m, VisualTokenMethod)]
+        if other:
+            raise Infeasible(f"model {info.ref}: methods that take part in its training must be visual-token methods, not {', '.join(other)}")
+        if len(visual) > 1:
+            raise Infeasible(f"model {info.ref}: a trial takes one visual-token method, not {len(visual)}: {', '.join(m.name for m in visual)}")
+        method = visual[0] if visual else build("none", {})
+        if not isinstance(method, VisualTokenMethod):
+            raise TypeError("the method 'none' must be a visual-token method")
+        method.check(vlm)
+        recipe = Recipe(**dict(vlm.options))
+        layers = [vlm.feature_layer, *(n for n in method.layers(vlm) if n != vlm.feature_layer)]
+        features = tuple(stage for n in layers for stage in recipe.train_features(vlm.tower, n))
+        return CellStage(vlm.ref.partition("/")[2], method_spec(method), seed, vlm.options, vlm.tower, features)
+
+    def load(self, info: ModelInfo, weights: Stage | None, ctx: StageContext) -> Model:
+        """The trained model on the worker's device."""
+        from transformers import LlavaForConditionalGeneration
+
+        vlm = _own(info)
+        if weights is None:
+            raise ValueError(f"model {info.ref} has no weights of its own: pass the stage that weights() gives")
+        checkpoint: Checkpoint = ctx.get(weights)
+        module = LlavaForConditionalGeneration.from_pretrained(checkpoint.folder, local_files_only=True, use_safetensors=True)
+        module = module.to(ctx.device).eval().requires_grad_(False)
+        return VlmModel(vlm, module, vision_of(module.model.vision_tower, checkpoint.folder))
+
+
+@lru_cache(maxsize=256)
+def _info(size: str, options: tuple[tuple[str, Any], ...]) -> VlmInfo:
+    return tiny_info(size, dataclasses.replace(Recipe(), **dict(options)))
+
+
+def _own(info: ModelInfo) -> VlmInfo:
+    if not isinstance(info, VlmInfo):
+        raise TypeError(f"{info.ref} was not described by this family")
+    return info
+
+
+FAMILIES.register(FAMILY)(TinyLlava())

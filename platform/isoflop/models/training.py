@@ -1,0 +1,297 @@
+"""Joint training of a tiny vision-language model with its compressor, and the stage that keeps the result.
+
+One cell is (language-model size, visual-token method with its knobs, seed): one multi-task model trained 1:1 on reading
+and recall, shared by the jobs of both tasks. The recipe's learning rates follow the width, so that the sizes compare.
+
+Shape suffixes: S steps, B batch, Q question tokens, P patches, D vision width, V visual tokens, d language width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from isoflop.core.hashing import derive_seed
+from isoflop.core.knobs import Knob
+from isoflop.core.stage import Stage, StageContext
+from isoflop.models import digit_world as world
+from isoflop.models.decoder import LastPosition
+from isoflop.models.features import FeaturesStage, TowerSource, Vision
+from isoflop.models.tiny_config import SIZES, initialise, llava_config
+from isoflop.models.tiny_vision import save_preprocessing
+from isoflop.models.vlm import Checkpoint, VisualInput, VlmInfo
+
+if TYPE_CHECKING:
+    from isoflop.methods.visual_tokens.base import VisualTokenMethod
+
+log = logging.getLogger(__name__)
+MethodSpec = tuple[str, str, tuple[tuple[str, Any], ...]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a tiny model is trained; the fields are options of the model in a sweep.
+
+    The learning rate is that of a matrix at width 64 and goes as 1/width; vectors and the projector's input layer keep
+    it at every width; token embeddings have ``embedding_lr``/width (with the matrix rate, narrow models fail to read
+    many tokens, which looks like an effect of size).
+    """
+
+    steps: Annotated[int, Knob(low=1, high=100_000, doc="optimiser steps")] = 900
+    batch: Annotated[int, Knob(low=2, high=4096, doc="examples per step, half of each task")] = 32
+    lr: Annotated[float, Knob(low=1e-6, high=1.0, log=True, doc="of matrices at width 64, of vectors at every width")] = 1.5e-3
+    embedding_lr: Annotated[float, Knob(low=1e-6, high=100.0, log=True, doc="of token embeddings, divided by the width")] = 0.72
+    warmup: Annotated[float, Knob(low=0.0, high=1.0, doc="share of the steps with a rising learning rate")] = 0.1
+    final: Annotated[float, Knob(low=0.0, high=1.0, doc="share of the learning rate left at the end")] = 0.02
+    clip: Annotated[float, Knob(low=1e-6, doc="gradient norm")] = 1.0
+    reading_scenes: Annotated[int, Knob(low=32, high=1_000_000, doc="training scenes for reading")] = 6144
+    coarse_scenes: Annotated[int, Knob(low=32, high=1_000_000, doc="training scenes for recall")] = 2048
+    tower_steps: Annotated[int, Knob(low=1, high=100_000, doc="optimiser steps of the vision tower")] = 150
+
+    def train_features(self, tower: TowerSource, layer: int) -> tuple[FeaturesStage, FeaturesStage]:
+        """The two feature tables of one tower layer: scenes for reading and coarse scenes for recall."""
+        reading = FeaturesStage(tower, layer, "train", self.reading_scenes, world.TRAIN_READING_MIX, derive_seed("reading scenes"))
+        coarse = FeaturesStage(tower, layer, "train", self.coarse_scenes, world.COARSE_MIX, derive_seed("coarse scenes"))
+        return reading, coarse
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training batch: rows of the feature tables (reading scenes first), questions and answers."""
+
+    rows_B: Tensor
+    questions_BQ: Tensor
+    answers_B: Tensor
+
+
+def lessons(recipe: Recipe, tables: tuple[FeaturesStage, FeaturesStage], seed: int) -> Iterator[Step]:
+    """All batches in order: first half reading, second half recall. The same for every cell of a seed."""
+    rng = np.random.default_rng(derive_seed("lessons", seed))
+    reading_NP, coarse_NP = (stage.scenes.classes() for stage in tables)
+    count = recipe.steps * (recipe.batch // 2)
+    shape = (recipe.steps, recipe.batch // 2)
+    rows_r = rng.integers(0, len(reading_NP), count)
+    rows_c = rng.integers(0, len(coarse_NP), count)
+    questions_r, answers_r = world.reading_questions(rng, reading_NP[rows_r])
+    questions_c, answers_c = world.recall_questions(rng, coarse_NP[rows_c])
+    rows_SB = np.concatenate([rows_r.reshape(shape), len(reading_NP) + rows_c.reshape(shape)], axis=1)
+    questions_SBQ = np.concatenate([questions_r.reshape(*shape, -1), questions_c.reshape(*shape, -1)], axis=1)
+    answers_SB = np.concatenate([answers_r.reshape(shape), answers_c.reshape(shape)], axis=1)
+    for triple in zip(*(torch.from_numpy(a) for a in (rows_SB, questions_SBQ, answers_SB)), strict=True):
+        yield Step(*triple)
+
+
+class Bank:
+    """Training features of several tower layers in memory, standardised when the compressor commutes with that."""
+
+    def __init__(self, tables: Mapping[int, tuple[np.ndarray, np.ndarray]], layer: int, standardise: bool) -> None:
+        self.layer = layer
+        self.x = {number: torch.from_numpy(np.concatenate(pair)) for number, pair in tables.items()}
+        x_ND = self.x[layer].flatten(0, 1)
+        self.mean_D, self.std_D = x_ND.mean(0), x_ND.std(0)
+        self.standardised = standardise
+        if standardise:
+            self.x[layer] = (self.x[layer] - self.mean_D) / self.std_D
+
+    def rows(self, rows_B: Tensor) -> dict[int, Tensor]:
+        """Features of some scenes by layer, each (B, P, D)."""
+        return {number: table.index_select(0, rows_B) for number, table in self.x.items()}
+
+    @torch.no_grad()
+    def fold(self, linear: nn.Linear) -> None:
+        """Move the standardisation into the layer that reads the features, so that the model takes raw features."""
+        if self.standardised:
+            linear.weight.div_(self.std_D)
+            linear.bias.sub_(linear.weight @ self.mean_D)
+
+
+class CellTrainer:
+    """Trains a Hugging Face LLaVA module with a compressor in the loop on cached tower features.
+
+    Args:
+        module: the model, initialised; its tower is not touched.
+        info: its description.
+        method: the compressor.
+        compressor: what ``method.build`` returned.
+        recipe: see ``Recipe``.
+    """
+
+    def __init__(self, module: Any, info: VlmInfo, method: VisualTokenMethod, compressor: nn.Module | None, recipe: Recipe) -> None:
+        self.module, self.info, self.method, self.compressor, self.recipe = module, info, method, compressor, recipe
+        self._last_position = LastPosition(module.model.language_model)
+        self._embed = module.get_input_embeddings()
+        self.groups = self._groups()
+
+    def run(self, steps: Iterator[Step], bank: Bank) -> list[float]:
+        """All steps; returns the loss of every step."""
+        optimizer = torch.optim.AdamW(self.groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        parameters = [p for group in self.groups for p in group["params"]]
+        losses: list[Tensor] = []
+        for number, step in enumerate(steps):
+            scale = schedule(number, self.recipe)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * scale
+            loss = F.cross_entropy(self.logits(bank.rows(step.rows_B), step.questions_BQ, step.rows_B), step.answers_B)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
+            optimizer.step()
+            losses.append(loss.detach())
+        return torch.stack(losses).tolist()
+
+    def logits(self, hidden: Mapping[int, Tensor], questions_BQ: Tensor, ids_B: Tensor) -> Tensor:
+        """Logits of the answer, (B, vocabulary), with gradients."""
+        view = self.view(hidden, questions_BQ, ids_B)
+        visual_BVd = self.module.model.multi_modal_projector(self.method.compress(view, self.compressor).tokens_BVD)
+        return self.module.lm_head(self._last_position(torch.cat((visual_BVd, self._embed(questions_BQ)), dim=1)))
+
+    def view(self, hidden: Mapping[int, Tensor], questions_BQ: Tensor, ids_B: Tensor) -> VisualInput:
+        """The compressor's input for a training batch."""
+        return VisualInput(
+            x_BPD=hidden[self.info.feature_layer],
+            hidden=hidden,
+            grid=self.info.geometry["grid"],
+            question_BQ=questions_BQ,
+            question_mask_BQ=None,
+            ids_B=ids_B,
+            encode_text=self._encode_text,
+            embed_text=self._embed_text,
+        )
+
+    @torch.no_grad()
+    def _encode_text(self, ids_BQ: Tensor, mask_BQ: Tensor | None) -> Tensor:
+        return self.module.model.language_model(input_ids=ids_BQ, use_cache=False).last_hidden_state
+
+    @torch.no_grad()
+    def _embed_text(self, ids_BQ: Tensor) -> Tensor:
+        return self._embed(ids_BQ)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        projector, decoder = self.module.model.multi_modal_projector, self.module.model.language_model
+        width = self.info.geometry["width"]
+        embeddings = [self._embed.weight]
+        flat = [projector.linear_1.weight, *(p for p in [*projector.parameters(), *decoder.parameters()] if p.ndim == 1)]
+        taken = {id(p) for p in [*embeddings, *flat]}
+        rest = [*projector.parameters(), *decoder.parameters(), self.module.lm_head.weight]
+        matrices = [p for p in rest if id(p) not in taken]
+        if self.compressor is not None:
+            flat += list(self.compressor.parameters())  # works at the tower's width 64 in every cell
+        return [
+            {"params": matrices, "lr": self.recipe.lr * 64 / width},
+            {"params": flat, "lr": self.recipe.lr},
+            {"params": embeddings, "lr": self.recipe.embedding_lr / width},
+        ]
+
+
+def schedule(step: int, recipe: Recipe) -> float:
+    """Learning rate at a step as a share of its peak: linear warm-up, then linear decay to ``final``."""
+    warmup = max(1, round(recipe.warmup * recipe.steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 1 - (1 - recipe.final) * (step - warmup) / max(1, recipe.steps - warmup)
+
+
+@dataclass(frozen=True)
+class CellStage(Stage):
+    """A trained tiny model in ``save_pretrained`` form, with ``compressor.safetensors`` when its method has weights.
+
+    Trained on the CPU wherever it runs, so that the weights do not depend on the worker's device.
+    """
+
+    version: ClassVar[str] = "1"
+    kind: ClassVar[str] = "cell"
+
+    size: str
+    method: MethodSpec
+    seed: int
+    recipe: tuple[tuple[str, Any], ...]
+    tower: TowerSource
+    features: tuple[FeaturesStage, ...]
+
+    def deps(self) -> tuple[Stage, ...]:
+        """The tower and the training features."""
+        return (self.tower, *self.features)
+
+    def compute(self, ctx: StageContext, folder: Path) -> None:
+        """Train, fold the features' standardisation into the projector, save."""
+        from transformers import LlavaForConditionalGeneration
+
+        from isoflop.models.tiny_llava import tiny_info
+
+        started = time.process_time()
+        recipe, method = Recipe(**dict(self.recipe)), build_visual(self.method)
+        info = tiny_info(self.size, recipe)
+        vision: Vision = ctx.get(self.tower)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = LlavaForConditionalGeneration(llava_config(SIZES[self.size]))
+        module.model.vision_tower.load_state_dict(vision.tower.state_dict())
+        module.model.vision_tower.requires_grad_(False)
+        initialise(module, derive_seed("weights", self.seed))
+        compressor = method.untrained(info, self.seed)
+        bank = self._bank(ctx, info, standardise=method.commutes)
+        trainer = CellTrainer(module, info, method, compressor, recipe)
+        if compressor is not None:
+            sample = torch.arange(0, len(bank.x[info.feature_layer]), 8)
+            method.fit_inputs(compressor, trainer.view(bank.rows(sample), torch.zeros(len(sample), 1, dtype=torch.long), sample))
+        losses = trainer.run(lessons(recipe, (self.features[0], self.features[1]), self.seed), bank)
+        bank.fold(module.model.multi_modal_projector.linear_1)
+        save_cell(folder, module, compressor)
+        tail = losses[-max(1, len(losses) // 10) :]
+        figures = {"steps": len(losses), "final_loss": sum(tail) / len(tail), "cpu_seconds": time.process_time() - started}
+        (folder / "training.json").write_text(json.dumps(figures) + "\n")
+        log.info("trained %s with %s, seed %d: loss %.3f, %.1f CPU seconds", self.size, self.method, self.seed, figures["final_loss"], figures["cpu_seconds"])
+
+    def load(self, ctx: StageContext, folder: Path) -> Checkpoint:
+        """Where the files are."""
+        return Checkpoint(folder, json.loads((folder / "training.json").read_text()))
+
+    def _bank(self, ctx: StageContext, info: VlmInfo, standardise: bool) -> Bank:
+        tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for reading, coarse in zip(self.features[::2], self.features[1::2], strict=True):
+            tables[reading.layer] = (ctx.get(reading), ctx.get(coarse))
+        return Bank(tables, info.feature_layer, standardise)
+
+
+def build_visual(spec: MethodSpec) -> VisualTokenMethod:
+    """The visual-token method that a stage's fields name."""
+    from isoflop.methods.base import build
+    from isoflop.methods.visual_tokens.base import VisualTokenMethod
+
+    name, _, knobs = spec
+    method = build(name, dict(knobs))
+    if not isinstance(method, VisualTokenMethod):
+        raise TypeError(f"method {name} is no visual-token method")
+    return method
+
+
+def method_spec(method: VisualTokenMethod) -> MethodSpec:
+    """What names a method in a stage's fields."""
+    return (method.name, method.version, tuple(sorted(method.knobs().items())))
+
+
+def recipe_fields(recipe: Recipe) -> tuple[tuple[str, Any], ...]:
+    """The recipe as plain (name, value) pairs."""
+    return tuple(dataclasses.asdict(recipe).items())
+
+
+def save_cell(folder: Path, module: Any, compressor: nn.Module | None) -> None:
+    """Write the model in ``save_pretrained`` form, its preprocessing, and the compressor's weights."""
+    from safetensors.torch import save_file
+
+    module.save_pretrained(folder)
+    save_preprocessing(folder)
+    if compressor is not None:
+        save_file({name: t.contiguous() for name, t in compressor.state_dict().items()}, folder / "compressor.safetensors")

@@ -1,0 +1,246 @@
+"""Vision-language models of the LLaVA type: what is known of one, and the loaded model with its hook point.
+
+Tiny models trained here and Hugging Face checkpoints run through this one class. A compressor sits between the vision
+tower and the projector; the model holds it in ``compression`` while a method is applied.
+
+Shape suffixes: B batch, P patches, V visual tokens that enter the language model, Q question tokens, T prompt tokens
+(one image placeholder among them), L tokens after the placeholder is expanded, D vision width, d language width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from isoflop.models.base import Model, ModelInfo
+from isoflop.models.features import TowerSource, Vision
+
+TextEncoder = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VlmInfo(ModelInfo):
+    """What is known of a vision-language model without loading its weights.
+
+    Attributes:
+        tower: the stage whose value is the model's vision tower.
+        feature_layer: hidden state that feeds the projector, counted from 0 (the embedding) to the number of layers.
+        vocabulary: name of the raw vocabulary the checkpoint declares, or None for one with a tokenizer.
+        options: the sweep's options for this model, checked, as (name, value) pairs.
+
+    ``geometry`` holds ``grid`` (patches per side), ``visual_tokens`` (P), ``vision_width``, ``vision_layers``,
+    ``width``, ``layers``, ``heads``, ``kv_heads``, ``vocab_size``, ``image_token``.
+    """
+
+    tower: TowerSource
+    feature_layer: int
+    vocabulary: str | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class VisualInput:
+    """What a compressor sees of a batch.
+
+    Attributes:
+        x_BPD: patch features of the layer that feeds the projector, in raster order, without prefix tokens.
+        hidden: the same of the other layers that the compressor asked for, by layer number.
+        grid: patches per side; P = grid².
+        question_BQ: token ids of the question, the text after the last image marker; None when there is none.
+        question_mask_BQ: 1 for real tokens and 0 for padding (either side); None when nothing is padded.
+        ids_B: example numbers; what is random in a method may depend on them and on nothing else of the batch.
+        encode_text: the language model on text alone, without gradients and without a cache: (ids, mask) → (B, Q, d),
+            last layer after the final norm.
+        embed_text: ids → token embeddings (B, Q, d), without gradients.
+    """
+
+    x_BPD: Tensor
+    hidden: Mapping[int, Tensor]
+    grid: int
+    question_BQ: Tensor | None
+    question_mask_BQ: Tensor | None
+    ids_B: Tensor
+    encode_text: TextEncoder
+    embed_text: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class CompressedTokens:
+    """What a compressor returns.
+
+    Attributes:
+        tokens_BVD: input of the projector.
+        kept_BV: numbers of the patches that were kept, sorted, for methods that select; None for those that mix.
+    """
+
+    tokens_BVD: Tensor
+    kept_BV: Tensor | None = None
+
+
+class Compression(Protocol):
+    """A compressor in place: what a method puts into ``VlmModel.compression``."""
+
+    layers: tuple[int, ...]
+    """Hidden states it reads besides the model's own feature layer."""
+    projector: nn.Module | None
+    """A projector trained together with it, used instead of the model's."""
+
+    def __call__(self, view: VisualInput) -> CompressedTokens:
+        """Compress a batch."""
+
+
+@dataclass(frozen=True)
+class VlmBatch:
+    """Prompts about images, one image each.
+
+    Attributes:
+        hidden: patch features (B, P, D) by layer number; holds at least the feature layer and ``compression.layers``.
+        prompt_BT: token ids with exactly one image placeholder per row.
+        question_BQ: the text after the placeholder, for query-conditioned compressors.
+        ids_B: example numbers.
+        prompt_mask_BT, question_mask_BQ: 1 for real tokens, 0 for padding; None when nothing is padded.
+    """
+
+    hidden: Mapping[int, Tensor]
+    prompt_BT: Tensor
+    question_BQ: Tensor | None
+    ids_B: Tensor
+    prompt_mask_BT: Tensor | None = None
+    question_mask_BQ: Tensor | None = None
+
+
+class VlmModel(Model):
+    """A loaded LLaVA-style model (``LlavaForConditionalGeneration``).
+
+    Attributes:
+        info: its description.
+        module: the Hugging Face model, in evaluation mode.
+        vision: its tower with the preprocessing.
+        compression: the compressor in place, or None for all tokens.
+        live_vision: set by methods that change the tower, so that cached features are not used.
+    """
+
+    info: VlmInfo
+
+    def __init__(self, info: VlmInfo, module: nn.Module, vision: Vision) -> None:
+        self.info = info
+        self.module: Any = module
+        self.vision = vision
+        self.compression: Compression | None = None
+        self.live_vision = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the projector's and the language model's weights."""
+        return self.module.lm_head.weight.dtype
+
+    @property
+    def layers_needed(self) -> tuple[int, ...]:
+        """Hidden states of the tower that the model, as it is now, reads."""
+        extra = self.compression.layers if self.compression is not None else ()
+        return tuple(sorted({self.info.feature_layer, *extra}))
+
+    def look(self, images_BCHW: Tensor) -> dict[int, Tensor]:
+        """Run the tower on images in [0, 1]; the hidden states that are needed, by layer number."""
+        states = self.vision.hidden_states(images_BCHW.to(self.device))
+        return {layer: states[layer] for layer in self.layers_needed}
+
+    def compress(self, batch: VlmBatch) -> CompressedTokens:
+        """What enters the projector: the compressor's output, or every patch."""
+        if self.compression is None:
+            return CompressedTokens(batch.hidden[self.info.feature_layer].to(self.dtype))
+        view = VisualInput(
+            x_BPD=batch.hidden[self.info.feature_layer].to(self.dtype),
+            hidden={layer: h.to(self.dtype) for layer, h in batch.hidden.items()},
+            grid=self.info.geometry["grid"],
+            question_BQ=batch.question_BQ,
+            question_mask_BQ=batch.question_mask_BQ,
+            ids_B=batch.ids_B,
+            encode_text=self.encode_text,
+            embed_text=self.embed_text,
+        )
+        return self.compression(view)
+
+    def project(self, tokens_BVD: Tensor) -> Tensor:
+        """The visual tokens in the language model's width, (B, V, d)."""
+        own = self.compression.projector if self.compression is not None else None
+        return (own if own is not None else self.module.model.multi_modal_projector)(tokens_BVD)
+
+    def prefill(self, visual_BVd: Tensor, batch: VlmBatch, use_cache: bool = False) -> Any:
+        """The language model on the whole prompt; Hugging Face's output with logits (B, 1, vocabulary)."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        ids_BL, mask_BL = expand_placeholders(batch.prompt_BT, batch.prompt_mask_BT, self.info.geometry["image_token"], visual_BVd.shape[1])
+        positions_BL = None if mask_BL is None else (mask_BL.cumsum(-1) - 1).clamp(min=0)
+        image = BaseModelOutputWithPooling(pooler_output=list(visual_BVd))
+        return self.module(
+            input_ids=ids_BL,
+            attention_mask=mask_BL,
+            position_ids=positions_BL,
+            mm_encoder_outputs={"image": image},
+            logits_to_keep=1,
+            use_cache=use_cache,
+        )
+
+    @torch.no_grad()
+    def answer_logits(self, batch: VlmBatch) -> Tensor:
+        """Logits of the token after the prompt, (B, vocabulary). Padding, if any, must be on the left."""
+        return self.prefill(self.project(self.compress(batch).tokens_BVD), batch).logits[:, -1]
+
+    @torch.no_grad()
+    def encode_text(self, ids_BQ: Tensor, mask_BQ: Tensor | None = None) -> Tensor:
+        """The language model's last hidden states on text alone, (B, Q, d); touches no cache."""
+        positions_BQ = None if mask_BQ is None else (mask_BQ.cumsum(-1) - 1).clamp(min=0)
+        decoder = self.module.model.language_model
+        return decoder(input_ids=ids_BQ, attention_mask=mask_BQ, position_ids=positions_BQ, use_cache=False).last_hidden_state
+
+    @torch.no_grad()
+    def embed_text(self, ids_BQ: Tensor) -> Tensor:
+        """Token embeddings of text, (B, Q, d)."""
+        return self.module.get_input_embeddings()(ids_BQ)
+
+
+def expand_placeholders(ids_BT: Tensor, mask_BT: Tensor | None, image_token: int, count: int) -> tuple[Tensor, Tensor | None]:
+    """Repeat the one image placeholder of every row ``count`` times: (B, T) → (B, T - 1 + count), ids and mask.
+
+    Raises:
+        ValueError: a row does not hold exactly one placeholder.
+    """
+    here_BT = ids_BT == image_token
+    if not bool((here_BT.sum(-1) == 1).all()):
+        raise ValueError("every prompt needs exactly one image placeholder")
+    repeats = torch.where(here_BT, count, 1).flatten()
+    length = ids_BT.shape[1] - 1 + count
+    ids_BL = ids_BT.flatten().repeat_interleave(repeats).view(-1, length)
+    if mask_BT is None:
+        return ids_BL, None
+    return ids_BL, mask_BT.flatten().repeat_interleave(repeats).view(-1, length)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The value of a weights stage: a folder in ``save_pretrained`` form, with a trained compressor beside it.
+
+    Attributes:
+        folder: holds ``config.json`` and ``model.safetensors``, and/or the two files below.
+        log: figures of the training (steps, final loss, seconds), for people.
+    """
+
+    folder: Any
+    log: Mapping[str, Any] = field(default_factory=dict)
+
+    def state(self, name: str) -> dict[str, Tensor] | None:
+        """Tensors of ``<name>.safetensors`` (``compressor`` or ``projector``), or None when there is no such file."""
+        from safetensors.torch import load_file
+
+        path = self.folder / f"{name}.safetensors"
+        return load_file(path) if path.exists() else None

@@ -1,0 +1,45 @@
+"""A small stage cache in one folder, for tests and notebooks: no locks, one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from isoflop.core.stage import Stage
+
+
+class FolderContext:
+    """A ``StageContext`` that computes each stage once into ``root`` and keeps its value in memory.
+
+    Args:
+        root: where stage folders go; reused when it holds some already.
+        device: the torch device handed to stages and models.
+    """
+
+    def __init__(self, root: Path | str, device: str = "cpu") -> None:
+        self.root = Path(root)
+        self._device = device
+        self._values: dict[str, Any] = {}
+
+    @property
+    def device(self) -> str:
+        """The torch device of this worker."""
+        return self._device
+
+    def get(self, stage: Stage) -> Any:
+        """The loaded value of ``stage``, computed first when its folder is missing."""
+        if stage.key not in self._values:
+            folder = self.root / stage.key
+            if not folder.exists():
+                self._compute(stage, folder)
+            self._values[stage.key] = stage.load(self, folder)
+        return self._values[stage.key]
+
+    def _compute(self, stage: Stage, folder: Path) -> None:
+        for dep in stage.deps():
+            self.get(dep)
+        self.root.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(mkdtemp(prefix="unfinished-", dir=self.root))
+        stage.compute(self, unfinished)
+        unfinished.rename(folder)
