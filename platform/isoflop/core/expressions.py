@@ -19,6 +19,7 @@ import numpy.typing as npt
 from isoflop.core.errors import UserError, unknown
 
 Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
 MAX_TEXT = 4000
 
 

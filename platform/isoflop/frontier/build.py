@@ -1,0 +1,201 @@
+"""``frontier(fit or table, cost, budget)``: the inference-optimal configuration at each budget, with uncertainty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from isoflop.core.errors import UserError
+from isoflop.core.expressions import Array
+from isoflop.frontier.optimum import CostModel, Space, at_points, closed_form, make_space, numeric, refine
+from isoflop.frontier.result import Choice, Frontier, FrontierPoint, Frontiers
+from isoflop.laws.fitting import fit as fit_law
+from isoflop.laws.inference import estimate_from_draws
+from isoflop.laws.result import Estimate, Fit, GroupedFit
+from isoflop.laws.table import Tabular
+
+_RUNNERS_UP = 4
+
+
+def frontier(
+    fit_or_table: Fit | GroupedFit | Tabular,
+    cost: str = "2*N*(Q+V)",
+    q: float = 0.0,
+    budget: float | Sequence[float] | None = None,
+    sizes: Sequence[float] | None = None,
+    tokens: Sequence[float] | None = None,
+    limits: Mapping[str, tuple[float, float]] | None = None,
+    held: Mapping[str, float] | None = None,
+    constants: Mapping[str, float] | None = None,
+    **fit_options: Any,
+) -> Frontier | Frontiers:
+    """The best configuration under each budget.
+
+    Args:
+        fit_or_table: a fit, a grouped fit (gives ``Frontiers``), or a table, fitted with ``fit_options`` first.
+        cost: formula in the law's variables, ``Q`` and ``constants``; same units as the fit (with N in billions the budget is
+            in billions of FLOPs too: map ``N=params_b*1e9`` to work in FLOPs).
+        q: text tokens Q.
+        budget: one or several; default: seven from the cheapest to the dearest row of the data.
+        sizes, tokens: the menu for the discrete choice (first and second variable); default: the levels in the data.
+        limits: allowed range per variable for the continuous optimum; default: the data's range for the searched variable.
+        held: variables kept at a value.
+        constants: values of other names in the cost.
+
+    Raises:
+        UserError: for a budget below the cheapest configuration, unknown names, or a fit that is rounded or unusable.
+    """
+    fitted = fit_or_table if isinstance(fit_or_table, (Fit, GroupedFit)) else fit_law(fit_or_table, **fit_options)
+    options: dict[str, Any] = {
+        "cost": cost, "q": q, "budget": budget, "sizes": sizes, "tokens": tokens,
+        "limits": limits, "held": held, "constants": constants,
+    }  # fmt: skip
+    if isinstance(fitted, GroupedFit):
+        return Frontiers([_frontier(f, **options) for f in fitted])
+    return _frontier(fitted, **options)
+
+
+def _frontier(
+    fit: Fit,
+    cost: str,
+    q: float,
+    budget: float | Sequence[float] | None,
+    sizes: Sequence[float] | None,
+    tokens: Sequence[float] | None,
+    limits: Mapping[str, tuple[float, float]] | None,
+    held: Mapping[str, float] | None,
+    constants: Mapping[str, float] | None,
+) -> Frontier:
+    if q < 0:
+        raise UserError(f"q = {q:g}: the number of text tokens cannot be negative")
+    model = CostModel.build(cost, fit.form.variable_names, {"Q": q, **(constants or {})})
+    if tokens is not None and limits is None and len(fit.form.variable_names) > 1:
+        limits = {fit.form.variable_names[1]: (float(min(tokens)), float(max(tokens)))}
+    space = make_space(fit, model, limits, held)
+    menu = _menu(fit, space, sizes, tokens)
+    prices = model(menu)
+    budgets = _budgets(budget, prices)
+    points = [_point(fit, model, space, menu, prices, b) for b in budgets]
+    return Frontier(fit.law, cost, dict(model.constants), points, dict(fit.key), fit.data_hash)
+
+
+def _budgets(budget: float | Sequence[float] | None, prices: Array) -> list[float]:
+    cheapest = float(np.min(prices))
+    if budget is None:
+        return [float(b) for b in np.geomspace(cheapest, float(np.max(prices)), 7)]
+    asked = [float(b) for b in np.atleast_1d(np.asarray(budget, dtype=np.float64))]
+    for b in asked:
+        if not math.isfinite(b) or b < cheapest * (1 - 1e-12):
+            raise UserError(f"budget = {b:g} is below the cheapest configuration at hand, which costs {cheapest:.6g}")
+    return asked
+
+
+def _menu(fit: Fit, space: Space, sizes: Sequence[float] | None, tokens: Sequence[float] | None) -> dict[str, Array]:
+    """All combinations of levels, one array (C,) per variable."""
+    asked = dict(zip(fit.form.variable_names, (sizes, tokens), strict=False))
+    levels = []
+    for name in fit.form.variable_names:
+        given = asked.get(name)
+        if name in space.held:
+            levels.append(np.array([space.held[name]]))
+        elif given is not None:
+            values = np.asarray(list(given), dtype=np.float64)
+            if not len(values) or np.any(~(values > 0)):
+                raise UserError(f"menu of {name}: {list(given)!r}; allowed: positive numbers")
+            levels.append(values)
+        elif fit.data is not None:
+            levels.append(np.unique(fit.data.x[name]))
+        else:
+            levels.append(np.asarray(fit.record["data"]["ranges"][name], dtype=np.float64))
+    grid = np.meshgrid(*levels, indexing="ij")
+    return {v: g.ravel() for v, g in zip(fit.form.variable_names, grid, strict=True)}
+
+
+def _point(
+    fit: Fit, cost: CostModel, space: Space, menu: dict[str, Array], prices: Array, budget: float
+) -> FrontierPoint:
+    p = fit.p[None] if fit.samples is None else np.concatenate([fit.p[None], fit.samples.p])
+    search = numeric(fit, cost, space, budget, p)
+    formula = closed_form(fit, cost, space, budget, p)
+    spender, searched = search if formula is None else formula
+    check = None
+    if space.searched is not None:
+        exact = refine(fit, cost, space, budget, float(search[1][0]))
+        if formula is None:
+            searched = np.concatenate([[exact], searched[1:]])
+            spender = np.concatenate([_spend_one(cost, space, budget, exact), spender[1:]])
+        else:
+            check = abs(float(searched[0]) / exact - 1)
+    error = at_points(fit, space, spender, searched, p)
+    values = {space.spender: spender} | ({} if space.searched is None else {space.searched: searched})
+    notes = _notes(fit, values, space, check)
+    ranges = fit.record["data"]["ranges"]
+    return FrontierPoint(
+        budget=budget,
+        continuous={v: _estimate(fit, values[v]) for v in fit.form.variable_names if v in values},
+        error=_estimate(fit, error),
+        closed_form=formula is not None,
+        check=check,
+        discrete=_choices(fit, menu, prices, budget, p),
+        extrapolation={v: _decades(float(values[v][0]), *ranges[v]) for v in values},
+        notes=notes,
+    )
+
+
+def _spend_one(cost: CostModel, space: Space, budget: float, value: float) -> Array:
+    from isoflop.frontier.optimum import spend
+
+    return spend(cost, space, budget, np.array([value]))
+
+
+def _estimate(fit: Fit, values: Array) -> Estimate:
+    if fit.samples is None:
+        return Estimate(float(values[0]), verdict="no interval: the fit has no bootstrap")
+    return estimate_from_draws(float(values[0]), values[1:], fit.samples, fit.level)
+
+
+def _choices(fit: Fit, menu: dict[str, Array], prices: Array, budget: float, p: Array) -> list[Choice]:
+    affordable = np.flatnonzero(prices <= budget * (1 + 1e-12))
+    x = {v: a[affordable] for v, a in menu.items()}
+    y_RC = fit.form.evaluate(x, p)
+    order = np.argsort(y_RC[0], kind="stable")[: 1 + _RUNNERS_UP]
+    wins = np.bincount(np.argmin(y_RC[1:], axis=1), minlength=len(affordable)) / max(1, len(p) - 1)
+    return [
+        Choice(
+            x={v: float(a[i]) for v, a in x.items()},
+            cost=float(prices[affordable[i]]),
+            error=_estimate(fit, y_RC[:, i]),
+            probability=float(wins[i]) if len(p) > 1 else None,
+        )
+        for i in order
+    ]
+
+
+def _decades(value: float, low: float, high: float) -> float:
+    if not value > 0 or not math.isfinite(value):
+        return math.inf
+    return max(0.0, math.log10(value / high), math.log10(low / value))
+
+
+def _notes(fit: Fit, values: dict[str, Array], space: Space, check: float | None) -> list[str]:
+    notes = []
+    for v, a in values.items():
+        low, high = fit.record["data"]["ranges"][v]
+        far = _decades(float(a[0]), low, high)
+        if far > 0.01:
+            notes.append(
+                f"{v} = {a[0]:.4g} lies {far:.2g} decades outside the data ({low:g} … {high:g}): an extrapolation"
+            )
+    if space.searched is not None:
+        low, high = space.limits[space.searched]
+        value = float(values[space.searched][0])
+        if value <= low * (1 + 1e-9) or value >= high * (1 - 1e-9):
+            notes.append(f"{space.searched} = {value:.4g} is the end of its allowed range")
+    if check is not None and check > 1e-3:
+        notes.append(f"closed form and numeric search differ by {check:.2g}: the optimum is flat")
+    if fit.status not in ("converged", "parameter at bound"):
+        notes.append(f"the fit ended with: {fit.status}")
+    return notes

@@ -1,0 +1,228 @@
+"""The best configuration that a law supports at a budget: continuous, discrete, closed form where there is one.
+
+The cost is a formula in the law's own variables (so both see the same units) and in named constants such as Q. With the
+cost spent in full one variable follows from the others; the rest is a one-dimensional search over the other variable, done
+for the estimate and for every bootstrap sample of the law's parameters at once.
+
+Shapes: R bootstrap samples, K points on an iso-cost curve, C configurations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import brentq, minimize_scalar
+
+from isoflop.core.errors import UserError, unknown
+from isoflop.core.expressions import Array, Expression, parse
+from isoflop.laws.result import Fit
+
+_CURVE = 512
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """A cost formula with its constants.
+
+    Attributes:
+        expression: in the law's variables and the constants.
+        constants: e.g. ``{"Q": 50}``.
+    """
+
+    expression: Expression
+    constants: dict[str, float]
+
+    @classmethod
+    def build(cls, text: str, variables: Sequence[str], constants: Mapping[str, float]) -> CostModel:
+        """Parse and check: every name is a variable of the law or a constant, and at least one is a variable."""
+        parsed = parse(text, "cost")
+        for name in sorted(parsed.names - set(variables)):
+            if name not in constants:
+                raise unknown("name in cost", name, [*variables, *constants])
+        if not parsed.names & set(variables):
+            raise UserError(f"cost: {text!r} contains no variable of the law; allowed: {', '.join(variables)}")
+        return cls(parsed, {k: float(v) for k, v in constants.items() if k in parsed.names})
+
+    def __call__(self, values: Mapping[str, Array | float]) -> Array:
+        """Cost of configurations (arrays broadcast)."""
+        return self.expression({**values, **self.constants})
+
+
+@dataclass(frozen=True)
+class Space:
+    """What may be chosen: the variable that takes up the budget, the one that is searched, and limits.
+
+    Attributes:
+        spender: the variable solved from the cost (the model's size).
+        searched: the other free variable, or None.
+        limits: allowed range per free variable.
+        held: variables at a fixed value.
+    """
+
+    spender: str
+    searched: str | None
+    limits: dict[str, tuple[float, float]]
+    held: dict[str, float]
+
+
+def make_space(
+    fit: Fit, cost: CostModel, limits: Mapping[str, tuple[float, float]] | None, held: Mapping[str, float] | None
+) -> Space:
+    """Free variables of the problem. The searched variable's limits default to the range of its data."""
+    names, held = fit.form.variable_names, {k: float(v) for k, v in (held or {}).items()}
+    for given in [*(limits or {}), *held]:
+        if given not in names:
+            raise unknown(f"variable of law {fit.law!r}", given, names)
+    free = [v for v in names if v not in held]
+    spender = next((v for v in free if v in cost.expression.names), None)
+    if spender is None:
+        raise UserError(f"cost: {cost.expression.text!r} contains no free variable; free: {', '.join(free) or 'none'}")
+    others = [v for v in free if v != spender]
+    if len(others) > 1:
+        raise UserError(
+            f"frontier: variables {', '.join(others)} are free beside {spender}; hold all but one of them (held=…)"
+        )
+    ranges = fit.record["data"]["ranges"]
+    chosen = {}
+    for v in free:
+        low, high = (limits or {}).get(v, (1e-12, 1e30) if v == spender else tuple(ranges[v]))
+        if not 0 < low <= high:
+            raise UserError(f"limits of {v}: {low:g} … {high:g}; allowed: 0 < low <= high")
+        chosen[v] = (float(low), float(high))
+    return Space(spender, others[0] if others else None, chosen, held)
+
+
+def spend(cost: CostModel, space: Space, budget: float, other_K: Array) -> Array:
+    """The spender's value at which the cost equals the budget, for each value of the searched variable; nan when none."""
+    low, high = space.limits[space.spender]
+    values: dict[str, Array | float] = dict(space.held)
+    if space.searched is not None:
+        values[space.searched] = other_K
+
+    def at(z: Array) -> Array:
+        return np.broadcast_to(cost({**values, space.spender: np.exp(z)}), other_K.shape)
+
+    a, b = np.full(other_K.shape, math.log(low)), np.full(other_K.shape, math.log(high))
+    below, above = at(a), at(b)
+    slope = np.log(above / below) / (b - a) if high > low else np.full(other_K.shape, 1.0)
+    linear = np.abs(slope - 1) < 1e-9  # cost proportional to the size, the usual case: solved exactly
+    z = np.where(linear, np.log(budget / below) + a, np.nan)
+    if not linear.all():
+        for _ in range(80):
+            middle = 0.5 * (a + b)
+            less = at(middle) < budget
+            a, b = np.where(less, middle, a), np.where(less, b, middle)
+        z = np.where(linear, z, 0.5 * (a + b))
+    possible = (below <= budget) & (budget <= above)
+    return np.where(possible, np.exp(z), np.where(budget > above, high, np.nan))
+
+
+def closed_form(fit: Fit, cost: CostModel, space: Space, budget: float, p_RP: Array) -> tuple[Array, Array] | None:
+    """(spender, searched) (R,) by formula, when law and cost allow it; None otherwise.
+
+    * product law and cost k N (Q + V): V* = beta Q/(alpha - beta) if alpha > beta, else the largest V.
+    * chinchilla law and cost k N D: N* = G (C/k)^(beta/(alpha+beta)), G = (alpha A/(beta B))^(1/(alpha+beta)).
+    """
+    form = fit.form
+    if space.held or space.searched is None:
+        return None
+    low, high = space.limits[space.searched]
+    if form.name == "product":
+        q = cost.constants.get("Q", 0.0)
+        if _proportional(cost, lambda n, v: n * (q + v), form.variable_names) is None:
+            return None
+        alpha, beta = p_RP[:, form.position("alpha")], p_RP[:, form.position("beta")]
+        with np.errstate(all="ignore"):
+            v = np.where(alpha > beta, beta * q / (alpha - beta), high)
+        v = np.clip(v, low, high)
+        return spend(cost, space, budget, v), v
+    if form.name == "chinchilla":
+        k = _proportional(cost, lambda n, d: n * d, form.variable_names)
+        if k is None:
+            return None
+        alpha, beta, a, b = (p_RP[:, form.position(n)] for n in ("alpha", "beta", "A", "B"))
+        with np.errstate(all="ignore"):
+            g = (alpha * a / (beta * b)) ** (1 / (alpha + beta))
+            d = (budget / k) ** (alpha / (alpha + beta)) / g
+        d = np.clip(d, low, high)
+        return spend(cost, space, budget, d), d
+    return None
+
+
+def _proportional(cost: CostModel, shape: object, names: tuple[str, ...]) -> float | None:
+    """The factor between a cost and a two-variable shape, or None when they are not proportional."""
+    rng = np.random.default_rng(0)
+    x, y = np.exp(rng.uniform(-3, 9, 16)), np.exp(rng.uniform(-3, 9, 16))
+    ratio = np.broadcast_to(cost({names[0]: x, names[1]: y}), x.shape) / shape(x, y)  # type: ignore[operator]
+    return float(ratio[0]) if np.allclose(ratio, ratio[0], rtol=1e-10) else None
+
+
+def numeric(fit: Fit, cost: CostModel, space: Space, budget: float, p_RP: Array) -> tuple[Array, Array]:
+    """(spender, searched) (R,) by search along the iso-cost curve: a grid, then a parabola through the best three points."""
+    if space.searched is None:
+        n = spend(cost, space, budget, np.zeros(1))
+        return np.broadcast_to(n, (len(p_RP),)), np.full(len(p_RP), np.nan)
+    low, high = space.limits[space.searched]
+    z_K = np.linspace(math.log(low), math.log(high), _CURVE)
+    n_K = spend(cost, space, budget, np.exp(z_K))
+    x = {space.spender: n_K, space.searched: np.exp(z_K), **{h: np.full(_CURVE, v) for h, v in space.held.items()}}
+    y_RK = np.nan_to_num(fit.form.evaluate(x, p_RP), nan=np.inf)
+    best = np.argmin(y_RK, axis=1)
+    inner = np.clip(best, 1, _CURVE - 2)
+    rows = np.arange(len(p_RP))
+    left, mid, right = (y_RK[rows, inner + k] for k in (-1, 0, 1))
+    with np.errstate(all="ignore"):
+        shift = 0.5 * (left - right) / (left - 2 * mid + right)
+    ok = (best == inner) & np.isfinite(shift) & (np.abs(shift) <= 1)
+    z = z_K[best] + np.where(ok, shift, 0.0) * (z_K[1] - z_K[0])
+    return spend(cost, space, budget, np.exp(z)), np.exp(z)
+
+
+def refine(fit: Fit, cost: CostModel, space: Space, budget: float, searched: float) -> float:
+    """The searched variable's optimum to full precision near a first guess (one parameter vector)."""
+    assert space.searched is not None
+    low, high = (math.log(v) for v in space.limits[space.searched])
+
+    def error(z: float) -> float:
+        n = spend(cost, space, budget, np.array([math.exp(z)]))
+        x = {
+            space.spender: n,
+            str(space.searched): np.array([math.exp(z)]),
+            **{h: np.array([v]) for h, v in space.held.items()},
+        }
+        value = float(fit.form.evaluate(x, fit.p)[0])
+        return value if math.isfinite(value) else math.inf
+
+    centre, half = math.log(searched), (high - low) * 4 / _CURVE
+    a, b = max(low, centre - half), min(high, centre + half)
+    if b <= a:
+        return searched
+    found = minimize_scalar(error, bounds=(a, b), method="bounded", options={"xatol": 1e-12})
+    z = _stationary(error, a, b, float(found.x))
+    edge = min((low, high), key=error)
+    return math.exp(edge if error(edge) <= error(z) else z)
+
+
+def _stationary(error: object, a: float, b: float, guess: float) -> float:
+    """A zero of the numerical slope around a minimum; more digits than a comparison of values can give."""
+
+    def slope(z: float) -> float:
+        h = 1e-4
+        return float(error(z - 2 * h) - 8 * error(z - h) + 8 * error(z + h) - error(z + 2 * h)) / (12 * h)  # type: ignore[operator]
+
+    lo, hi = max(a, guess - 0.02), min(b, guess + 0.02)
+    if not math.isfinite(slope(lo)) or not math.isfinite(slope(hi)) or slope(lo) * slope(hi) >= 0:
+        return guess
+    return float(brentq(slope, lo, hi, xtol=1e-12))
+
+
+def at_points(fit: Fit, space: Space, spender_R: Array, searched_R: Array, p_RP: Array) -> Array:
+    """The law at one point per parameter row, (R,)."""
+    x = {space.spender: spender_R[:, None], **{h: np.full((len(p_RP), 1), v) for h, v in space.held.items()}}
+    if space.searched is not None:
+        x[space.searched] = searched_R[:, None]
+    values: dict[str, Array] = {**x, **{n: p_RP[:, i, None] for i, n in enumerate(fit.form.names)}}
+    return np.asarray(np.broadcast_to(fit.form.expression(values), (len(p_RP), 1))[:, 0])

@@ -1,0 +1,207 @@
+"""Frontiers as typed results: the best configuration per budget, with intervals, tables, JSON and a plot."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from isoflop.laws.render import WIDTH, number, span
+from isoflop.laws.result import Estimate
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+@dataclass
+class Choice:
+    """One configuration of a menu.
+
+    Attributes:
+        x: variables; cost: what it costs.
+        error: predicted error with its interval.
+        probability: share of bootstrap samples in which it is the best of the menu (None without a bootstrap).
+        extra_compute: more compute than the best choice's that it would need for the best choice's error (inf when never).
+    """
+
+    x: dict[str, float]
+    cost: float
+    error: Estimate
+    probability: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {"x": self.x, "cost": self.cost, "error": self.error.to_dict(), "probability": self.probability}
+
+
+@dataclass
+class FrontierPoint:
+    """The optimum at one budget.
+
+    Attributes:
+        continuous: every free variable at the optimum, with intervals; error: the predicted error there.
+        closed_form: the optimum came from a formula; check: its relative distance from the numeric search.
+        discrete: the best of the menu, and the runners-up, best first.
+        extrapolation: decades beyond the data, per variable (0 inside).
+        notes: what a reader must know.
+    """
+
+    budget: float
+    continuous: dict[str, Estimate]
+    error: Estimate
+    closed_form: bool
+    check: float | None
+    discrete: list[Choice]
+    extrapolation: dict[str, float]
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "budget": self.budget,
+            "optimum": {k: e.to_dict() for k, e in self.continuous.items()},
+            "error": self.error.to_dict(),
+            "closed_form": self.closed_form,
+            "numeric_check": self.check,
+            "choice": self.discrete[0].to_dict() if self.discrete else None,
+            "runners_up": [c.to_dict() for c in self.discrete[1:]],
+            "extrapolation_decades": self.extrapolation,
+            "notes": self.notes,
+        }
+
+
+@dataclass
+class Frontier:
+    """Optima of one law under one cost over budgets."""
+
+    law: str
+    cost: str
+    constants: dict[str, float]
+    points: list[FrontierPoint]
+    key: dict[str, Any] = field(default_factory=dict)
+    data_hash: str = ""
+
+    def __iter__(self) -> Iterator[FrontierPoint]:
+        return iter(self.points)
+
+    def __getitem__(self, i: int) -> FrontierPoint:
+        return self.points[i]
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "law": self.law,
+            "cost": self.cost,
+            "constants": self.constants,
+            "group": self.key,
+            "data_hash": self.data_hash,
+            "points": [p.to_dict() for p in self.points],
+        }
+
+    def to_arrow(self) -> pa.Table:
+        """One row per budget: optimum, interval ends, error, discrete choice."""
+        rows = []
+        for point in self.points:
+            row: dict[str, Any] = {**self.key, "budget": point.budget}
+            for name, e in [*point.continuous.items(), ("error", point.error)]:
+                low, high = e.interval or (None, None)
+                row |= {name: e.value, f"{name}_low": low, f"{name}_high": high}
+            if point.discrete:
+                best = point.discrete[0]
+                row |= {f"choice_{k}": v for k, v in best.x.items()}
+                row |= {
+                    "choice_cost": best.cost,
+                    "choice_error": best.error.value,
+                    "choice_probability": best.probability,
+                }
+            rows.append(row)
+        return pa.Table.from_pylist(rows)
+
+    def plot(self) -> go.Figure:
+        """Error and configuration along the budgets."""
+        from isoflop.laws.plots import plot_frontier
+
+        return plot_frontier(self)
+
+    def _lines(self) -> list[str]:
+        group = ", ".join(f"{k}={v}" for k, v in self.key.items())
+        constants = ", ".join(f"{k}={v:g}" for k, v in self.constants.items())
+        lines = [
+            f"frontier of {self.law}, cost {self.cost}"
+            + (f" ({constants})" if constants else "")
+            + (f"  [{group}]" if group else "")
+        ]
+        for p in self.points:
+            lines.append(f"budget {number(p.budget)}")
+            for name, e in [*p.continuous.items(), ("error", p.error)]:
+                lines.append(f"  {name:8}{number(e.value):>14}  {span(e)}")
+            if p.discrete:
+                best = p.discrete[0]
+                where = ", ".join(f"{k} = {number(v)}" for k, v in best.x.items())
+                sure = "" if best.probability is None else f", best in {100 * best.probability:.0f}% of resamples"
+                lines.append(f"  at hand: {where}; error {number(best.error.value)}{sure}")
+            lines += [f"  ! {note}" for note in p.notes]
+        return lines
+
+    def __str__(self) -> str:
+        import textwrap
+
+        return "\n".join(
+            part
+            for line in self._lines()
+            for part in textwrap.wrap(line, WIDTH, subsequent_indent="    ", replace_whitespace=False) or [""]
+        )
+
+    def _repr_html_(self) -> str:
+        table = self.to_arrow()
+        head = "".join(f"<th>{html.escape(c)}</th>" for c in table.column_names)
+        body = "".join(
+            "<tr>"
+            + "".join(f"<td>{number(v) if isinstance(v, float) else html.escape(str(v))}</td>" for v in row.values())
+            + "</tr>"
+            for row in table.to_pylist()
+        )
+        notes = "".join(f"<li>{html.escape(n)}</li>" for p in self.points for n in p.notes)
+        return f"<div><p>{html.escape(self._lines()[0])}</p><table><tr>{head}</tr>{body}</table><ul>{notes}</ul></div>"
+
+
+@dataclass
+class Frontiers:
+    """One frontier per group of a grouped fit."""
+
+    frontiers: list[Frontier]
+
+    def __iter__(self) -> Iterator[Frontier]:
+        return iter(self.frontiers)
+
+    def __len__(self) -> int:
+        return len(self.frontiers)
+
+    def __getitem__(self, i: int) -> Frontier:
+        return self.frontiers[i]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {"groups": [f.to_dict() for f in self.frontiers]}
+
+    def to_arrow(self) -> pa.Table:
+        """All groups in one table."""
+        return pa.concat_tables([f.to_arrow() for f in self.frontiers], promote_options="permissive")
+
+    def plot(self) -> go.Figure:
+        """All groups in one figure."""
+        from isoflop.laws.plots import plot_frontiers
+
+        return plot_frontiers(self)
+
+    def __str__(self) -> str:
+        return "\n\n".join(str(f) for f in self.frontiers)
+
+    def _repr_html_(self) -> str:
+        return "".join(f._repr_html_() for f in self.frontiers)

@@ -1,0 +1,123 @@
+"""Bootstrap intervals: every resample of every group is a problem of one batch, warm-started and restarted elsewhere.
+
+A warm start alone would hide jumps to another basin and give intervals that are too narrow, so each resample also starts from
+other promising cells of the search. Resamples that fail or end on a bound are counted, never dropped.
+
+Shapes: R resamples, S starts per resample, N points, P parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from isoflop.core.errors import UserError, unknown
+from isoflop.core.expressions import Array
+from isoflop.laws.base import LawForm
+from isoflop.laws.engine import Box, Optimum, on_bound, scaled
+from isoflop.laws.objective import Objective
+from isoflop.laws.solver import CONVERGED, Batch, solve
+from isoflop.laws.table import GroupData
+
+SCHEMES = ("cases", "cluster", "wild", "parametric")
+
+
+@dataclass
+class Resamples:
+    """Parameters of every resample (R, P) in natural units, their losses (R,), and what went wrong how often."""
+
+    p: Array
+    loss: Array
+    scheme: str
+    failed: int
+    at_bound: dict[str, int]
+
+    def interval(self, values: Array, level: float) -> tuple[float, float]:
+        """Percentile interval of a statistic (R,); half-infinite when resamples run off to infinity."""
+        tail = 50 * (1 - level)
+        clean = np.where(np.isnan(values), np.inf, values)
+        low, high = np.percentile(
+            clean, [tail, 100 - tail], method="closest_observation" if not np.isfinite(clean).all() else "linear"
+        )
+        return float(low), float(high)
+
+
+def bootstrap(
+    form: LawForm,
+    groups: Sequence[GroupData],
+    optima: Sequence[Optimum],
+    box: Box,
+    objective: Objective,
+    resamples: int,
+    scheme: str = "cases",
+    starts: int = 3,
+    seed: int = 0,
+) -> list[Resamples]:
+    """Refit resampled data.
+
+    Args:
+        scheme: ``cases`` resamples rows; ``cluster`` whole clusters (all checkpoints of a run, all rows of a model);
+            ``wild`` flips the signs of residuals in place (keeps the design, allows unequal variance); ``parametric`` simulates
+            normal noise of the estimated size around the law.
+        starts: starts per resample: the full-data optimum and ``starts - 1`` cells of the search.
+    """
+    if scheme not in SCHEMES:
+        raise unknown("bootstrap scheme", scheme, SCHEMES)
+    out = []
+    for g, (data, best) in enumerate(zip(groups, optima, strict=True)):
+        rng = np.random.default_rng([seed, g])
+        y_YN, w_WN = _draw(form, data, best, box, objective, resamples, scheme, rng)
+        n_starts = max(1, min(starts, 1 + len(best.spare)))
+        picks = rng.integers(len(best.spare), size=(resamples, n_starts - 1))
+        first = np.concatenate(
+            [np.broadcast_to(best.p_scaled, (resamples, 1, len(form.names))), best.spare[picks]], axis=1
+        )
+        owner = np.repeat(np.arange(resamples), n_starts)
+        zero = np.zeros_like(owner)
+        x = {v: a[None] for v, a in scaled(data).items()}
+        batch = Batch(form, x, y_YN, w_WN, zero, owner if len(y_YN) > 1 else zero, owner if len(w_WN) > 1 else zero)
+        solution = solve(batch, first.reshape(-1, len(form.names)), box.low, box.high, objective, max_iter=100)
+        loss = solution.loss.reshape(resamples, n_starts)
+        top = np.argmin(loss, axis=1)
+        pick = np.arange(resamples) * n_starts + top
+        p = solution.p[pick]
+        edge = on_bound(box, p)
+        counts = {n: int(edge[:, i].sum()) for i, n in enumerate(form.names) if box.free[i] and edge[:, i].any()}
+        failed = int(np.sum((solution.status[pick] != CONVERGED) | ~np.isfinite(solution.loss[pick])))
+        out.append(Resamples(form.to_natural(p, data.scales), loss[np.arange(resamples), top], scheme, failed, counts))
+    return out
+
+
+def _draw(
+    form: LawForm,
+    data: GroupData,
+    best: Optimum,
+    box: Box,
+    objective: Objective,
+    count: int,
+    scheme: str,
+    rng: np.random.Generator,
+) -> tuple[Array, Array]:
+    """Targets (1 or R, N) and weights (1 or R, N) of the resamples."""
+    n = data.n
+    if scheme == "cases":
+        return data.y[None], rng.multinomial(n, np.full(n, 1 / n), size=count) * data.w
+    if scheme == "cluster":
+        if data.cluster is None:
+            raise UserError("bootstrap scheme 'cluster' needs cluster=<column> that names the runs or models")
+        _, label = np.unique(data.cluster, return_inverse=True)
+        k = int(label.max()) + 1
+        return data.y[None], rng.multinomial(k, np.full(k, 1 / k), size=count)[:, label] * data.w
+    f = form.evaluate(scaled(data), best.p_scaled)
+    r = objective.residual(data.y, f) if objective.log else data.y - f
+    dof = max(1, n - int(box.free.sum()))
+    if scheme == "wild":
+        noise = r * np.sqrt(n / dof) * rng.choice([-1.0, 1.0], size=(count, n))
+    else:
+        sigma = np.sqrt(np.sum(data.w * r**2) / dof)
+        with np.errstate(divide="ignore"):
+            spread = np.where(data.w > 0, sigma / np.sqrt(data.w), 0.0)
+        noise = spread * rng.standard_normal((count, n))
+    return (f * np.exp(noise) if objective.log else f + noise), data.w[None]

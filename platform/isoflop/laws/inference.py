@@ -1,0 +1,142 @@
+"""From an optimum to statements: intervals, and a verdict in words for every parameter and every quantity that matters."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from scipy import stats
+
+from isoflop.core.expressions import Array, parse
+from isoflop.laws import wald
+from isoflop.laws.base import LawForm
+from isoflop.laws.bootstrap import Resamples
+from isoflop.laws.engine import Box, Optimum
+from isoflop.laws.objective import Objective
+from isoflop.laws.profile import ProfileInterval, profile
+from isoflop.laws.result import Estimate, Fit, evaluate_quantity
+from isoflop.laws.table import GroupData
+
+
+def parameter_estimates(
+    form: LawForm,
+    data: GroupData,
+    best: Optimum,
+    box: Box,
+    objective: Objective,
+    cov: Array,
+    samples: Resamples | None,
+    with_profile: bool,
+    level: float,
+) -> dict[str, Estimate]:
+    """Every parameter with its interval (bootstrap if drawn, else profile, else Wald) and its verdict."""
+    steps = np.sqrt(np.maximum(np.diag(cov), 0.0))
+    ranges = profile(form, data, best.p, best.loss, box, objective, steps, level) if with_profile else {}
+    dof = data.n - int(box.free.sum())
+    estimates = {}
+    for i, name in enumerate(form.names):
+        unit = form.parameters[i].unit
+        value = float(best.p[i])
+        if not box.free[i]:
+            estimates[name] = Estimate(value, unit, (value, value), "fixed", None, "held at this value")
+            continue
+        if name in best.at_bound and name in ranges:  # resamples that all sit on the bound would suggest certainty
+            ends, method = (ranges[name].low, ranges[name].high), "profile"
+        elif samples is not None:
+            ends, method = samples.interval(samples.p[:, i], level), f"bootstrap ({samples.scheme})"
+        elif name in ranges:
+            ends, method = (ranges[name].low, ranges[name].high), "profile"
+        else:
+            ends, method = wald.interval(form, i, best.p, cov, dof, level), "Wald"
+        identified, words = _verdict(form, i, best, box, ranges.get(name), data, level)
+        estimates[name] = Estimate(value, unit, ends, method, identified, words)
+    return estimates
+
+
+def _verdict(
+    form: LawForm, i: int, best: Optimum, box: Box, found: ProfileInterval | None, data: GroupData, level: float
+) -> tuple[bool | None, str]:
+    name, percent = form.names[i], f"{100 * level:g}%"
+    others = [n for n in best.at_bound if n != name]
+    given = f" (given {', '.join(f'{n} on its bound {best.p[form.position(n)]:g}' for n in others)})" if others else ""
+    if name in best.at_bound:
+        extra = ""
+        if found is not None and found.high_closed and not found.low_closed:
+            extra = f"; {percent} limit: below {found.high:.4g}"
+        elif found is not None and found.low_closed and not found.high_closed:
+            extra = f"; {percent} limit: above {found.low:.4g}"
+        return False, f"not identified: on its bound {best.p[i]:g}{extra}"
+    if found is None:
+        return None, "not examined (no profile)"
+    if not found.bounded:
+        sides = [s for s, closed in (("lower", found.low_closed), ("upper", found.high_closed)) if not closed]
+        return False, f"not identified: the data set no {' and no '.join(sides)} limit{given}"
+    spread = float(np.ptp(data.y))
+    if _is_floor(form, name) and found.high - found.low > spread:
+        return (
+            False,
+            f"not identified: its {percent} range {found.high - found.low:.3g} exceeds the observed range of y, {spread:.3g}",
+        )
+    if form.parameters[i].linear and form.parameters[i].low >= 0 and found.low > 0 and found.high / found.low > 100:
+        return False, f"not identified: known only to a factor of {found.high / found.low:.3g}{given}"
+    return True, f"identified{given}"
+
+
+def _is_floor(form: LawForm, name: str) -> bool:
+    return bool(form.asymptote) and name in parse(form.asymptote).names
+
+
+def derived_estimates(fit: Fit) -> dict[str, Estimate]:
+    """The form's own quantities of interest."""
+    return {name: quantity(fit, text) for name, text in fit.form.derived.items()}
+
+
+def quantity(fit: Fit, text: str) -> Estimate:
+    """An expression in the parameters, with an interval from the bootstrap, else by the delta method."""
+    value = float(evaluate_quantity(fit.form, text, fit.p[None])[0])
+    if fit.samples is not None:
+        draws = evaluate_quantity(fit.form, text, fit.samples.p)
+        return estimate_from_draws(value, draws, fit.samples, fit.level)
+    ends = delta_interval(fit.form, text, fit.p, fit.cov, fit.n - int(fit.box.free.sum()), fit.level)
+    wide = not all(map(math.isfinite, ends))
+    return Estimate(
+        value,
+        "",
+        ends,
+        "delta method",
+        False if wide else None,
+        "not identified" if wide else "not examined (no bootstrap)",
+    )
+
+
+def estimate_from_draws(value: float, draws: Array, samples: Resamples, level: float, unit: str = "") -> Estimate:
+    """An estimate whose interval and verdict come from bootstrap draws of the quantity."""
+    ends = samples.interval(draws, level)
+    method = f"bootstrap ({samples.scheme})"
+    if not (math.isfinite(value) and all(map(math.isfinite, ends))):
+        return Estimate(value, unit, ends, method, False, "not identified: runs off to infinity in some resamples")
+    width = ends[1] - ends[0]
+    if width > 2 * abs(value) and width > 0:
+        return Estimate(
+            value,
+            unit,
+            ends,
+            method,
+            False,
+            f"not identified: its interval is {width / max(abs(value), 1e-300):.3g} times its value",
+        )
+    return Estimate(value, unit, ends, method, True, "identified")
+
+
+def delta_interval(form: LawForm, text: str, p: Array, cov: Array, dof: int, level: float) -> tuple[float, float]:
+    """Delta method: value ± t sqrt(grad Sigma grad^T)."""
+    parsed = parse(text, "quantity")
+    at = {n: p[i] for i, n in enumerate(form.names)}
+    gradient = np.array([float(parsed.derivative(n)(at)) if n in parsed.names else 0.0 for n in form.names])
+    used = gradient != 0
+    if not np.isfinite(gradient).all() or not np.isfinite(cov[np.ix_(used, used)]).all():
+        return -math.inf, math.inf
+    se = math.sqrt(max(0.0, float(gradient[used] @ cov[np.ix_(used, used)] @ gradient[used])))
+    t = float(stats.t.ppf(0.5 + level / 2, max(1, dof)))
+    value = float(parsed(at))
+    return value - t * se, value + t * se

@@ -1,0 +1,157 @@
+"""Variable projection: the linear parameters are solved exactly, only the nonlinear ones are searched.
+
+For fixed theta a separable law is y ~ offset + sum_k c_k phi_k(x; theta); c follows by (sign-constrained) least squares,
+and by the envelope theorem the reduced objective R(theta) has the gradient -2 r^T (d phi / d theta) c.
+
+Shapes: M candidate thetas, K linear and Q nonlinear parameters, N points, W weight rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from scipy.optimize import nnls
+from scipy.stats import qmc
+
+from isoflop.core.expressions import Array
+from isoflop.laws.base import LawForm
+
+
+def candidates(form: LawForm, low: Array, high: Array, points: int, seed: int) -> Array:
+    """Nonlinear parameters to try, (M, Q): a full grid for up to two of them, a scrambled Sobol design beyond.
+
+    A positive search range is covered on a log scale and mirrored where negative values are allowed.
+    """
+    chosen = [form.parameters[i] for i in form.nonlinear]
+    if not chosen:
+        return np.zeros((1, 0))
+    if len(chosen) <= 2:
+        side = max(8, round(points ** (1 / len(chosen))))
+        cube = np.array(list(itertools.product(np.linspace(0, 1, side), repeat=len(chosen))))
+    else:
+        cube = qmc.Sobol(len(chosen), seed=seed).random_base2(max(6, math.ceil(math.log2(points))))
+    columns = []
+    for k, (parameter, i) in enumerate(zip(chosen, form.nonlinear, strict=True)):
+        columns.append(_spread(cube[:, k], parameter.search, float(low[i]), float(high[i])))
+    return np.stack(columns, axis=1)
+
+
+def _spread(unit: Array, search: tuple[float, float], low: float, high: float) -> Array:
+    first, last = max(search[0], low), min(search[1], high)
+    if first >= last:
+        return np.full_like(unit, min(max(search[0], low), high))
+    if first > 0:
+        out = first * (last / first) ** unit
+        if low < 0:  # both signs: the lower half of the unit interval is the mirror image
+            folded = first * (last / first) ** np.abs(2 * unit - 1)
+            out = np.maximum(np.where(unit < 0.5, -folded, folded), low)
+        return out
+    return first + (last - first) * unit
+
+
+def basis(form: LawForm, x: Mapping[str, Array], theta_MQ: Array) -> tuple[Array, Array]:
+    """Basis functions (M, K, N) and the offset (M, N) that no linear parameter multiplies."""
+    m, n = len(theta_MQ), next(iter(x.values())).shape[-1]
+    p = np.zeros((m, len(form.names)))
+    p[:, list(form.nonlinear)] = theta_MQ
+    f, j = form.value_and_jacobian(form.bind({v: np.atleast_2d(a) for v, a in x.items()}), p, n)
+    return j[:, list(form.linear)], np.nan_to_num(f)
+
+
+def rank(
+    form: LawForm, x: Mapping[str, Array], y_N: Array, w_N: Array, theta_MQ: Array, low: Array, high: Array
+) -> tuple[Array, Array]:
+    """Weighted SSE (M,) and full parameter vectors (M, P) of every candidate, linear parameters solved within signs.
+
+    Works on Gram matrices of unit-norm columns: good for choosing cells, never used for a reported number.
+    """
+    m, k = len(theta_MQ), len(form.linear)
+    p = np.zeros((m, len(form.names)))
+    p[:, list(form.nonlinear)] = theta_MQ
+    phi, offset = basis(form, x, theta_MQ)
+    target = y_N - offset
+    if k == 0:
+        return _nan_last(np.einsum("mn,n->m", target**2, w_N)), p
+    weighted = phi * w_N
+    gram = np.matmul(weighted, phi.transpose(0, 2, 1))
+    right = np.matmul(weighted, target[:, :, None])[..., 0]
+    total = np.einsum("mn,n->m", target**2, w_N)
+    norm = np.sqrt(np.maximum(np.einsum("mkk->mk", gram), 1e-300))
+    gram, right = gram / (norm[:, :, None] * norm[:, None, :]), right / norm
+    bad = ~(np.isfinite(gram).all((1, 2)) & np.isfinite(right).all(1) & np.isfinite(total))
+    gram[bad], right[bad], total[bad] = np.eye(k), 0.0, np.inf
+    lo, hi = low[list(form.linear)], high[list(form.linear)]
+    best, coefficients = np.full(m, np.inf), np.zeros((m, k))
+    for kept in _supports(lo, hi):
+        c = np.zeros((m, k))
+        if kept:
+            sub = gram[:, kept][:, :, kept] + 1e-13 * np.eye(len(kept))
+            c[:, kept] = np.linalg.solve(sub, right[:, kept, None])[..., 0]
+        inside = np.all((c >= np.where(lo >= 0, 0.0, -np.inf)) & (c <= np.where(hi <= 0, 0.0, np.inf)), axis=1)
+        sse = total - 2 * np.einsum("mk,mk->m", c, right) + np.einsum("mk,mkl,ml->m", c, gram, c)
+        take = inside & (sse < best)
+        best, coefficients = np.where(take, sse, best), np.where(take[:, None], c, coefficients)
+    p[:, list(form.linear)] = np.clip(coefficients / norm, lo, hi)
+    return _nan_last(best), p
+
+
+def _supports(lo: Array, hi: Array) -> list[list[int]]:
+    """Which linear parameters may be non-zero together: all subsets of the sign-constrained ones."""
+    signed = [i for i in range(len(lo)) if lo[i] >= 0 or hi[i] <= 0]
+    free = [i for i in range(len(lo)) if i not in signed]
+    if len(signed) > 5:
+        return [sorted(free + signed)]
+    subsets = itertools.chain.from_iterable(itertools.combinations(signed, r) for r in range(len(signed), -1, -1))
+    return [sorted(free + list(s)) for s in subsets]
+
+
+def _nan_last(a: Array) -> Array:
+    return np.where(np.isfinite(a), a, np.inf)
+
+
+def spread_best(score_M: Array, theta_MQ: Array, count: int, distance: float = 0.12) -> list[int]:
+    """Positions of the best candidates that lie apart: no two within ``distance`` of the design's range in all axes."""
+    order = np.argsort(score_M, kind="stable")
+    order = order[np.isfinite(score_M[order])]
+    if theta_MQ.shape[1] == 0:
+        return [int(i) for i in order[:1]]
+    ranks = np.stack([_rank01(theta_MQ[:, q]) for q in range(theta_MQ.shape[1])], axis=1)
+    chosen: list[int] = []
+    for i in order[: max(400, 40 * count)]:
+        if all(np.max(np.abs(ranks[i] - ranks[j])) > distance for j in chosen):
+            chosen.append(int(i))
+            if len(chosen) == count:
+                break
+    return chosen
+
+
+def _rank01(a: Array) -> Array:
+    values, inverse = np.unique(a, return_inverse=True)
+    return inverse / max(1, len(values) - 1)
+
+
+def project(
+    form: LawForm, x: Mapping[str, Array], y_N: Array, w_N: Array, theta_Q: Array, signs: bool = True
+) -> tuple[Array, float, Array]:
+    """Linear parameters (K,), reduced objective R(theta) and its envelope gradient (Q,) at one theta.
+
+    Columns are scaled to unit norm and solved by QR (NNLS when ``signs`` and every linear parameter is bounded below by 0).
+    """
+    phi, offset = basis(form, x, np.asarray(theta_Q, dtype=np.float64)[None])
+    root = np.sqrt(w_N)
+    matrix, target = phi[0].T * root[:, None], (y_N - offset[0]) * root
+    norm = np.maximum(np.linalg.norm(matrix, axis=0), 1e-300)
+    if signs and all(form.parameters[i].low >= 0 for i in form.linear):
+        c = nnls(matrix / norm, target)[0] / norm
+    else:
+        c = np.linalg.lstsq(matrix / norm, target, rcond=None)[0] / norm
+    residual = target - matrix @ c
+    p = np.zeros(len(form.names))
+    p[list(form.linear)], p[list(form.nonlinear)] = c, theta_Q
+    known = form.bind({v: np.atleast_2d(a) for v, a in x.items()})
+    _, j = form.value_and_jacobian(known, p[None], len(y_N))
+    gradient = -2.0 * (j[0, list(form.nonlinear)] * root) @ residual
+    return c, float(residual @ residual), gradient
