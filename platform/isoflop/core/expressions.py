@@ -31,6 +31,10 @@ def _sigmoid(x: Array) -> Array:
     return 0.5 * (1.0 + np.tanh(0.5 * x))
 
 
+def _leq(a: Array, b: Array) -> Array:
+    return np.less_equal(a, b).astype(np.float64)
+
+
 _UNARY: dict[str, Callable[[Array], Array]] = {
     "neg": np.negative,
     "exp": np.exp,
@@ -49,7 +53,7 @@ _BINARY: dict[str, Callable[[Array, Array], Array]] = {
     "pow": np.power,
     "min": np.minimum,
     "max": np.maximum,
-    "leq": np.less_equal,
+    "leq": _leq,
 }
 FUNCTIONS = ("abs", "exp", "expm1", "log", "max", "min", "sigmoid", "softplus", "sqrt")
 _OPERATORS: dict[type[ast.operator], str] = {
@@ -95,7 +99,7 @@ class Graph:
             return self.binary("add", a, self.unary("neg", b))
         if x is not None and y is not None:
             with np.errstate(all="ignore"):
-                return self.const(float(_BINARY[op](np.float64(x), np.float64(y))))
+                return self.const(float(_BINARY[op](np.asarray(x), np.asarray(y))))
         if op == "add":
             if x == 0 or y == 0:
                 return b if x == 0 else a
@@ -124,7 +128,7 @@ class Graph:
         x = self.value(a)
         if x is not None:
             with np.errstate(all="ignore"):
-                return self.const(float(_UNARY[op](np.float64(x))))
+                return self.const(float(_UNARY[op](np.asarray(x))))
         if op == "neg" and self.nodes[a][0] == "neg":
             return int(self.nodes[a][1])
         if op == "log" and self.nodes[a][0] == "exp":

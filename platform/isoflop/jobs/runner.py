@@ -66,7 +66,7 @@ class Runner:
         name: of the worker, for provenance.
     """
 
-    def __init__(self, cache_dir: Path | None = None, device: str | None = None, keep_models: int = 4, name: str = "driver") -> None:
+    def __init__(self, cache_dir: str | Path | None = None, device: str | None = None, keep_models: int = 4, name: str = "driver") -> None:
         self.cache = StageCache(cache_dir, device or _pick_device())
         self.name = name
         self._keep_models = keep_models

@@ -69,6 +69,10 @@ class Proposer(ABC):
     def tell(self, result: Tell) -> None:
         """Record an outcome, of a proposal or of a trial from an earlier session."""
 
+    @abstractmethod
+    def reserve(self, number: int, config: Config) -> None:
+        """A trial of an earlier session is unfinished and runs again: do not propose it; its ``tell`` will come."""
+
     def should_prune(self, number: int, step: int, value: float) -> bool:
         """Report an intermediate value; True when the trial is hopeless."""
         return False
@@ -97,6 +101,9 @@ class GridProposer(Proposer):
 
     def tell(self, result: Tell) -> None:
         self._told.add(values_key(result.config))
+
+    def reserve(self, number: int, config: Config) -> None:
+        self._told.add(values_key(config))
 
     def size(self) -> int | None:
         return self._size
@@ -165,9 +172,12 @@ class OptunaProposer(Proposer):
             out = self._first_unseen(count)
         return out
 
+    def reserve(self, number: int, config: Config) -> None:
+        self._known.add(values_key(config))
+        self._numbers.add(number)
+
     def tell(self, result: Tell) -> None:
-        self._known.add(values_key(result.config))
-        self._numbers.add(result.number)
+        self.reserve(result.number, result.config)
         state = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[result.outcome]
         trial = self._open.pop(result.number, None)
         if trial is not None:

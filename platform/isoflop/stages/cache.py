@@ -41,8 +41,8 @@ class StageCache:
         keep: how many loaded values stay in memory (least recently used go first).
     """
 
-    def __init__(self, root: Path | None = None, device: str = "cpu", keep: int = 64) -> None:
-        self.root = (root or default_cache_dir()) / "stages"
+    def __init__(self, root: str | Path | None = None, device: str = "cpu", keep: int = 64) -> None:
+        self.root = Path(root or default_cache_dir()).expanduser().absolute() / "stages"
         self._device = device
         self._keep = keep
         self._values: OrderedDict[str, Any] = OrderedDict()

@@ -1,0 +1,124 @@
+"""The interface between the driver and whatever runs its work: Ray, this process, or simulated time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from isoflop.jobs import Job
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one job needs; a worker is a slot of this size.
+
+    Attributes:
+        gpus: may be a fraction; 0 hides every GPU from the job.
+        memory: bytes of host memory, or None; also the limit that turns a leak into an error (``RLIMIT_AS`` headroom).
+    """
+
+    cpus: float = 1
+    gpus: float = 0
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """One thing to do: run a job, or compute one of its stages.
+
+    Attributes:
+        id: unique per attempt.
+        stage: key of the stage to compute, for ``kind="stage"``.
+        needs: keys of the stages that must be at hand first, dependencies first.
+    """
+
+    id: str
+    kind: Literal["job", "stage"]
+    job: Job
+    stage: str = ""
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """A live worker."""
+
+    id: str
+    node: str
+    host: str
+    device: str
+    slot: str = ""
+
+
+@dataclass(frozen=True)
+class Done:
+    """An item ended: ``result`` is an :class:`isoflop.jobs.Outcome` for a job, a dict for a stage."""
+
+    worker: str
+    item: WorkItem
+    result: Any
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A worker died. ``items`` are those it had not finished, the running one first."""
+
+    worker: str
+    items: tuple[WorkItem, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """A running job finished a shard."""
+
+    worker: str
+    item: WorkItem
+    shard: int
+    mean_error: float
+    examples: int
+
+
+Event = Done | Lost
+OnShard = Callable[[ShardReport], bool]
+
+
+class Executor(ABC):
+    """Life cycle: ``start``, any number of ``submit`` and ``poll``, ``close``. Items of a worker run in order."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Bring workers up. Raises UserError at once for resources that the cluster can never give."""
+
+    @abstractmethod
+    def workers(self) -> list[WorkerInfo]:
+        """The workers that take work now; the list changes as nodes join and leave."""
+
+    @abstractmethod
+    def submit(self, worker: str, item: WorkItem) -> None:
+        """Queue an item on a worker."""
+
+    @abstractmethod
+    def poll(self, timeout: float) -> list[Event]:
+        """Events since the last call; waits up to ``timeout`` seconds for the first."""
+
+    @abstractmethod
+    def kill(self, worker: str, reason: str) -> None:
+        """Kill a worker (a job passed its deadline); its items come back as ``Lost`` and a new worker takes its place."""
+
+    def watch(self, on_shard: OnShard | None) -> None:
+        """Have ``on_shard`` called, between polls at the latest, for each shard that a job finishes; when it returns
+        True the job ends after its current shard. Costs nothing while nobody watches."""
+        self._on_shard = on_shard
+
+    _on_shard: OnShard | None = None
+
+    @abstractmethod
+    def close(self, now: bool = False) -> None:
+        """End all workers; ``now`` does not wait for running items."""
+
+    def cached_stages(self) -> set[str]:
+        """Keys of the stages that some worker's host holds already."""
+        return set()

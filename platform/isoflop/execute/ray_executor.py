@@ -1,0 +1,337 @@
+"""Runs work items on Ray: one long-lived actor per slot, models warm, two calls in flight per actor.
+
+Ray's own retries and restarts are off: what to do about a dead worker is the driver's decision, and a restarted actor
+would have lost its warm models without saying so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    GetTimeoutError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RaySystemError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from isoflop.core.errors import UserError
+from isoflop.execute.base import Done, Event, Executor, Lost, Resources, ShardReport, WorkerInfo, WorkItem
+from isoflop.execute.ray_worker import RayWorker
+
+log = logging.getLogger(__name__)
+INFRASTRUCTURE = (RayActorError, OutOfMemoryError, WorkerCrashedError, ObjectLostError, RaySystemError)
+_START_SECONDS = 120.0
+_NODE_CHECK_SECONDS = 5.0
+_PROGRESS_SECONDS = 0.3
+
+
+@dataclass
+class _Worker:
+    """The driver's side of one actor."""
+
+    id: str
+    actor: Any
+    hello: Any
+    info: WorkerInfo | None = None
+    stages: set[str] = field(default_factory=set)
+    items: list[tuple[WorkItem, Any]] = field(default_factory=list)
+    progress: Any = None
+    born: float = field(default_factory=time.monotonic)
+    reason: str = ""
+
+
+class RayExecutor(Executor):
+    """Actors on a Ray cluster.
+
+    Args:
+        resources: of one job; the cluster is divided into as many slots of this size as fit.
+        address: of a running cluster (``auto``, ``host:port``, ``ray://…``), or None for a private one on this host,
+            bound to loopback.
+        cache_dir: root of the stage cache on each host; None for each host's default.
+        max_workers: upper bound on slots.
+        imports: modules to import in each worker (a sweep's ``import:``).
+        node_ip: address of the driver's own node, for hosts that have several.
+    """
+
+    def __init__(
+        self,
+        resources: Resources,
+        address: str | None = None,
+        cache_dir: str | Path | None = None,
+        max_workers: int | None = None,
+        imports: tuple[str, ...] = (),
+        node_ip: str | None = None,
+        log_dir: Path | None = None,
+    ) -> None:
+        self._resources = resources
+        self._address = address
+        self._cache_dir = str(cache_dir) if cache_dir else None
+        self._max_workers = max_workers
+        self._imports = imports
+        self._node_ip = node_ip
+        self._log_dir = log_dir
+        self._workers: dict[str, _Worker] = {}
+        self._by_ref: dict[Any, tuple[_Worker, WorkItem]] = {}
+        self._count = 0
+        self._started_ray = False
+        self._last_node_check = 0.0
+        self._last_progress = 0.0
+        self._events: list[Event] = []
+
+    # life cycle
+
+    def start(self) -> None:
+        self._connect()
+        self._check_possible()
+        self._fill()
+        deadline = time.monotonic() + _START_SECONDS
+        while not self.workers():
+            self._greet(timeout=1.0)
+            if time.monotonic() > deadline:
+                raise UserError(f"no Ray worker came up within {_START_SECONDS:.0f} s; cluster resources: {ray.cluster_resources()}")
+
+    def close(self, now: bool = False) -> None:
+        for worker in list(self._workers.values()):
+            with contextlib.suppress(RayError):
+                ray.kill(worker.actor, no_restart=True)
+        self._workers.clear()
+        self._by_ref.clear()
+        if self._started_ray:
+            ray.shutdown()
+            self._started_ray = False
+
+    def _connect(self) -> None:
+        if ray.is_initialized():
+            return
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        common: dict[str, Any] = {"log_to_driver": False, "configure_logging": True, "logging_level": logging.ERROR}
+        try:
+            if self._address is None:
+                # A bare init() would join any cluster it finds and listen on every interface.
+                ray.init(address="local", _node_ip_address="127.0.0.1", include_dashboard=False, **common)
+            else:
+                if self._node_ip:
+                    common["_node_ip_address"] = self._node_ip
+                ray.init(address=self._address, **common)
+        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+            hint = ""
+            if "auth" in str(error).lower():
+                hint = " (the cluster wants a token: set RAY_AUTH_MODE=token and have its token file in your home)"
+            raise UserError(f"Ray at {self._address or 'local'} cannot be reached: {' '.join(str(error).split())[:300]}{hint}") from None
+        self._started_ray = True
+
+    def _check_possible(self) -> None:
+        want = self._resources
+        nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+        if not any(_slots_on(n, want) >= 1 for n in nodes):
+            have = "; ".join(f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs, {n.get('memory', 0) / 2**30:.1f} GiB" for n in nodes)
+            raise UserError(
+                f"resources: no node of the cluster can ever give one job {want.cpus:g} CPUs, {want.gpus:g} GPUs"
+                + (f", {want.memory / 2**30:.1f} GiB" if want.memory else "")
+                + f"; nodes have: {have}"
+            )
+
+    def _fill(self) -> None:
+        """As many actors as the cluster has slots; called again as nodes join."""
+        nodes = [n for n in ray.nodes() if n["Alive"]]
+        slots = sum(_slots_on(n["Resources"], self._resources) for n in nodes)
+        wanted = min(slots, self._max_workers or slots)
+        for _ in range(wanted - len(self._workers)):
+            self._spawn()
+
+    def _spawn(self) -> None:
+        want = self._resources
+        worker_id = f"w{self._count}"
+        self._count += 1
+        env = {"OMP_NUM_THREADS": str(max(1, int(want.cpus))), "TOKENIZERS_PARALLELISM": "false"}
+        if want.gpus == 0:
+            env["CUDA_VISIBLE_DEVICES"] = ""  # an actor without GPUs would otherwise see all of them
+        options: dict[str, Any] = {
+            "num_cpus": want.cpus,
+            "num_gpus": want.gpus,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "runtime_env": {"env_vars": env},
+            "scheduling_strategy": "SPREAD",
+        }
+        if want.memory:
+            options["memory"] = want.memory
+        actor = ray.remote(concurrency_groups={"control": 1})(RayWorker).options(**options).remote(
+            worker_id, self._cache_dir, self._imports, want.memory
+        )
+        self._workers[worker_id] = _Worker(worker_id, actor, actor.hello.remote())
+
+    def _greet(self, timeout: float = 0.0) -> None:
+        """Collect the greetings of new actors; drop those that died before they could speak."""
+        waiting = {w.hello: w for w in self._workers.values() if w.info is None}
+        if not waiting:
+            return
+        ready, _ = ray.wait(list(waiting), num_returns=1, timeout=timeout)
+        if ready and len(waiting) > 1:
+            ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
+        for ref in ready:
+            worker = waiting[ref]
+            try:
+                hello = ray.get(ref)
+            except RayTaskError as error:
+                raise UserError(f"a worker could not start: {_last_line(error)}") from None
+            except RayError as error:
+                log.warning("worker %s died while starting: %s", worker.id, _last_line(error))
+                self._forget(worker)
+                continue
+            worker.stages = set(hello.pop("stages"))
+            worker.info = WorkerInfo(id=worker.id, **hello)
+
+    # work
+
+    def workers(self) -> list[WorkerInfo]:
+        return [w.info for w in self._workers.values() if w.info is not None]
+
+    def cached_stages(self) -> set[str]:
+        return set().union(*(w.stages for w in self._workers.values() if w.info is not None))
+
+    def submit(self, worker: str, item: WorkItem) -> None:
+        target = self._workers[worker]
+        fetch = self._fetch_plan(target, item)
+        if item.kind == "stage":
+            ref = target.actor.run_stage.remote(item.job.to_dict(), item.stage, fetch)
+        else:
+            ref = target.actor.run_job.remote(item.id, item.job.to_dict(), fetch)
+        target.items.append((item, ref))
+        self._by_ref[ref] = (target, item)
+
+    def _fetch_plan(self, target: _Worker, item: WorkItem) -> dict[str, list[Any]]:
+        """For stages that only another node holds: references to their files, owned by the driver.
+
+        References travel inside lists so that Ray does not resolve them before the call; a worker that has the files
+        by then (a shared disk) never fetches them.
+        """
+        plan: dict[str, list[Any]] = {}
+        assert target.info is not None
+        here = set().union(*(w.stages for w in self._workers.values() if w.info is not None and w.info.node == target.info.node))
+        for key in item.needs:
+            if key in here:
+                continue
+            home = next((w for w in self._workers.values() if key in w.stages), None)
+            if home is not None:
+                plan[key] = [home.actor.stage_files.remote(item.job.to_dict(), key)]
+                target.stages.add(key)
+        return plan
+
+    def poll(self, timeout: float) -> list[Event]:
+        self._tend()
+        if not self._by_ref:
+            if not self._events and timeout:
+                time.sleep(min(timeout, 0.05))
+        else:
+            refs = list(self._by_ref)
+            first, _ = ray.wait(refs, num_returns=1, timeout=0 if self._events else timeout)
+            if first:
+                ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+                for ref in ready:
+                    self._collect(ref)
+        self._report_progress()
+        events, self._events = self._events, []
+        return events
+
+    def _collect(self, ref: Any) -> None:
+        if ref not in self._by_ref:  # its worker was lost a moment ago
+            return
+        worker, item = self._by_ref[ref]
+        try:
+            result = ray.get(ref)
+        except INFRASTRUCTURE as error:
+            self._lose(worker, worker.reason or _last_line(error))
+            return
+        except RayTaskError as error:
+            # Runner turns a job's own exceptions into outcomes: this is a failure around the job, e.g. a lost stage.
+            self._lose(worker, _last_line(error))
+            return
+        del self._by_ref[ref]
+        worker.items = [(i, r) for i, r in worker.items if r != ref]
+        if item.kind == "stage" and result.get("ok"):
+            worker.stages.add(item.stage)
+        worker.stages.update(item.needs)
+        self._events.append(Done(worker.id, item, result))
+
+    def kill(self, worker: str, reason: str) -> None:
+        target = self._workers.get(worker)
+        if target is None:
+            return
+        target.reason = reason
+        with contextlib.suppress(RayError):
+            ray.kill(target.actor, no_restart=True)
+        self._lose(target, reason)
+
+    def _lose(self, worker: _Worker, reason: str) -> None:
+        items = tuple(item for item, _ in worker.items)
+        self._forget(worker)
+        with contextlib.suppress(RayError):
+            ray.kill(worker.actor, no_restart=True)
+        self._events.append(Lost(worker.id, items, reason))
+        self._last_node_check = 0.0
+
+    def _forget(self, worker: _Worker) -> None:
+        self._workers.pop(worker.id, None)
+        for _, ref in worker.items:
+            self._by_ref.pop(ref, None)
+
+    def _tend(self) -> None:
+        """Greet new actors; look now and then for new nodes and replace lost actors."""
+        if time.monotonic() - self._last_node_check > _NODE_CHECK_SECONDS:
+            self._last_node_check = time.monotonic()
+            self._fill()
+        self._greet()
+
+    def _report_progress(self) -> None:
+        if self._on_shard is None or time.monotonic() - self._last_progress < _PROGRESS_SECONDS:
+            return
+        self._last_progress = time.monotonic()
+        for worker in list(self._workers.values()):
+            if worker.progress is None:
+                if any(item.kind == "job" for item, _ in worker.items):
+                    worker.progress = worker.actor.progress.remote()
+                continue
+            ready, _ = ray.wait([worker.progress], timeout=0)
+            if not ready:
+                continue
+            try:
+                reports = ray.get(ready[0])
+            except (RayError, GetTimeoutError):
+                reports = []
+            worker.progress = None
+            by_id = {item.id: item for item, _ in worker.items}
+            for item_id, shard, mean, examples in reports:
+                item = by_id.get(item_id)
+                if item is not None and self._on_shard(ShardReport(worker.id, item, shard, mean, examples)):
+                    worker.actor.stop.remote(item_id)
+
+
+def _slots_on(have: dict[str, float], want: Resources) -> int:
+    """How many jobs of this size a node can hold."""
+    limits = [have.get("CPU", 0) / want.cpus if want.cpus else float("inf")]
+    if want.gpus:
+        whole = have.get("GPU", 0)
+        # A fraction must fit into one GPU; several GPUs must come whole.
+        limits.append(int(whole) * int(1 / want.gpus + 1e-9) if want.gpus < 1 else whole / want.gpus)
+    if want.memory:
+        limits.append(have.get("memory", 0) / want.memory)
+    slots = min(limits)
+    return 0 if slots == float("inf") else int(slots + 1e-9)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if isinstance(error, RayTaskError) else lines[0]}"[:500] if lines else type(error).__name__

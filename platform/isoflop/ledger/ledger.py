@@ -1,0 +1,242 @@
+"""Append-only ledger of one sweep.
+
+Each commit is one Parquet file, written aside, flushed and renamed (or uploaded) in one step: a reader sees all of a
+commit or nothing. A file that cannot be read is set aside, and its jobs run again. Many small files are folded into one
+when a driver opens the ledger; the folded file lists what it replaces, so that a kill between writing it and deleting
+the others doubles nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from isoflop.core.errors import UserError
+from isoflop.ledger.schema import SCHEMA, VERSION, empty, latest, to_table
+from isoflop.ledger.store import Store
+
+log = logging.getLogger(__name__)
+_REPLACES = b"isoflop.replaces"
+_FOLD_AT = 64  # files
+_LEASE_SECONDS = 120.0
+
+
+class LedgerBusy(UserError):
+    """Another driver writes this sweep."""
+
+
+class Ledger:
+    """Reads and appends rows. Any number of readers; one writer at a time (:meth:`lock`).
+
+    Args:
+        store: where sweeps are kept.
+        sweep: name.
+    """
+
+    def __init__(self, store: Store, sweep: str) -> None:
+        self.store = store
+        self.sweep = sweep
+        self.folder = store.path("sweeps", sweep, "ledger")
+        self.set_aside: list[str] = []
+        self._lock_file: IO[str] | None = None
+        self._lease: str | None = None
+        self._lease_time = 0.0
+        self._sequence = 0
+
+    # reading
+
+    def read(self, columns: list[str] | None = None) -> pa.Table:
+        """The row that counts for each job.
+
+        Args:
+            columns: read only these (fast on large ledgers); ``job_id`` and ``sequence`` are used to choose rows.
+        """
+        wanted = None if columns is None else list(dict.fromkeys([*columns, "job_id", "sequence"]))
+        table = latest(self.history(wanted))
+        return table if columns is None else table.select(columns)
+
+    def history(self, columns: list[str] | None = None) -> pa.Table:
+        """Every row ever committed, repeated attempts of a job included."""
+        for _ in range(20):
+            try:
+                return self._read_once(columns)
+            except FileNotFoundError:  # a writer folded files between our listing and our reading
+                time.sleep(0.05)
+        raise UserError(f"{self.folder}: files keep vanishing while they are read")
+
+    def _read_once(self, columns: list[str] | None) -> pa.Table:
+        tables: dict[str, pa.Table] = {}
+        replaced: set[str] = set()
+        for name in self.store.names(self.folder, ".parquet"):
+            loaded = self._read_file(name, columns)
+            if loaded is None:
+                continue
+            tables[name] = loaded.cast(_subset(loaded.column_names))
+            listed = (loaded.schema.metadata or {}).get(_REPLACES)
+            if listed:
+                replaced.update(json.loads(listed))
+        kept = [t for name, t in tables.items() if name not in replaced]
+        if not kept:
+            return empty() if columns is None else empty().select(columns)
+        return pa.concat_tables(kept)
+
+    def _read_file(self, name: str, columns: list[str] | None) -> pa.Table | None:
+        path = f"{self.folder}/{name}"
+        try:
+            with self.store.fs.open_input_file(path) as file:
+                parquet = pq.ParquetFile(file)
+                table = parquet.read(columns=columns)
+                version = (parquet.schema_arrow.metadata or {}).get(b"isoflop.ledger", b"").decode()
+                if version != VERSION:
+                    raise UserError(f"{path}: ledger version {version or 'unknown'}; this isoflop reads version {VERSION}")
+                return table.replace_schema_metadata(parquet.schema_arrow.metadata)
+        except (pa.ArrowInvalid, OSError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            self._set_aside(name, error)
+            return None
+
+    def _set_aside(self, name: str, error: Exception) -> None:
+        """A torn or foreign file: keep it for inspection, out of the way. Only the writer moves files."""
+        log.warning("%s/%s cannot be read (%s); its jobs will run again", self.folder, name, error)
+        self.set_aside.append(name)
+        if self.locked:
+            target = self.store.path("sweeps", self.sweep, "torn")
+            self.store.fs.create_dir(target, recursive=True)
+            self.store.fs.move(f"{self.folder}/{name}", f"{target}/{name}")
+
+    # writing
+
+    @property
+    def sequence(self) -> int:
+        """Number of the last row written."""
+        return self._sequence
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> int:
+        """Commit rows; they are durable when this returns. Returns how many.
+
+        Raises:
+            StoreError: nothing of these rows was kept; earlier commits are untouched.
+        """
+        self._need_lock()
+        numbered = []
+        for row in rows:
+            self._sequence += 1
+            numbered.append({**row, "sequence": self._sequence})
+        if numbered:
+            self._write(to_table(numbered), f"{self._sequence:012d}-{uuid.uuid4().hex[:8]}.parquet")
+        return len(numbered)
+
+    def fold(self, at_least: int = _FOLD_AT) -> bool:
+        """Fold small files into one when there are ``at_least`` of them; True when it did."""
+        self._need_lock()
+        names = self.store.names(self.folder, ".parquet")
+        if len(names) < at_least:
+            return False
+        table = self.history()
+        metadata = {**(SCHEMA.metadata or {}), _REPLACES: json.dumps(names).encode()}
+        self._write(table.replace_schema_metadata(metadata), f"{self._sequence:012d}-fold-{uuid.uuid4().hex[:8]}.parquet")
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                self.store.fs.delete_file(f"{self.folder}/{name}")
+        return True
+
+    def _write(self, table: pa.Table, name: str) -> None:
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        self.store.write(f"{self.folder}/{name}", buffer.getvalue())
+        if self._lease is not None and time.monotonic() - self._lease_time > _LEASE_SECONDS / 4:
+            self.renew()
+
+    # one writer
+
+    @property
+    def locked(self) -> bool:
+        """Whether this object holds the writer's lock."""
+        return self._lock_file is not None or self._lease is not None
+
+    def lock(self) -> Ledger:
+        """Become the sweep's writer.
+
+        On a local store the kernel releases the lock when the process dies, however it dies. On a remote store it is a
+        lease that a dead driver leaves behind for at most two minutes.
+
+        Raises:
+            LedgerBusy: another driver holds it; says which process on which host.
+        """
+        if self.locked:
+            return self
+        path = self.store.path("sweeps", self.sweep, "lock")
+        me = f"process {os.getpid()} on {socket.gethostname()}"
+        if self.store.local is not None:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            file = open(path, "a+")  # noqa: SIM115 - held for the life of the driver
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                file.close()
+                raise LedgerBusy(f"sweep {self.sweep!r} is being written by {holder}; wait for it, stop it, or give this run another name") from None
+            file.truncate(0)
+            file.write(me)
+            file.flush()
+            self._lock_file = file
+        else:
+            self._take_lease(path, me)
+        history = self.history(["sequence", "job_id"])
+        self._sequence = max(history["sequence"].to_pylist(), default=0)
+        return self
+
+    def renew(self) -> None:
+        """Keep a lease on a remote store alive; call it every minute. Nothing to do on a local store."""
+        if self._lease is not None:
+            path = self.store.path("sweeps", self.sweep, "lock")
+            self.store.write(path, json.dumps({"holder": self._lease, "time": time.time()}).encode())
+            self._lease_time = time.monotonic()
+
+    def unlock(self) -> None:
+        """Let another driver write."""
+        if self._lock_file is not None:
+            self._lock_file.truncate(0)
+            self._lock_file.close()
+            self._lock_file = None
+        if self._lease is not None:
+            with contextlib.suppress(FileNotFoundError):
+                self.store.fs.delete_file(self.store.path("sweeps", self.sweep, "lock"))
+            self._lease = None
+
+    def _take_lease(self, path: str, me: str) -> None:
+        held = self.store.read(path)
+        if held:
+            lease = json.loads(held)
+            age = time.time() - lease["time"]
+            if age < _LEASE_SECONDS:
+                raise LedgerBusy(f"sweep {self.sweep!r} is being written by {lease['holder']} (seen {age:.0f} s ago); wait for it or stop it")
+        self._lease = f"{me} {uuid.uuid4().hex[:6]}"
+        self.renew()
+        time.sleep(0.2)
+        now = json.loads(self.store.read(path) or b"{}")
+        if now.get("holder") != self._lease:
+            self._lease = None
+            raise LedgerBusy(f"sweep {self.sweep!r} is being written by {now.get('holder')}; wait for it or stop it")
+
+    def _need_lock(self) -> None:
+        if not self.locked:
+            raise RuntimeError("a ledger is written only under its lock")
+
+
+def _subset(names: list[str]) -> pa.Schema:
+    return pa.schema([SCHEMA.field(n) for n in names])

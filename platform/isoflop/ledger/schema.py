@@ -1,0 +1,84 @@
+"""The schema of a ledger row, in the order: identity, axes, quality, footprint, provenance.
+
+Footprint columns and where their numbers come from:
+
+* ``flops`` (per answer) is counted by ``torch.utils.flop_counter`` on one example, as are its parts ``flops_llm``,
+  ``flops_vision`` and ``flops_method``; element-wise operations are not counted.
+* ``seconds`` (per answer), ``weight_bytes``, ``kv_bytes`` and ``peak_bytes`` are measured on the live model.
+* everything else that a task or method reports is in ``footprint``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+VERSION = "1"
+
+_IDENTITY = [
+    ("job_id", pa.string()),
+    ("trial_id", pa.string()),
+    ("trial_number", pa.int64()),
+    ("sweep", pa.string()),
+    ("model", pa.string()),
+    ("method", pa.string()),
+    ("family", pa.string()),
+    ("knobs", pa.string()),
+    ("task", pa.string()),
+    ("repeat", pa.int32()),
+    ("seed", pa.int64()),
+    ("status", pa.string()),
+]
+_AXES = [("N", pa.int64()), ("V", pa.float64()), ("Q", pa.float64()), ("ratio", pa.float64()), ("bits", pa.float64())]
+_QUALITY = [
+    ("error", pa.float64()),
+    ("error_se", pa.float64()),
+    ("n_examples", pa.int32()),
+    ("metrics", pa.map_(pa.string(), pa.float64())),
+    ("scores", pa.list_(pa.float32())),
+    ("shard_sizes", pa.list_(pa.int32())),
+]
+FOOTPRINT_COLUMNS = ("flops", "flops_llm", "flops_vision", "flops_method", "seconds", "peak_bytes", "weight_bytes", "kv_bytes")
+_FOOTPRINT = [(name, pa.float64()) for name in FOOTPRINT_COLUMNS] + [("footprint", pa.map_(pa.string(), pa.float64()))]
+_PROVENANCE = [
+    ("spec", pa.string()),
+    ("versions", pa.map_(pa.string(), pa.string())),
+    ("host", pa.string()),
+    ("device", pa.string()),
+    ("worker", pa.string()),
+    ("attempt", pa.int32()),
+    ("started", pa.timestamp("us", tz="UTC")),
+    ("finished", pa.timestamp("us", tz="UTC")),
+    ("wall_seconds", pa.float64()),
+    ("model_was_warm", pa.bool_()),
+    ("mlflow_run_id", pa.string()),
+    ("error_type", pa.string()),
+    ("error_text", pa.string()),
+    ("sequence", pa.int64()),
+]
+
+SCHEMA = pa.schema(_IDENTITY + _AXES + _QUALITY + _FOOTPRINT + _PROVENANCE, metadata={"isoflop.ledger": VERSION})
+
+
+def to_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Rows as a table; absent columns are null."""
+    return pa.Table.from_pylist([dict(r) for r in rows], schema=SCHEMA)
+
+
+def empty() -> pa.Table:
+    """A table without rows."""
+    return SCHEMA.empty_table()
+
+
+def latest(table: pa.Table) -> pa.Table:
+    """The row that counts for each job: the last one written. Order of first appearance is kept."""
+    if table.num_rows == 0:
+        return table
+    indexed = table.append_column("_row", pa.array(range(table.num_rows), pa.int64()))
+    newest = indexed.sort_by([("sequence", "ascending"), ("_row", "ascending")])
+    grouped = newest.group_by("job_id", use_threads=False).aggregate([("_row", "last"), ("sequence", "min"), ("_row", "min")])
+    order = pc.sort_indices(grouped, sort_keys=[("sequence_min", "ascending"), ("_row_min", "ascending")])
+    return table.take(grouped["_row_last"].take(order))

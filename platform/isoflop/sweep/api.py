@@ -1,0 +1,238 @@
+"""The Python API: ``isoflop.run``, ``isoflop.open`` and what an opened sweep can be asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from isoflop.core.errors import UserError, unknown
+from isoflop.core.yaml_source import parse_yaml
+from isoflop.execute import Executor, LocalExecutor, Resources
+from isoflop.ledger import Ledger, Store
+from isoflop.search import make_proposer
+from isoflop.sweep import results as results_module
+from isoflop.sweep.driver import Driver, Summary
+from isoflop.sweep.progress import LogFile, Progress, Quiet
+from isoflop.sweep.resolve import Sweep, resolve
+from isoflop.sweep.spec import SweepSpec
+from isoflop.track import MlflowTracker, NullTracker, Tracker
+
+EXECUTORS = ("ray", "local")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run, as opposed to what; none of it changes a result.
+
+    Attributes:
+        store: overrides the spec's.
+        executor: "ray", or "local" for this process.
+        ray_address: of a running cluster; None starts a private one on this host.
+        node_ip: the driver's own address, on hosts that have several.
+        tracking_uri: MLflow; None for the store's own database, "none" for no tracking.
+        workers: upper bound on parallel jobs.
+        cache_dir: of stages; None for the default.
+        track_wait: seconds to wait at the end for MLflow to catch up.
+    """
+
+    store: str | None = None
+    executor: str = "ray"
+    ray_address: str | None = None
+    node_ip: str | None = None
+    tracking_uri: str | None = None
+    workers: int | None = None
+    cache_dir: str | Path | None = None
+    retry_failed: bool = False
+    track_wait: float = 600.0
+
+
+def run(given: str | Path | Mapping[str, Any], progress: Progress | None = None, **options: Any) -> SweepResults:
+    """Run a sweep, or what is missing of it, and return its results.
+
+    Args:
+        given: path of a YAML file, or the same content as a dict.
+        progress: told what happens; quiet by default.
+        options: fields of :class:`RunOptions`.
+
+    Raises:
+        UserError: the spec, an option or the environment is wrong; says what to mend.
+    """
+    chosen = RunOptions(**options)
+    if chosen.executor not in EXECUTORS:
+        raise unknown("executor", chosen.executor, EXECUTORS)
+    sweep = resolve(given)
+    return run_resolved(sweep, chosen, progress or Quiet())
+
+
+def run_resolved(sweep: Sweep, options: RunOptions, progress: Progress) -> SweepResults:
+    """Run a resolved sweep; see :func:`run`."""
+    spec = sweep.spec
+    store = Store.open(options.store or spec.store)
+    ledger = Ledger(store, spec.name).lock()
+    log_path = store.local / "sweeps" / spec.name / "log.txt" if store.local else None
+    log = LogFile(log_path, progress)
+    tracker = make_tracker(store, spec.name, options.tracking_uri)
+    executor = make_executor(sweep, options)
+    try:
+        ledger.fold()
+        save_spec(store, sweep)
+        log.line(f"sweep {spec.name}: store {store.uri}")
+        tracker.start(sweep.source.text or json.dumps(sweep.source.data, indent=1), {"spec": spec.digest, "store": store.uri})
+        executor.start()
+        proposer = make_proposer(
+            sweep.space,
+            spec.search.sampler,
+            spec.search.pruner,
+            [o.direction for o in spec.objectives],
+            spec.seed,
+            spec.search.options,
+            spec.search.pruner_options,
+        )
+        summary = Driver(sweep, ledger, executor, proposer, tracker, log, options.retry_failed).run()
+        executor.close(now=summary.interrupted)
+        opened = SweepResults(store, spec.name, sweep, summary)
+        findings = opened.findings()
+        findings.save(store, spec.name)
+        tracker.finish(findings.artifacts(), findings.metrics(), findings.markdown(), "KILLED" if summary.interrupted else "FINISHED")
+        _await_tracker(tracker, options.track_wait, log)
+        return opened
+    finally:
+        executor.close(now=True)
+        tracker.close(0.0)
+        ledger.unlock()
+        log.close()
+
+
+def make_tracker(store: Store, name: str, uri: str | None) -> Tracker:
+    """The tracker for a store: its own SQLite database unless another URI is given; "none" for nothing."""
+    if uri == "none":
+        return NullTracker()
+    own = own_tracking_uri(store)
+    chosen = uri or own
+    if chosen is None:
+        raise UserError(f"store {store.uri} is not on this host, so it cannot hold MLflow's database; give --tracking-uri, or --tracking-uri none")
+    root = f"file://{store.local / 'mlartifacts' / name}" if store.local and not chosen.startswith("http") else None
+    return MlflowTracker(chosen, name, root)
+
+
+def own_tracking_uri(store: Store) -> str | None:
+    """The database beside the sweeps, for a store on this host."""
+    return f"sqlite:///{store.local / 'mlflow.db'}" if store.local else None
+
+
+def make_executor(sweep: Sweep, options: RunOptions) -> Executor:
+    """The executor that the options ask for; not started."""
+    block = sweep.spec.resources
+    if options.executor == "local":
+        return LocalExecutor(options.cache_dir, threads=max(1, int(block.cpus)))
+    from isoflop.execute.ray_executor import RayExecutor
+
+    return RayExecutor(
+        Resources(block.cpus, block.gpus, block.memory),
+        options.ray_address,
+        options.cache_dir,
+        options.workers,
+        sweep.spec.imports,
+        options.node_ip,
+    )
+
+
+def _await_tracker(tracker: Tracker, wait: float, log: LogFile) -> None:
+    if tracker.backlog():
+        log.line(f"waiting for MLflow: {tracker.backlog()} rows to go")
+    left = tracker.close(wait)
+    if left or tracker.problem:
+        log.line(f"MLflow does not show everything yet ({left} rows; {tracker.problem or 'too slow'}); `isoflop resume` will bring the rest")
+
+
+def save_spec(store: Store, sweep: Sweep) -> None:
+    """Keep the YAML beside the results, for ``resume`` and for whoever reads the store later."""
+    text = sweep.source.text or json.dumps(sweep.source.data, indent=1)
+    store.write(store.path("sweeps", sweep.spec.name, "sweep.yaml"), text.encode())
+
+
+class SweepResults:
+    """A sweep's results. Reading executes nothing that the store holds.
+
+    Attributes:
+        name: of the sweep.
+        summary: how the session went, when this came from :func:`run`.
+    """
+
+    def __init__(self, store: Store, name: str, sweep: Sweep | None = None, summary: Summary | None = None) -> None:
+        self.store = store
+        self.name = name
+        self.summary = summary
+        self._sweep = sweep
+
+    def __repr__(self) -> str:
+        return f"<isoflop sweep {self.name!r} in {self.store.uri}: {self.results(columns=['job_id']).num_rows} jobs>"
+
+    @property
+    def sweep(self) -> Sweep:
+        """The resolved spec as it was last run."""
+        if self._sweep is None:
+            self._sweep = resolve_stored(self.store, self.name)
+        return self._sweep
+
+    @property
+    def spec(self) -> SweepSpec:
+        """The spec as it was last run."""
+        return self.sweep.spec
+
+    def results(self, columns: Sequence[str] | None = None, everything: bool = False) -> pa.Table:
+        """One row per job as an Arrow table; see :mod:`isoflop.ledger.schema` for the columns.
+
+        Args:
+            columns: only these.
+            everything: also rows of jobs that the sweep's YAML no longer contains.
+        """
+        ledger = Ledger(self.store, self.name)
+        wanted = None if columns is None else list(dict.fromkeys([*columns, "spec"]))
+        table = ledger.read(wanted)
+        if not everything:
+            table = self.sweep.current(table)
+        return table if columns is None else table.select(list(columns))
+
+    def fit(self, law: str = "product", y: str = "error", by: Sequence[str] = ("task",), **options: Any) -> Any:
+        """Fit a scaling law on the finished jobs; see :func:`isoflop.laws.fit`."""
+        from isoflop import laws
+
+        return laws.fit(results_module.usable(self.results()), law=law, y=y, by=tuple(by), **options)
+
+    def frontier(self, law: str = "product", y: str = "error", by: Sequence[str] = ("task",), **options: Any) -> Any:
+        """The best configuration per budget that a law supports; see :func:`isoflop.frontier.frontier`."""
+        return results_module.frontier_of(usable := results_module.usable(self.results()), self.fit(law, y, by), options) if options is not None else usable
+
+    def findings(self) -> results_module.Findings:
+        """The laws and frontiers that the sweep's YAML asks for."""
+        return results_module.find(self.sweep.spec, results_module.usable(self.results()))
+
+
+def open_sweep(name: str, store: str | None = None) -> SweepResults:
+    """Open a sweep by name. Raises UserError with the nearest name when the store has none of that name."""
+    opened = Store.open(store)
+    names = opened.sweeps()
+    if name not in names:
+        raise unknown(f"sweep (store {opened.uri})", name, names)
+    return SweepResults(opened, name)
+
+
+def resolve_stored(store: Store, name: str) -> Sweep:
+    """The spec that lies beside a sweep's results."""
+    path = store.path("sweeps", name, "sweep.yaml")
+    data = store.read(path)
+    if data is None:
+        raise UserError(f"{path}: no such file; the sweep has no spec")
+    source = parse_yaml(data.decode(), path)
+    return resolve(source.data if source.data is not None else {})
+
+
+def resolve_table(source: str, store: str | None = None) -> pa.Table:
+    """The usable rows of a sweep by name, for the law commands."""
+    return results_module.usable(open_sweep(source, store).results())

@@ -1,0 +1,394 @@
+"""The driver: asks the search, hands jobs to workers, commits rows, tells the search and the tracker.
+
+One loop, one thread. A result counts once its row is durable in the ledger; the search and MLflow hear of it after
+that. Everything else (the queue, open trials, the study) is rebuilt from the ledger when a driver starts, so that it may
+be killed at any line.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from isoflop.core.errors import Infeasible, UserError
+from isoflop.execute import Done, Executor, Lost, ShardReport, WorkItem
+from isoflop.jobs import Job, Outcome, ResolvedJob
+from isoflop.ledger import Ledger
+from isoflop.search import Proposer
+from isoflop.sweep.progress import Progress, Snapshot
+from isoflop.sweep.queue import Pending, WorkQueue
+from isoflop.sweep.resolve import Sweep
+from isoflop.sweep.rows import make_row
+from isoflop.sweep.trials import Trial, TrialBook
+from isoflop.track import Tracker
+
+_COMMIT_SECONDS = 0.25
+_COMMIT_ROWS = 200
+_POLL_SECONDS = 0.1
+_SHORT_JOB = 2.0  # seconds; only short jobs are queued behind another on the same worker
+_EAGER = ("grid", "random", "qmc")  # these do not learn from outcomes, so asking ahead costs nothing
+
+
+@dataclass
+class Summary:
+    """How a session ended."""
+
+    cached: int = 0
+    ok: int = 0
+    failed: int = 0
+    infeasible: int = 0
+    pruned: int = 0
+    left: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+    stages: int = 0
+    affinity: float = 0.0
+    reason: str = ""
+
+    @property
+    def ran(self) -> int:
+        """Jobs that got a row in this session."""
+        return self.ok + self.failed + self.infeasible + self.pruned
+
+
+@dataclass
+class _Slot:
+    """What a worker has been given, the running item first."""
+
+    items: list[WorkItem]
+    since: float
+
+
+class Driver:
+    """Runs one sweep in one session.
+
+    Args:
+        sweep: resolved spec.
+        ledger: locked for writing.
+        executor: started.
+        retry_failed: run jobs with status failed again.
+        clock: monotonic seconds; another one in simulated time.
+    """
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        ledger: Ledger,
+        executor: Executor,
+        proposer: Proposer,
+        tracker: Tracker,
+        progress: Progress,
+        retry_failed: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._sweep = sweep
+        self._spec = sweep.spec
+        self._ledger = ledger
+        self._executor = executor
+        self._tracker = tracker
+        self._progress = progress
+        self._retry_failed = retry_failed
+        self._clock = clock
+        self._proposer = proposer
+        self._trials = TrialBook(sweep, proposer)
+        self._queue = WorkQueue(self._spec.limits.retries, executor.cached_stages())
+        self._slots: dict[str, _Slot] = {}
+        self._rows: list[dict[str, Any]] = []
+        self._summary = Summary()
+        self._state = Snapshot()
+        self._job_seconds = 0.0
+        self._flops = 0.0
+        self._exhausted = False
+        self._interrupts = 0
+        self._last_commit = 0.0
+
+    def run(self) -> Summary:
+        """Run until the search is exhausted, the budget ends, or somebody interrupts. Returns how it went."""
+        self._started = self._clock()
+        self._restore()
+        if self._spec.search.pruner != "none":
+            self._executor.watch(self._on_shard)
+        try:
+            with self._signals():
+                while self._step():
+                    pass
+        except KeyboardInterrupt:
+            self._summary.interrupted = True
+            self._progress.line("stopped at once; running jobs are dropped and will run again")
+        finally:
+            self._commit(force=True)
+        self._summary.left = len(self._queue) + self._queue.running
+        self._summary.seconds = self._clock() - self._started
+        self._summary.affinity = self._queue.affinity_hits / max(1, self._queue.dispatched)
+        self._show()
+        return self._summary
+
+    # beginning
+
+    def _restore(self) -> None:
+        """Take over what earlier sessions left in the ledger."""
+        everything = self._ledger.read()
+        self._tracker.catch_up(everything)
+        table = self._sweep.current(everything)
+        self._count_rows(table)
+        for trial, jobs in self._trials.restore(table, self._retry_failed):
+            self._enqueue(trial, jobs)
+        if self._ledger.set_aside:
+            self._progress.line(f"{len(self._ledger.set_aside)} unreadable ledger files were set aside; their jobs run again")
+        if self._summary.cached:
+            self._progress.line(f"{self._summary.cached} jobs have results already")
+
+    def _count_rows(self, table: pa.Table) -> None:
+        statuses = table["status"].to_pylist()
+        self._summary.cached = sum(1 for s in statuses if not (self._retry_failed and s == "failed"))
+        for flops, answers in zip(table["flops"].to_pylist(), table["n_examples"].to_pylist(), strict=True):
+            self._flops += (flops or 0.0) * (answers or 0)
+
+    def _enqueue(self, trial: Trial, jobs: list[Job]) -> None:
+        for job in jobs:
+            try:
+                self._queue.add(job, ResolvedJob.of(job))
+            except Infeasible as error:
+                outcome = Outcome("infeasible", started=time.time(), error_type="Infeasible", error_text=str(error))
+                self._record(job, outcome, attempt=0)
+
+    # the loop
+
+    def _step(self) -> bool:
+        """One round; False when nothing is left to do."""
+        if not self._interrupts:
+            self._ask()
+            self._dispatch()
+        busy = bool(self._slots) and any(slot.items for slot in self._slots.values())
+        if not busy and not self._rows and (self._interrupts or not len(self._queue)):
+            return False
+        for event in self._executor.poll(_POLL_SECONDS if not self._rows else 0.02):
+            if isinstance(event, Done):
+                self._on_done(event)
+            else:
+                self._on_lost(event)
+        self._enforce_deadlines()
+        self._commit()
+        self._show()
+        return True
+
+    def _ask(self) -> None:
+        """Keep the queue a little fuller than the workers need."""
+        if self._exhausted:
+            return
+        if (reason := self._budget_ended()) is not None:
+            self._exhausted = True
+            self._summary.reason = reason
+            dropped = self._queue.drop_waiting()
+            self._progress.line(f"budget: {reason}" + (f"; {dropped} queued jobs are left" if dropped else ""))
+            return
+        slots = max(1, len(self._executor.workers()))
+        eager = self._spec.search.sampler in _EAGER
+        per_trial = len(self._sweep.task_options) * self._spec.repeats
+        wanted = max(4 * slots, 16) if eager else 2 * slots
+        missing = wanted - (len(self._queue) if eager else self._trials.open_count * per_trial)
+        count = -(-missing // per_trial)
+        if self._spec.budget.trials is not None:
+            count = min(count, self._spec.budget.trials - self._trials.count)
+        if count <= 0:
+            if self._spec.budget.trials is not None and self._trials.count >= self._spec.budget.trials:
+                self._exhausted = True
+                self._summary.reason = f"{self._spec.budget.trials} trials"
+            return
+        proposals = self._proposer.ask(count)
+        if not proposals and self._trials.open_count == 0:
+            self._exhausted = True
+        if not proposals and eager:
+            self._exhausted = True
+        for proposal in proposals:
+            trial = self._trials.open(proposal.number, proposal.config)
+            self._enqueue(trial, list(trial.jobs.values()))
+
+    def _budget_ended(self) -> str | None:
+        budget = self._spec.budget
+        have = self._summary.cached + self._summary.ran
+        if budget.jobs is not None and have + self._queue.running >= budget.jobs:
+            return f"{budget.jobs} jobs"
+        if budget.hours is not None and self._clock() - self._started >= budget.hours * 3600:
+            return f"{budget.hours:g} hours"
+        if budget.flops is not None and self._flops >= budget.flops:
+            return f"{budget.flops:g} FLOPs"
+        return None
+
+    def _dispatch(self) -> None:
+        workers = self._executor.workers()
+        for worker in workers:
+            self._slots.setdefault(worker.id, _Slot([], self._clock()))
+        depth = 2 if self._job_seconds < _SHORT_JOB else 1
+        for level in range(depth):
+            for worker in workers:
+                slot = self._slots[worker.id]
+                if len(slot.items) != level or (level and slot.items[0].kind == "stage"):
+                    continue
+                if self._budget_ended() is not None:
+                    return
+                item = self._queue.next_for(worker.id, jobs_only=bool(level))
+                if item is None:
+                    continue
+                if not slot.items:
+                    slot.since = self._clock()
+                slot.items.append(item)
+                self._executor.submit(worker.id, item)
+
+    # events
+
+    def _on_done(self, event: Done) -> None:
+        slot = self._slots.get(event.worker)
+        if slot is not None:
+            slot.items = [i for i in slot.items if i.id != event.item.id]
+            slot.since = self._clock()
+        if event.item.kind == "stage":
+            self._on_stage(event)
+        else:
+            self._on_job(event)
+
+    def _on_stage(self, event: Done) -> None:
+        result: Mapping[str, Any] = event.result
+        if result["ok"]:
+            self._queue.stage_done(event.item.stage)
+            self._summary.stages += 1
+            if result["seconds"]:
+                self._progress.line(f"stage {event.item.stage} computed by {event.worker} in {result['seconds']:.1f} s")
+            return
+        failure = self._queue.stage_failed(event.item.stage, result["status"], result["error_type"], result["error_text"])
+        if failure is None:
+            self._progress.line(f"stage {event.item.stage} failed, will be tried again: {result['error_text']}")
+            return
+        for pending in failure.jobs:
+            text = f"stage {failure.key}: {failure.error_text}"
+            outcome = Outcome("infeasible" if failure.status == "infeasible" else "failed", started=time.time(), error_type=failure.error_type, error_text=text)
+            self._record(pending.job, outcome, event.item.job.repeat)
+
+    def _on_job(self, event: Done) -> None:
+        outcome: Outcome = event.result
+        job = event.item.job
+        self._job_seconds = outcome.seconds if not self._job_seconds else 0.8 * self._job_seconds + 0.2 * outcome.seconds
+        if outcome.status == "failed":
+            exhausted = self._queue.job_failed(job.id, event.worker)
+            if exhausted is None:
+                self._progress.line(f"{_title(job)} failed, will be tried again: {outcome.error_type}: {outcome.error_text}")
+                return
+            self._record(job, outcome, exhausted.attempt)
+        else:
+            self._record(job, outcome, self._queue.job_done(job.id).attempt)
+
+    def _on_lost(self, event: Lost) -> None:
+        self._slots.pop(event.worker, None)
+        self._progress.line(f"worker {event.worker} lost: {event.reason}")
+        exhausted: list[Pending] = self._queue.worker_lost(event.worker, event.items, blame_first=True)
+        for item in event.items[:1]:
+            if item.kind == "stage" and not self._queue.stage_attempts_left(item.stage):
+                failure = self._queue.stage_failed(item.stage, "failed", "WorkerLost", event.reason)
+                exhausted += failure.jobs if failure else []
+        for pending in exhausted:
+            outcome = Outcome("failed", started=time.time(), worker=event.worker, error_type="WorkerLost", error_text=event.reason)
+            self._record(pending.job, outcome, pending.attempt)
+
+    def _on_shard(self, report: ShardReport) -> bool:
+        return self._trials.report(report.item.job.id, report.shard, report.mean_error)
+
+    def _enforce_deadlines(self) -> None:
+        limits = self._spec.limits
+        for worker, slot in list(self._slots.items()):
+            if not slot.items:
+                continue
+            allowed = limits.stage_timeout if slot.items[0].kind == "stage" else limits.timeout
+            if self._clock() - slot.since > allowed:
+                self._executor.kill(worker, f"passed the deadline of {allowed:g} s")
+
+    # rows
+
+    def _record(self, job: Job, outcome: Outcome, attempt: int) -> None:
+        number = self._trials.of(job.id).number
+        self._rows.append(make_row(self._spec.name, number, job, outcome, attempt))
+        setattr(self._summary, outcome.status, getattr(self._summary, outcome.status) + 1)
+        self._flops += outcome.footprint.get("flops", 0.0) * len(outcome.errors)
+        result = f"error {sum(outcome.errors) / len(outcome.errors):.4f}" if outcome.errors else f"{outcome.error_type}: {outcome.error_text}"
+        self._progress.line(f"{_title(job)} {outcome.status} on {outcome.worker or '-'} in {outcome.seconds:.1f} s: {result}")
+
+    def _commit(self, force: bool = False) -> None:
+        if not self._rows:
+            return
+        due = self._clock() - self._last_commit >= _COMMIT_SECONDS or len(self._rows) >= _COMMIT_ROWS
+        if not (force or due):
+            return
+        rows, self._rows = self._rows, []
+        try:
+            self._ledger.append(rows)
+        except UserError:
+            self._rows = rows
+            raise
+        self._last_commit = self._clock()
+        first = self._ledger.sequence - len(rows) + 1
+        for offset, row in enumerate(rows):
+            row["sequence"] = first + offset
+        self._trials.record(rows)
+        self._tracker.push(rows)
+
+    # outside
+
+    def _show(self) -> None:
+        state, done = self._state, self._summary
+        state.done, state.cached = done.cached + done.ran, done.cached
+        state.ok, state.failed, state.infeasible, state.pruned = done.ok, done.failed, done.infeasible, done.pruned
+        state.running, state.waiting = self._queue.running, len(self._queue)
+        state.total = self._expected()
+        state.elapsed = self._clock() - self._started
+        left = None if state.total is None else state.total - state.done
+        state.eta = state.elapsed / done.ran * left if done.ran and left is not None else None
+        state.best = self._trials.best
+        state.stages_done, state.stages_left = done.stages, self._queue.stages_left
+        state.backlog, state.problem = self._tracker.backlog(), self._tracker.problem
+        state.draining = bool(self._interrupts)
+        now = self._clock()
+        state.doing = {
+            worker: f"{_title(slot.items[0].job) if slot.items[0].kind == 'job' else slot.items[0].stage} ({now - slot.since:.0f} s)" if slot.items else "idle"
+            for worker, slot in self._slots.items()
+        }
+        self._progress.update(state)
+
+    def _expected(self) -> int | None:
+        per_trial = len(self._sweep.task_options) * self._spec.repeats
+        sizes = [n for n in (self._proposer.size(), self._spec.budget.trials) if n is not None]
+        jobs = [min(sizes) * per_trial] if sizes else []
+        if self._spec.budget.jobs is not None:
+            jobs.append(self._spec.budget.jobs)
+        return min(jobs) if jobs else None
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """First Ctrl-C (or SIGTERM, which schedulers send before they kill): drain. Second: stop now."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def interrupt(number: int, frame: Any) -> None:
+            self._interrupts += 1
+            self._summary.interrupted = True
+            if self._interrupts > 1:
+                raise KeyboardInterrupt
+            self._progress.line(f"{signal.Signals(number).name}: waiting for {self._queue.running} running jobs; once more to stop now")
+
+        old = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+def _title(job: Job) -> str:
+    knobs = " ".join(f"{k.rsplit('.', 1)[-1]}={v}" for k, v in job.knobs().items())
+    return " ".join(p for p in (job.model, job.method_label, knobs, job.task, f"r{job.repeat}" if job.repeat else "") if p)

@@ -1,0 +1,233 @@
+"""What to run next, and where: jobs, the stages they share, warm models, attempts. Pure bookkeeping, no clock, no Ray.
+
+A stage is computed by exactly one worker, and the jobs that need it wait until it is there: single flight falls out of
+there being one queue. A worker is given, in this order, a stage that others wait for, a job whose model it holds warm,
+a job whose model no other worker holds, any job.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from itertools import count
+
+from isoflop.execute import WorkItem
+from isoflop.jobs import Job, ResolvedJob
+
+_WARM_MODELS = 4  # as many as a worker keeps
+
+
+@dataclass
+class Pending:
+    """A job that has no result yet."""
+
+    job: Job
+    model_key: str
+    stages: tuple[str, ...]
+    attempt: int = 0
+    avoid: str | None = None  # worker on which it failed last
+
+
+@dataclass
+class _StageState:
+    key: str
+    deps: frozenset[str]
+    job: Job  # any job that needs it: workers rebuild the stage from it
+    waiting: set[str] = field(default_factory=set)
+    attempt: int = 0
+    running: bool = False
+
+
+@dataclass
+class StageFailure:
+    """A stage that failed for good, with the jobs that can therefore not run."""
+
+    key: str
+    status: str
+    error_type: str
+    error_text: str
+    jobs: list[Pending]
+
+
+class WorkQueue:
+    """Args:
+    retries: how often a failed job or stage is tried again.
+    cached: keys of stages that exist already.
+    """
+
+    def __init__(self, retries: int, cached: set[str] | None = None) -> None:
+        self._retries = retries
+        self._available: set[str] = set(cached or ())
+        self._stages: dict[str, _StageState] = {}
+        self._blocked: dict[str, Pending] = {}
+        self._ready: OrderedDict[str, deque[Pending]] = OrderedDict()
+        self._running: dict[str, Pending] = {}
+        self._warm: dict[str, OrderedDict[str, None]] = {}
+        self._ids = count()
+        self.affinity_hits = 0
+        self.dispatched = 0
+
+    # filling
+
+    def add(self, job: Job, resolved: ResolvedJob) -> None:
+        """Queue a job; its stages are computed first unless they exist."""
+        stages = resolved.stages()
+        pending = Pending(job, resolved.model_key, tuple(s.key for s in stages))
+        missing = [s for s in stages if s.key not in self._available]
+        for stage in missing:
+            state = self._stages.setdefault(stage.key, _StageState(stage.key, frozenset(d.key for d in stage.deps()), job))
+            state.waiting.add(job.id)
+        if missing:
+            self._blocked[job.id] = pending
+        else:
+            self._make_ready(pending)
+
+    def __len__(self) -> int:
+        """Jobs that are not running yet."""
+        return len(self._blocked) + sum(len(q) for q in self._ready.values())
+
+    @property
+    def running(self) -> int:
+        """Jobs that a worker has."""
+        return len(self._running)
+
+    @property
+    def stages_left(self) -> int:
+        """Stages that are not there yet."""
+        return len(self._stages)
+
+    # dispatch
+
+    def next_for(self, worker: str, jobs_only: bool = False) -> WorkItem | None:
+        """The best item for a worker, or None when there is nothing for it now."""
+        if not jobs_only:
+            stage = self._next_stage()
+            if stage is not None:
+                stage.running = True
+                stage.attempt += 1
+                return WorkItem(f"s{next(self._ids)}", "stage", stage.job, stage.key, tuple(sorted(stage.deps)))
+        pending = self._next_job(worker)
+        if pending is None:
+            return None
+        pending.attempt += 1
+        self._running[pending.job.id] = pending
+        self.dispatched += 1
+        warm = self._warm.setdefault(worker, OrderedDict())
+        self.affinity_hits += pending.model_key in warm
+        warm[pending.model_key] = None
+        warm.move_to_end(pending.model_key)
+        while len(warm) > _WARM_MODELS:
+            warm.popitem(last=False)
+        return WorkItem(f"j{next(self._ids)}", "job", pending.job, needs=pending.stages)
+
+    def _next_stage(self) -> _StageState | None:
+        best: _StageState | None = None
+        for state in self._stages.values():
+            if state.running or not state.deps <= self._available or not state.waiting:
+                continue
+            if best is None or len(state.waiting) > len(best.waiting):  # the one that most jobs wait for
+                best = state
+        return best
+
+    def _next_job(self, worker: str) -> Pending | None:
+        if not self._ready:
+            return None
+        warm = self._warm.get(worker, OrderedDict())
+        elsewhere = {key for other, keys in self._warm.items() if other != worker for key in keys}
+        keys = [k for k in reversed(warm) if k in self._ready]
+        keys += [k for k in self._ready if k not in warm and k not in elsewhere]
+        keys += [k for k in self._ready if k not in warm and k in elsewhere]
+        others = len(self._warm) > 1
+        for key in keys:
+            bucket = self._ready[key]
+            for index, pending in enumerate(bucket):
+                if pending.avoid == worker and others:
+                    continue
+                del bucket[index]
+                if not bucket:
+                    del self._ready[key]
+                return pending
+        return None
+
+    # outcomes
+
+    def stage_done(self, key: str) -> None:
+        """A stage exists now."""
+        self._available.add(key)
+        state = self._stages.pop(key, None)
+        for job_id in state.waiting if state else ():
+            pending = self._blocked.get(job_id)
+            if pending is not None and all(s in self._available for s in pending.stages):
+                self._make_ready(self._blocked.pop(job_id))
+
+    def stage_failed(self, key: str, status: str, error_type: str, error_text: str) -> StageFailure | None:
+        """A stage failed; None when it will be tried again."""
+        state = self._stages.get(key)
+        if state is None:
+            return None
+        state.running = False
+        if status != "infeasible" and state.attempt <= self._retries:
+            return None
+        del self._stages[key]
+        jobs = [p for p in (self._blocked.pop(j, None) for j in state.waiting) if p is not None]
+        for other in self._stages.values():
+            other.waiting -= state.waiting
+        self._stages = {k: s for k, s in self._stages.items() if s.waiting or s.running}
+        return StageFailure(key, status, error_type, error_text, jobs)
+
+    def job_done(self, job_id: str) -> Pending:
+        """A job has its final result."""
+        return self._running.pop(job_id)
+
+    def job_failed(self, job_id: str, worker: str) -> Pending | None:
+        """A job failed; None when it is queued again, else the job to be recorded as failed."""
+        pending = self._running.pop(job_id)
+        if pending.attempt > self._retries:
+            return pending
+        pending.avoid = worker
+        self._make_ready(pending)
+        return None
+
+    def worker_lost(self, worker: str, items: tuple[WorkItem, ...], blame_first: bool) -> list[Pending]:
+        """Requeue what a dead worker had; returns jobs that have used up their attempts.
+
+        The first item was running and may be what killed the worker, so it loses an attempt; the others only waited.
+        """
+        self._warm.pop(worker, None)
+        exhausted: list[Pending] = []
+        for index, item in enumerate(items):
+            guilty = blame_first and index == 0
+            if item.kind == "stage":
+                state = self._stages.get(item.stage)
+                if state is not None:
+                    state.running = False
+                    state.attempt -= 0 if guilty else 1
+                continue
+            pending = self._running.pop(item.job.id, None)
+            if pending is None:
+                continue
+            if not guilty:
+                pending.attempt -= 1
+            elif pending.attempt > self._retries:
+                exhausted.append(pending)
+                continue
+            self._make_ready(pending)
+        return exhausted
+
+    def stage_attempts_left(self, key: str) -> bool:
+        """Whether a stage may be tried again."""
+        state = self._stages.get(key)
+        return state is not None and state.attempt <= self._retries
+
+    def drop_waiting(self) -> int:
+        """Forget everything that is not running; returns how many jobs that were."""
+        dropped = len(self)
+        self._blocked.clear()
+        self._ready.clear()
+        self._stages = {k: s for k, s in self._stages.items() if s.running}
+        for state in self._stages.values():
+            state.waiting.clear()
+        return dropped
+
+    def _make_ready(self, pending: Pending) -> None:
+        self._ready.setdefault(pending.model_key, deque()).append(pending)

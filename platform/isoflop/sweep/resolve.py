@@ -1,0 +1,316 @@
+"""From a validated spec to what can be searched and run: names looked up, knobs turned into a space, points into jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from isoflop.core.errors import Infeasible, UserError, unknown
+from isoflop.core.knobs import KnobSpec, check_knobs
+from isoflop.core.yaml_source import KeyPath, Source
+from isoflop.jobs import Job, MethodSpec, ResolvedJob
+from isoflop.jobs.job import versions_of
+from isoflop.methods.base import METHODS, method_knobs
+from isoflop.models.base import family_of
+from isoflop.search import Branch, Config, Param, Space, Zip
+from isoflop.search.space import Exclusion, Value
+from isoflop.sweep.spec import KnobEntry, MethodEntry, SweepSpec, import_modules, load_spec
+from isoflop.tasks.base import TASKS
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A spec with everything it names looked up. Build it with :func:`resolve`."""
+
+    spec: SweepSpec
+    source: Source
+    space: Space
+    task_options: Mapping[str, dict[str, Any]]
+    branch_methods: Mapping[str, tuple[str, ...]]
+
+    def methods_of(self, config: Config) -> tuple[MethodSpec, ...]:
+        """The methods of a point with all of their knobs."""
+        out = []
+        for position, name in enumerate(self.branch_methods[str(config["method"])]):
+            prefix = _prefix(str(config["method"]), position)
+            given = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix) and "." not in k.removeprefix(prefix)}
+            out.append(MethodSpec.of(name, check_knobs(METHODS.get(name), given, f"method {name}")))
+        return tuple(out)
+
+    def jobs_of(self, config: Config) -> list[Job]:
+        """The jobs of a trial: one per task and repeat."""
+        methods = self.methods_of(config)
+        return [self._job(str(config["model"]), methods, task, repeat) for repeat in range(self.spec.repeats) for task in self.task_options]
+
+    def _job(self, model: str, methods: tuple[MethodSpec, ...], task: str, repeat: int) -> Job:
+        entry = next(m for m in self.spec.models if m.ref == model)
+        names = tuple(m.name for m in methods)
+        return Job(
+            model=model,
+            methods=methods,
+            task=task,
+            repeat=repeat,
+            seed=self.spec.seed + repeat,
+            model_options=tuple(sorted(entry.options.items())),
+            task_options=tuple(sorted(self.task_options[task].items())),
+            versions=tuple(sorted(self._versions(model, names, task).items())),
+        )
+
+    def _versions(self, model: str, methods: tuple[str, ...], task: str) -> dict[str, str]:
+        key = (model, methods, task)
+        if key not in self._version_cache:
+            options = next(m.options for m in self.spec.models if m.ref == model)
+            self._version_cache[key] = versions_of(model, options, methods, task)
+        return self._version_cache[key]
+
+    @cached_property
+    def _version_cache(self) -> dict[tuple[str, tuple[str, ...], str], dict[str, str]]:
+        return {}
+
+    def config_of(self, job: Job) -> Config:
+        """The point of the space that a job of this sweep came from."""
+        label = job.method_label
+        config: Config = {"model": job.model, "method": label}
+        branch = self.space.by_label.get(label)
+        wanted = {p.name for p in branch.params} if branch else set()
+        for position, method in enumerate(job.methods):
+            prefix = _prefix(label, position)
+            config.update({prefix + k: v for k, v in method.knobs if prefix + k in wanted})
+        return config
+
+    def admits(self, job: Job) -> bool:
+        """Whether a job, perhaps of an earlier version of the YAML, still belongs to the sweep."""
+        config = self.config_of(job)
+        if job.task not in self.task_options or job.repeat >= self.spec.repeats or not self.space.contains(config):
+            return False
+        return self._job(job.model, self.methods_of(config), job.task, job.repeat).id == job.id
+
+    def current(self, table: pa.Table) -> pa.Table:
+        """The rows of a ledger that belong to the sweep as it is now."""
+        import json
+
+        keep = [self.admits(Job.from_dict(json.loads(text))) for text in table["spec"].to_pylist()]
+        return table.filter(pa.array(keep, pa.bool_()))
+
+
+def resolve(given: Any) -> Sweep:
+    """Load and resolve a spec (path or dict). Raises UserError for anything that can be known before a job runs."""
+    spec, source = load_spec(given)
+    import_modules(spec, source)
+    branches, methods = [], {}
+    zips = _zips(spec)
+    zipped = {path for z in zips for path in z.paths}
+    for index, composition in enumerate(spec.methods):
+        label = "+".join(m.name for m in composition)
+        params: list[Param] = []
+        for position, method in enumerate(composition):
+            path: KeyPath = ("methods", index) if len(composition) == 1 else ("methods", index, position)
+            params.extend(_params(method, _prefix(label, position), path, source, zips))
+        branches.append(Branch(label, tuple(params)))
+        methods[label] = tuple(m.name for m in composition)
+    _check_models(spec, source)
+    tasks = _task_options(spec, source)
+    _check_objectives(spec, source)
+    space = Space(tuple(m.ref for m in spec.models), tuple(branches), zips, _excludes(spec, source, branches))
+    _check_zips(spec, source, space, zipped)
+    sweep = Sweep(spec, source, space, tasks, methods)
+    _check_grid(sweep)
+    return sweep
+
+
+def _prefix(label: str, position: int) -> str:
+    """Knobs are ``quecc.k``; in a composition the method's own name prefixes each, and a second use of it is numbered."""
+    names = label.split("+")
+    name = names[position]
+    twin = names[:position].count(name)
+    base = f"{name}{twin + 1 if twin else ''}"
+    return f"{base}." if len(names) == 1 else f"{label}/{base}."
+
+
+def _params(method: MethodEntry, prefix: str, path: KeyPath, source: Source, zips: tuple[Zip, ...]) -> Iterator[Param]:
+    where = source.where(path)
+    METHODS.get(method.name, where)
+    specs = method_knobs(method.name)
+    here: KeyPath = (*path, method.name)
+    for name in method.knobs:
+        if name not in specs:
+            raise unknown(f"knob of method {method.name}", name, specs, source.where((*here, name)))
+    zip_values = {p: tuple(dict.fromkeys(v for row in z.rows for q, v in row if q == p)) for z in zips for p in z.paths}
+    for name, spec in specs.items():
+        full = prefix + name
+        entry = method.knobs.get(name)
+        place = source.where((*here, name))
+        if full in zip_values:
+            if entry is not None:
+                raise UserError(f"{place}: {full} gets its values from zip; remove one of the two")
+            yield Param(full, tuple(spec.check(v, source.where(("zip",))) for v in zip_values[full]))
+        elif entry is not None:
+            yield _param(full, spec, entry, prefix, specs, place, method.name)
+        elif spec.required:
+            raise UserError(f"{source.where(here)}: method {method.name} needs a value for {name}; allowed: {spec.describe()}")
+
+
+def _param(full: str, spec: KnobSpec, entry: KnobEntry, prefix: str, specs: Mapping[str, KnobSpec], place: str, method: str) -> Param:
+    when = []
+    for other, allowed in entry.when.items():
+        if other not in specs:
+            raise unknown(f"knob of method {method}", other, specs, f"{place}.when")
+        listed = allowed if isinstance(allowed, (list, tuple)) else (allowed,)
+        when.append((prefix + other, tuple(specs[other].check(v, f"{place}.when") for v in listed)))
+    default = None if spec.required else spec.default
+    if when and default is None:
+        raise UserError(f"{place}: {spec.name} has no default to take when its condition does not hold")
+    common: dict[str, Any] = {"when": tuple(when), "default": default}
+    if entry.values is not None:
+        return Param(full, tuple(spec.check(v, place) for v in entry.values), **common)
+    bounds = entry.low is not None or entry.high is not None or entry.step is not None or entry.log is not None
+    if entry.value is not None:
+        if bounds:
+            raise UserError(f"{place}: give a value or a range, not both")
+        return Param(full, (spec.check(entry.value, place),), **common)
+    return _range(full, spec, entry, place, common)
+
+
+def _range(full: str, spec: KnobSpec, entry: KnobEntry, place: str, common: dict[str, Any]) -> Param:
+    """A range given in the YAML, completed by the method's own declaration."""
+    knob = spec.knob
+    if spec.type is bool:
+        return Param(full, (False, True), **common)
+    if knob.choices is not None:
+        values = tuple(
+            c for c in knob.choices
+            if isinstance(c, str) or ((entry.low is None or c >= entry.low) and (entry.high is None or c <= entry.high))
+        )
+        if not values:
+            raise UserError(f"{place}: no allowed value of {spec.name} lies in this range; allowed: {spec.describe()}")
+        return Param(full, values, **common)
+    if spec.type is str:
+        raise UserError(f"{place}: {spec.name} is text and has no range; give a value or a list")
+    low = entry.low if entry.low is not None else knob.low
+    high = entry.high if entry.high is not None else knob.high
+    if low is None or high is None:
+        raise UserError(f"{place}: {spec.name} needs low and high; the method declares {spec.describe()}")
+    spec.check(low, place)
+    spec.check(high, place)
+    if low > high:
+        raise UserError(f"{place}: the range from {low:g} to {high:g} is empty; allowed: {spec.describe()}")
+    log = (knob.log and entry.step is None) if entry.log is None else entry.log
+    step = entry.step if entry.step is not None else (None if log else knob.step)
+    if spec.type is int and step is not None and step != int(step):
+        raise UserError(f"{place}: the step of {spec.name}, a whole number, cannot be {step:g}")
+    return Param(full, None, low, high, step, log, spec.type is int, **common)
+
+
+def _check_models(spec: SweepSpec, source: Source) -> None:
+    for index, entry in enumerate(spec.models):
+        where = source.where(("models", index))
+        try:
+            family_of(entry.ref, where).info(entry.ref, entry.options)
+        except UserError as error:
+            raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
+
+
+def _task_options(spec: SweepSpec, source: Source) -> dict[str, dict[str, Any]]:
+    out = {}
+    for index, entry in enumerate(spec.tasks):
+        where = source.where(("tasks", index))
+        out[entry.name] = dict(check_knobs(TASKS.get(entry.name, where), entry.options, f"task {entry.name}", where))
+    return out
+
+
+def _check_objectives(spec: SweepSpec, source: Source) -> None:
+    names = [t.name for t in spec.tasks]
+    for index, objective in enumerate(spec.objectives):
+        if objective.task is not None and objective.task not in names:
+            raise unknown("task of this sweep", objective.task, names, source.where(("objectives", index, "task")))
+
+
+def _zips(spec: SweepSpec) -> tuple[Zip, ...]:
+    out = []
+    for index, block in enumerate(spec.zip):
+        rows = tuple(tuple((path, values[i]) for path, values in block.items()) for i in range(max(map(len, block.values()), default=0)) if all(i < len(v) for v in block.values()))
+        if rows:
+            out.append(Zip(f"zip{index}", rows))
+    return tuple(out)
+
+
+def _check_zips(spec: SweepSpec, source: Source, space: Space, zipped: set[str]) -> None:
+    known = {"model", "method"} | {p.name for b in space.branches for p in b.params}
+    for index, block in enumerate(spec.zip):
+        where = source.where(("zip", index))
+        if len(block) < 2:
+            raise UserError(f"{where}: a zip block couples two or more parameters; this one has {len(block)}")
+        lengths = {path: len(values) for path, values in block.items()}
+        if len(set(lengths.values())) > 1:
+            raise UserError(f"{where}: lists that move together must be equally long; lengths: " + ", ".join(f"{p} {n}" for p, n in lengths.items()))
+        if 0 in lengths.values():
+            raise UserError(f"{where}: the lists are empty")
+        for path, values in block.items():
+            if path not in known:
+                raise unknown("parameter", path, known, where)
+            for fixed, options in (("model", space.models), ("method", tuple(b.label for b in space.branches))):
+                for value in values if path == fixed else ():
+                    if value not in options:
+                        raise unknown(f"{fixed} of this sweep", value, options, f"{where}: {path}")
+    if len(zipped) < sum(len(block) for block in spec.zip):
+        raise UserError(f"{source.where(('zip',))}: a parameter stands in two zip blocks")
+
+
+def _excludes(spec: SweepSpec, source: Source, branches: list[Branch]) -> tuple[Exclusion, ...]:
+    params = {p.name: p for b in branches for p in b.params}
+    known = {"model": tuple(m.ref for m in spec.models), "method": tuple(b.label for b in branches)}
+    out = []
+    for index, block in enumerate(spec.exclude):
+        rule = []
+        for path, values in block.items():
+            where = source.where(("exclude", index, path))
+            listed = tuple(values) if isinstance(values, (list, tuple)) else (values,)
+            if path not in params and path not in known:
+                raise unknown("parameter", path, [*known, *params], where)
+            for value in listed:
+                if path in known and value not in known[path]:
+                    raise unknown(f"{path} of this sweep", value, known[path], where)
+                if path in params and not params[path].contains(value):
+                    raise UserError(f"{where}: {path} never takes the value {value!r} in this sweep")
+            rule.append((path, listed))
+        if not rule:
+            raise UserError(f"{source.where(('exclude', index))}: an empty block would exclude everything")
+        out.append(tuple(rule))
+    return tuple(out)
+
+
+def _check_grid(sweep: Sweep) -> None:
+    """In a grid every point will run, so an impossible one is an error now; samplers meet impossible points as they go."""
+    if sweep.spec.search.sampler != "grid":
+        corners: list[Config] = []
+        for branch in sweep.space.branches:
+            if all(p.values is not None and len(p.values) == 1 for p in branch.params):
+                corners.extend({"model": m, "method": branch.label, **{p.name: _only(p) for p in branch.params}} for m in sweep.space.models)
+        points: Any = corners
+    else:
+        points = sweep.space.grid()
+    empty = True
+    for config in points:
+        empty = False
+        for job in sweep.jobs_of(config)[: len(sweep.task_options)]:
+            try:
+                ResolvedJob.of(job)
+            except Infeasible as error:
+                place = next((i for i, b in enumerate(sweep.space.branches) if b.label == config["method"]), 0)
+                raise UserError(f"{sweep.source.where(('methods', place))}: {error}; leave it out with exclude: {_hint(config)}") from None
+    if empty and sweep.spec.search.sampler == "grid":
+        raise UserError(f"{sweep.source.where(('exclude',))}: nothing is left to run; every combination is excluded")
+
+
+def _only(param: Param) -> Value:
+    assert param.values is not None
+    return param.values[0]
+
+
+def _hint(config: Config) -> str:
+    knobs = ", ".join(f"{k}: {v}" for k, v in config.items() if k not in ("model", "method"))
+    return "{" + f"model: {config['model']}, " + (knobs or f"method: {config['method']}") + "}"

@@ -1,0 +1,100 @@
+"""Result rows: from a job and what a worker reported to the columns of the ledger, and back to trial outcomes."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+from isoflop import __version__
+from isoflop.jobs import Job, Outcome
+from isoflop.ledger.schema import FOOTPRINT_COLUMNS
+from isoflop.methods.base import METHODS
+from isoflop.sweep.spec import Objective
+
+FINAL_OK = ("ok", "pruned")
+
+
+def make_row(sweep: str, trial_number: int, job: Job, outcome: Outcome, attempt: int) -> dict[str, Any]:
+    """A ledger row (``sequence`` and ``mlflow_run_id`` are set by those who know them)."""
+    scores = np.asarray(outcome.errors, dtype=np.float64)
+    started = dt.datetime.fromtimestamp(outcome.started or dt.datetime.now().timestamp(), dt.UTC)
+    footprint = {k: float(v) for k, v in outcome.footprint.items()}
+    return {
+        "job_id": job.id,
+        "trial_id": job.trial_id,
+        "trial_number": trial_number,
+        "sweep": sweep,
+        "model": job.model,
+        "method": job.method_label,
+        "family": "+".join(METHODS.get(m.name).family for m in job.methods),
+        "knobs": json.dumps(job.knobs(), sort_keys=True),
+        "task": job.task,
+        "repeat": job.repeat,
+        "seed": job.seed,
+        "status": outcome.status,
+        "N": int(outcome.axes["N"]) if "N" in outcome.axes else None,
+        **{axis: outcome.axes.get(axis) for axis in ("V", "Q", "ratio", "bits")},
+        "error": float(scores.mean()) if len(scores) else None,
+        "error_se": float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else None,
+        "n_examples": len(scores) or None,
+        "metrics": sorted(outcome.metrics.items()),
+        "scores": outcome.errors or None,
+        "shard_sizes": outcome.shard_sizes or None,
+        **{name: footprint.get(name) for name in FOOTPRINT_COLUMNS},
+        "footprint": sorted(footprint.items()),
+        "spec": json.dumps(job.to_dict(), sort_keys=True),
+        "versions": sorted({**software(), **dict(job.versions)}.items()),
+        "host": outcome.host,
+        "device": outcome.device,
+        "worker": outcome.worker,
+        "attempt": attempt,
+        "started": started,
+        "finished": started + dt.timedelta(seconds=outcome.seconds),
+        "wall_seconds": outcome.seconds,
+        "model_was_warm": outcome.model_was_warm,
+        "error_type": outcome.error_type or None,
+        "error_text": outcome.error_text or None,
+    }
+
+
+@cache
+def software() -> dict[str, str]:
+    """Versions that a result may depend on."""
+    out = {"isoflop": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "numpy", "ray", "optuna"):
+        try:
+            out[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return out
+
+
+def objective_values(objectives: Sequence[Objective], rows: Sequence[Mapping[str, Any]]) -> tuple[float, ...] | None:
+    """The objective values of a trial: means over its rows; None when one cannot be had (a failed job, a missing metric)."""
+    values = []
+    for objective in objectives:
+        chosen = [r for r in rows if objective.task is None or r["task"] == objective.task]
+        found = [row_value(r, objective.metric) for r in chosen]
+        if not found or any(v is None or not np.isfinite(v) for v in found):
+            return None
+        values.append(float(np.mean([v for v in found if v is not None])))
+    return tuple(values)
+
+
+def row_value(row: Mapping[str, Any], metric: str) -> float | None:
+    """A number of a row by name: a column, else a metric, else a footprint key."""
+    value = row.get(metric)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    for column in ("metrics", "footprint"):
+        entries = dict(row.get(column) or ())
+        if metric in entries:
+            return float(entries[metric])
+    return None

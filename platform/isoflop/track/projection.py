@@ -1,0 +1,159 @@
+"""Writes runs through MLflow's public client; everything here may be repeated without doubling anything."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import logging
+import sqlite3
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag, ViewType
+from mlflow.exceptions import MlflowException
+
+from isoflop.track.run_data import RunData
+
+log = logging.getLogger(__name__)
+SEQUENCE_TAG = "isoflop.sequence"
+PARENT_TAG = "isoflop.parent"
+_BATCH = 900  # of 1,000 metrics per request
+
+
+class Projection:
+    """The sweep's experiment, parent run and nested runs.
+
+    Args:
+        uri: tracking URI.
+        experiment: name.
+        artifact_root: for a new experiment; None leaves it to the server.
+    """
+
+    def __init__(self, uri: str, experiment: str, artifact_root: str | None) -> None:
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        _prepare_sqlite(uri)
+        self._client = MlflowClient(tracking_uri=uri)
+        self._experiment_id = self._find_experiment(experiment, artifact_root)
+        _use_wal(uri)
+        self._name = experiment
+        self._parent_id = ""
+        self._runs: dict[str, tuple[str, int]] = {}  # job id -> (run id, sequence shown; 0 while half written)
+        self._load_runs()
+
+    def begin(self, spec_text: str, params: Mapping[str, str]) -> None:
+        """Create the parent run, or set it running again."""
+        found = self._client.search_runs([self._experiment_id], f"tags.`{PARENT_TAG}` = 'true'", max_results=1)
+        if found:
+            self._parent_id = found[0].info.run_id
+            self._client.update_run(self._parent_id, status="RUNNING")
+        else:
+            run = self._client.create_run(self._experiment_id, run_name=f"sweep {self._name}", tags={PARENT_TAG: "true", **_source_tags()})
+            self._parent_id = run.info.run_id
+        for key, value in params.items():
+            self._client.set_tag(self._parent_id, f"isoflop.{key}", value)
+        self._client.log_text(self._parent_id, spec_text, "sweep.yaml")
+
+    def show(self, data: RunData) -> None:
+        """Make MLflow show one row."""
+        run_id, shown = self._runs.get(data.job_id, ("", 0))
+        if shown == data.sequence:
+            return
+        if not run_id:
+            tags = {"mlflow.parentRunId": self._parent_id, **_source_tags(), **data.tags}
+            run_id = self._client.create_run(self._experiment_id, start_time=data.start_ms, run_name=data.name, tags=tags).info.run_id
+            self._runs[data.job_id] = (run_id, 0)
+        metrics = [Metric(k, v, data.end_ms, 0) for k, v in data.metrics.items()]
+        metrics += [Metric(k, v, data.end_ms, step) for k, step, v in data.steps]
+        params = [Param(k, v) for k, v in data.params.items()]
+        tags = [RunTag(k, v) for k, v in data.tags.items()]
+        self._client.log_batch(run_id, metrics=metrics[:_BATCH], params=params[:100], tags=tags)
+        for begin in range(_BATCH, len(metrics), _BATCH):
+            self._client.log_batch(run_id, metrics=metrics[begin : begin + _BATCH])
+        self._client.set_terminated(run_id, data.status, data.end_ms)
+        # last: a run without it is half written and will be completed
+        self._client.set_tag(run_id, SEQUENCE_TAG, str(data.sequence))
+        self._runs[data.job_id] = (run_id, data.sequence)
+
+    def show_missing(self, table: pa.Table) -> None:
+        """Make MLflow show those rows of a ledger that it does not show yet."""
+        shown = {job_id: sequence for job_id, (_, sequence) in self._runs.items()}
+        pairs = zip(table["job_id"].to_pylist(), table["sequence"].to_pylist(), strict=True)
+        missing = [index for index, (job_id, sequence) in enumerate(pairs) if shown.get(job_id) != sequence]
+        for begin in range(0, len(missing), 100):  # rows hold per-example scores: not all at once as Python objects
+            for row in table.take(pa.array(missing[begin : begin + 100], pa.int64())).to_pylist():
+                self.show(RunData.of(row))
+
+    def end(self, artifacts: Sequence[Any], metrics: Mapping[str, float], note: str, status: str) -> None:
+        """Attach laws, frontiers and plots to the parent run and end it."""
+        with tempfile.TemporaryDirectory() as folder:
+            for artifact in artifacts:
+                path = Path(folder) / artifact.path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                content = artifact.content
+                path.write_bytes(content.encode() if isinstance(content, str) else content)
+            if artifacts:
+                self._client.log_artifacts(self._parent_id, folder)
+        if metrics:
+            self._client.log_batch(self._parent_id, metrics=[Metric(k, v, 0, 0) for k, v in metrics.items()])
+        self._client.set_tag(self._parent_id, "mlflow.note.content", note[:8000])
+        self._client.set_terminated(self._parent_id, status)
+
+    def _find_experiment(self, name: str, artifact_root: str | None) -> str:
+        found = self._client.get_experiment_by_name(name)
+        if found is not None:
+            if found.lifecycle_stage == "deleted":
+                self._client.restore_experiment(found.experiment_id)
+            return str(found.experiment_id)
+        try:
+            return str(self._client.create_experiment(name, artifact_location=artifact_root))
+        except MlflowException:
+            again = self._client.get_experiment_by_name(name)  # another driver was faster
+            if again is None:
+                raise
+            return str(again.experiment_id)
+
+    def _load_runs(self) -> None:
+        """Which rows MLflow shows already; a double of an interrupted session is deleted."""
+        token: str | None = None
+        while True:
+            page = self._client.search_runs([self._experiment_id], "tags.`isoflop.job_id` != ''", ViewType.ACTIVE_ONLY, 5000, page_token=token)
+            for run in page:
+                job_id = run.data.tags["isoflop.job_id"]
+                shown = int(run.data.tags.get(SEQUENCE_TAG, 0))
+                kept = self._runs.get(job_id)
+                if kept is not None:
+                    loser, winner = (run.info.run_id, kept) if kept[1] >= shown else (kept[0], (run.info.run_id, shown))
+                    self._client.delete_run(loser)
+                    self._runs[job_id] = winner
+                else:
+                    self._runs[job_id] = (run.info.run_id, shown)
+            token = page.token
+            if not token:
+                return
+
+
+def _source_tags() -> dict[str, str]:
+    return {"mlflow.user": getpass.getuser(), "mlflow.source.name": "isoflop", "mlflow.source.type": "LOCAL"}
+
+
+def _sqlite_path(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def _prepare_sqlite(uri: str) -> None:
+    path = _sqlite_path(uri)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _use_wal(uri: str) -> None:
+    """Readers (the UI) and the writer do not wait for each other; the setting stays with the file."""
+    path = _sqlite_path(uri)
+    if path is not None:
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")

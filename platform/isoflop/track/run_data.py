@@ -1,0 +1,113 @@
+"""What one ledger row looks like as an MLflow run: name, params, metrics, tags, within MLflow's limits."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_MAX_PARAM = 6000
+_MAX_TAG = 8000  # longer ones are cut silently
+_NAME = re.compile(r"[^A-Za-z0-9_\-. :/]")
+_STATUS = {"ok": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "infeasible": "FAILED"}
+_COLUMNS = (
+    "error", "error_se", "N", "V", "Q", "ratio", "bits", "flops", "flops_llm", "flops_vision", "flops_method",
+    "seconds", "peak_bytes", "weight_bytes", "kv_bytes", "wall_seconds", "n_examples",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One MLflow run. Times are milliseconds since the epoch."""
+
+    job_id: str
+    sequence: int
+    name: str
+    status: str
+    start_ms: int
+    end_ms: int
+    params: dict[str, str]
+    metrics: dict[str, float]
+    steps: tuple[tuple[str, int, float], ...]
+    tags: dict[str, str]
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> RunData:
+        """From a ledger row."""
+        start = int(row["started"].timestamp() * 1000)
+        end = int(row["finished"].timestamp() * 1000)
+        return cls(
+            job_id=row["job_id"],
+            sequence=int(row["sequence"]),
+            name=_run_name(row),
+            status=_STATUS[row["status"]],
+            start_ms=start,
+            end_ms=max(end, start),
+            params=_params(row),
+            metrics=_metrics(row),
+            steps=_steps(row),
+            tags=_tags(row),
+        )
+
+
+def _run_name(row: Mapping[str, Any]) -> str:
+    knobs = json.loads(row["knobs"] or "{}")
+    shown = " ".join(f"{k.rsplit('.', 1)[-1]} {v}" for k, v in list(knobs.items())[:3])
+    repeat = f" r{row['repeat']}" if row["repeat"] else ""
+    return f"{row['model']} {row['method']}{' ' + shown if shown else ''} {row['task']}{repeat}"[:250]
+
+
+def _params(row: Mapping[str, Any]) -> dict[str, str]:
+    knobs = json.loads(row["knobs"] or "{}")
+    params = {"model": row["model"], "method": row["method"], "task": row["task"], "repeat": row["repeat"], "seed": row["seed"], **knobs}
+    return {_safe(k): str(v)[:_MAX_PARAM] for k, v in params.items() if v is not None}
+
+
+def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
+    values = {name: row.get(name) for name in _COLUMNS}
+    values.update(dict(row.get("metrics") or ()))
+    values.update({k: v for k, v in dict(row.get("footprint") or ()).items() if k not in values})
+    # MLflow turns infinities into the largest float; leave them out
+    return {_safe(k): float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
+
+
+def _steps(row: Mapping[str, Any]) -> tuple[tuple[str, int, float], ...]:
+    """Mean error of each shard (step = shard), and the running mean."""
+    scores, sizes = row.get("scores") or [], row.get("shard_sizes") or []
+    out, begin = [], 0
+    for step, size in enumerate(sizes):
+        end = begin + size
+        out.append(("shard_error", step, sum(scores[begin:end]) / size))
+        out.append(("running_error", step, sum(scores[:end]) / end))
+        begin = end
+    return tuple(out)
+
+
+def _tags(row: Mapping[str, Any]) -> dict[str, str]:
+    tags = {
+        "isoflop.job_id": row["job_id"],
+        "isoflop.trial_id": row["trial_id"],
+        "isoflop.trial": row["trial_number"],
+        "isoflop.sweep": row["sweep"],
+        "isoflop.family": row["family"],
+        "isoflop.status": row["status"],
+        "isoflop.attempt": row["attempt"],
+        "isoflop.host": row["host"],
+        "isoflop.device": row["device"],
+        "isoflop.worker": row["worker"],
+        "isoflop.error_type": row["error_type"],
+        "isoflop.error": row["error_text"],
+        "isoflop.versions": json.dumps(dict(row["versions"] or ()), sort_keys=True),
+        "model": row["model"],
+        "method": row["method"],
+        "task": row["task"],
+    }
+    return {k: str(v)[:_MAX_TAG] for k, v in tags.items() if v is not None}
+
+
+def _safe(name: str) -> str:
+    """MLflow allows letters, digits and ``_ - . space : /`` in names, up to 250."""
+    return _NAME.sub("_", name)[:250]

@@ -1,0 +1,198 @@
+"""Feeds MLflow from ledger rows, in the background.
+
+The ledger is the truth and MLflow a projection of it: each row carries a sequence number, each MLflow run the number of
+the row it shows. After any crash, pushing all rows again writes what is missing, completes what was half written, and
+leaves the rest alone. A server that is down for a while delays the projection and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from isoflop.track.run_data import RunData
+
+log = logging.getLogger(__name__)
+Row = Mapping[str, Any]
+_RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file of the parent run: ``path`` inside it, ``text`` or bytes."""
+
+    path: str
+    content: str | bytes
+
+
+class Tracker(ABC):
+    """Life cycle: ``start``, any number of ``push``, ``finish``, ``close``. Nothing here ever blocks the driver for long."""
+
+    @abstractmethod
+    def start(self, spec_text: str, params: Mapping[str, str]) -> None:
+        """Begin (or take up again) the sweep's parent run."""
+
+    @abstractmethod
+    def push(self, rows: Iterable[Row]) -> None:
+        """Rows that are durable in the ledger; those that MLflow shows already cost nothing."""
+
+    @abstractmethod
+    def catch_up(self, table: pa.Table) -> None:
+        """Rows of earlier sessions, of which MLflow may lack some."""
+
+    @abstractmethod
+    def finish(self, artifacts: Iterable[Artifact], metrics: Mapping[str, float], note: str, status: str) -> None:
+        """Attach results to the parent run and end it."""
+
+    @abstractmethod
+    def backlog(self) -> int:
+        """Rows that MLflow does not show yet."""
+
+    @abstractmethod
+    def close(self, wait: float) -> int:
+        """Stop after at most ``wait`` seconds; returns the backlog that is left."""
+
+    @property
+    def problem(self) -> str:
+        """Why nothing moves, or an empty string."""
+        return ""
+
+
+class NullTracker(Tracker):
+    """Tracks nothing."""
+
+    def start(self, spec_text: str, params: Mapping[str, str]) -> None:
+        """Nothing to begin."""
+
+    def push(self, rows: Iterable[Row]) -> None:
+        """Rows stay in the ledger only."""
+
+    def catch_up(self, table: pa.Table) -> None:
+        """Rows stay in the ledger only."""
+
+    def finish(self, artifacts: Iterable[Artifact], metrics: Mapping[str, float], note: str, status: str) -> None:
+        """Nothing to end."""
+
+    def backlog(self) -> int:
+        return 0
+
+    def close(self, wait: float) -> int:
+        return 0
+
+
+class MlflowTracker(Tracker):
+    """One experiment per sweep, a parent run for the sweep, a nested run per job.
+
+    Args:
+        uri: MLflow tracking URI.
+        experiment: name; the sweep's.
+        artifact_root: where a new experiment keeps artifacts; None leaves that to a tracking server.
+    """
+
+    def __init__(self, uri: str, experiment: str, artifact_root: str | None = None) -> None:
+        self._uri = uri
+        self._experiment = experiment
+        self._artifact_root = artifact_root
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._pending = 0
+        self._count_lock = threading.Lock()
+        self._stop = threading.Event()
+        self._problem = ""
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._projection: Any = None
+
+    def start(self, spec_text: str, params: Mapping[str, str]) -> None:
+        self._queue.put(("start", spec_text, dict(params)))
+        self._thread.start()
+
+    def push(self, rows: Iterable[Row]) -> None:
+        batch = [RunData.of(row) for row in rows]
+        with self._count_lock:
+            self._pending += len(batch)
+        for data in batch:
+            self._queue.put(("row", data))
+
+    def catch_up(self, table: pa.Table) -> None:
+        self._queue.put(("catch_up", table))
+
+    def finish(self, artifacts: Iterable[Artifact], metrics: Mapping[str, float], note: str, status: str) -> None:
+        self._queue.put(("finish", list(artifacts), dict(metrics), note, status))
+
+    def backlog(self) -> int:
+        with self._count_lock:
+            return self._pending
+
+    @property
+    def problem(self) -> str:
+        return self._problem
+
+    def close(self, wait: float) -> int:
+        self._queue.put(("close",))
+        if self._thread.is_alive():
+            self._thread.join(wait)
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(2.0)
+        return self.backlog()
+
+    def _work(self) -> None:
+        while not self._stop.is_set():
+            try:
+                message = self._queue.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            if message[0] == "close":
+                return
+            self._insist(message)
+            if message[0] == "row":
+                with self._count_lock:
+                    self._pending -= 1
+
+    def _insist(self, message: tuple[Any, ...]) -> None:
+        """Handle one message, again and again while the server does not answer."""
+        attempt = 0
+        while not self._stop.is_set():
+            try:
+                self._handle(message)
+                self._problem = ""
+                return
+            except Exception as error:
+                self._problem = f"MLflow at {self._uri}: {' '.join(str(error).split())[:200]}"
+                if attempt == 0:
+                    log.warning("%s; trying again", self._problem)
+                self._stop.wait(_RETRY_SECONDS[min(attempt, len(_RETRY_SECONDS) - 1)])
+                attempt += 1
+
+    def _handle(self, message: tuple[Any, ...]) -> None:
+        if self._projection is None:
+            # Heavy import, and the first use of a database runs its migrations: both belong to this thread.
+            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+            from isoflop.track.projection import Projection
+
+            self._projection = Projection(self._uri, self._experiment, self._artifact_root)
+        kind = message[0]
+        if kind == "start":
+            self._projection.begin(message[1], message[2])
+        elif kind == "row":
+            self._projection.show(message[1])
+        elif kind == "catch_up":
+            self._projection.show_missing(message[1])
+        else:
+            self._projection.end(*message[1:])
+
+
+def wait_until_idle(tracker: Tracker, seconds: float) -> bool:
+    """Wait until MLflow shows everything that was pushed; False when time ran out."""
+    deadline = time.monotonic() + seconds
+    while tracker.backlog() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return tracker.backlog() == 0
