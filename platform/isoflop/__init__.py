@@ -1,5 +1,40 @@
-"""isoflop: which compression, at which ratio, on which model size, gives the least error at a fixed inference budget?"""
+"""isoflop: which compression, at which ratio, on which model size, gives the least error at a fixed inference budget?
+
+``run`` a sweep, ``open`` its results, ``fit`` scaling laws on them, ask for the inference-optimal ``frontier``.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from isoflop.frontier import pareto, sql
+    from isoflop.laws import compare, fit
+    from isoflop.sweep.api import SweepResults, run
+    from isoflop.sweep.api import open_sweep as open
+
+# Resolved at first use, so that `import isoflop` costs nothing.
+_LAZY = {
+    "run": ("isoflop.sweep.api", "run"),
+    "open": ("isoflop.sweep.api", "open_sweep"),
+    "SweepResults": ("isoflop.sweep.api", "SweepResults"),
+    "fit": ("isoflop.laws", "fit"),
+    "compare": ("isoflop.laws", "compare"),
+    "pareto": ("isoflop.frontier", "pareto"),
+    "sql": ("isoflop.frontier", "sql"),
+}
+__all__ = ["SweepResults", "compare", "fit", "open", "pareto", "run", "sql"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'isoflop' has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

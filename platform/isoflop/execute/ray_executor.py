@@ -63,6 +63,7 @@ class RayExecutor(Executor):
         max_workers: upper bound on slots.
         imports: modules to import in each worker (a sweep's ``import:``).
         node_ip: address of the driver's own node, for hosts that have several.
+        import_folder: further place to look for ``imports``.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class RayExecutor(Executor):
         max_workers: int | None = None,
         imports: tuple[str, ...] = (),
         node_ip: str | None = None,
-        log_dir: Path | None = None,
+        import_folder: str | None = None,
     ) -> None:
         self._resources = resources
         self._address = address
@@ -81,7 +82,7 @@ class RayExecutor(Executor):
         self._max_workers = max_workers
         self._imports = imports
         self._node_ip = node_ip
-        self._log_dir = log_dir
+        self._import_folder = import_folder
         self._workers: dict[str, _Worker] = {}
         self._by_ref: dict[Any, tuple[_Worker, WorkItem]] = {}
         self._count = 0
@@ -169,7 +170,7 @@ class RayExecutor(Executor):
         if want.memory:
             options["memory"] = want.memory
         actor = ray.remote(concurrency_groups={"control": 1})(RayWorker).options(**options).remote(
-            worker_id, self._cache_dir, self._imports, want.memory
+            worker_id, self._cache_dir, self._imports, self._import_folder, want.memory
         )
         self._workers[worker_id] = _Worker(worker_id, actor, actor.hello.remote())
 

@@ -6,6 +6,7 @@ import importlib
 import os
 import resource
 import socket
+import sys
 import threading
 from collections import deque
 from pathlib import Path
@@ -23,13 +24,16 @@ class RayWorker:
         name: the worker's id.
         cache_dir: stage cache on this host, or None for the default.
         imports: modules that register a sweep's own methods, models and tasks.
+        import_folder: further place to look for them.
         memory: limit in bytes on what jobs may add to this process, so that a leak becomes a MemoryError here instead
             of the host's out-of-memory killer.
     """
 
-    def __init__(self, name: str, cache_dir: str | None, imports: tuple[str, ...], memory: int | None) -> None:
+    def __init__(self, name: str, cache_dir: str | None, imports: tuple[str, ...], import_folder: str | None, memory: int | None) -> None:
         import torch
 
+        if imports and import_folder is not None:
+            sys.path.append(import_folder)
         for module in imports:
             importlib.import_module(module)
         # torch sizes its pool by the host's cores; several actors on one host would fight over them

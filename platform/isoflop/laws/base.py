@@ -78,6 +78,8 @@ class LawForm:
             a parameter that is not listed stays as it is.
         asymptote: the limit as every size grows, an expression in the parameters; empty when the form has none.
         derived: quantities that matter more than the parameters, as expressions in the parameters.
+        exchangeable: groups of parameters that may trade places (the breaks of a broken law); results come in ascending
+            order of each group's first name.
         search_points: size of the global search's design; starts: how many of its cells are polished.
         source: paper and equation.
     """
@@ -89,6 +91,7 @@ class LawForm:
     natural: Mapping[str, str] = field(default_factory=dict)
     asymptote: str = ""
     derived: Mapping[str, str] = field(default_factory=dict)
+    exchangeable: tuple[tuple[str, ...], ...] = ()
     search_points: int = 576
     starts: int = 8
     source: str = ""
@@ -175,6 +178,17 @@ class LawForm:
         out = np.array(p_BP, dtype=np.float64)
         for name, text in self.natural.items():
             out[:, self.names.index(name)] = parse(text, f"law {self.name!r}, unit of {name}")(values)
+        return out
+
+    def canonical(self, p_BP: Array) -> Array:
+        """Exchangeable groups in ascending order of their first parameter."""
+        if not self.exchangeable:
+            return p_BP
+        places = np.array([[self.names.index(n) for n in group] for group in self.exchangeable])
+        order = np.argsort(p_BP[:, places[:, 0]], axis=1, kind="stable")
+        out = p_BP.copy()
+        for k in range(len(places)):
+            out[:, places[k]] = np.take_along_axis(p_BP, places[order[:, k]], axis=1)
         return out
 
     def position(self, name: str) -> int:

@@ -82,7 +82,7 @@ def bootstrap(
         loss = solution.loss.reshape(resamples, n_starts)
         top = np.argmin(loss, axis=1)
         pick = np.arange(resamples) * n_starts + top
-        p = solution.p[pick]
+        p = form.canonical(solution.p[pick])
         edge = on_bound(box, p)
         counts = {n: int(edge[:, i].sum()) for i, n in enumerate(form.names) if box.free[i] and edge[:, i].any()}
         failed = int(np.sum((solution.status[pick] != CONVERGED) | ~np.isfinite(solution.loss[pick])))

@@ -15,11 +15,12 @@ from isoflop.core.errors import UserError
 from isoflop.core.expressions import Array
 from isoflop.laws.base import Bounds, LawForm
 from isoflop.laws.objective import Objective
-from isoflop.laws.solver import CONVERGED, STATUS_NAMES, Batch, Index, Solution, solve
+from isoflop.laws.solver import CONVERGED, ITERATION_LIMIT, STATUS_NAMES, Batch, Index, Solution, solve
 from isoflop.laws.table import GroupData
 from isoflop.laws.varpro import candidates, rank, spread_best
 
 AT_BOUND = "parameter at bound"
+_LONG = 3000
 
 
 class NotEstimable(UserError):
@@ -177,7 +178,22 @@ def fit_groups(
         owner.append(np.full(len(first[-1]), g, dtype=np.int64))
     batch = make_batch(form, groups, np.concatenate(owner))
     solution = solve(batch, np.concatenate(first), box.low, box.high, objective)
+    _continue(batch, solution, box, objective)
+    solution.p = form.canonical(solution.p)
     return [_best(form, data, box, solution, np.flatnonzero(batch.g == g), points[g]) for g, data in enumerate(groups)]
+
+
+def _continue(batch: Batch, solution: Solution, box: Box, objective: Objective) -> None:
+    """Curved valleys take many steps: go on with each group's few best starts that ran out of iterations."""
+    for g in np.unique(batch.g):
+        mine = np.flatnonzero(batch.g == g)
+        best = mine[np.argsort(solution.loss[mine], kind="stable")[:4]]
+        rows = best[solution.status[best] == ITERATION_LIMIT]
+        if not len(rows):
+            continue
+        again = solve(batch.take(rows), solution.p[rows], box.low, box.high, objective, max_iter=_LONG)
+        solution.p[rows], solution.loss[rows], solution.status[rows] = again.p, again.loss, again.status
+        solution.iterations[rows] += again.iterations
 
 
 def scaled(data: GroupData) -> dict[str, Array]:

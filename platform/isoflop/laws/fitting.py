@@ -78,14 +78,14 @@ def fit(
     if not 0 < level < 1:
         raise UserError(f"level = {level!r} must lie between 0 and 1")
     box = make_box(form, bounds, fixed)
-    settings = _Settings(
+    settings = Settings(
         goal, box, bootstrap, scheme or ("cluster" if cluster else "cases"), profile, level, starts, seed
     )
     groups = load_groups(as_table(table), form, columns, groups_by, goal.log)
     return fit_data(form, groups, columns, settings, groups_by)
 
 
-class _Settings:
+class Settings:
     """Everything about a fit that is not data."""
 
     def __init__(
@@ -104,7 +104,7 @@ class _Settings:
 
 
 def fit_data(
-    form: LawForm, groups: Sequence[GroupData], columns: Columns, settings: _Settings, by: tuple[str, ...] = ()
+    form: LawForm, groups: Sequence[GroupData], columns: Columns, settings: Settings, by: tuple[str, ...] = ()
 ) -> Fit | GroupedFit:
     """Fit groups that are already arrays; a group that cannot be estimated is refused, the others are fitted."""
     usable: list[GroupData] = []
@@ -131,7 +131,7 @@ def fit_data(
 
 
 def _assemble(
-    form: LawForm, data: GroupData, best: Optimum, draws: Resamples | None, columns: Columns, settings: _Settings
+    form: LawForm, data: GroupData, best: Optimum, draws: Resamples | None, columns: Columns, settings: Settings
 ) -> Fit:
     box, goal = settings.box, settings.objective
     f = form.evaluate(data.x, best.p)
@@ -170,7 +170,7 @@ def _assemble(
     return fitted
 
 
-def _warnings(form: LawForm, best: Optimum, data: GroupData, draws: Resamples | None, settings: _Settings) -> list[str]:
+def _warnings(form: LawForm, best: Optimum, data: GroupData, draws: Resamples | None, settings: Settings) -> list[str]:
     words = []
     if best.status != "converged":
         words.append(best.status + (": " + ", ".join(best.at_bound) if best.status == AT_BOUND else ""))
@@ -196,7 +196,7 @@ def _warnings(form: LawForm, best: Optimum, data: GroupData, draws: Resamples | 
 
 
 def _record(
-    form: LawForm, best: Optimum, data: GroupData, draws: Resamples | None, settings: _Settings
+    form: LawForm, best: Optimum, data: GroupData, draws: Resamples | None, settings: Settings
 ) -> dict[str, object]:
     """What the reporting checklist asks for and the result does not hold elsewhere."""
     levels = {v: len(np.unique(data.x[v])) for v in form.variable_names}

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from isoflop.frontier.result import Frontier, Frontiers
+    from isoflop.laws.compare import Comparison
     from isoflop.laws.result import Fit, GroupedFit
 
 PALETTE = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
@@ -151,6 +152,23 @@ def _add_frontier(figure: go.Figure, frontier: Frontier, k: int) -> None:
             hovertemplate="%{x:.4g}: %{y:.4g}<br>%{text}",
         )
     )
+
+
+def plot_comparison(comparison: Comparison) -> go.Figure:
+    """Held-out RMSE against the extrapolation factor: the honest figure of merit."""
+    import plotly.graph_objects as go
+
+    figure = _figure(
+        title=f"leaving out the largest {comparison.along}",
+        xaxis_title="decades of extrapolation",
+        yaxis_title="held-out RMSE",
+    )
+    figure.update_yaxes(type="log")
+    for k, entry in enumerate(e for e in comparison.entries if e.cuts):
+        line = {"color": PALETTE[k % len(PALETTE)], "dash": "dot" if entry.fit is None else "solid"}
+        x, y = [c.decades for c in entry.cuts], [c.rmse for c in entry.cuts]
+        figure.add_trace(go.Scatter(x=x, y=y, mode="lines+markers", name=entry.label, line=line))
+    return figure
 
 
 def plot_frontier(frontier: Frontier) -> go.Figure:

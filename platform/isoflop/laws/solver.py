@@ -59,6 +59,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.g)
 
+    def take(self, rows: Index) -> Batch:
+        """Some of the problems, on the same data."""
+        return Batch(self.form, self.x, self.y, self.w, self.g[rows], self.t[rows], self.v[rows], self.known)
+
     @property
     def n(self) -> int:
         """Points per problem, padding included."""
@@ -149,7 +153,8 @@ class _Chunk:
         p = np.where(self.log, np.exp(np.where(self.log, u, 0.0)), u) if self.any_log else u
         f, j = self.batch.form.value_and_jacobian(known, p, self.batch.n)
         if self.any_log:
-            j[:, self.log] *= p[:, self.log, None]
+            with np.errstate(all="ignore"):
+                j[:, self.log] *= p[:, self.log, None]
         return f, j
 
     def _evaluate(

@@ -123,7 +123,6 @@ class GroupData:
             self.w[rows],
             None if self.cluster is None else self.cluster[rows],
             self.dropped,
-            scales=self.scales,
         )
         part.data_hash = hash_rows(part)
         return part

@@ -19,6 +19,8 @@ from scipy.stats import qmc
 from isoflop.core.expressions import Array
 from isoflop.laws.base import LawForm
 
+_CHUNK = 2_000_000  # doubles of Jacobian at once
+
 
 def candidates(form: LawForm, low: Array, high: Array, points: int, seed: int) -> Array:
     """Nonlinear parameters to try, (M, Q): a full grid for up to two of them, a scrambled Sobol design beyond.
@@ -68,6 +70,18 @@ def rank(
 
     Works on Gram matrices of unit-norm columns: good for choosing cells, never used for a reported number.
     """
+    n = len(y_N)
+    step = max(1, _CHUNK // (n * len(form.names)))
+    if len(theta_MQ) > step:
+        parts = [rank(form, x, y_N, w_N, theta_MQ[i : i + step], low, high) for i in range(0, len(theta_MQ), step)]
+        return np.concatenate([s for s, _ in parts]), np.concatenate([p for _, p in parts])
+    with np.errstate(all="ignore"):
+        return _rank(form, x, y_N, w_N, theta_MQ, low, high)
+
+
+def _rank(
+    form: LawForm, x: Mapping[str, Array], y_N: Array, w_N: Array, theta_MQ: Array, low: Array, high: Array
+) -> tuple[Array, Array]:
     m, k = len(theta_MQ), len(form.linear)
     p = np.zeros((m, len(form.names)))
     p[:, list(form.nonlinear)] = theta_MQ

@@ -19,7 +19,7 @@ from isoflop.sweep import results as results_module
 from isoflop.sweep.driver import Driver, Summary
 from isoflop.sweep.progress import LogFile, Progress, Quiet
 from isoflop.sweep.resolve import Sweep, resolve
-from isoflop.sweep.spec import SweepSpec
+from isoflop.sweep.spec import SweepSpec, import_folder
 from isoflop.track import MlflowTracker, NullTracker, Tracker
 
 EXECUTORS = ("ray", "local")
@@ -96,7 +96,9 @@ def run_resolved(sweep: Sweep, options: RunOptions, progress: Progress) -> Sweep
         summary = Driver(sweep, ledger, executor, proposer, tracker, log, options.retry_failed).run()
         executor.close(now=summary.interrupted)
         opened = SweepResults(store, spec.name, sweep, summary)
-        findings = opened.findings()
+        if spec.laws:
+            log.line("fitting laws")
+        findings = opened.findings_of_run = opened.findings()
         findings.save(store, spec.name)
         tracker.finish(findings.artifacts(), findings.metrics(), findings.markdown(), "KILLED" if summary.interrupted else "FINISHED")
         _await_tracker(tracker, options.track_wait, log)
@@ -139,6 +141,7 @@ def make_executor(sweep: Sweep, options: RunOptions) -> Executor:
         options.workers,
         sweep.spec.imports,
         options.node_ip,
+        import_folder(sweep.source),
     )
 
 
@@ -161,13 +164,14 @@ class SweepResults:
 
     Attributes:
         name: of the sweep.
-        summary: how the session went, when this came from :func:`run`.
+        summary, findings_of_run: how the session went and what it found, when this came from :func:`run`.
     """
 
     def __init__(self, store: Store, name: str, sweep: Sweep | None = None, summary: Summary | None = None) -> None:
         self.store = store
         self.name = name
         self.summary = summary
+        self.findings_of_run = results_module.Findings("")
         self._sweep = sweep
 
     def __repr__(self) -> str:
@@ -205,9 +209,40 @@ class SweepResults:
 
         return laws.fit(results_module.usable(self.results()), law=law, y=y, by=tuple(by), **options)
 
-    def frontier(self, law: str = "product", y: str = "error", by: Sequence[str] = ("task",), **options: Any) -> Any:
-        """The best configuration per budget that a law supports; see :func:`isoflop.frontier.frontier`."""
-        return results_module.frontier_of(usable := results_module.usable(self.results()), self.fit(law, y, by), options) if options is not None else usable
+    def frontier(
+        self,
+        law: str = "product",
+        y: str = "error",
+        by: Sequence[str] = ("task",),
+        cost: str = "2*N*(Q+V)",
+        q: float | None = None,
+        budget: float | Sequence[float] | None = None,
+        **options: Any,
+    ) -> Any:
+        """The best configuration per budget that a law supports; see :func:`isoflop.frontier.frontier`.
+
+        Without ``q``, text tokens are counted as the rows measured them. Gives one frontier per group of ``by``.
+        """
+        from isoflop.frontier.result import Frontiers
+        from isoflop.laws.result import GroupedFit
+
+        table = results_module.usable(self.results())
+        fitted = self.fit(law, y, by, **options)
+        fits = list(fitted) if isinstance(fitted, GroupedFit) else [fitted]
+        found = results_module.frontiers_of(fits, table, cost, q, budget)
+        return found[0] if len(found) == 1 else Frontiers(found)
+
+    def pareto(self, objectives: Mapping[str, str] | None = None, **options: Any) -> Any:
+        """The rows that no other row beats in every objective; see :func:`isoflop.frontier.pareto`."""
+        from isoflop.frontier import pareto
+
+        return pareto(results_module.usable(self.results()), objectives=objectives or {"error": "min", "flops": "min"}, **options)
+
+    def sql(self, query: str) -> pa.Table:
+        """DuckDB SQL on the table ``results``."""
+        from isoflop.frontier import sql
+
+        return sql(query, self.results())
 
     def findings(self) -> results_module.Findings:
         """The laws and frontiers that the sweep's YAML asks for."""

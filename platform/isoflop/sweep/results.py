@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.feather
+
+from isoflop.core.errors import UserError
+from isoflop.sweep.spec import FrontierBlock, LawBlock, SweepSpec
+from isoflop.track import Artifact
+
+if TYPE_CHECKING:
+    from isoflop.frontier.result import Frontier, Frontiers
+    from isoflop.laws.result import Fit, GroupedFit
+    from isoflop.ledger import Store
 
 
 def usable(table: pa.Table) -> pa.Table:
@@ -11,9 +27,192 @@ def usable(table: pa.Table) -> pa.Table:
     return table.filter(pc.equal(table["status"], "ok"))
 
 
+@dataclass
+class LawFinding:
+    """A law that the sweep asked for; ``fit`` is None and ``problem`` says why when the rows do not support it."""
+
+    block: LawBlock
+    fit: GroupedFit | Fit | None = None
+    problem: str = ""
+
+    @property
+    def fits(self) -> list[Fit]:
+        """One fit per group."""
+        from isoflop.laws.result import GroupedFit
+
+        if self.fit is None:
+            return []
+        return list(self.fit) if isinstance(self.fit, GroupedFit) else [self.fit]
+
+
+@dataclass
+class FrontierFinding:
+    """A frontier that the sweep asked for, one per group of its law."""
+
+    block: FrontierBlock
+    frontiers: list[Frontier] = field(default_factory=list)
+    problem: str = ""
+
+
+@dataclass
 class Findings:
-    def save(self, store, name): ...
-    def artifacts(self): return []
-    def metrics(self): return {}
-    def markdown(self): return ""
-def find(spec, table): return Findings()
+    """Laws and frontiers of a sweep.
+
+    Attributes:
+        spec_digest: hash of the spec they were asked for in.
+    """
+
+    spec_digest: str
+    laws: list[LawFinding] = field(default_factory=list)
+    frontiers: list[FrontierFinding] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "spec": self.spec_digest,
+            "laws": [{"fits": [f.to_dict() for f in law.fits], "problem": law.problem} for law in self.laws],
+            "frontiers": [{"frontiers": [f.to_dict() for f in found.frontiers], "problem": found.problem} for found in self.frontiers],
+        }
+
+    def tables(self) -> dict[str, pa.Table]:
+        """File name -> Arrow table, with the hash of the spec in its metadata (the rows' hash is in the records)."""
+        out = {}
+        for index, law in enumerate(self.laws):
+            if law.fits:
+                out[f"law-{index}-{_safe(law.block.law)}"] = _concat(f.to_arrow() for f in law.fits)
+        for index, found in enumerate(self.frontiers):
+            if found.frontiers:
+                out[f"frontier-{index}-{_safe(found.block.law)}"] = _concat(f.to_arrow() for f in found.frontiers)
+        return {k: t.replace_schema_metadata({**(t.schema.metadata or {}), "isoflop.spec": self.spec_digest}) for k, t in out.items()}
+
+    def save(self, store: Store, name: str) -> None:
+        """Write tables and record beside the ledger."""
+        folder = store.path("sweeps", name, "laws")
+        for stem, table in self.tables().items():
+            store.write(f"{folder}/{stem}.arrow", _arrow_bytes(table))
+        store.write(f"{folder}/record.json", json.dumps(self.to_dict(), indent=1).encode())
+
+    def artifacts(self) -> list[Artifact]:
+        """Files for the parent run: laws as JSON, frontiers as CSV, interactive plots."""
+        out = [Artifact("laws.json", json.dumps(self.to_dict(), indent=1))]
+        for stem, table in self.tables().items():
+            out.append(Artifact(f"{stem}.csv", table.to_pandas().to_csv(index=False)))
+        out += [Artifact(f"{stem}.html", figure.to_html(include_plotlyjs=True)) for stem, figure in self.figures().items()]
+        return out
+
+    def figures(self) -> dict[str, Any]:
+        """Plotly figures by file name."""
+        out = {}
+        for index, found in enumerate(self.frontiers):
+            for number, frontier in enumerate(found.frontiers):
+                label = "-".join(_safe(str(v)) for v in frontier.key.values()) or str(number)
+                out[f"frontier-{index}-{label}"] = frontier.plot()
+        for index, law in enumerate(self.laws):
+            for number, fit in enumerate(law.fits):
+                label = "-".join(_safe(str(v)) for v in fit.key.values()) or str(number)
+                out[f"law-{index}-{label}"] = fit.plot()
+        return out
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for the parent run."""
+        out: dict[str, float] = {}
+        for law in self.laws:
+            for fit in law.fits:
+                label = "/".join(["law", law.block.law, *map(str, fit.key.values())])
+                out.update({f"{label}/{name}": float(fit[name]) for name in fit.form.names})
+                out[f"{label}/r2"] = float(fit.r2)
+        return {_metric_name(k): v for k, v in out.items() if np.isfinite(v)}
+
+    def markdown(self) -> str:
+        """The parent run's description."""
+        parts = []
+        for law in self.laws:
+            parts += [f"**{law.block.law}**: {law.problem}"] if law.problem else [f"```\n{fit}\n```" for fit in law.fits]
+        for found in self.frontiers:
+            parts += [f"**frontier**: {found.problem}"] if found.problem else [f"```\n{f}\n```" for f in found.frontiers]
+        return "\n\n".join(parts)
+
+
+def find(spec: SweepSpec, table: pa.Table) -> Findings:
+    """Fit the laws and draw the frontiers of a spec on usable rows. What the rows do not support is said, not raised."""
+    findings = Findings(spec.digest)
+    for block in spec.laws:
+        finding = LawFinding(block)
+        findings.laws.append(finding)
+        try:
+            finding.fit = fit_block(block, table, spec.seed)
+        except UserError as error:
+            finding.problem = str(error)
+    for block_ in spec.frontiers:
+        found = FrontierFinding(block_)
+        findings.frontiers.append(found)
+        law = next((f for f in findings.laws if f.block.law == block_.law), None)
+        try:
+            if law is None:
+                law = LawFinding(LawBlock(law=block_.law))
+                law.fit = fit_block(law.block, table, spec.seed)
+            if law.fit is None:
+                found.problem = law.problem
+                continue
+            found.frontiers = frontiers_of(law.fits, table, block_.cost, block_.q, block_.budgets or None)
+        except UserError as error:
+            found.problem = str(error)
+    return findings
+
+
+def fit_block(block: LawBlock, table: pa.Table, seed: int) -> GroupedFit | Fit:
+    """Fit one law as its block says."""
+    from isoflop import laws
+
+    return laws.fit(
+        table,
+        law=block.law,
+        y=block.y,
+        map=dict(block.x),
+        by=block.by,
+        where=block.where,
+        objective=block.objective,
+        delta=block.delta,
+        bootstrap=block.bootstrap,
+        seed=seed,
+    )
+
+
+def frontiers_of(fits: Iterable[Fit], table: pa.Table, cost: str, q: float | None, budgets: Any = None, **options: Any) -> list[Frontier]:
+    """A frontier per fit. Without ``q``, Q is what the rows of the fit's group measured."""
+    from isoflop.frontier import frontier
+
+    out = []
+    for fit in fits:
+        measured = q if q is not None else measured_q(table, fit.key)
+        found: Frontier | Frontiers = frontier(fit, cost=cost, q=measured, budget=budgets, **options)
+        out.extend(list(found) if not hasattr(found, "points") else [found])
+    return out
+
+
+def measured_q(table: pa.Table, key: dict[str, Any]) -> float:
+    """Mean text tokens per answer in the rows of a group; 0 when no row says."""
+    mask = np.ones(table.num_rows, dtype=bool)
+    for column, value in key.items():
+        if column in table.column_names:
+            mask &= np.asarray(table[column].to_pylist(), dtype=object) == value
+    values = [v for v in table.filter(pa.array(mask))["Q"].to_pylist() if v is not None]
+    return float(np.mean(values)) if values else 0.0
+
+
+def _concat(tables: Iterable[pa.Table]) -> pa.Table:
+    return pa.concat_tables(list(tables), promote_options="permissive")
+
+
+def _arrow_bytes(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pyarrow.feather.write_feather(table, sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+def _safe(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in text)[:60] or "law"
+
+
+def _metric_name(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "_-. :/" else "_" for c in text)[:250]

@@ -305,16 +305,20 @@ def load_spec(given: str | Path | Mapping[str, Any]) -> tuple[SweepSpec, Source]
         raise UserError(_explain(error, source)) from None
 
 
+def import_folder(source: Source) -> str | None:
+    """The folder beside the YAML file, where its own modules may lie; None for a dict."""
+    return None if source.name == "<dict>" else str(Path(source.name).resolve().parent)
+
+
 def import_modules(spec: SweepSpec, source: Source) -> None:
     """Import the modules that the sweep names; they register what it uses. Nothing else is imported by name."""
+    folder = import_folder(source)
     for index, module in enumerate(spec.imports):
         where = source.where(("import", index))
         if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", module):
             raise UserError(f"{where}: {module!r} is not a module name like 'package.module'")
-        beside = str(Path(source.name).resolve().parent)
-        added = beside not in sys.path and source.name != "<dict>"
-        if added:
-            sys.path.append(beside)
+        if folder is not None and folder not in sys.path:
+            sys.path.append(folder)
         try:
             importlib.import_module(module)
         except ImportError as error:
@@ -395,4 +399,4 @@ def _allowed_keys(loc: tuple[int | str, ...]) -> list[str]:
     return [field.alias or name for name, field in block.model_fields.items()]
 
 
-__all__ = ["FrontierBlock", "KnobEntry", "LawBlock", "MethodEntry", "SweepSpec", "dotted", "import_modules", "load_spec"]
+__all__ = ["FrontierBlock", "KnobEntry", "LawBlock", "MethodEntry", "SweepSpec", "dotted", "import_folder", "import_modules", "load_spec"]

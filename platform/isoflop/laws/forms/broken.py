@@ -35,6 +35,7 @@ def broken_law(breaks: int) -> LawForm:
         natural={"b": "b*u_x**c0", **{f"d{i}": f"d{i}*u_x" for i in range(1, breaks + 1)}},
         asymptote="a",
         derived={"slope after the last break": total},
+        exchangeable=tuple((f"d{i}", f"c{i}", f"f{i}") for i in range(1, breaks + 1)) if breaks > 1 else (),
         search_points=8192,
         starts=48,
         source="Caballero et al. 2022, arXiv 2210.14891, equation 1",

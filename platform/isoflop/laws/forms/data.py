@@ -10,7 +10,7 @@ U = Variable("U", doc="unique training tokens, in the unit of D")
 
 # Compute-optimal size for U unique tokens, U_N = (U G)^(beta/alpha) G, and what exceeds it counts for less and less.
 _G = "((alpha*A)/(beta*B))**(1/(alpha + beta))"
-_U_N = f"min(N, (U*{_G})**(beta/alpha)*{_G})"
+_U_N = f"min(N, (min(U, D)*{_G})**(beta/alpha)*{_G})"
 _R_N, _R_D = f"(N/({_U_N}) - 1)", "max(D/min(U, D) - 1, 0)"
 _N_EFF = f"({_U_N})*(1 + R_N*(-expm1(-{_R_N}/R_N)))"
 _D_EFF = f"min(U, D)*(1 + R_D*(-expm1(-{_R_D}/R_D)))"

@@ -1,0 +1,47 @@
+# Each target does its own set-up. Needs Python 3.11 or later, pip, make and a C compiler; the rest is installed into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup quickstart test test-all lint format schema clean
+
+help:
+	@echo "make quickstart  set up, run the laptop sweep, show its law and frontier"
+	@echo "make test        set up, run the tests (minutes)"
+	@echo "make test-all    the slow ones too: clusters, many kills, whole trainings"
+	@echo "make lint        ruff and mypy"
+	@echo "make schema      write sweeps/sweep.schema.json anew"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "isoflop needs Python 3.11 or later; '$(PYTHON)' is $$($(PYTHON) --version). Name another: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "cannot make a virtual environment: install the venv module of $(PYTHON) (Debian: apt-get install python3-venv)"; exit 1; }
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+quickstart: $(READY)
+	$(BIN)/isoflop run sweeps/quickstart.yaml
+
+test: $(READY)
+	$(BIN)/python -m pytest -q -m "not slow" tests
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -q tests
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+schema: $(READY)
+	$(BIN)/python -m isoflop.sweep.schema > sweeps/sweep.schema.json
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

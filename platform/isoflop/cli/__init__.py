@@ -1,0 +1,95 @@
+"""The ``isoflop`` command. Each command takes ``--json``; bad input is one line on standard error and exit code 2."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from isoflop import __version__
+from isoflop.core.errors import UserError, nearest
+
+# Modules are imported when their command is used: `isoflop --help` must not wait for torch.
+_COMMANDS = {
+    "run": ("isoflop.cli.run", "run_command"),
+    "plan": ("isoflop.cli.run", "plan_command"),
+    "resume": ("isoflop.cli.run", "resume_command"),
+    "ls": ("isoflop.cli.show", "ls_command"),
+    "show": ("isoflop.cli.show", "show_command"),
+    "ui": ("isoflop.cli.ui", "ui_command"),
+    "fit": ("isoflop.cli.laws", "fit_command"),
+    "compare": ("isoflop.cli.laws", "compare_command"),
+    "frontier": ("isoflop.cli.laws", "frontier_command"),
+    "methods": ("isoflop.cli.catalog", "methods_command"),
+    "models": ("isoflop.cli.catalog", "models_command"),
+    "tasks": ("isoflop.cli.catalog", "tasks_command"),
+    "bench": ("isoflop.cli.bench", "bench_group"),
+}
+_HELP = {
+    "run": "Run a sweep, or what is missing of it.",
+    "plan": "Say what a sweep would run, share and cost, without running it.",
+    "resume": "Go on with a sweep of the store by name.",
+    "ls": "List the sweeps of a store.",
+    "show": "Show a sweep: counts, results, failures, laws.",
+    "ui": "Start MLflow over a store, on 127.0.0.1.",
+    "fit": "Fit a scaling law to a sweep or to any CSV or Parquet file.",
+    "compare": "Compare laws on the same rows.",
+    "frontier": "The inference-optimal configuration under a budget.",
+    "methods": "List compression methods, or document one.",
+    "models": "List models.",
+    "tasks": "List tasks, or document one.",
+    "bench": "Measure against peers.",
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        module, attribute = _COMMANDS[name]
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _HELP[name]) for name in _COMMANDS])
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            hint = nearest(args[0], _COMMANDS)
+            guess = f" (did you mean {hint!r}?)" if hint else ""
+            raise UserError(f"unknown command {args[0]!r}{guess}; allowed: {', '.join(_COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="isoflop")
+def cli() -> None:
+    """Sweeps for compression research: which compression, at which ratio, on which model size, gives the least error at a
+    fixed inference budget?"""
+
+
+def main() -> None:
+    """Entry point of the ``isoflop`` command."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except UserError as error:
+        click.echo(f"isoflop: {' '.join(str(error).split())}", err=True)
+        code = error.exit_code
+    except click.ClickException as error:
+        click.echo(f"isoflop: {error.format_message()}", err=True)
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("isoflop: stopped", err=True)
+        code = 130
+    except BrokenPipeError:
+        # `isoflop show | head`: whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)

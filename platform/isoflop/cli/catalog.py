@@ -1,0 +1,124 @@
+"""``isoflop methods``, ``models`` and ``tasks``: what a sweep can name."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import click
+
+from isoflop.cli.common import console, emit, grid, json_option
+from isoflop.core.knobs import KnobSpec, knob_specs
+from isoflop.methods.base import METHODS
+from isoflop.models.base import FAMILIES
+from isoflop.tasks.base import TASKS
+
+import_option = click.option("--import", "modules", multiple=True, metavar="MODULE", help="Import a module that registers more.")
+
+
+def _import(modules: tuple[str, ...]) -> None:
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise click.BadParameter(f"{module!r} cannot be imported: {error}", param_hint="--import") from None
+
+
+def _knob_dict(spec: KnobSpec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "type": spec.type.__name__,
+        "default": None if spec.required else spec.default,
+        "allowed": spec.describe(),
+        "ratio": spec.knob.ratio,
+        "unit": spec.knob.unit,
+        "doc": spec.knob.doc,
+    }
+
+
+@click.command("methods")
+@click.argument("name", required=False)
+@import_option
+@json_option
+def methods_command(name: str | None, modules: tuple[str, ...], as_json: bool) -> None:
+    """List compression methods by family, or document one."""
+    _import(modules)
+    if name is not None:
+        _document(name, METHODS.get(name), as_json)
+        return
+    found = [(n, METHODS.get(n)) for n in METHODS]
+    found.sort(key=lambda pair: (pair[1].family, pair[0]))
+    data = [{"name": n, "family": c.family, "paper": c.paper, "version": c.version, "knobs": [_knob_dict(k) for k in knob_specs(c).values()]} for n, c in found]
+
+    def human() -> None:
+        rows = [(d["family"], d["name"], "\n".join(_knob_line(k) for k in d["knobs"]) or "-", d["paper"] or "-") for d in data]
+        console().print(grid(("family", "method", "knobs (* sets the ratio)", "paper"), rows))
+        console().print("\n`isoflop methods NAME` documents one.")
+
+    emit(data, as_json, human)
+
+
+def _knob_line(knob: dict[str, Any]) -> str:
+    return f"{knob['name']}{'*' if knob['ratio'] else ''} = {knob['default']}  [{knob['allowed']}]".replace("[", r"\[")
+
+
+def _document(name: str, cls: type, as_json: bool) -> None:
+    knobs = [_knob_dict(k) for k in knob_specs(cls).values()]
+    doc = inspect.getdoc(cls) or ""
+    data = {"name": name, "doc": doc, "knobs": knobs, **{k: getattr(cls, k) for k in ("family", "paper", "version") if hasattr(cls, k)}}
+
+    def human() -> None:
+        out = console()
+        head = " · ".join(str(data[k]) for k in ("family", "paper") if data.get(k))
+        out.print(f"[bold]{name}[/bold]  {head}\n")
+        out.print(doc, markup=False)
+        if knobs:
+            rows = [(k["name"] + ("*" if k["ratio"] else ""), k["type"], k["default"], k["allowed"], k["doc"]) for k in knobs]
+            out.print()
+            out.print(grid(("knob", "type", "default", "allowed", "meaning"), rows))
+
+    emit(data, as_json, human)
+
+
+@click.command("models")
+@json_option
+def models_command(as_json: bool) -> None:
+    """List models; any LLaVA-style checkpoint can be named as hf:REPO or hf:PATH besides."""
+    data = []
+    for family_name in FAMILIES:
+        family = FAMILIES.get(family_name)
+        for ref in family.members():
+            info = family.info(ref, {})
+            data.append({"ref": ref, "N": info.n_params, "hooks": sorted(info.hooks), "geometry": dict(info.geometry)})
+
+    def human() -> None:
+        rows = [(d["ref"], d["N"], ", ".join(d["hooks"])) for d in data]
+        console().print(grid(("model", "N", "hooks"), rows, right=("N",)))
+        console().print("\nN: non-embedding parameters of the language model. hf:REPO and hf:PATH name checkpoints.")
+
+    emit(data, as_json, human)
+
+
+@click.command("tasks")
+@click.argument("name", required=False)
+@import_option
+@json_option
+def tasks_command(name: str | None, modules: tuple[str, ...], as_json: bool) -> None:
+    """List tasks, or document one."""
+    _import(modules)
+    if name is not None:
+        _document(name, TASKS.get(name), as_json)
+        return
+    data = []
+    for task in TASKS:
+        cls = TASKS.get(task)
+        first = (inspect.getdoc(cls) or "").split("\n")[0]
+        data.append({"name": task, "version": cls.version, "metric": cls.metric, "chance": cls.chance, "doc": first, "options": [_knob_dict(k) for k in knob_specs(cls).values()]})
+
+    def human() -> None:
+        rows = [(d["name"], d["metric"], d["chance"], d["doc"]) for d in data]
+        console().print(grid(("task", "metric", "chance", "what"), rows, right=("chance",)))
+        console().print("\n`isoflop tasks NAME` documents one.")
+
+    emit(data, as_json, human)

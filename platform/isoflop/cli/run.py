@@ -1,0 +1,140 @@
+"""``isoflop run``, ``resume`` and ``plan``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.text import Text
+
+from isoflop.cli.common import console, duration, emit, grid, json_option, store_option
+from isoflop.cli.live import LiveProgress, PlainProgress
+from isoflop.cli.report import print_report
+from isoflop.ledger import Store
+from isoflop.sweep.api import EXECUTORS, RunOptions, SweepResults, run_resolved
+from isoflop.sweep.plan import Plan, make_plan
+from isoflop.sweep.progress import Progress
+from isoflop.sweep.resolve import Sweep, resolve
+
+
+def _run_options(command: Any) -> Any:
+    for decorate in reversed(
+        [
+            store_option,
+            click.option("--executor", type=click.Choice(EXECUTORS), default="ray", show_default=True, help="local runs jobs in this process."),
+            click.option("--ray-address", metavar="ADDRESS", help="Use a running Ray cluster (auto, HOST:PORT); default: a private one."),
+            click.option("--node-ip", metavar="IP", help="This host's address in the cluster, if it has several."),
+            click.option("--tracking-uri", metavar="URI", help="MLflow; default: the store's own database; none for no tracking."),
+            click.option("--workers", type=click.IntRange(min=1), help="At most so many jobs at once."),
+            click.option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), help="Stage cache (default: $ISOFLOP_CACHE or ~/.cache/isoflop)."),
+            click.option("--retry-failed", is_flag=True, help="Run the failed jobs again, and only what is missing."),
+            json_option,
+        ]
+    ):
+        command = decorate(command)
+    return command
+
+
+@click.command("run")
+@click.argument("spec", type=click.Path(path_type=Path), metavar="SWEEP.yaml")
+@_run_options
+def run_command(spec: Path, as_json: bool, **options: Any) -> int:
+    """Run a sweep, or what is missing of it.
+
+    Exit code: 0 when every job has a result, 1 when some failed, 130 when it was interrupted.
+    """
+    return _run(resolve(spec), as_json, RunOptions(**options))
+
+
+@click.command("resume")
+@click.argument("name")
+@_run_options
+def resume_command(name: str, as_json: bool, store: str | None, **options: Any) -> int:
+    """Go on with a sweep of the store by its name: runs what is missing, brings MLflow up to date."""
+    opened = Store.open(store)
+    if name not in opened.sweeps():
+        from isoflop.core.errors import unknown
+
+        raise unknown(f"sweep (store {opened.uri})", name, opened.sweeps())
+    from isoflop.sweep.api import resolve_stored
+
+    return _run(resolve_stored(opened, name), as_json, RunOptions(store=opened.uri, **options))
+
+
+def _run(sweep: Sweep, as_json: bool, options: RunOptions) -> int:
+    err = console(stderr=True)
+    live = err.is_terminal and not as_json
+    with LiveProgress(err, sweep.spec.name) if live else PlainProgress() as progress:
+        shown: Progress = progress
+        opened = run_resolved(sweep, options, shown)
+    summary = opened.summary
+    assert summary is not None
+    findings = opened.findings_of_run
+    data = {"name": opened.name, "store": opened.store.uri, "summary": vars(summary) | {"ran": summary.ran}, **findings.to_dict()}
+    emit(data, as_json, lambda: _print_end(opened, options))
+    if summary.interrupted:
+        return 130
+    return 1 if summary.failed else 0
+
+
+def _print_end(opened: SweepResults, options: RunOptions) -> None:
+    out = console()
+    summary = opened.summary
+    assert summary is not None
+    print_report(out, opened, opened.findings_of_run)
+    parts = [f"{n} {word}" for n, word in ((summary.ok, "ok"), (summary.failed, "failed"), (summary.infeasible, "infeasible"), (summary.pruned, "pruned")) if n]
+    out.print(
+        f"[bold]{opened.name}[/bold]: {summary.ran} jobs in {duration(summary.seconds)} ({', '.join(parts) or 'nothing was missing'}), {summary.cached} from before"
+        + (f", {summary.left} left" if summary.left else "")
+    )
+    where = "" if options.store is None and "ISOFLOP_STORE" not in os.environ and opened.spec.store is None else f" --store {opened.store.uri}"
+    if summary.interrupted or summary.left:
+        out.print(Text(f"go on:      isoflop resume {opened.name}{where}"))
+    if summary.failed:
+        out.print(Text(f"try again:  isoflop resume {opened.name} --retry-failed{where}"))
+    out.print(Text(f"look:       isoflop show {opened.name}{where}"))
+    if options.tracking_uri != "none":
+        out.print(Text(f"browse:     isoflop ui{where}"))
+    argument = f", store={opened.store.uri!r}" if where else ""
+    out.print(Text(f"ask:        python -c \"import isoflop; print(isoflop.open('{opened.name}'{argument}).frontier(budget=1e6))\"", overflow="fold"))
+
+
+@click.command("plan")
+@click.argument("spec", type=click.Path(path_type=Path), metavar="SWEEP.yaml")
+@store_option
+@click.option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), help="Stage cache.")
+@json_option
+def plan_command(spec: Path, store: str | None, cache_dir: Path | None, as_json: bool) -> None:
+    """Say what a sweep would run, share and cost, without running it."""
+    plan = make_plan(resolve(spec), store, cache_dir)
+    emit(plan.to_dict(), as_json, lambda: _print_plan(plan))
+
+
+def _print_plan(plan: Plan) -> None:
+    out = console()
+    trials = plan.trials if plan.trials is not None else "as many as the budget allows"
+    out.print(f"[bold]{plan.name}[/bold]  {plan.sampler} search, store {plan.store}")
+    if plan.budget:
+        out.print("budget: " + ", ".join(f"{v:g} {k}" for k, v in plan.budget.items()))
+    out.print(f"trials: {trials}; jobs: {plan.jobs if plan.jobs is not None else '?'}, of which {plan.done} have results")
+    if plan.stages:
+        rows = []
+        for stage in plan.stages:
+            known = sum(stage.seconds) / len(stage.seconds) if stage.seconds else None
+            todo = stage.count - stage.cached
+            rows.append((stage.kind, stage.count, stage.cached, todo, f"{stage.uses / stage.count:.1f}", f"{known:.1f} s" if known is not None else "not measured yet"))
+        out.print(grid(("shared stage", "count", "on disk", "to compute", "jobs each", "mean time"), rows, right=("count", "on disk", "to compute", "jobs each")))
+        if plan.sampled:
+            out.print("(stages of the first trials that the search would propose)")
+    if plan.job_seconds is not None and plan.left:
+        out.print(f"a job took {plan.job_seconds:.1f} s (median); {plan.left} to go: about {duration(plan.job_seconds * plan.left)} of one worker, without stages")
+    if plan.flops is not None:
+        out.print(f"answers so far took {plan.flops:.3g} FLOPs (measured)")
+    for line in plan.infeasible[:10]:
+        out.print(Text(f"infeasible: {line}", style="yellow"))
+    if len(plan.infeasible) > 10:
+        out.print(f"… and {len(plan.infeasible) - 10} more infeasible points")
+
+

@@ -1,0 +1,115 @@
+"""``isoflop ls`` and ``isoflop show``."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import click
+import pyarrow as pa
+from rich.text import Text
+
+from isoflop.cli.common import console, duration, emit, grid, json_option, show, store_option
+from isoflop.cli.report import print_report
+from isoflop.ledger import Ledger, Store
+from isoflop.sweep.api import open_sweep
+
+_STATUSES = ("ok", "failed", "infeasible", "pruned")
+_COLUMNS = ("model", "method", "knobs", "task", "repeat", "status", "N", "V", "Q", "ratio", "bits", "error", "error_se", "flops", "seconds")
+
+
+@click.command("ls")
+@store_option
+@json_option
+def ls_command(store: str | None, as_json: bool) -> None:
+    """List the sweeps of a store."""
+    opened = Store.open(store)
+    data = []
+    for name in opened.sweeps():
+        table = Ledger(opened, name).read(["job_id", "status", "finished"])
+        counts = Counter(table["status"].to_pylist())
+        finished = [t for t in table["finished"].to_pylist() if t is not None]
+        data.append({"name": name, "jobs": table.num_rows, **{s: counts.get(s, 0) for s in _STATUSES}, "last": max(finished) if finished else None})
+
+    def human() -> None:
+        out = console()
+        if not data:
+            out.print(Text(f"no sweeps in {opened.uri} yet; begin with: isoflop run SWEEP.yaml"))
+            return
+        rows = [(d["name"], d["jobs"], *(d[s] for s in _STATUSES), f"{d['last']:%Y-%m-%d %H:%M}" if d["last"] else "-") for d in data]
+        out.print(grid(("sweep", "jobs", *_STATUSES, "last result (UTC)"), rows, right=("jobs", *_STATUSES)))
+
+    emit({"store": opened.uri, "sweeps": data}, as_json, human)
+
+
+@click.command("show")
+@click.argument("name")
+@store_option
+@click.option("--rows", is_flag=True, help="One line per job.")
+@click.option("--failed", is_flag=True, help="Only jobs that failed or were infeasible, with their errors.")
+@json_option
+def show_command(name: str, store: str | None, rows: bool, failed: bool, as_json: bool) -> None:
+    """Show a sweep: counts, results, failures, laws and frontiers."""
+    opened = open_sweep(name, store)
+    table = opened.results()
+    counts = Counter(table["status"].to_pylist())
+    bad = [r for r in table.select(["job_id", "model", "method", "knobs", "task", "repeat", "status", "error_type", "error_text"]).to_pylist() if r["status"] in ("failed", "infeasible")]
+    stale = opened.results(["job_id"], everything=True).num_rows - table.num_rows
+    findings = None if rows or failed else opened.findings()
+    data: dict[str, Any] = {
+        "name": name,
+        "store": opened.store.uri,
+        "counts": {s: counts.get(s, 0) for s in _STATUSES},
+        "workers": _placement(table),
+        "stale_rows": stale,
+        "failures": bad,
+        "rows": [dict(r) for r in table.select(["job_id", *_COLUMNS]).to_pylist()] if rows else None,
+        **(findings.to_dict() if findings is not None else {}),
+    }
+
+    def human() -> None:
+        out = console()
+        if rows:
+            shown = [[_knobs(r["knobs"]) if c == "knobs" else show(r[c]) for c in _COLUMNS] for r in table.select(list(_COLUMNS)).to_pylist()]
+            right = ("N", "V", "Q", "ratio", "bits", "error", "error_se", "flops", "seconds", "repeat")
+            out.print(grid(_COLUMNS, shown, right=right))
+            return
+        if failed:
+            _print_failures(bad)
+            return
+        assert findings is not None
+        print_report(out, opened, findings)
+        _print_placement(table)
+        out.print(f"[bold]{name}[/bold]: " + ", ".join(f"{counts[s]} {s}" for s in _STATUSES if counts.get(s)) + f"; store {opened.store.uri}")
+        if stale:
+            out.print(Text(f"{stale} rows are of an earlier version of the YAML or of a model, method or task, and are left out", style="yellow"))
+        _print_failures(bad[:5])
+        if len(bad) > 5:
+            out.print(f"… and {len(bad) - 5} more: isoflop show {name} --failed")
+
+    emit(data, as_json, human)
+
+
+def _knobs(text: str) -> str:
+    return " ".join(f"{k}={v}" for k, v in json.loads(text or "{}").items())
+
+
+def _placement(table: pa.Table) -> list[dict[str, Any]]:
+    """Jobs and seconds per host, worker and device."""
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for row in table.select(["host", "worker", "device", "wall_seconds"]).to_pylist():
+        found.setdefault((row["host"] or "-", row["worker"] or "-", row["device"] or "-"), []).append(row["wall_seconds"] or 0.0)
+    return [{"host": h, "worker": w, "device": d, "jobs": len(s), "seconds": sum(s)} for (h, w, d), s in sorted(found.items())]
+
+
+def _print_placement(table: pa.Table) -> None:
+    rows = [(p["host"], p["worker"], p["device"], p["jobs"], duration(p["seconds"])) for p in _placement(table)]
+    if rows:
+        console().print(grid(("host", "worker", "device", "jobs", "busy"), rows, right=("jobs", "busy")))
+
+
+def _print_failures(bad: list[dict[str, Any]]) -> None:
+    for row in bad:
+        text = Text(f"{row['status']}: {row['model']} {row['method']} {_knobs(row['knobs'])} {row['task']}: {row['error_type']}: {row['error_text']}")
+        console().print(text)

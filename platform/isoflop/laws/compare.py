@@ -1,0 +1,364 @@
+"""``isoflop.compare``: several forms on the same rows, by likelihood and by extrapolation, always beside plain baselines."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from scipy import stats
+
+from isoflop.core.errors import UserError
+from isoflop.core.expressions import Array
+from isoflop.laws.base import LawForm, custom_form, resolve_form
+from isoflop.laws.engine import NotEstimable, make_box
+from isoflop.laws.extrapolation import BASELINES, Cut, baseline_rollout, interpolation_error, rollout, splits
+from isoflop.laws.fitting import Settings, fit_data
+from isoflop.laws.objective import Objective
+from isoflop.laws.render import number
+from isoflop.laws.result import Fit
+from isoflop.laws.table import Columns, GroupData, Tabular, as_table, load_groups
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+DEFAULT_FORMS = ("product", "semilog")
+
+
+@dataclass
+class Entry:
+    """One form in a comparison.
+
+    Attributes:
+        label: its name; fit: the fit (None for baselines that are no law, or when refused).
+        k: estimated numbers, sigma included; aicc, bic: None when they do not apply.
+        delta, weight: AICc distance from the best and Akaike weight.
+        cuts: leave-largest-out with growing cut; interpolation: RMSE of random folds.
+        refused: why the form could not be fitted.
+    """
+
+    label: str
+    fit: Fit | None = None
+    k: int = 0
+    aicc: float | None = None
+    bic: float | None = None
+    delta: float | None = None
+    weight: float | None = None
+    cuts: list[Cut] = field(default_factory=list)
+    interpolation: float | None = None
+    refused: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "form": self.label,
+            "fit": None if self.fit is None else self.fit.to_dict(),
+            "k": self.k,
+            "aicc": self.aicc,
+            "bic": self.bic,
+            "delta_aicc": self.delta,
+            "akaike_weight": self.weight,
+            "leave_largest_out": [c.to_dict() for c in self.cuts],
+            "interpolation_rmse": self.interpolation,
+            "refused": self.refused or None,
+        }
+
+
+@dataclass
+class Comparison:
+    """Forms on the same rows; iterate over ``entries``, best AICc first, baselines last."""
+
+    entries: list[Entry]
+    along: str
+    n: int
+    verdict: list[str]
+    data_hash: str
+
+    def __getitem__(self, label: str) -> Entry:
+        """An entry by its label."""
+        for entry in self.entries:
+            if entry.label == label:
+                return entry
+        raise KeyError(label)
+
+    def __iter__(self) -> Any:
+        return iter(self.entries)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "along": self.along,
+            "n": self.n,
+            "verdict": self.verdict,
+            "forms": [e.to_dict() for e in self.entries],
+            "data_hash": self.data_hash,
+        }
+
+    def to_arrow(self) -> pa.Table:
+        """One row per form."""
+        rows = []
+        for e in self.entries:
+            first = e.cuts[0] if e.cuts else None
+            rows.append(
+                {
+                    "form": e.label,
+                    "k": e.k or None,
+                    "sse": e.fit.sse if e.fit else None,
+                    "r2": e.fit.r2 if e.fit else None,
+                    "aicc": e.aicc,
+                    "delta_aicc": e.delta,
+                    "akaike_weight": e.weight,
+                    "bic": e.bic,
+                    "interpolation_rmse": e.interpolation,
+                    "extrapolation_rmse": first.rmse if first else None,
+                    "extrapolation_bias": first.bias if first else None,
+                    "extrapolation_decades": first.decades if first else None,
+                    "status": e.fit.status if e.fit else (e.refused or "baseline"),
+                }
+            )
+        return pa.Table.from_pylist(rows)
+
+    def plot(self) -> go.Figure:
+        """Extrapolation error against the extrapolation factor, one line per form."""
+        from isoflop.laws.plots import plot_comparison
+
+        return plot_comparison(self)
+
+    def __str__(self) -> str:
+        lines = [f"{'form':22}{'k':>3}{'ΔAICc':>9}{'weight':>8}{'R²':>8}{'inter.':>10}{'extra.':>10}{'bias':>10}"]
+        for e in self.entries:
+            cut = e.cuts[0] if e.cuts else None
+            cells = [
+                f"{e.label[:21]:22}{e.k or '':>3}",
+                f"{_show(e.delta, '.2f'):>9}{_show(e.weight, '.2f'):>8}{_show(e.fit.r2 if e.fit else None, '.4f'):>8}",
+                f"{_show(e.interpolation, '.4g'):>10}{_show(cut.rmse if cut else None, '.4g'):>10}{_show(cut.bias if cut else None, '+.3g'):>10}",
+            ]
+            lines.append("".join(cells) + (f"\n  refused: {e.refused}" if e.refused else ""))
+        largest = next((e.cuts[0] for e in self.entries if e.cuts), None)
+        if largest is not None:
+            lines.append(
+                f"extra.: RMSE at {self.along} = {', '.join(number(v) for v in largest.held_out)}, held out ({largest.decades:.2g} decades)"
+            )
+        return "\n".join([*lines, *(f"→ {v}" for v in self.verdict)])
+
+    def _repr_html_(self) -> str:
+        table = self.to_arrow()
+        head = "".join(f"<th>{html.escape(c)}</th>" for c in table.column_names)
+        body = "".join(
+            "<tr>"
+            + "".join(
+                f"<td>{'' if v is None else number(v) if isinstance(v, float) else html.escape(str(v))}</td>"
+                for v in r.values()
+            )
+            + "</tr>"
+            for r in table.to_pylist()
+        )
+        return f"<div><table><tr>{head}</tr>{body}</table><ul>{''.join(f'<li>{html.escape(v)}</li>' for v in self.verdict)}</ul></div>"
+
+
+def compare(
+    table: Tabular,
+    forms: Sequence[str | LawForm] | Mapping[str, Mapping[str, Any]] = DEFAULT_FORMS,
+    y: str = "error",
+    map: Mapping[str, str] | None = None,
+    objective: str = "squared",
+    delta: float = 1e-3,
+    weights: str | None = None,
+    where: str | None = None,
+    along: str | None = None,
+    bootstrap: int = 0,
+    seed: int = 0,
+) -> Comparison:
+    """Fit several forms to the same rows and judge them by AICc and by leave-largest-out.
+
+    Args:
+        forms: names, expressions or ``LawForm``s; or label -> options (``law``, ``fixed``, ``bounds``), e.g.
+            ``{"no floor": {"law": "product", "fixed": {"E": 0}}}``. A semilog in the same variables is always added.
+        map, y, weights, where, objective, delta: as in ``fit``; the union of the forms' variables must be mapped.
+        along: the size whose largest values are held out; default: the first variable.
+        bootstrap: resamples for the coverage of held-out prediction intervals (0: none).
+    """
+    mapping, goal = dict(map or {}), Objective(objective, delta)
+    source = as_table(table)
+    asked = _labelled(forms, list(mapping))
+    variables = list(dict.fromkeys(v for form, _ in asked.values() for v in form.variable_names))
+    columns = Columns(y, {v: mapping.get(v, v) for v in variables}, weights, None, where)
+    everything = _union_form(variables)
+    data = load_groups(source, everything, columns, (), goal.log)[0]
+    along = along or variables[0]
+    if not any("log(" in form.formula and not form.nonlinear for form, _ in asked.values()) and all(
+        np.all(data.x[v] > 0) for v in variables
+    ):
+        asked["semilog (baseline)"] = (everything, {})
+    entries = [
+        _entry(label, form, options, data, columns, goal, along, bootstrap, seed)
+        for label, (form, options) in asked.items()
+    ]
+    _rank(entries)
+    entries.sort(key=lambda e: math.inf if e.aicc is None else e.aicc)
+    cuts = splits(data, along)
+    entries += [Entry(name, cuts=baseline_rollout(name, data, along, cuts)) for name in BASELINES]
+    return Comparison(entries, along, data.n, _verdict(entries), data.data_hash)
+
+
+def _labelled(forms: Any, variables: list[str]) -> dict[str, tuple[LawForm, dict[str, Any]]]:
+    if isinstance(forms, str):
+        forms = [forms]
+    if isinstance(forms, Mapping):
+        return {
+            str(k): (resolve_form(o.get("law", k), variables), {n: v for n, v in o.items() if n != "law"})
+            for k, o in forms.items()
+        }
+    out: dict[str, tuple[LawForm, dict[str, Any]]] = {}
+    for form in forms:
+        resolved = resolve_form(form, variables)
+        label = form if isinstance(form, str) else resolved.name
+        if label in out:
+            raise UserError(f"compare: form {label!r} is given twice")
+        out[label] = (resolved, {})
+    if not out:
+        raise UserError("compare: at least one form is needed")
+    return out
+
+
+def _union_form(variables: list[str]) -> LawForm:
+    """Semilog in any number of variables."""
+    slopes = "".join(f" - a_{v}*log({v})" for v in variables)
+    return custom_form(f"E{slopes}", variables, name="semilog")
+
+
+def _entry(
+    label: str,
+    form: LawForm,
+    options: Mapping[str, Any],
+    data: GroupData,
+    columns: Columns,
+    goal: Objective,
+    along: str,
+    resamples: int,
+    seed: int,
+) -> Entry:
+    unknown = sorted(set(options) - {"fixed", "bounds"})
+    if unknown:
+        raise UserError(f"compare: form {label!r} has an unknown option {unknown[0]!r}; allowed: law, fixed, bounds")
+    box = make_box(form, options.get("bounds"), options.get("fixed"))
+    own = GroupData(
+        data.key,
+        {v: data.x[v] for v in form.variable_names},
+        data.y,
+        data.w,
+        data.cluster,
+        data.dropped,
+        data.data_hash,
+    )
+    mine = Columns(
+        columns.y, {v: columns.variables[v] for v in form.variable_names}, columns.weights, None, columns.condition
+    )
+    try:
+        fitted = fit_data(form, [own], mine, Settings(goal, box, seed=seed))
+    except NotEstimable as error:
+        return Entry(label, refused=str(error))
+    assert isinstance(fitted, Fit)
+    entry = Entry(label, fitted, k=int(box.free.sum()) + 1)
+    entry.aicc, entry.bic = information(fitted)
+    if along in form.variable_names:
+        entry.cuts = rollout(form, own, box, goal, along, resamples, seed=seed)
+    entry.interpolation = interpolation_error(form, own, box, goal, seed=seed)
+    return entry
+
+
+def information(fit: Fit) -> tuple[float | None, float | None]:
+    """AICc and BIC on the scale of y, sigma counted; None where no likelihood matches the objective.
+
+    Least squares: n ln(SSE/n), plus 2 sum ln y for a fit to ln y. Huber terms of which most lie beyond delta: Laplace.
+    """
+    if fit.data is None:
+        raise UserError("information criteria need the fit's rows, in memory")
+    n, k = fit.n, int(fit.box.free.sum()) + 1
+    goal = Objective(fit.objective, fit.delta)
+    r = goal.residual(fit.form.evaluate(fit.data.x, fit.p), fit.data.y)
+    shift = 2 * float(np.sum(np.log(fit.data.y))) if goal.log else 0.0
+    if not goal.robust:
+        sse = float(np.sum(fit.data.w * r**2))
+        if sse <= 0:
+            return None, None
+        value = n * math.log(sse / n) + shift
+    elif float(np.median(np.abs(r))) > goal.delta:
+        spread = float(np.sum(fit.data.w * np.abs(r))) / n
+        value = 2 * n * math.log(2 * spread) + 2 * n - n * (1 + math.log(2 * math.pi)) + shift
+    else:
+        return None, None
+    aicc = value + 2 * k + 2 * k * (k + 1) / (n - k - 1) if n > k + 1 else None
+    return aicc, value + k * math.log(n)
+
+
+def nested_test(small: Fit, big: Fit, boundary: bool = False) -> dict[str, float]:
+    """F test of a law against one that contains it, on the same rows.
+
+    ``boundary``: the small law puts one parameter on the edge of its range (E = 0); the null is then a 50:50 mixture of
+    chi-square with 0 and 1 degrees of freedom, and the p-value halves.
+    """
+    if (
+        (small.data_hash != big.data_hash
+        and small.n != big.n)
+        or small.columns.y != big.columns.y
+        or small.objective != big.objective
+    ):
+        raise UserError("nested_test: both fits must use the same rows, target and objective")
+    if big.objective not in ("squared", "squared-log"):
+        raise UserError(f"nested_test: objective {big.objective!r} has no F test; fit with 'squared' or 'squared-log'")
+    p_small, p_big = int(small.box.free.sum()), int(big.box.free.sum())
+    extra, dof = p_big - p_small, big.n - p_big
+    if extra <= 0 or dof <= 0:
+        raise UserError(
+            f"nested_test: the big law has {p_big} free parameters, the small one {p_small}, on {big.n} rows"
+        )
+    ratio = ((small.loss - big.loss) / extra) / (big.loss / dof)
+    p = float(stats.f.sf(max(ratio, 0.0), extra, dof))
+    return {"F": ratio, "p": 0.5 * p if boundary and extra == 1 else p, "extra": extra, "dof": dof}
+
+
+def _rank(entries: list[Entry]) -> None:
+    scored = [(e, e.aicc) for e in entries if e.aicc is not None]
+    if not scored:
+        return
+    best = min(a for _, a in scored)
+    total = sum(math.exp(-0.5 * (a - best)) for _, a in scored)
+    for entry, a in scored:
+        entry.delta, entry.weight = a - best, math.exp(-0.5 * (a - best)) / total
+
+
+def _verdict(entries: list[Entry]) -> list[str]:
+    words = []
+    scored = [e for e in entries if e.delta is not None]
+    judged = [e for e in entries if e.cuts]
+    if scored:
+        rivals = [e.label for e in scored if (e.delta or 0.0) < 2]
+        words.append(
+            f"AICc: {rivals[0]}" if len(rivals) == 1 else f"AICc cannot decide between {', '.join(rivals)} (Δ < 2)"
+        )
+    if judged:
+        best = min(judged, key=lambda e: e.cuts[0].rmse)
+        words.append(f"extrapolation to the largest size: {best.label} (RMSE {best.cuts[0].rmse:.3g})")
+        if scored and best.label != scored[0].label:
+            words.append("the two criteria disagree: look at both, and at the sign of the bias")
+        floor = min((e.cuts[0].rmse for e in judged if e.fit is None), default=math.inf)
+        worse = [e.label for e in judged if e.fit is not None and e.cuts[0].rmse > floor]
+        if worse:
+            words.append(f"no better than a baseline without a law: {', '.join(worse)}")
+    return words
+
+
+def _show(value: float | None, spec: str) -> str:
+    return "" if value is None or not math.isfinite(value) else format(value, spec)
+
+
+def residuals(fit: Fit) -> Array:
+    """y minus the law, in the order of the fit's rows."""
+    if fit.data is None:
+        raise UserError("residuals need the fit's rows, in memory")
+    return fit.data.y - fit.form.evaluate(fit.data.x, fit.p)
