@@ -1,8 +1,8 @@
 """What to run next, and where: jobs, the stages they share, warm models, attempts. Pure bookkeeping, no clock, no Ray.
 
 A stage is computed by exactly one worker, and the jobs that need it wait until it is there: single flight falls out of
-there being one queue. A worker is given, in this order, a stage that others wait for, a job whose model it holds warm,
-a job whose model no other worker holds, any job.
+there being one queue. A worker is given, in this order: a job whose model it holds warm, a job whose model no other
+worker holds, any job, the stage that most jobs wait for. Results therefore come as early as they can.
 """
 
 from __future__ import annotations
@@ -100,15 +100,17 @@ class WorkQueue:
 
     def next_for(self, worker: str, jobs_only: bool = False) -> WorkItem | None:
         """The best item for a worker, or None when there is nothing for it now."""
-        if not jobs_only:
-            stage = self._next_stage()
-            if stage is not None:
-                stage.running = True
-                stage.attempt += 1
-                return WorkItem(f"s{next(self._ids)}", "stage", stage.job, stage.key, tuple(sorted(stage.deps)))
         pending = self._next_job(worker)
-        if pending is None:
+        if pending is not None:
+            return self._start_job(pending, worker)
+        stage = None if jobs_only else self._next_stage()
+        if stage is None:
             return None
+        stage.running = True
+        stage.attempt += 1
+        return WorkItem(f"s{next(self._ids)}", "stage", stage.job, stage.key, tuple(sorted(stage.deps)))
+
+    def _start_job(self, pending: Pending, worker: str) -> WorkItem:
         pending.attempt += 1
         self._running[pending.job.id] = pending
         self.dispatched += 1

@@ -173,6 +173,8 @@ def fit_block(block: LawBlock, table: pa.Table, seed: int) -> GroupedFit | Fit:
         where=block.where,
         objective=block.objective,
         delta=block.delta,
+        weights=block.weights,
+        fixed=dict(block.fixed) or None,
         bootstrap=block.bootstrap,
         seed=seed,
     )

@@ -118,8 +118,10 @@ class LawBlock(_Block):
     x: dict[str, str] = Field(default_factory=dict, description="Variable of the law -> column or expression, e.g. {N: N, V: V}.")
     by: tuple[str, ...] = Field(("task",), description="One fit per value of these columns.")
     where: str | None = Field(None, description="SQL condition on rows.")
-    objective: Literal["squared", "huber", "huber-log"] = "squared"
-    delta: Positive = 1e-3
+    objective: Literal["squared", "huber", "squared-log", "huber-log"] = Field("squared", description="Residuals of y, or of ln y (-log).")
+    delta: Positive = Field(1e-3, description="Where Huber's terms turn linear.")
+    weights: str | None = Field(None, description="Column or expression, e.g. 1/error_se**2.")
+    fixed: dict[str, Number] = Field(default_factory=dict, description="Parameters held at a value, e.g. {E: 0}.")
     bootstrap: Whole = Field(1000, ge=0, le=100_000, description="Resamples for intervals.")
 
 
