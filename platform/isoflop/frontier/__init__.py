@@ -1,6 +1,24 @@
 """Frontiers: the best configuration at a budget, from a law or from the raw rows."""
 
 from isoflop.frontier.build import frontier
+from isoflop.frontier.methods import MethodComparison, compare_methods, extra_compute
+from isoflop.frontier.query import sql
+from isoflop.frontier.raw import ParetoSet, best_under_budget, hypervolume, non_dominated, pareto
 from isoflop.frontier.result import Choice, Frontier, FrontierPoint, Frontiers
 
-__all__ = ["Choice", "Frontier", "FrontierPoint", "Frontiers", "frontier"]
+__all__ = [
+    "Choice",
+    "Frontier",
+    "FrontierPoint",
+    "Frontiers",
+    "MethodComparison",
+    "ParetoSet",
+    "best_under_budget",
+    "compare_methods",
+    "extra_compute",
+    "frontier",
+    "hypervolume",
+    "non_dominated",
+    "pareto",
+    "sql",
+]

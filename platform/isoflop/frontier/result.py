@@ -24,7 +24,6 @@ class Choice:
         x: variables; cost: what it costs.
         error: predicted error with its interval.
         probability: share of bootstrap samples in which it is the best of the menu (None without a bootstrap).
-        extra_compute: more compute than the best choice's that it would need for the best choice's error (inf when never).
     """
 
     x: dict[str, float]

@@ -48,13 +48,20 @@ def sensitivities(form: LawForm, x: Mapping[str, Any], p: Array) -> Array:
 
 
 def _units(form: LawForm, p: Array) -> Array:
-    return np.array([v if q.low >= 0 and v > 0 and (q.linear or q.scale == "log") else 1.0 for q, v in zip(form.parameters, p, strict=True)])
+    return np.array(
+        [
+            v if q.low >= 0 and v > 0 and (q.linear or q.scale == "log") else 1.0
+            for q, v in zip(form.parameters, p, strict=True)
+        ]
+    )
 
 
 def prior_covariance(form: LawForm, p: Array) -> Array:
     """A weak prior: standard deviation a quarter of a decade-wide range for logarithms, a quarter of the search range otherwise."""
     logs = _units(form, p) != 1.0
-    width = np.array([np.log(1e4) if log else q.search[1] - q.search[0] for log, q in zip(logs, form.parameters, strict=True)])
+    width = np.array(
+        [np.log(1e4) if log else q.search[1] - q.search[0] for log, q in zip(logs, form.parameters, strict=True)]
+    )
     return np.diag((width / 4) ** 2)
 
 
@@ -137,7 +144,9 @@ def propose_runs(
         raise UserError(f"budget = {budget:g} is below the cheapest candidate, which costs {prices.min():.6g}")
     sigma2 = fit.sse / max(1, fit.n - int(fit.box.free.sum()))
     free = fit.box.free
-    cov = posterior(sensitivities(form, fit.data.x, fit.p)[:, free], sigma2, prior_covariance(form, fit.p)[np.ix_(free, free)])
+    cov = posterior(
+        sensitivities(form, fit.data.x, fit.p)[:, free], sigma2, prior_covariance(form, fit.p)[np.ix_(free, free)]
+    )
     j, targets = sensitivities(form, x, fit.p)[:, free], sensitivities(form, at, fit.p)[:, free]
     rows, deviations, gains = greedy(j, targets, prices, budget, cov, sigma2, gamma, criterion)
     table = pa.table({**{v: a[rows] for v, a in x.items()}, "cost": prices[rows], "gain": gains})
@@ -162,7 +171,13 @@ def d_optimal_points(form: LawForm, p: Array, variable: str, low: float, high: f
     for skew in (0.6, 1.0, 1.6):
         start = ends[0] + (ends[1] - ends[0]) * np.linspace(0, 1, k) ** skew
         for _ in range(3):
-            found = minimize(minus_log_det, start, method="Nelder-Mead", bounds=[ends] * k, options={"xatol": 1e-10, "fatol": 1e-14, "maxiter": 4000})
+            found = minimize(
+                minus_log_det,
+                start,
+                method="Nelder-Mead",
+                bounds=[ends] * k,
+                options={"xatol": 1e-10, "fatol": 1e-14, "maxiter": 4000},
+            )
             start = found.x
         if best is None or found.fun < best.fun:
             best = found

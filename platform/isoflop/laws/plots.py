@@ -9,8 +9,9 @@ import numpy as np
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from isoflop.frontier.raw import ParetoSet
     from isoflop.frontier.result import Frontier, Frontiers
-    from isoflop.laws.compare import Comparison
+    from isoflop.laws.comparison import Comparison
     from isoflop.laws.result import Fit, GroupedFit
 
 PALETTE = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
@@ -168,6 +169,29 @@ def plot_comparison(comparison: Comparison) -> go.Figure:
         line = {"color": PALETTE[k % len(PALETTE)], "dash": "dot" if entry.fit is None else "solid"}
         x, y = [c.decades for c in entry.cuts], [c.rmse for c in entry.cuts]
         figure.add_trace(go.Scatter(x=x, y=y, mode="lines+markers", name=entry.label, line=line))
+    return figure
+
+
+def plot_pareto(found: ParetoSet) -> go.Figure:
+    """The non-dominated rows in the first two objectives."""
+    import plotly.graph_objects as go
+
+    names = list(found.objectives)[:2]
+    values = [found.table[n].to_pylist() for n in names]
+    figure = _figure(title=f"{len(found)} of {found.n} rows are on the frontier", xaxis_title=names[0])
+    if len(names) == 1:
+        figure.add_trace(go.Bar(x=values[0], name=names[0]))
+        return figure
+    figure.update_layout(yaxis_title=names[1])
+    shape = "hv" if len(found.objectives) == 2 else None
+    figure.add_trace(
+        go.Scatter(
+            x=values[0],
+            y=values[1],
+            mode="lines+markers" if shape else "markers",
+            line={"shape": shape, "color": PALETTE[0]},
+        )
+    )
     return figure
 
 

@@ -302,12 +302,7 @@ def nested_test(small: Fit, big: Fit, boundary: bool = False) -> dict[str, float
     ``boundary``: the small law puts one parameter on the edge of its range (E = 0); the null is then a 50:50 mixture of
     chi-square with 0 and 1 degrees of freedom, and the p-value halves.
     """
-    if (
-        (small.data_hash != big.data_hash
-        and small.n != big.n)
-        or small.columns.y != big.columns.y
-        or small.objective != big.objective
-    ):
+    if small.n != big.n or small.columns.y != big.columns.y or small.objective != big.objective:
         raise UserError("nested_test: both fits must use the same rows, target and objective")
     if big.objective not in ("squared", "squared-log"):
         raise UserError(f"nested_test: objective {big.objective!r} has no F test; fit with 'squared' or 'squared-log'")
