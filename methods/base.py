@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import KnobSpec, KnobValue, check_knobs, knob_specs
 from isoflop.core.registry import Registry
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import Model, ModelInfo
+
+if TYPE_CHECKING:
+    from isoflop.methods.probe import Probe
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,23 @@ class Method:
         """What names this method in a job id: name, version and every knob."""
         return {"name": self.name, "version": self.version, "knobs": self.knobs()}
 
+    @classmethod
+    def identity(cls, info: ModelInfo) -> Method | None:
+        """The configuration that leaves the model's outputs exactly as they are (ratio 1), or None where there is none."""
+        return None
+
+    @classmethod
+    def probe(cls) -> Probe:
+        """What the conformance suite (``isoflop.testing.check_method``) runs the method on; given by the family's base class."""
+        raise NotImplementedError(f"family {cls.family!r} of method {cls.name!r} gives no probe: override Method.probe in its base class")
+
     def check(self, info: ModelInfo) -> None:
         """Raise Infeasible when this configuration cannot work on the model; names the knob and what would work."""
         missing = self.needs - info.hooks
         if missing:
-            raise Infeasible(f"method {self.name} needs {', '.join(sorted(missing))}, which model {info.ref} does not offer (it offers: {', '.join(sorted(info.hooks)) or 'nothing'})")
+            raise Infeasible(
+                f"method {self.name} needs {', '.join(sorted(missing))}, which model {info.ref} does not offer (it offers: {', '.join(sorted(info.hooks)) or 'nothing'})"
+            )
 
     def prepare(self, info: ModelInfo, weights: Stage | None, seed: int) -> Stage | None:
         """The stage that trains or calibrates this method for a model, or None when nothing is needed."""

@@ -9,13 +9,13 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from torch import nn
-
 from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
-from isoflop.methods.visual_tokens.base import VisualTokenMethod
+from isoflop.methods.visual_tokens.base import VisualTokenMethod, vlm_info
+from isoflop.models.base import ModelInfo
 from isoflop.models.vlm import CompressedTokens, VisualInput
+from torch import nn
 
 
 def square_counts(grid: int) -> list[int]:
@@ -28,13 +28,25 @@ def square_counts(grid: int) -> list[int]:
 class AvgPool(VisualTokenMethod):
     """The mean of each (grid/√V) x (grid/√V) window of patch features; a baseline every table needs. No weights."""
 
-    tokens: Annotated[int, Knob(low=1, high=4096, log=True, ratio=True, unit="tokens", doc="V, a square whose root divides the patch grid")] = 4
+    tokens: Annotated[
+        int,
+        Knob(
+            low=1, high=4096, log=True, ratio=True, unit="tokens", doc="V, a square whose root divides the patch grid"
+        ),
+    ] = 4
+
+    @classmethod
+    def identity(cls, info: ModelInfo) -> AvgPool:
+        """One token per patch."""
+        return cls(tokens=vlm_info(info).geometry["visual_tokens"])
 
     def tokens_left(self, grid: int) -> int:
         """``tokens``, when its root divides the grid."""
         allowed = square_counts(grid)
         if self.tokens not in allowed:
-            raise Infeasible(f"method avgpool: tokens = {self.tokens} does not divide a {grid}x{grid} patch grid into square windows; allowed: {', '.join(map(str, allowed))}")
+            raise Infeasible(
+                f"method avgpool: tokens = {self.tokens} does not divide a {grid}x{grid} patch grid into square windows; allowed: {', '.join(map(str, allowed))}"
+            )
         return self.tokens
 
     def compress(self, view: VisualInput, module: nn.Module | None) -> CompressedTokens:

@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import nn
-
 from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import derive_seed
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Method
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.vlm import Checkpoint, CompressedTokens, VisualInput, VlmInfo, VlmModel
+from torch import nn
 
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe
@@ -40,7 +39,6 @@ class VisualTokenMethod(Method):
     Class attributes:
         commutes: the result does not change when the features are shifted and scaled per channel before instead of
             after; true for selections and averages.
-        learning_rate: of ``module``'s weights on a checkpoint whose language model is frozen.
     """
 
     family: ClassVar[str] = "visual-tokens"
@@ -48,6 +46,11 @@ class VisualTokenMethod(Method):
     order: ClassVar[int] = 10
     trains_model: ClassVar[bool] = True
     commutes: ClassVar[bool] = True
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate of the method's own weights."""
+        return 1e-3
 
     @abstractmethod
     def tokens_left(self, grid: int) -> int:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
 from isoflop.methods.base import METHODS
 from isoflop.methods.visual_tokens.base import VisualTokenMethod
+from isoflop.models.base import ModelInfo
 from isoflop.models.vlm import CompressedTokens, VisualInput
+from torch import nn
 
 
 @METHODS.register("none")
 @dataclass(frozen=True)
 class NoCompression(VisualTokenMethod):
     """All P patch features, V = P: the reference that every ratio is relative to."""
+
+    @classmethod
+    def identity(cls, info: ModelInfo) -> NoCompression:
+        """Always."""
+        return cls()
 
     def tokens_left(self, grid: int) -> int:
         """All of them."""

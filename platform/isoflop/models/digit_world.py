@@ -34,12 +34,14 @@ COLOURS = np.array(
 )
 
 VOCABULARY = "digit-scenes-1"
-"""Name of the raw vocabulary below; a checkpoint declares it in ``config.json`` under ``isoflop``."""
+"""Name and version of this world: raise it whenever scenes, vocabulary or facts change. A checkpoint that was trained
+in it says so in ``config.json`` under ``isoflop``; stages that draw from it carry it as a field."""
 PAD, IMAGE, READ = 0, 1, 2
 FIRST_DIGIT = 3
 FIRST_ANSWER = FIRST_DIGIT + CLASSES
 FIRST_PLACE = FIRST_ANSWER + CLASSES
 ENTITIES = 128
+ZIPF = 0.8
 FIRST_ENTITY = FIRST_PLACE + TILES
 VOCAB_SIZE = FIRST_ENTITY + ENTITIES
 QUESTION_TOKENS = 2
@@ -60,8 +62,8 @@ def fact_table() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def entity_probabilities() -> np.ndarray:
-    """Zipf's law over the entities: probability proportional to 1/rank."""
-    weights = 1.0 / np.arange(1, ENTITIES + 1)
+    """Zipf's law over the entities: probability proportional to rank^-0.8."""
+    weights = np.arange(1, ENTITIES + 1) ** -ZIPF
     return weights / weights.sum()
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isoflop.core.stage import Stage, StageContext
-from isoflop.models.digit_world import SceneSet
+from isoflop.models.digit_world import VOCABULARY, SceneSet
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class FeaturesStage(Stage):
     count: int
     mix: tuple[float, ...]
     seed: int
+    world: str = VOCABULARY
 
     @property
     def scenes(self) -> SceneSet:
@@ -123,6 +124,7 @@ class TinyTowerStage(TowerSource):
     batch: int = 64
     lr: float = 3e-3
     seed: int = 0
+    world: str = VOCABULARY
 
     def compute(self, ctx: StageContext, folder: Path) -> None:
         """Train and save in ``save_pretrained`` form with a ``preprocessor_config.json``."""

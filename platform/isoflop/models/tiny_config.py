@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 ROPE_BASE = 1000.0
 MAX_POSITIONS = 64
+EMBEDDING_STD = 0.2
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def llava_config(size: TinySize) -> LlavaConfig:
 def initialise(module: Any, seed: int) -> None:
     """Draw the projector's and the language model's weights; the tower is left alone.
 
-    Embeddings N(0, 0.5²); matrices N(0, 1/fan_in); residual outputs also divided by √(2·layers); head N(0, 0.01/d);
+    Embeddings N(0, 0.2²); matrices N(0, 1/fan_in); residual outputs also divided by √(2·layers); head N(0, 0.01/d);
     norms 1, biases 0. Hugging Face's default (0.02 everywhere) leaves such narrow models at chance.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -122,7 +123,7 @@ def initialise(module: Any, seed: int) -> None:
 
     for name, parameter in [*module.model.multi_modal_projector.named_parameters(), *decoder.named_parameters()]:
         if "embed_tokens" in name:
-            draw(parameter, 0.5)
+            draw(parameter, EMBEDDING_STD)
         elif parameter.ndim == 2:
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             draw(parameter, parameter.shape[1] ** -0.5 / ((2 * layers) ** 0.5 if residual else 1.0))

@@ -72,9 +72,13 @@ class TinyLlava(ModelFamily):
         visual = [m for m in taking_part if isinstance(m, VisualTokenMethod)]
         other = [m.name for m in taking_part if not isinstance(m, VisualTokenMethod)]
         if other:
-            raise Infeasible(f"model {info.ref}: methods that take part in its training must be visual-token methods, not {', '.join(other)}")
+            raise Infeasible(
+                f"model {info.ref}: methods that take part in its training must be visual-token methods, not {', '.join(other)}"
+            )
         if len(visual) > 1:
-            raise Infeasible(f"model {info.ref}: a trial takes one visual-token method, not {len(visual)}: {', '.join(m.name for m in visual)}")
+            raise Infeasible(
+                f"model {info.ref}: a trial takes one visual-token method, not {len(visual)}: {', '.join(m.name for m in visual)}"
+            )
         method = visual[0] if visual else build("none", {})
         if not isinstance(method, VisualTokenMethod):
             raise TypeError("the method 'none' must be a visual-token method")
@@ -92,7 +96,9 @@ class TinyLlava(ModelFamily):
         if weights is None:
             raise ValueError(f"model {info.ref} has no weights of its own: pass the stage that weights() gives")
         checkpoint: Checkpoint = ctx.get(weights)
-        module = LlavaForConditionalGeneration.from_pretrained(checkpoint.folder, local_files_only=True, use_safetensors=True)
+        module = LlavaForConditionalGeneration.from_pretrained(
+            checkpoint.folder, local_files_only=True, use_safetensors=True
+        )
         module = module.to(ctx.device).eval().requires_grad_(False)
         return VlmModel(vlm, module, vision_of(module.model.vision_tower, checkpoint.folder))
 

@@ -53,7 +53,9 @@ def train_tower(steps: int, batch: int, lr: float, seed: int) -> CLIPVisionModel
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("tower", seed))
         tower = CLIPVisionModel(tower_config())
-        heads = nn.ModuleList([nn.Linear(WIDTH, n) for n in (world.CLASSES, len(world.COLOURS), world.GRID, world.GRID)])
+        heads = nn.ModuleList(
+            [nn.Linear(WIDTH, n) for n in (world.CLASSES, len(world.COLOURS), world.GRID, world.GRID)]
+        )
     parameters = [*tower.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
@@ -69,9 +71,17 @@ def train_tower(steps: int, batch: int, lr: float, seed: int) -> CLIPVisionModel
             pixels_BCHW = torch.from_numpy((images[part] - world.PIXEL_MEAN) / world.PIXEL_STD)
             x_BPD = tower(pixels_BCHW).last_hidden_state[:, 1:]
             size = len(pixels_BCHW)
-            labels = (classes[chunk + start : chunk + start + size], colours[part], np.tile(row_P, (size, 1)), np.tile(column_P, (size, 1)))
+            labels = (
+                classes[chunk + start : chunk + start + size],
+                colours[part],
+                np.tile(row_P, (size, 1)),
+                np.tile(column_P, (size, 1)),
+            )
             loss = torch.stack(
-                [F.cross_entropy(head(x_BPD).flatten(0, 1), torch.from_numpy(y.astype(np.int64)).flatten()) for head, y in zip(heads, labels, strict=True)]
+                [
+                    F.cross_entropy(head(x_BPD).flatten(0, 1), torch.from_numpy(y.astype(np.int64)).flatten())
+                    for head, y in zip(heads, labels, strict=True)
+                ]
             ).sum()
             optimizer.zero_grad()
             loss.backward()

@@ -43,15 +43,27 @@ MethodSpec = tuple[str, str, tuple[tuple[str, Any], ...]]
 class Recipe:
     """How a tiny model is trained; the fields are options of the model in a sweep.
 
-    The learning rate is that of a matrix at width 64 and goes as 1/width; vectors and the projector's input layer keep
-    it at every width; token embeddings have ``embedding_lr``/width (with the matrix rate, narrow models fail to read
-    many tokens, which looks like an effect of size).
+    The learning rate of a matrix goes as 1/width, that of the head starting from ``vector_lr``; vectors and the
+    projector's input layer have the same rate at every width; token embeddings have ``embedding_lr``/width. The last two decide when a narrow model learns to attend to a
+    place: with the matrix rate on embeddings, or with half of ``vector_lr``, it does so late or never at some seeds,
+    and reads many tokens badly, which looks like an effect of size.
     """
 
     steps: Annotated[int, Knob(low=1, high=100_000, doc="optimiser steps")] = 900
     batch: Annotated[int, Knob(low=2, high=4096, doc="examples per step, half of each task")] = 32
-    lr: Annotated[float, Knob(low=1e-6, high=1.0, log=True, doc="of matrices at width 64, of vectors at every width")] = 1.5e-3
-    embedding_lr: Annotated[float, Knob(low=1e-6, high=100.0, log=True, doc="of token embeddings, divided by the width")] = 0.72
+    lr: Annotated[float, Knob(low=1e-6, high=1.0, log=True, doc="learning rate of matrices at width 64")] = 1.5e-3
+    vector_lr: Annotated[
+        float,
+        Knob(
+            low=1e-6,
+            high=1.0,
+            log=True,
+            doc="learning rate of vectors and the projector's input layer, and of the head at width 64",
+        ),
+    ] = 3e-3
+    embedding_lr: Annotated[
+        float, Knob(low=1e-6, high=100.0, log=True, doc="learning rate of token embeddings, times the width")
+    ] = 0.72
     warmup: Annotated[float, Knob(low=0.0, high=1.0, doc="share of the steps with a rising learning rate")] = 0.1
     final: Annotated[float, Knob(low=0.0, high=1.0, doc="share of the learning rate left at the end")] = 0.02
     clip: Annotated[float, Knob(low=1e-6, doc="gradient norm")] = 1.0
@@ -61,8 +73,12 @@ class Recipe:
 
     def train_features(self, tower: TowerSource, layer: int) -> tuple[FeaturesStage, FeaturesStage]:
         """The two feature tables of one tower layer: scenes for reading and coarse scenes for recall."""
-        reading = FeaturesStage(tower, layer, "train", self.reading_scenes, world.TRAIN_READING_MIX, derive_seed("reading scenes"))
-        coarse = FeaturesStage(tower, layer, "train", self.coarse_scenes, world.COARSE_MIX, derive_seed("coarse scenes"))
+        reading = FeaturesStage(
+            tower, layer, "train", self.reading_scenes, world.TRAIN_READING_MIX, derive_seed("reading scenes")
+        )
+        coarse = FeaturesStage(
+            tower, layer, "train", self.coarse_scenes, world.COARSE_MIX, derive_seed("coarse scenes")
+        )
         return reading, coarse
 
 
@@ -127,7 +143,9 @@ class CellTrainer:
         recipe: see ``Recipe``.
     """
 
-    def __init__(self, module: Any, info: VlmInfo, method: VisualTokenMethod, compressor: nn.Module | None, recipe: Recipe) -> None:
+    def __init__(
+        self, module: Any, info: VlmInfo, method: VisualTokenMethod, compressor: nn.Module | None, recipe: Recipe
+    ) -> None:
         self.module, self.info, self.method, self.compressor, self.recipe = module, info, method, compressor, recipe
         self._last_position = LastPosition(module.model.language_model)
         self._embed = module.get_input_embeddings()
@@ -181,16 +199,19 @@ class CellTrainer:
     def _groups(self) -> list[dict[str, Any]]:
         projector, decoder = self.module.model.multi_modal_projector, self.module.model.language_model
         width = self.info.geometry["width"]
-        embeddings = [self._embed.weight]
-        flat = [projector.linear_1.weight, *(p for p in [*projector.parameters(), *decoder.parameters()] if p.ndim == 1)]
+        embeddings, head = [self._embed.weight], [self.module.lm_head.weight]
+        flat = [
+            projector.linear_1.weight,
+            *(p for p in [*projector.parameters(), *decoder.parameters()] if p.ndim == 1),
+        ]
         taken = {id(p) for p in [*embeddings, *flat]}
-        rest = [*projector.parameters(), *decoder.parameters(), self.module.lm_head.weight]
-        matrices = [p for p in rest if id(p) not in taken]
-        if self.compressor is not None:
-            flat += list(self.compressor.parameters())  # works at the tower's width 64 in every cell
+        matrices = [p for p in [*projector.parameters(), *decoder.parameters()] if id(p) not in taken]
+        own = [] if self.compressor is None else list(self.compressor.parameters())
         return [
+            *([{"params": own, "lr": self.method.learning_rate}] if own else []),
             {"params": matrices, "lr": self.recipe.lr * 64 / width},
-            {"params": flat, "lr": self.recipe.lr},
+            {"params": head, "lr": self.recipe.vector_lr * 64 / width},
+            {"params": flat, "lr": self.recipe.vector_lr},
             {"params": embeddings, "lr": self.recipe.embedding_lr / width},
         ]
 
@@ -245,14 +266,27 @@ class CellStage(Stage):
         trainer = CellTrainer(module, info, method, compressor, recipe)
         if compressor is not None:
             sample = torch.arange(0, len(bank.x[info.feature_layer]), 8)
-            method.fit_inputs(compressor, trainer.view(bank.rows(sample), torch.zeros(len(sample), 1, dtype=torch.long), sample))
+            method.fit_inputs(
+                compressor, trainer.view(bank.rows(sample), torch.zeros(len(sample), 1, dtype=torch.long), sample)
+            )
         losses = trainer.run(lessons(recipe, (self.features[0], self.features[1]), self.seed), bank)
         bank.fold(module.model.multi_modal_projector.linear_1)
         save_cell(folder, module, compressor)
         tail = losses[-max(1, len(losses) // 10) :]
-        figures = {"steps": len(losses), "final_loss": sum(tail) / len(tail), "cpu_seconds": time.process_time() - started}
+        figures = {
+            "steps": len(losses),
+            "final_loss": sum(tail) / len(tail),
+            "cpu_seconds": time.process_time() - started,
+        }
         (folder / "training.json").write_text(json.dumps(figures) + "\n")
-        log.info("trained %s with %s, seed %d: loss %.3f, %.1f CPU seconds", self.size, self.method, self.seed, figures["final_loss"], figures["cpu_seconds"])
+        log.info(
+            "trained %s with %s, seed %d: loss %.3f, %.1f CPU seconds",
+            self.size,
+            self.method,
+            self.seed,
+            figures["final_loss"],
+            figures["cpu_seconds"],
+        )
 
     def load(self, ctx: StageContext, folder: Path) -> Checkpoint:
         """Where the files are."""
@@ -294,4 +328,6 @@ def save_cell(folder: Path, module: Any, compressor: nn.Module | None) -> None:
     module.save_pretrained(folder)
     save_preprocessing(folder)
     if compressor is not None:
-        save_file({name: t.contiguous() for name, t in compressor.state_dict().items()}, folder / "compressor.safetensors")
+        save_file(
+            {name: t.contiguous() for name, t in compressor.state_dict().items()}, folder / "compressor.safetensors"
+        )

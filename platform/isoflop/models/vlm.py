@@ -179,7 +179,9 @@ class VlmModel(Model):
         """The language model on the whole prompt; Hugging Face's output with logits (B, 1, vocabulary)."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        ids_BL, mask_BL = expand_placeholders(batch.prompt_BT, batch.prompt_mask_BT, self.info.geometry["image_token"], visual_BVd.shape[1])
+        ids_BL, mask_BL = expand_placeholders(
+            batch.prompt_BT, batch.prompt_mask_BT, self.info.geometry["image_token"], visual_BVd.shape[1]
+        )
         positions_BL = None if mask_BL is None else (mask_BL.cumsum(-1) - 1).clamp(min=0)
         image = BaseModelOutputWithPooling(pooler_output=list(visual_BVd))
         return self.module(
@@ -201,7 +203,9 @@ class VlmModel(Model):
         """The language model's last hidden states on text alone, (B, Q, d); touches no cache."""
         positions_BQ = None if mask_BQ is None else (mask_BQ.cumsum(-1) - 1).clamp(min=0)
         decoder = self.module.model.language_model
-        return decoder(input_ids=ids_BQ, attention_mask=mask_BQ, position_ids=positions_BQ, use_cache=False).last_hidden_state
+        return decoder(
+            input_ids=ids_BQ, attention_mask=mask_BQ, position_ids=positions_BQ, use_cache=False
+        ).last_hidden_state
 
     @torch.no_grad()
     def embed_text(self, ids_BQ: Tensor) -> Tensor:
@@ -209,7 +213,9 @@ class VlmModel(Model):
         return self.module.get_input_embeddings()(ids_BQ)
 
 
-def expand_placeholders(ids_BT: Tensor, mask_BT: Tensor | None, image_token: int, count: int) -> tuple[Tensor, Tensor | None]:
+def expand_placeholders(
+    ids_BT: Tensor, mask_BT: Tensor | None, image_token: int, count: int
+) -> tuple[Tensor, Tensor | None]:
     """Repeat the one image placeholder of every row ``count`` times: (B, T) → (B, T - 1 + count), ids and mask.
 
     Raises:

@@ -50,7 +50,9 @@ class DigitSceneTask(Task):
     needs: ClassVar[frozenset[str]] = frozenset({"visual-tokens", f"vocabulary:{world.VOCABULARY}"})
 
     examples: Annotated[int, Knob(low=1, high=1_000_000, doc="number of test questions, one image each")] = 2000
-    shard: Annotated[int, Knob(low=1, high=1_000_000, doc="examples per shard; a pruner may stop a job between shards")] = 250
+    shard: Annotated[
+        int, Knob(low=1, high=1_000_000, doc="examples per shard; a pruner may stop a job between shards")
+    ] = 250
 
     @property
     @abstractmethod
@@ -63,7 +65,9 @@ class DigitSceneTask(Task):
 
     def features(self, info: VlmInfo, layer: int) -> FeaturesStage:
         """The stage with the test images' features from one layer of the model's tower."""
-        return FeaturesStage(info.tower, layer, "test", self.examples, self.mix, derive_seed("test scenes", self.name, self.version))
+        return FeaturesStage(
+            info.tower, layer, "test", self.examples, self.mix, derive_seed("test scenes", self.name, self.version)
+        )
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         """Features of the test images from the layer that feeds the projector."""
@@ -92,7 +96,11 @@ class DigitSceneTask(Task):
                 answers_B = torch.from_numpy(suite.answers_N[ids_B]).to(logits_BW.device)
                 nll_N.append(F.cross_entropy(logits_BW, answers_B, reduction="none").cpu().numpy())
                 right_N.append((logits_BW.argmax(-1) == answers_B).cpu().numpy())
-            yield Shard(ids_N, 1.0 - np.concatenate(right_N).astype(np.float64), {"nll": np.concatenate(nll_N).astype(np.float64)})
+            yield Shard(
+                ids_N,
+                1.0 - np.concatenate(right_N).astype(np.float64),
+                {"nll": np.concatenate(nll_N).astype(np.float64)},
+            )
 
     def measure(self, model: Model, ctx: StageContext) -> dict[str, float]:
         """Footprint of answering example 0 from its pixels, batch of one."""
@@ -103,7 +111,9 @@ class DigitSceneTask(Task):
     def batch(self, model: VlmModel, ids_B: np.ndarray, hidden: dict[int, Tensor], seed: int) -> VlmBatch:
         """The prompts ``[image] question`` of some examples with the given features."""
         questions_BQ = torch.from_numpy(self.suite().questions_NQ[ids_B]).to(model.device)
-        image_B1 = torch.full((len(ids_B), 1), model.info.geometry["image_token"], dtype=torch.long, device=model.device)
+        image_B1 = torch.full(
+            (len(ids_B), 1), model.info.geometry["image_token"], dtype=torch.long, device=model.device
+        )
         numbers_B = torch.from_numpy(ids_B + self.examples * seed).to(model.device)
         return VlmBatch(hidden, torch.cat((image_B1, questions_BQ), dim=1), questions_BQ, numbers_B)
 

@@ -29,7 +29,14 @@ class VisualReasoning(DigitSceneTask):
     version: ClassVar[str] = "1"
     chance: ClassVar[float] = 0.9
 
-    fine_share: Annotated[float, Knob(low=0.0, high=1.0, doc="share of reading questions on the finest scenes; a dial that sets the token exponent")] = 0.05
+    fine_share: Annotated[
+        float,
+        Knob(
+            low=0.0,
+            high=1.0,
+            doc="share of reading questions on the finest scenes; a dial that sets the token exponent",
+        ),
+    ] = 0.05
 
     @property
     def mix(self) -> tuple[float, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -42,4 +43,7 @@ class FolderContext:
         self.root.mkdir(parents=True, exist_ok=True)
         unfinished = Path(mkdtemp(prefix="unfinished-", dir=self.root))
         stage.compute(self, unfinished)
-        unfinished.rename(folder)
+        try:
+            unfinished.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(unfinished)

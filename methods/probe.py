@@ -1,0 +1,43 @@
+"""What a method family offers to the conformance suite: a small untrained model, examples, and one measured cost.
+
+A family's base class overrides ``Method.probe`` and returns an instance; every method of the family is then checked by
+``isoflop.testing.check_method`` without a line of its own. Everything must run in seconds on one CPU core.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from isoflop.core.stage import StageContext
+from isoflop.methods.base import Method
+from isoflop.models.base import Model
+
+
+class Probe(ABC):
+    """A model and examples to try a method on.
+
+    Attributes:
+        model: loaded, in evaluation mode, with fixed untrained weights.
+        ctx: the stage context that is handed to ``footprint``.
+        examples: how many examples ``outputs`` knows.
+    """
+
+    model: Model
+    ctx: StageContext
+    examples: int
+
+    @abstractmethod
+    def prepared(self, method: Method, seed: int) -> Any:
+        """What ``apply`` gets: the method's weights as initialised under ``seed``, untrained, or None."""
+
+    @abstractmethod
+    def outputs(self, rows: Sequence[int]) -> Tensor:
+        """The model's outputs, as it is now, for some examples run as one batch: one row per example."""
+
+    @abstractmethod
+    def cost(self) -> float:
+        """The measured cost, with the methods that are applied now, that the family's ratio knob is there to change."""

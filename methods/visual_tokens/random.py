@@ -1,0 +1,72 @@
+"""A random subset of the patches: the control that many published selections beat only slightly.
+
+Shape suffixes: B batch, P patches, V visual tokens, D vision width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from isoflop.core.errors import Infeasible
+from isoflop.core.knobs import Knob
+from isoflop.methods.base import METHODS
+from isoflop.methods.visual_tokens.base import VisualTokenMethod, vlm_info
+from isoflop.models.base import ModelInfo
+from isoflop.models.vlm import CompressedTokens, VisualInput
+from torch import Tensor, nn
+
+
+@METHODS.register("random")
+@dataclass(frozen=True)
+class RandomTokens(VisualTokenMethod):
+    """``tokens`` patches of each image in raster order, drawn anew per image. No weights.
+
+    The subset depends on ``draw`` and on the example's number (which carries the job's seed), not on the rest of the
+    batch or on torch's random state. While a tiny model is trained, a scene keeps its subset whenever it comes up.
+    """
+
+    tokens: Annotated[int, Knob(low=1, high=4096, log=True, ratio=True, unit="tokens", doc="V, at most the number of patches")] = 4
+    draw: Annotated[int, Knob(low=0, high=1_000_000, doc="another number draws other subsets")] = 0
+
+    @classmethod
+    def identity(cls, info: ModelInfo) -> RandomTokens:
+        """Every patch."""
+        return cls(tokens=vlm_info(info).geometry["visual_tokens"])
+
+    def tokens_left(self, grid: int) -> int:
+        """``tokens``, when there are as many patches."""
+        if self.tokens > grid * grid:
+            raise Infeasible(f"method random: tokens = {self.tokens} exceeds the {grid * grid} patches of a {grid}x{grid} grid; allowed: 1 … {grid * grid}")
+        return self.tokens
+
+    def compress(self, view: VisualInput, module: nn.Module | None) -> CompressedTokens:
+        """Gather the patches with the smallest hashes."""
+        kept_BV = random_subset(view.ids_B, view.x_BPD.shape[1], self.tokens_left(view.grid), self.draw)
+        index_BVD = kept_BV[:, :, None].expand(-1, -1, view.x_BPD.shape[2])
+        return CompressedTokens(view.x_BPD.gather(1, index_BVD), kept_BV)
+
+
+def random_subset(ids_B: Tensor, patches: int, count: int, draw: int) -> Tensor:
+    """``count`` of ``patches`` numbers per example, sorted, (B, V): the places of the smallest hashes of (draw, id, place)."""
+    places_P = torch.arange(patches, device=ids_B.device)
+    score_BP = _mix(_mix(ids_B + _mix(torch.tensor(draw, device=ids_B.device)))[:, None] + places_P)
+    return score_BP.argsort(dim=-1, stable=True)[:, :count].sort(dim=-1).values
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Finaliser of splitmix64 on int64, with wrap-around; the same numbers on every device."""
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right; torch shifts int64 arithmetically."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 64) if constant >= 1 << 63 else constant

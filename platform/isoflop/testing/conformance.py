@@ -1,0 +1,337 @@
+"""The contract of a compression method as code: ``check_method("quecc")`` raises on the first broken promise.
+
+For authors of methods, inside this project or outside::
+
+    from isoflop.testing import check_method
+
+    def test_my_method():
+        check_method("my-method")
+
+A method whose family is built in needs nothing else. A new family overrides ``Method.probe`` in its base class and
+returns an ``isoflop.methods.probe.Probe``: a small untrained model, a few examples, and the measured cost that the
+ratio knob changes. Each check is a plain function of the class and the probe and can be called by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isoflop.core.errors import Infeasible, UserError
+from isoflop.core.knobs import KnobSpec, KnobValue, knob_specs
+from isoflop.methods.base import METHODS, Method, build
+from isoflop.methods.probe import Probe
+
+TOLERANCE = 1e-5
+"""Batches of different sizes may differ by this much, relative to the largest output."""
+
+Check = Callable[[type[Method], Probe], None]
+
+
+def check_method(method: str | type[Method], probe: Probe | None = None) -> None:
+    """Run every check on a registered method.
+
+    Args:
+        method: name or class.
+        probe: what to run on; by default what the method's family gives.
+
+    Raises:
+        AssertionError: a promise is broken; the message names method, check and finding.
+    """
+    cls = METHODS.get(method) if isinstance(method, str) else method
+    used = probe if probe is not None else cls.probe()
+    for check in CHECKS:
+        try:
+            check(cls, used)
+        except AssertionError as error:
+            raise AssertionError(f"method {cls.name}: {check.__name__}: {error}") from error
+
+
+def check_declaration(cls: type[Method], probe: Probe) -> None:
+    """A frozen dataclass with name, family and version, whose fields are all knobs with default and documentation."""
+    assert dataclasses.is_dataclass(cls), "the class is no dataclass"
+    assert getattr(cls, "__dataclass_params__").frozen, "the dataclass is not frozen"  # noqa: B009
+    assert cls.name, "it has no name: register it"
+    assert cls.family, "it has no family"
+    assert cls.version, "it has no version"
+    assert (cls.__doc__ or "").strip(), "it has no docstring"
+    specs = knob_specs(cls)
+    strangers = {f.name for f in dataclasses.fields(cls)} - set(specs)
+    assert not strangers, f"fields without a Knob annotation: {', '.join(sorted(strangers))}"
+    for spec in specs.values():
+        assert spec.knob.doc, f"knob {spec.name} has no documentation"
+        assert not spec.required, f"knob {spec.name} has no default"
+        spec.check(spec.default)
+    assert sum(spec.knob.ratio for spec in specs.values()) <= 1, "more than one knob claims to set the ratio"
+    assert cls().spec()["knobs"] == {name: spec.default for name, spec in specs.items()}, "spec() does not hold every knob"
+
+
+def check_knob_errors(cls: type[Method], probe: Probe) -> None:
+    """A value of the wrong type or out of range, and an unknown knob, are refused in one line that names the knob."""
+    for spec in knob_specs(cls).values():
+        for wrong in _wrong_values(spec):
+            _refused(lambda name=spec.name, value=wrong: build(cls.name, {name: value}), UserError, spec.name, f"{spec.name} = {wrong!r}")
+    _refused(lambda: build(cls.name, {"no-such-knob": 1}), UserError, "no-such-knob", "an unknown knob")
+
+
+def check_impossible_knobs(cls: type[Method], probe: Probe) -> None:
+    """A configuration the model rules out raises Infeasible naming the knob; so does a model without the hook point."""
+    ratio = _ratio_knob(cls)
+    if ratio is not None:
+        for value in _candidates(ratio):
+            method = _with(cls, {ratio.name: value})
+            if _feasible(method, probe):
+                continue
+            _refused(lambda m=method: m.check(probe.model.info), Infeasible, ratio.name, f"{ratio.name} = {value!r}")
+            _refused(lambda m=method: _enter(m, probe), Infeasible, ratio.name, f"applying {ratio.name} = {value!r}")
+    if cls.needs:
+        bare = dataclasses.replace(probe.model.info, hooks=frozenset())
+        _refused(lambda: _default(cls, probe).check(bare), Infeasible, cls.name, "a model without the hook point")
+
+
+def check_identity(cls: type[Method], probe: Probe) -> None:
+    """At ratio 1 the outputs are those of the bare model, bit for bit (where the method has such a configuration)."""
+    method = cls.identity(probe.model.info)
+    if method is None:
+        return
+    rows = range(probe.examples)
+    bare = probe.outputs(rows)
+    assert torch.equal(_outputs(method, probe, rows), bare), f"{method} changes the outputs"
+
+
+def check_monotone_cost(cls: type[Method], probe: Probe) -> None:
+    """Along the ratio knob the measured cost moves in one direction, and over the whole range it moves."""
+    ratio = _ratio_knob(cls)
+    if ratio is None:
+        return
+    ladder = [m for m in (_with(cls, {ratio.name: v}) for v in _candidates(ratio)) if _feasible(m, probe)]
+    assert len(ladder) > 1, f"only {len(ladder)} value of {ratio.name} works on the probe's model"
+    costs = []
+    for method in ladder:
+        with method.apply(probe.model, probe.prepared(method, 0)):
+            costs.append(probe.cost())
+    steps = [b - a for a, b in zip(costs, costs[1:], strict=False)]
+    assert all(s >= 0 for s in steps) or all(s <= 0 for s in steps), f"costs along {ratio.name} go up and down: {costs}"
+    assert costs[0] != costs[-1], f"costs along {ratio.name} never change: {costs}"
+
+
+def check_footprint(cls: type[Method], probe: Probe) -> None:
+    """``footprint`` gives finite numbers by name while the method is applied."""
+    method = _default(cls, probe)
+    with method.apply(probe.model, probe.prepared(method, 0)):
+        costs = method.footprint(probe.model, probe.ctx)
+    for name, value in costs.items():
+        assert isinstance(value, (int, float)), f"footprint {name} is a {type(value).__name__}"
+        assert math.isfinite(value), f"footprint {name} = {value}"
+
+
+def check_restored(cls: type[Method], probe: Probe) -> None:
+    """After ``apply`` the model is bit for bit what it was, also when the block raises."""
+    method = _default(cls, probe)
+    rows = range(probe.examples)
+    before, outputs = Snapshot(probe.model), probe.outputs(rows)
+    _outputs(method, probe, rows)
+    before.compare(probe.model)
+    try:
+        with method.apply(probe.model, probe.prepared(method, 0)):
+            probe.outputs(rows)
+            raise _Interruption
+    except _Interruption:
+        pass
+    before.compare(probe.model)
+    assert torch.equal(probe.outputs(rows), outputs), "the outputs differ after apply"
+
+
+def check_deterministic(cls: type[Method], probe: Probe) -> None:
+    """The same seed gives the same outputs, whatever torch's global random state; that state is left alone."""
+    method = _default(cls, probe)
+    rows = range(probe.examples)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        first = _outputs(method, probe, rows)
+        state = torch.random.get_rng_state()
+        torch.manual_seed(2)
+        expected = torch.random.get_rng_state()
+        second = _outputs(method, probe, rows)
+        assert torch.equal(torch.random.get_rng_state(), expected), "it draws from torch's global random state"
+        torch.random.set_rng_state(state)
+    assert torch.equal(first, second), "two runs with the same seed differ"
+
+
+def check_batching(cls: type[Method], probe: Probe) -> None:
+    """A batch of one gives what a batch of many gives, in any order."""
+    method = _default(cls, probe)
+    rows = list(range(probe.examples))
+    together = _outputs(method, probe, rows)
+    alone = torch.cat([_outputs(method, probe, [row]) for row in rows])
+    reverse = _outputs(method, probe, rows[::-1]).flip(0)
+    scale = float(together.abs().max())
+    for name, other in (("alone", alone), ("in reverse order", reverse)):
+        difference = float((together - other).abs().max()) / scale
+        assert difference <= TOLERANCE, f"examples run {name} differ by {difference:.1e} of the largest output"
+
+
+def check_knobs_honoured(cls: type[Method], probe: Probe) -> None:
+    """Every knob changes outputs, cost or footprint, or at least the stage that trains the method's weights."""
+    for spec in knob_specs(cls).values():
+        methods = [_with(cls, {spec.name: value}) for value in _candidates(spec)]
+        effects = []
+        for method in methods:
+            if not _feasible(method, probe):
+                continue
+            effects.append(_effect(method, probe))
+            if any(_differ(effects[0], effect) for effect in effects[1:]):
+                break
+        else:
+            raise AssertionError(f"knob {spec.name} has no effect between {', '.join(map(str, _candidates(spec)))}")
+
+
+CHECKS: tuple[Check, ...] = (
+    check_declaration,
+    check_knob_errors,
+    check_impossible_knobs,
+    check_identity,
+    check_monotone_cost,
+    check_footprint,
+    check_restored,
+    check_deterministic,
+    check_batching,
+    check_knobs_honoured,
+)
+
+
+class Snapshot:
+    """Everything a method could leave behind in a model: tensors, hooks, replaced methods, settings, attributes."""
+
+    def __init__(self, model: Any) -> None:
+        self._tensors = {name: tensor.clone() for name, tensor in _tensors(model.module).items()}
+        self._structure = _structure(model)
+
+    def compare(self, model: Any) -> None:
+        """Raise AssertionError when the model differs from the snapshot."""
+        tensors = _tensors(model.module)
+        assert tensors.keys() == self._tensors.keys(), f"parameters or buffers came or went: {sorted(tensors.keys() ^ self._tensors.keys())}"
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, self._tensors[name]), f"tensor {name} changed"
+        now = _structure(model)
+        changed = [key for key in sorted(now.keys() | self._structure.keys()) if now.get(key) != self._structure.get(key)]
+        assert not changed, f"left behind: {', '.join(changed[:5])}"
+
+
+class _Interruption(Exception):
+    pass
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _structure(model: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {f"model.{k}": id(v) for k, v in vars(model).items()}
+    for name, part in model.module.named_modules():
+        found[f"type of {name}"] = type(part)
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            found[f"{kind} of {name}"] = tuple(getattr(part, kind))
+        found[f"training flag of {name}"] = part.training
+        found[f"own attributes of {name}"] = tuple(sorted(k for k in vars(part) if not k.startswith("_")))
+        found[f"own forward of {name}"] = id(vars(part).get("forward"))
+    found["requires_grad"] = tuple(p.requires_grad for p in model.module.parameters())
+    config = getattr(model.module, "config", None)
+    if config is not None:
+        found["config"] = copy.deepcopy(config.to_dict())
+        found["attention implementation"] = getattr(config, "_attn_implementation", None)
+    return found
+
+
+def _ratio_knob(cls: type[Method]) -> KnobSpec | None:
+    return next((spec for spec in knob_specs(cls).values() if spec.knob.ratio), None)
+
+
+def _candidates(spec: KnobSpec) -> list[KnobValue]:
+    """Values to try: every choice, small whole numbers, or points along a range; ascending."""
+    knob = spec.knob
+    if knob.choices is not None:
+        return list(knob.choices)
+    if spec.type is bool:
+        return [False, True]
+    if spec.type is str:
+        return [spec.default, f"{spec.default}-other"]
+    low = float(knob.low) if knob.low is not None else float(spec.default) - 1
+    high = float(knob.high) if knob.high is not None else float(spec.default) + 1
+    if spec.type is int:
+        near = range(int(low), int(min(high, low + 40)) + 1)
+        return sorted({*near, int(spec.default), int(high)})
+    return sorted({low, low + (high - low) / 4, (low + high) / 2, high, float(spec.default)})
+
+
+def _wrong_values(spec: KnobSpec) -> Iterable[Any]:
+    if spec.type is not str:
+        yield "nonsense"
+        yield [1]
+        yield float("nan")
+    if spec.knob.choices is not None:
+        yield "no-such-choice" if spec.type is str else -12345
+    if spec.knob.low is not None:
+        yield spec.type(spec.knob.low - 1) if spec.type is int else spec.knob.low - 1.0
+    if spec.knob.high is not None:
+        yield spec.type(spec.knob.high + 1) if spec.type is int else spec.knob.high + 1.0
+
+
+def _with(cls: type[Method], knobs: dict[str, KnobValue]) -> Method:
+    return cls(**knobs)
+
+
+def _default(cls: type[Method], probe: Probe) -> Method:
+    """The method at its defaults, or at the first feasible value of its ratio knob."""
+    method = cls()
+    ratio = _ratio_knob(cls)
+    if _feasible(method, probe) or ratio is None:
+        return method
+    return next(m for m in (_with(cls, {ratio.name: v}) for v in _candidates(ratio)) if _feasible(m, probe))
+
+
+def _feasible(method: Method, probe: Probe) -> bool:
+    try:
+        method.check(probe.model.info)
+    except Infeasible:
+        return False
+    return True
+
+
+def _enter(method: Method, probe: Probe) -> None:
+    with method.apply(probe.model, None):
+        pass
+
+
+def _outputs(method: Method, probe: Probe, rows: Iterable[int]) -> Tensor:
+    with method.apply(probe.model, probe.prepared(method, 0)):
+        return probe.outputs(list(rows))
+
+
+def _effect(method: Method, probe: Probe) -> tuple[Any, ...]:
+    prepared = probe.prepared(method, 0)
+    with method.apply(probe.model, prepared):
+        outputs = probe.outputs(range(probe.examples))
+        footprint = method.footprint(probe.model, probe.ctx)
+        stage = method.spec() if prepared is not None else None
+        return outputs, footprint, probe.cost(), stage
+
+
+def _differ(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return not torch.equal(a[0], b[0]) or a[1:] != b[1:]
+
+
+def _refused(call: Callable[[], Any], kind: type[UserError], word: str, what: str) -> None:
+    try:
+        call()
+    except kind as error:
+        assert word in str(error), f"the refusal of {what} does not name {word}: {error}"
+        assert "\n" not in str(error), f"the refusal of {what} is longer than one line"
+        return
+    raise AssertionError(f"{what} is accepted")
