@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,23 @@ def _run_options(command: Any) -> Any:
     return command
 
 
+def find_spec(given: Path) -> Path:
+    """The file as named, or else the sweep of that name that ships with isoflop."""
+    if given.exists() or given.parent != Path("."):
+        return given
+    packaged = Path(str(files("isoflop.sweeps"))) / given.with_suffix(".yaml").name
+    return packaged if packaged.is_file() else given
+
+
 @click.command("run")
 @click.argument("spec", type=click.Path(path_type=Path), metavar="SWEEP.yaml")
 @_run_options
 def run_command(spec: Path, as_json: bool, **options: Any) -> int:
-    """Run a sweep, or what is missing of it.
+    """Run a sweep, or what is missing of it. The name of a sweep that ships with isoflop will do: quickstart.
 
     Exit code: 0 when every job has a result, 1 when some failed, 130 when it was interrupted.
     """
-    return _run(resolve(spec), as_json, RunOptions(**options))
+    return _run(resolve(find_spec(spec)), as_json, RunOptions(**options))
 
 
 @click.command("resume")
@@ -97,8 +106,9 @@ def _print_end(opened: SweepResults, options: RunOptions) -> None:
     out.print(Text(f"look:       isoflop show {opened.name}{where}"))
     if options.tracking_uri != "none":
         out.print(Text(f"browse:     isoflop ui{where}"))
-    argument = f", store={opened.store.uri!r}" if where else ""
-    out.print(Text(f"ask:        python -c \"import isoflop; print(isoflop.open('{opened.name}'{argument}).frontier(budget=1e6))\"", overflow="fold"))
+    if opened.spec.laws:
+        argument = f", store={opened.store.uri!r}" if where else ""
+        out.print(Text(f"ask:        python -c \"import isoflop; print(isoflop.open('{opened.name}'{argument}).frontier())\"", overflow="fold"))
 
 
 @click.command("plan")
@@ -108,7 +118,7 @@ def _print_end(opened: SweepResults, options: RunOptions) -> None:
 @json_option
 def plan_command(spec: Path, store: str | None, cache_dir: Path | None, as_json: bool) -> None:
     """Say what a sweep would run, share and cost, without running it."""
-    plan = make_plan(resolve(spec), store, cache_dir)
+    plan = make_plan(resolve(find_spec(spec)), store, cache_dir)
     emit(plan.to_dict(), as_json, lambda: _print_plan(plan))
 
 

@@ -1,7 +1,7 @@
 """Named things that can be extended from outside: methods, models, tasks, laws.
 
 A registry fills itself from three places, in this order: the built-in modules it was told of, the entry points that
-installed packages declare (group ``isoflop.<kind>s``), and modules that a sweep lists under ``import:``.
+installed packages declare (``isoflop.methods``, ``isoflop.models``, ``isoflop.tasks``, ``isoflop.laws``), and modules that a sweep lists under ``import:``.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ class Registry(Generic[T]):
     Args:
         kind: the word users see in messages ("method").
         builtin: modules whose import registers the built-in entries.
+        group: of entry points; ``isoflop.<kind>s`` unless given.
     """
 
-    def __init__(self, kind: str, builtin: tuple[str, ...] = ()) -> None:
+    def __init__(self, kind: str, builtin: tuple[str, ...] = (), group: str = "") -> None:
         self.kind = kind
+        self._group = group or f"isoflop.{kind}s"
         self._builtin = builtin
         self._entries: dict[str, T] = {}
         self._loaded = False
@@ -77,7 +79,7 @@ class Registry(Generic[T]):
         try:
             for module in self._builtin:
                 importlib.import_module(module)
-            for point in entry_points(group=f"isoflop.{self.kind}s"):
+            for point in entry_points(group=self._group):
                 try:
                     entry = point.load()
                     if point.name not in self._entries:

@@ -1,14 +1,14 @@
 """YAML read safely, with the line of every key, so that messages can point at the place.
 
 Differences from plain ``yaml.safe_load``: duplicate keys are errors, ``1e9`` is a number, and only ``true``/``false``
-are booleans (YAML 1.1 would also take ``on`` and ``no``). Tags that would build Python objects are errors.
+are booleans (YAML 1.1 would also take ``on`` and ``no``, read ``010`` as 8 and ``1:30`` as 90). Values are those of JSON;
+any other tag, such as one that would build a Python object, is an error.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from isoflop.core.errors import UserError
 
 KeyPath = tuple[str | int, ...]
 MAX_NODES = 200_000  # aliases can make a small file expand without end
+_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null"))
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,14 @@ class Source:
         name: file name for messages.
         lines: key path -> 1-based line.
         text: the text as read.
+        folder: where modules beside the file lie; None when there is no such place.
     """
 
     data: Any
     name: str
     lines: dict[KeyPath, int] = field(default_factory=dict)
     text: str = ""
+    folder: Path | None = None
 
     def where(self, path: KeyPath) -> str:
         """``file:line: key.path`` of the closest part of ``path`` whose line is known."""
@@ -56,12 +59,14 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader with JSON-like scalars."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")]
+        first: [(tag, regexp) for tag, regexp in resolvers if tag == "tag:yaml.org,2002:null"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node).replace("_", "")))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^(?:[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)|[-+]?[0-9][0-9_]*\.[0-9_]*|[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
@@ -82,13 +87,18 @@ def load_yaml(path: str | Path) -> Source:
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    return parse_yaml(text, str(path))
+    except ValueError as error:  # a NUL in the name
+        raise UserError(f"{path!r}: not a file name: {error}") from None
+    return replace(parse_yaml(text, str(path)), folder=file.resolve().parent)
 
 
 def parse_yaml(text: str, name: str = "<text>") -> Source:
     """Parse YAML text. Raises UserError naming file and line."""
     lines: dict[KeyPath, int] = {}
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError as error:  # a character that YAML forbids
+        raise UserError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
     try:
         node = loader.get_single_node()
         data = _construct(loader, node, (), lines, name) if node is not None else None
@@ -109,16 +119,13 @@ def _construct(loader: _Loader, node: yaml.Node, path: KeyPath, lines: dict[KeyP
     lines.setdefault(path, node.start_mark.line + 1)
     if len(lines) > MAX_NODES:
         raise UserError(f"{name}: expands to more than {MAX_NODES:,} values")
-    here = f"{name}:{node.start_mark.line + 1}"
-    standard = node.tag.startswith("tag:yaml.org,2002:") and "python" not in node.tag
-    if not standard:
-        raise UserError(f"{here}: the tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is not allowed; use plain values")
+    _check_tag(node, name)
     if isinstance(node, yaml.MappingNode):
         result: dict[Any, Any] = {}
         for key_node, value_node in node.value:
-            key = loader.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
+            if not isinstance(key_node, yaml.ScalarNode):
                 raise UserError(f"{name}:{key_node.start_mark.line + 1}: a key must be text or a number")
+            key = _scalar(loader, key_node, path, name)
             if key in result:
                 raise UserError(f"{name}:{key_node.start_mark.line + 1}: {dotted((*path, str(key)))}: the key stands twice in one block")
             lines[(*path, key)] = key_node.start_mark.line + 1
@@ -126,10 +133,23 @@ def _construct(loader: _Loader, node: yaml.Node, path: KeyPath, lines: dict[KeyP
         return result
     if isinstance(node, yaml.SequenceNode):
         return [_construct(loader, child, (*path, i), lines, name) for i, child in enumerate(node.value)]
+    return _scalar(loader, node, path, name)
+
+
+def _scalar(loader: _Loader, node: yaml.Node, path: KeyPath, name: str) -> Any:
+    _check_tag(node, name)
     try:
         return loader.construct_object(node, deep=True)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{here}: {dotted(path)}: {error}") from None
+    except (ValueError, TypeError, LookupError, AttributeError):  # what PyYAML raises for "!!int many" and the like
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        place = f"{name}:{node.start_mark.line + 1}" + (f": {dotted(path)}" if path else "")
+        raise UserError(f"{place}: {str(node.value)[:40]!r} is not a value of the kind {kind}") from None
+
+
+def _check_tag(node: yaml.Node, name: str) -> None:
+    if node.tag not in _TAGS:
+        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        raise UserError(f"{name}:{node.start_mark.line + 1}: the tag {tag} is not allowed; use plain values")
 
 
 def _similar_file(file: Path) -> str:

@@ -70,7 +70,7 @@ class ModelFamily(ABC):
         """The model on ``ctx.device`` in evaluation mode."""
 
 
-FAMILIES: Registry[ModelFamily] = Registry("model-family", ("isoflop.models",))
+FAMILIES: Registry[ModelFamily] = Registry("model family", ("isoflop.models",), group="isoflop.models")
 
 
 def family_of(ref: str, where: str = "") -> ModelFamily:

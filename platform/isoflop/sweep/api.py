@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from isoflop.core.errors import UserError, unknown
-from isoflop.core.yaml_source import parse_yaml
+from isoflop.core.yaml_source import Source, parse_yaml
 from isoflop.execute import Executor, LocalExecutor, Resources
 from isoflop.ledger import Ledger, Store
 from isoflop.search import make_proposer
@@ -19,7 +20,7 @@ from isoflop.sweep import results as results_module
 from isoflop.sweep.driver import Driver, Summary
 from isoflop.sweep.progress import LogFile, Progress, Quiet
 from isoflop.sweep.resolve import Sweep, resolve
-from isoflop.sweep.spec import SweepSpec, import_folder
+from isoflop.sweep.spec import SweepSpec, load_spec
 from isoflop.track import MlflowTracker, NullTracker, Tracker
 
 EXECUTORS = ("ray", "local")
@@ -80,7 +81,7 @@ def run_resolved(sweep: Sweep, options: RunOptions, progress: Progress) -> Sweep
     executor = make_executor(sweep, options)
     try:
         ledger.fold()
-        save_spec(store, sweep)
+        save_spec(store, sweep, ledger)
         log.line(f"sweep {spec.name}: store {store.uri}")
         tracker.start(sweep.source.text or json.dumps(sweep.source.data, indent=1), {"spec": spec.digest, "store": store.uri})
         executor.start()
@@ -95,7 +96,7 @@ def run_resolved(sweep: Sweep, options: RunOptions, progress: Progress) -> Sweep
         )
         summary = Driver(sweep, ledger, executor, proposer, tracker, log, options.retry_failed).run()
         executor.close(now=summary.interrupted)
-        opened = SweepResults(store, spec.name, sweep, summary)
+        opened = SweepResults(store, spec.name, spec, summary)
         if spec.laws:
             log.line("fitting laws")
         findings = opened.findings_of_run = opened.findings()
@@ -141,7 +142,7 @@ def make_executor(sweep: Sweep, options: RunOptions) -> Executor:
         options.workers,
         sweep.spec.imports,
         options.node_ip,
-        import_folder(sweep.source),
+        str(sweep.source.folder) if sweep.source.folder else None,
     )
 
 
@@ -153,9 +154,15 @@ def _await_tracker(tracker: Tracker, wait: float, log: LogFile) -> None:
         log.line(f"MLflow does not show everything yet ({left} rows; {tracker.problem or 'too slow'}); `isoflop resume` will bring the rest")
 
 
-def save_spec(store: Store, sweep: Sweep) -> None:
-    """Keep the YAML beside the results, for ``resume`` and for whoever reads the store later."""
+def save_spec(store: Store, sweep: Sweep, ledger: Ledger) -> None:
+    """Keep the YAML beside the results, and which old rows it no longer contains.
+
+    Whoever reads the store later needs neither the modules that the sweep imports nor the same versions of anything.
+    """
     text = sweep.source.text or json.dumps(sweep.source.data, indent=1)
+    table = ledger.read(["job_id", "spec"])
+    stale = set(table["job_id"].to_pylist()) - set(sweep.current(table)["job_id"].to_pylist())
+    store.write(store.path("sweeps", sweep.spec.name, "stale.json"), json.dumps(sorted(stale)).encode())
     store.write(store.path("sweeps", sweep.spec.name, "sweep.yaml"), text.encode())
 
 
@@ -167,27 +174,22 @@ class SweepResults:
         summary, findings_of_run: how the session went and what it found, when this came from :func:`run`.
     """
 
-    def __init__(self, store: Store, name: str, sweep: Sweep | None = None, summary: Summary | None = None) -> None:
+    def __init__(self, store: Store, name: str, spec: SweepSpec | None = None, summary: Summary | None = None) -> None:
         self.store = store
         self.name = name
         self.summary = summary
         self.findings_of_run = results_module.Findings("")
-        self._sweep = sweep
+        self._spec = spec
 
     def __repr__(self) -> str:
         return f"<isoflop sweep {self.name!r} in {self.store.uri}: {self.results(columns=['job_id']).num_rows} jobs>"
 
     @property
-    def sweep(self) -> Sweep:
-        """The resolved spec as it was last run."""
-        if self._sweep is None:
-            self._sweep = resolve_stored(self.store, self.name)
-        return self._sweep
-
-    @property
     def spec(self) -> SweepSpec:
         """The spec as it was last run."""
-        return self.sweep.spec
+        if self._spec is None:
+            self._spec, _ = load_spec(stored_source(self.store, self.name))
+        return self._spec
 
     def results(self, columns: Sequence[str] | None = None, everything: bool = False) -> pa.Table:
         """One row per job as an Arrow table; see :mod:`isoflop.ledger.schema` for the columns.
@@ -196,12 +198,14 @@ class SweepResults:
             columns: only these.
             everything: also rows of jobs that the sweep's YAML no longer contains.
         """
-        ledger = Ledger(self.store, self.name)
-        wanted = None if columns is None else list(dict.fromkeys([*columns, "spec"]))
-        table = ledger.read(wanted)
-        if not everything:
-            table = self.sweep.current(table)
-        return table if columns is None else table.select(list(columns))
+        table = Ledger(self.store, self.name).read(None if columns is None else list(columns))
+        if everything:
+            return table
+        stale = read_stale(self.store, self.name)
+        if not stale:
+            return table
+        ids = table["job_id"] if "job_id" in table.column_names else Ledger(self.store, self.name).read(["job_id"])["job_id"]
+        return table.filter(pc.invert(pc.is_in(ids, pa.array(sorted(stale), pa.string()))))
 
     def fit(self, law: str = "product", y: str = "error", by: Sequence[str] = ("task",), **options: Any) -> Any:
         """Fit a scaling law on the finished jobs; see :func:`isoflop.laws.fit`."""
@@ -246,7 +250,7 @@ class SweepResults:
 
     def findings(self) -> results_module.Findings:
         """The laws and frontiers that the sweep's YAML asks for."""
-        return results_module.find(self.sweep.spec, results_module.usable(self.results()))
+        return results_module.find(self.spec, results_module.usable(self.results()))
 
 
 def open_sweep(name: str, store: str | None = None) -> SweepResults:
@@ -258,14 +262,24 @@ def open_sweep(name: str, store: str | None = None) -> SweepResults:
     return SweepResults(opened, name)
 
 
-def resolve_stored(store: Store, name: str) -> Sweep:
-    """The spec that lies beside a sweep's results."""
+def stored_source(store: Store, name: str) -> Source:
+    """The YAML that lies beside a sweep's results. Modules that it imports are looked for in the current folder."""
     path = store.path("sweeps", name, "sweep.yaml")
     data = store.read(path)
     if data is None:
         raise UserError(f"{path}: no such file; the sweep has no spec")
-    source = parse_yaml(data.decode(), path)
-    return resolve(source.data if source.data is not None else {})
+    return replace(parse_yaml(data.decode(), path), folder=Path.cwd())
+
+
+def resolve_stored(store: Store, name: str) -> Sweep:
+    """The sweep that lies in a store, to be resumed."""
+    return resolve(stored_source(store, name))
+
+
+def read_stale(store: Store, name: str) -> set[str]:
+    """Ids of jobs whose rows the ledger keeps but the sweep, as last run, no longer contains."""
+    data = store.read(store.path("sweeps", name, "stale.json"))
+    return set(json.loads(data)) if data else set()
 
 
 def resolve_table(source: str, store: str | None = None) -> pa.Table:

@@ -20,7 +20,7 @@ from isoflop.core.errors import UserError, nearest
 from isoflop.core.hashing import content_hash
 from isoflop.core.yaml_source import KeyPath, Source, dotted, load_yaml
 
-NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class _Block(BaseModel):
@@ -256,7 +256,7 @@ class SweepSpec(_Block):
     @field_validator("name")
     @classmethod
     def _plain_name(cls, value: str) -> str:
-        if not NAME.match(value):
+        if not NAME.fullmatch(value):
             raise ValueError("must begin with a letter or digit and hold only letters, digits, '.', '_' and '-' (at most 100)")
         return value
 
@@ -287,16 +287,19 @@ class SweepSpec(_Block):
         return content_hash(self.model_dump(mode="json"))
 
 
-def load_spec(given: str | Path | Mapping[str, Any]) -> tuple[SweepSpec, Source]:
-    """Read and validate a specification.
+def load_spec(given: str | Path | Mapping[str, Any] | Source) -> tuple[SweepSpec, Source]:
+    """Read and validate a specification. Looks no names up and imports nothing.
 
     Args:
-        given: path of a YAML file, or the same content as a dict.
+        given: path of a YAML file, the same content as a dict, or a parsed source.
 
     Returns:
         The spec, and its source for messages about later checks.
     """
-    source = Source(dict(given), "<dict>") if isinstance(given, Mapping) else load_yaml(given)
+    if isinstance(given, Source):
+        source = given
+    else:
+        source = Source(dict(given), "<dict>") if isinstance(given, Mapping) else load_yaml(given)
     if source.data is None:
         raise UserError(f"{source.name}: is empty; a sweep needs name, models, methods and tasks")
     if not isinstance(source.data, Mapping):
@@ -307,14 +310,9 @@ def load_spec(given: str | Path | Mapping[str, Any]) -> tuple[SweepSpec, Source]
         raise UserError(_explain(error, source)) from None
 
 
-def import_folder(source: Source) -> str | None:
-    """The folder beside the YAML file, where its own modules may lie; None for a dict."""
-    return None if source.name == "<dict>" else str(Path(source.name).resolve().parent)
-
-
 def import_modules(spec: SweepSpec, source: Source) -> None:
     """Import the modules that the sweep names; they register what it uses. Nothing else is imported by name."""
-    folder = import_folder(source)
+    folder = str(source.folder) if source.folder is not None else None
     for index, module in enumerate(spec.imports):
         where = source.where(("import", index))
         if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", module):
@@ -401,4 +399,4 @@ def _allowed_keys(loc: tuple[int | str, ...]) -> list[str]:
     return [field.alias or name for name, field in block.model_fields.items()]
 
 
-__all__ = ["FrontierBlock", "KnobEntry", "LawBlock", "MethodEntry", "SweepSpec", "dotted", "import_folder", "import_modules", "load_spec"]
+__all__ = ["FrontierBlock", "KnobEntry", "LawBlock", "MethodEntry", "SweepSpec", "dotted", "import_modules", "load_spec"]

@@ -110,7 +110,9 @@ class Projection:
                 self._client.restore_experiment(found.experiment_id)
             return str(found.experiment_id)
         try:
-            return str(self._client.create_experiment(name, artifact_location=artifact_root))
+            # the kind opens MLflow's model-training view, with its runs table and charts, instead of the one for agents
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            return str(self._client.create_experiment(name, artifact_location=artifact_root, tags=tags))
         except MlflowException:
             again = self._client.get_experiment_by_name(name)  # another driver was faster
             if again is None:
