@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -139,7 +140,8 @@ def network(count: int) -> Iterator[Network]:
     # Ray's sockets lie below its temp dir, and their paths must stay short
     folder = Path(tempfile.mkdtemp(prefix="isonet", dir="/tmp"))
     home = folder / "home"
-    home.mkdir()
+    (home / ".ray").mkdir(parents=True)
+    (home / ".ray" / "auth_token").write_text(secrets.token_hex(32))
     hosts = [Host(i, prefix, home) for i in range(count)]
     net = Network(hosts, bridge, folder)
     try:

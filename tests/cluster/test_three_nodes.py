@@ -18,8 +18,8 @@ SWEEP = """
 name: {name}
 import: [toy_parts]
 models: [toy/s, toy/m, toy/l]
-methods: [{{toy: {{k: [1, 2, 4]}}}}]
-tasks: [toy-task]
+methods: [{{toy-tokens: {{tokens: [4, 16, 64]}}}}]
+tasks: [{{toy-task: {{shards: 2, seconds: 0.2}}}}]
 resources: {{cpus: 1, gpus: 1}}
 limits: {{timeout: 2m}}
 """
