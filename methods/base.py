@@ -55,7 +55,9 @@ class Method:
     @classmethod
     def probe(cls) -> Probe:
         """What the conformance suite (``isoflop.testing.check_method``) runs the method on; given by the family's base class."""
-        raise NotImplementedError(f"family {cls.family!r} of method {cls.name!r} gives no probe: override Method.probe in its base class")
+        raise NotImplementedError(
+            f"family {cls.family!r} of method {cls.name!r} gives no probe: override Method.probe in its base class"
+        )
 
     def check(self, info: ModelInfo) -> None:
         """Raise Infeasible when this configuration cannot work on the model; names the knob and what would work."""

@@ -48,7 +48,13 @@ class QueCC(VisualTokenMethod):
 
     k: Annotated[int, Knob(low=1, high=64, ratio=True, unit="patches", doc="side of a window; V = (grid / k)²")] = 6
     heads: Annotated[int, Knob(low=1, high=64, log=True, doc="attention heads; must divide the tower's width")] = 8
-    text_source: Annotated[str, Knob(choices=("llm_last", "token_mean", "none"), doc="what the query knows of the question: its last hidden state in the language model, its mean token embedding, nothing")] = "llm_last"
+    text_source: Annotated[
+        str,
+        Knob(
+            choices=("llm_last", "token_mean", "none"),
+            doc="what the query knows of the question: its last hidden state in the language model, its mean token embedding, nothing",
+        ),
+    ] = "llm_last"
     lr: Annotated[float, Knob(low=1e-5, high=1e-1, log=True, doc="learning rate of the compressor's weights")] = 1e-3
 
     @property
@@ -61,12 +67,16 @@ class QueCC(VisualTokenMethod):
         super().check(info)
         width = vlm_info(info).geometry["vision_width"]
         if width % self.heads:
-            raise Infeasible(f"method quecc: heads = {self.heads} does not divide the vision width {width}; allowed: {_divisors(width)}")
+            raise Infeasible(
+                f"method quecc: heads = {self.heads} does not divide the vision width {width}; allowed: {_divisors(width)}"
+            )
 
     def tokens_left(self, grid: int) -> int:
         """(grid / k)²."""
         if grid % self.k:
-            raise Infeasible(f"method quecc: k = {self.k} does not divide the {grid}x{grid} patch grid; allowed: {_divisors(grid)}")
+            raise Infeasible(
+                f"method quecc: k = {self.k} does not divide the {grid}x{grid} patch grid; allowed: {_divisors(grid)}"
+            )
         return (grid // self.k) ** 2
 
     def layers(self, info: VlmInfo) -> tuple[int, ...]:
@@ -96,7 +106,9 @@ class QueCC(VisualTokenMethod):
         if self.text_source == "none":
             return None
         if view.question_BQ is None:
-            raise Infeasible(f"method quecc: text_source = {self.text_source} needs a question, and this task asks none; use none")
+            raise Infeasible(
+                f"method quecc: text_source = {self.text_source} needs a question, and this task asks none; use none"
+            )
         if self.text_source == "token_mean":
             return masked_mean(view.embed_text(view.question_BQ), view.question_mask_BQ)
         return last_real(view.encode_text(view.question_BQ, view.question_mask_BQ), view.question_mask_BQ)

@@ -27,7 +27,9 @@ class RandomTokens(VisualTokenMethod):
     batch or on torch's random state. While a tiny model is trained, a scene keeps its subset whenever it comes up.
     """
 
-    tokens: Annotated[int, Knob(low=1, high=4096, log=True, ratio=True, unit="tokens", doc="V, at most the number of patches")] = 4
+    tokens: Annotated[
+        int, Knob(low=1, high=4096, log=True, ratio=True, unit="tokens", doc="V, at most the number of patches")
+    ] = 4
     draw: Annotated[int, Knob(low=0, high=1_000_000, doc="another number draws other subsets")] = 0
 
     @classmethod
@@ -38,7 +40,9 @@ class RandomTokens(VisualTokenMethod):
     def tokens_left(self, grid: int) -> int:
         """``tokens``, when there are as many patches."""
         if self.tokens > grid * grid:
-            raise Infeasible(f"method random: tokens = {self.tokens} exceeds the {grid * grid} patches of a {grid}x{grid} grid; allowed: 1 … {grid * grid}")
+            raise Infeasible(
+                f"method random: tokens = {self.tokens} exceeds the {grid * grid} patches of a {grid}x{grid} grid; allowed: 1 … {grid * grid}"
+            )
         return self.tokens
 
     def compress(self, view: VisualInput, module: nn.Module | None) -> CompressedTokens:

@@ -50,7 +50,8 @@ TRAIN_READING_MIX = (0.2, 0.25, 0.25, 0.3)
 TEST_READING_MIX = (0.2, 0.3, 0.3, 0.2)
 COARSE_MIX = (1.0, 0.0, 0.0, 0.0)
 
-_CHUNK = 256
+CHUNK = 256
+"""Scenes are drawn in chunks of this many, each with a generator of its own."""
 _GOLDEN = 0.6180339887498949
 
 
@@ -107,13 +108,13 @@ class SceneSet:
 
     def classes(self) -> np.ndarray:
         """Digit class of every tile in raster order, uint8 (N, P)."""
-        parts = [self._classes(start) for start in range(0, self.count, _CHUNK)]
+        parts = [self._classes(start) for start in range(0, self.count, CHUNK)]
         return np.concatenate(parts)[: self.count]
 
     def images(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """Images ``start`` to ``stop`` in batches of at most 256: float32 (n, C, H, W) with values in [0, 1]."""
         stop = self.count if stop is None else min(stop, self.count)
-        for chunk in range(start - start % _CHUNK, stop, _CHUNK):
+        for chunk in range(start - start % CHUNK, stop, CHUNK):
             images_NCHW, _ = self.draw(chunk)
             yield images_NCHW[max(0, start - chunk) : stop - chunk]
 
@@ -141,8 +142,8 @@ class SceneSet:
 
     def _classes(self, chunk: int) -> np.ndarray:
         rng = np.random.default_rng([derive_seed("classes", self.split, self.seed), chunk])
-        regions_NP = rng.integers(0, CLASSES, (_CHUNK, TILES), dtype=np.uint8)
-        levels_N = self._levels(chunk, chunk + _CHUNK)
+        regions_NP = rng.integers(0, CLASSES, (CHUNK, TILES), dtype=np.uint8)
+        levels_N = self._levels(chunk, chunk + CHUNK)
         return np.take_along_axis(regions_NP, np.stack([_region_of_tile(int(g)) for g in levels_N]), axis=1)
 
 

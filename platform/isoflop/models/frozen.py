@@ -37,7 +37,7 @@ class _Learning:
 
     method: VisualTokenMethod
     module: nn.Module
-    projector: nn.Module
+    projector: nn.Module | None
     layers: tuple[int, ...]
     seen: VisualInput | None = None
 
@@ -68,7 +68,9 @@ class CompressorStage(Stage):
     def of(cls, info: VlmInfo, method: VisualTokenMethod, seed: int) -> CompressorStage:
         """The stage of a method on a checkpoint. Raises Infeasible when there are no training scenes for it."""
         if info.vocabulary != VOCABULARY:
-            raise Infeasible(f"method {method.name} must be trained for {info.ref}, and there are training scenes only for checkpoints that declare the vocabulary {VOCABULARY}")
+            raise Infeasible(
+                f"method {method.name} must be trained for {info.ref}, and there are training scenes only for checkpoints that declare the vocabulary {VOCABULARY}"
+            )
         layers = [info.feature_layer, *(n for n in method.layers(info) if n != info.feature_layer)]
         features = tuple(stage for n in layers for stage in Recipe().train_features(info.tower, n))
         return cls(info.ref, info.version, info.options, method_spec(method), seed, features)
@@ -93,17 +95,23 @@ class CompressorStage(Stage):
         projector = deepcopy(model.module.model.multi_modal_projector).requires_grad_(True)
         slot = _Learning(method, module.to(model.device, model.dtype), projector, method.layers(model.info))
         model.compression = slot
-        losses = self._train(ctx, model, slot)
+        losses = self._train(ctx, model, slot, [*slot.module.parameters(), *projector.parameters()])
         for name, trained in (("compressor", slot.module), ("projector", projector)):
-            save_file({key: t.contiguous().cpu() for key, t in trained.state_dict().items()}, folder / f"{name}.safetensors")
+            save_file(
+                {key: t.contiguous().cpu() for key, t in trained.state_dict().items()}, folder / f"{name}.safetensors"
+            )
         tail = losses[-max(1, len(losses) // 10) :]
-        (folder / "training.json").write_text(json.dumps({"steps": len(losses), "final_loss": sum(tail) / len(tail)}) + "\n")
+        (folder / "training.json").write_text(
+            json.dumps({"steps": len(losses), "final_loss": sum(tail) / len(tail)}) + "\n"
+        )
 
     def load(self, ctx: StageContext, folder: Path) -> Checkpoint:
         """Where the files are."""
         return Checkpoint(folder, json.loads((folder / "training.json").read_text()))
 
-    def _train(self, ctx: StageContext, model: VlmModel, slot: _Learning) -> list[float]:
+    def _train(
+        self, ctx: StageContext, model: VlmModel, slot: _Learning, parameters: list[nn.Parameter]
+    ) -> list[float]:
         recipe = Recipe(steps=self.steps, batch=self.batch, lr=slot.method.learning_rate)
         tables = {a.layer: (a, b) for a, b in zip(self.features[::2], self.features[1::2], strict=True)}
         reading, coarse = tables[model.info.feature_layer]
@@ -120,7 +128,6 @@ class CompressorStage(Stage):
             model.compress(batch(Step(sample, torch.zeros(len(sample), 1, dtype=torch.long), sample)))
         if slot.seen is not None:
             slot.method.fit_inputs(slot.module, slot.seen)
-        parameters = [*slot.module.parameters(), *slot.projector.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0, betas=(0.9, 0.98))
         losses: list[Tensor] = []
         for number, step in enumerate(lessons(recipe, (reading, coarse), derive_seed("compressor", self.seed))):

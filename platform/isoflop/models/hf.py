@@ -120,7 +120,9 @@ def locate(ref: str, revision: str, weights: bool) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"model {ref}: not a folder, not in the local cache, and the hub gives no revision {revision!r} of it ({reason})") from error
+        raise UserError(
+            f"model {ref}: not a folder, not in the local cache, and the hub gives no revision {revision!r} of it ({reason})"
+        ) from error
 
 
 @lru_cache(maxsize=256)
@@ -132,9 +134,13 @@ def _describe(ref: str, options: tuple[tuple[str, Any], ...]) -> VlmInfo:
     text, vision = config.text_config, config.vision_config
     layers = int(vision.num_hidden_layers)
     if not isinstance(config.vision_feature_layer, int):
-        raise Infeasible(f"model {ref}: its projector reads several vision layers ({config.vision_feature_layer}); allowed: one layer")
+        raise Infeasible(
+            f"model {ref}: its projector reads several vision layers ({config.vision_feature_layer}); allowed: one layer"
+        )
     if config.vision_feature_select_strategy != "default":
-        raise Infeasible(f"model {ref}: vision_feature_select_strategy = {config.vision_feature_select_strategy!r} keeps the CLS token; allowed: 'default'")
+        raise Infeasible(
+            f"model {ref}: vision_feature_select_strategy = {config.vision_feature_select_strategy!r} keeps the CLS token; allowed: 'default'"
+        )
     grid = int(vision.image_size) // int(vision.patch_size)
     vocabulary = (getattr(config, "isoflop", None) or {}).get("vocabulary")
     hooks = {"visual-tokens", "kv-cache", "attention", "weights"}
@@ -184,7 +190,9 @@ def _config(ref: str, source: Path, options: Options) -> Any:
         raise UserError(f"model {ref}: {path} is no valid JSON ({error})") from error
     named = stored.get("architectures") or []
     if not set(named) & set(ARCHITECTURES):
-        raise Infeasible(f"model {ref}: architecture {', '.join(named) or 'unknown'} is not supported; allowed: {', '.join(ARCHITECTURES)}")
+        raise Infeasible(
+            f"model {ref}: architecture {', '.join(named) or 'unknown'} is not supported; allowed: {', '.join(ARCHITECTURES)}"
+        )
     return AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=options.trust_remote_code)
 
 

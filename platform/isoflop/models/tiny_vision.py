@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 WIDTH = 64
 LAYERS = 1
-_CHUNK = 256
 
 
 def tower_config() -> CLIPVisionConfig:
@@ -64,9 +63,9 @@ def train_tower(steps: int, batch: int, lr: float, seed: int) -> CLIPVisionModel
     row_P, column_P = np.divmod(np.arange(world.TILES), world.GRID)
     tower.train()
     step = 0
-    for chunk in range(0, scenes.count, _CHUNK):
+    for chunk in range(0, scenes.count, world.CHUNK):
         images, colours = scenes.draw(chunk)
-        for start in range(0, min(_CHUNK, scenes.count - chunk), batch):
+        for start in range(0, min(world.CHUNK, scenes.count - chunk), batch):
             part = slice(start, start + batch)
             pixels_BCHW = torch.from_numpy((images[part] - world.PIXEL_MEAN) / world.PIXEL_STD)
             x_BPD = tower(pixels_BCHW).last_hidden_state[:, 1:]

@@ -44,9 +44,9 @@ class Recipe:
     """How a tiny model is trained; the fields are options of the model in a sweep.
 
     The learning rate of a matrix goes as 1/width, that of the head starting from ``vector_lr``; vectors and the
-    projector's input layer have the same rate at every width; token embeddings have ``embedding_lr``/width. The last two decide when a narrow model learns to attend to a
-    place: with the matrix rate on embeddings, or with half of ``vector_lr``, it does so late or never at some seeds,
-    and reads many tokens badly, which looks like an effect of size.
+    projector's input layer have the same rate at every width; token embeddings have ``embedding_lr``/width. The last
+    two decide when a narrow model learns to attend to a place: with the matrix rate on embeddings, or with half of
+    ``vector_lr``, it does so late or never at some seeds and reads many tokens badly, which looks like an effect of size.
     """
 
     steps: Annotated[int, Knob(low=1, high=100_000, doc="optimiser steps")] = 900
@@ -63,7 +63,7 @@ class Recipe:
     ] = 3e-3
     embedding_lr: Annotated[
         float, Knob(low=1e-6, high=100.0, log=True, doc="learning rate of token embeddings, times the width")
-    ] = 0.72
+    ] = 1.4
     warmup: Annotated[float, Knob(low=0.0, high=1.0, doc="share of the steps with a rising learning rate")] = 0.1
     final: Annotated[float, Knob(low=0.0, high=1.0, doc="share of the learning rate left at the end")] = 0.02
     clip: Annotated[float, Knob(low=1e-6, doc="gradient norm")] = 1.0

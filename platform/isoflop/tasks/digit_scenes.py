@@ -63,11 +63,14 @@ class DigitSceneTask(Task):
     def ask(self, rng: np.random.Generator, regions_N: np.ndarray, classes_NP: np.ndarray) -> Examples:
         """Questions and answers about scenes."""
 
+    @property
+    def scenes_seed(self) -> int:
+        """Seed of the test scenes; another version of the task has other scenes."""
+        return derive_seed("test scenes", self.name, self.version)
+
     def features(self, info: VlmInfo, layer: int) -> FeaturesStage:
         """The stage with the test images' features from one layer of the model's tower."""
-        return FeaturesStage(
-            info.tower, layer, "test", self.examples, self.mix, derive_seed("test scenes", self.name, self.version)
-        )
+        return FeaturesStage(info.tower, layer, "test", self.examples, self.mix, self.scenes_seed)
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         """Features of the test images from the layer that feeds the projector."""
@@ -123,13 +126,18 @@ class DigitSceneTask(Task):
         return {layer: torch.from_numpy(table[ids_B]).to(model.device) for layer, table in tables.items()}
 
     def _images(self, ids_B: np.ndarray) -> Tensor:
-        scenes = world.SceneSet("test", self.examples, self.mix, derive_seed("test scenes", self.name, self.version))
-        return torch.from_numpy(np.concatenate([next(scenes.images(i, i + 1)) for i in ids_B.tolist()]))
+        scenes = world.SceneSet("test", self.examples, self.mix, self.scenes_seed)
+        return torch.from_numpy(np.stack([_draw(scenes, i - i % world.CHUNK)[i % world.CHUNK] for i in ids_B.tolist()]))
+
+
+@lru_cache(maxsize=16)  # a shuffled suite of 4,000 examples draws each chunk once
+def _draw(scenes: world.SceneSet, chunk: int) -> np.ndarray:
+    return scenes.draw(chunk)[0]
 
 
 @lru_cache(maxsize=8)
 def _suite(task: DigitSceneTask) -> Examples:
-    scenes = world.SceneSet("test", task.examples, task.mix, derive_seed("test scenes", task.name, task.version))
+    scenes = world.SceneSet("test", task.examples, task.mix, task.scenes_seed)
     regions_N, classes_NP = scenes.regions(), scenes.classes()
     parts = []
     for start in range(0, task.examples, BATCH):  # a generator per block, so that a shorter suite is a prefix

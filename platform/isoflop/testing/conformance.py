@@ -18,6 +18,8 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -69,15 +71,17 @@ def check_declaration(cls: type[Method], probe: Probe) -> None:
         assert not spec.required, f"knob {spec.name} has no default"
         spec.check(spec.default)
     assert sum(spec.knob.ratio for spec in specs.values()) <= 1, "more than one knob claims to set the ratio"
-    assert cls().spec()["knobs"] == {name: spec.default for name, spec in specs.items()}, "spec() does not hold every knob"
+    assert cls().spec()["knobs"] == {name: spec.default for name, spec in specs.items()}, (
+        "spec() does not hold every knob"
+    )
 
 
 def check_knob_errors(cls: type[Method], probe: Probe) -> None:
     """A value of the wrong type or out of range, and an unknown knob, are refused in one line that names the knob."""
     for spec in knob_specs(cls).values():
         for wrong in _wrong_values(spec):
-            _refused(lambda name=spec.name, value=wrong: build(cls.name, {name: value}), UserError, spec.name, f"{spec.name} = {wrong!r}")
-    _refused(lambda: build(cls.name, {"no-such-knob": 1}), UserError, "no-such-knob", "an unknown knob")
+            _refused(partial(build, cls.name, {spec.name: wrong}), UserError, spec.name, f"{spec.name} = {wrong!r}")
+    _refused(partial(build, cls.name, {"no-such-knob": 1}), UserError, "no-such-knob", "an unknown knob")
 
 
 def check_impossible_knobs(cls: type[Method], probe: Probe) -> None:
@@ -88,11 +92,11 @@ def check_impossible_knobs(cls: type[Method], probe: Probe) -> None:
             method = _with(cls, {ratio.name: value})
             if _feasible(method, probe):
                 continue
-            _refused(lambda m=method: m.check(probe.model.info), Infeasible, ratio.name, f"{ratio.name} = {value!r}")
-            _refused(lambda m=method: _enter(m, probe), Infeasible, ratio.name, f"applying {ratio.name} = {value!r}")
+            _refused(partial(method.check, probe.model.info), Infeasible, ratio.name, f"{ratio.name} = {value!r}")
+            _refused(partial(_enter, method, probe), Infeasible, ratio.name, f"applying {ratio.name} = {value!r}")
     if cls.needs:
         bare = dataclasses.replace(probe.model.info, hooks=frozenset())
-        _refused(lambda: _default(cls, probe).check(bare), Infeasible, cls.name, "a model without the hook point")
+        _refused(partial(_default(cls, probe).check, bare), Infeasible, cls.name, "a model without the hook point")
 
 
 def check_identity(cls: type[Method], probe: Probe) -> None:
@@ -116,7 +120,7 @@ def check_monotone_cost(cls: type[Method], probe: Probe) -> None:
     for method in ladder:
         with method.apply(probe.model, probe.prepared(method, 0)):
             costs.append(probe.cost())
-    steps = [b - a for a, b in zip(costs, costs[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(costs)]
     assert all(s >= 0 for s in steps) or all(s <= 0 for s in steps), f"costs along {ratio.name} go up and down: {costs}"
     assert costs[0] != costs[-1], f"costs along {ratio.name} never change: {costs}"
 
@@ -216,11 +220,15 @@ class Snapshot:
     def compare(self, model: Any) -> None:
         """Raise AssertionError when the model differs from the snapshot."""
         tensors = _tensors(model.module)
-        assert tensors.keys() == self._tensors.keys(), f"parameters or buffers came or went: {sorted(tensors.keys() ^ self._tensors.keys())}"
+        assert tensors.keys() == self._tensors.keys(), (
+            f"parameters or buffers came or went: {sorted(tensors.keys() ^ self._tensors.keys())}"
+        )
         for name, tensor in tensors.items():
             assert torch.equal(tensor, self._tensors[name]), f"tensor {name} changed"
         now = _structure(model)
-        changed = [key for key in sorted(now.keys() | self._structure.keys()) if now.get(key) != self._structure.get(key)]
+        changed = [
+            key for key in sorted(now.keys() | self._structure.keys()) if now.get(key) != self._structure.get(key)
+        ]
         assert not changed, f"left behind: {', '.join(changed[:5])}"
 
 
@@ -328,10 +336,11 @@ def _differ(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 
 
 def _refused(call: Callable[[], Any], kind: type[UserError], word: str, what: str) -> None:
+    message: str | None = None
     try:
         call()
     except kind as error:
-        assert word in str(error), f"the refusal of {what} does not name {word}: {error}"
-        assert "\n" not in str(error), f"the refusal of {what} is longer than one line"
-        return
-    raise AssertionError(f"{what} is accepted")
+        message = str(error)
+    assert message is not None, f"{what} is accepted"
+    assert word in message, f"the refusal of {what} does not name {word}: {message}"
+    assert "\n" not in message, f"the refusal of {what} is longer than one line"
