@@ -27,7 +27,7 @@ def canonical(value: Any) -> Any:
 def content_hash(value: Any, length: int = 20) -> str:
     """Hexadecimal SHA-256 of the canonical JSON of ``value``, cut to ``length`` digits (80 bits by default)."""
     text = json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
 
 
 def derive_seed(*parts: Any) -> int:

@@ -63,11 +63,16 @@ class Done:
 
 @dataclass(frozen=True)
 class Lost:
-    """A worker died. ``items`` are those it had not finished, the running one first."""
+    """A worker died. ``items`` are those it had not finished, the running one first.
+
+    Attributes:
+        blame: whether the running item may be what killed it.
+    """
 
     worker: str
     items: tuple[WorkItem, ...]
     reason: str
+    blame: bool = True
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ class Executor(ABC):
         """Events since the last call; waits up to ``timeout`` seconds for the first."""
 
     @abstractmethod
-    def kill(self, worker: str, reason: str) -> None:
+    def kill(self, worker: str, reason: str, blame: bool = True) -> None:
         """Kill a worker (a job passed its deadline); its items come back as ``Lost`` and a new worker takes its place."""
 
     def watch(self, on_shard: OnShard | None) -> None:

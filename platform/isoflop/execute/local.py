@@ -52,8 +52,8 @@ class LocalExecutor(Executor):
 
         return [Done(self.NAME, item, self._runner.run_job(item.job, on_shard))]
 
-    def kill(self, worker: str, reason: str) -> None:
-        raise NotImplementedError("the local executor runs jobs in the driver's own process")
+    def kill(self, worker: str, reason: str, blame: bool = True) -> None:
+        """Nothing: the worker is this very process."""
 
     def close(self, now: bool = False) -> None:
         self._queue.clear()
@@ -64,5 +64,4 @@ class LocalExecutor(Executor):
             self._threads_before = None
 
     def cached_stages(self) -> set[str]:
-        root = self._runner.cache.root
-        return {p.name for p in root.iterdir() if not p.name.startswith(".")} if root.is_dir() else set()
+        return self._runner.cache.keys()

@@ -99,6 +99,7 @@ class RayExecutor(Executor):
         self._fill()
         deadline = time.monotonic() + _START_SECONDS
         while not self.workers():
+            self._fill()  # again, for those that died before they could speak
             self._greet(timeout=1.0)
             if time.monotonic() > deadline:
                 raise UserError(f"no Ray worker came up within {_START_SECONDS:.0f} s; cluster resources: {ray.cluster_resources()}")
@@ -267,21 +268,21 @@ class RayExecutor(Executor):
         worker.stages.update(item.needs)
         self._events.append(Done(worker.id, item, result))
 
-    def kill(self, worker: str, reason: str) -> None:
+    def kill(self, worker: str, reason: str, blame: bool = True) -> None:
         target = self._workers.get(worker)
         if target is None:
             return
         target.reason = reason
         with contextlib.suppress(RayError):
             ray.kill(target.actor, no_restart=True)
-        self._lose(target, reason)
+        self._lose(target, reason, blame)
 
-    def _lose(self, worker: _Worker, reason: str) -> None:
+    def _lose(self, worker: _Worker, reason: str, blame: bool = True) -> None:
         items = tuple(item for item, _ in worker.items)
         self._forget(worker)
         with contextlib.suppress(RayError):
             ray.kill(worker.actor, no_restart=True)
-        self._events.append(Lost(worker.id, items, reason))
+        self._events.append(Lost(worker.id, items, reason, blame))
         self._last_node_check = 0.0
 
     def _forget(self, worker: _Worker) -> None:

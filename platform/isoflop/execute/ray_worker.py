@@ -48,15 +48,13 @@ class RayWorker:
 
     def hello(self) -> dict[str, Any]:
         """Who and where this worker is, and which stages its host has on disk."""
-        root = self._runner.cache.root
-        stages = [p.name for p in root.iterdir() if not p.name.startswith(".")] if root.is_dir() else []
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         return {
             "node": ray.get_runtime_context().get_node_id(),
             "host": socket.gethostname(),
             "device": self._runner.cache.device,
             "slot": gpus,
-            "stages": stages,
+            "stages": sorted(self._runner.cache.keys()),
         }
 
     def run_job(self, item: str, job: dict[str, Any], fetch: dict[str, list[Any]]) -> Outcome:

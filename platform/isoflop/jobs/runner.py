@@ -71,6 +71,7 @@ class Runner:
         self.name = name
         self._keep_models = keep_models
         self._models: OrderedDict[str, Model] = OrderedDict()
+        self._used = False
 
     def run_job(self, job: Job, on_shard: OnShard | None = None) -> Outcome:
         """Run one job to its end; never raises for the job's own failures.
@@ -81,12 +82,13 @@ class Runner:
         out = Outcome("failed", started=time.time(), host=socket.gethostname(), device=_device_name(self.cache.device), worker=self.name)
         clock = time.monotonic()
         computed_before = len(self.cache.computed)
+        fresh, self._used = not self._used, True
         try:
             self._run(ResolvedJob.of(job), out, on_shard)
         except Infeasible as error:
             out.status, out.error_type, out.error_text = "infeasible", "Infeasible", str(error)
-        except Exception as error:
-            out.status = "infeasible" if _is_out_of_memory(error) else "failed"
+        except (Exception, SystemExit) as error:
+            out.status = _status(error, fresh)
             out.error_type, out.error_text = type(error).__name__, _describe(error)
             self._forget_models()
         out.seconds = time.monotonic() - clock
@@ -95,13 +97,13 @@ class Runner:
 
     def run_stage(self, job: Job, key: str) -> dict[str, Any]:
         """Compute the stage ``key`` of ``job``: ``{"ok": True, "seconds": …, "bytes": …}`` or the error as text."""
+        fresh, self._used = not self._used, True
         try:
             stage = next(s for s in ResolvedJob.of(job).stages() if s.key == key)
             seconds = self.cache.ensure(stage)
             return {"ok": True, "seconds": seconds, "bytes": self.cache.size(stage)}
-        except Exception as error:
-            status = "infeasible" if isinstance(error, Infeasible) or _is_out_of_memory(error) else "failed"
-            return {"ok": False, "status": status, "error_type": type(error).__name__, "error_text": _describe(error)}
+        except (Exception, SystemExit) as error:
+            return {"ok": False, "status": _status(error, fresh), "error_type": type(error).__name__, "error_text": _describe(error)}
 
     def stage_files(self, job: Job, key: str) -> dict[str, bytes]:
         """The files of a computed stage, to be sent to another host."""
@@ -128,10 +130,12 @@ class Runner:
                 if on_shard is not None and on_shard(index, float(so_far.mean()), len(so_far)):
                     stopped = True
                     break
-            out.footprint["eval_seconds"] = time.monotonic() - clock
-            out.footprint.update(resolved.task.measure(model, self.cache))
+            footprint: dict[str, Any] = {"eval_seconds": time.monotonic() - clock, **resolved.task.measure(model, self.cache)}
             for method, _ in resolved.in_order:
-                out.footprint.update(method.footprint(model, self.cache))
+                footprint.update(method.footprint(model, self.cache))
+        if not errors:
+            raise ValueError(f"task {resolved.job.task} yielded no examples")
+        out.footprint = {name: float(value) for name, value in footprint.items()}
         scores = np.concatenate(errors)
         if not np.isfinite(scores).all():
             raise ArithmeticError(f"{int((~np.isfinite(scores)).sum())} of {len(scores)} scores are not finite")
@@ -191,14 +195,21 @@ def _device_name(device: str) -> str:
     return "cpu" if not visible else f"cpu [CUDA_VISIBLE_DEVICES={visible}]"
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _status(error: BaseException, fresh: bool) -> Literal["failed", "infeasible"]:
+    """Too little memory is a property of the configuration, unless an earlier job of this process may have leaked it."""
     import torch
 
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if isinstance(error, MemoryError):
+        return "infeasible" if fresh else "failed"
+    return "infeasible" if isinstance(error, (Infeasible, torch.OutOfMemoryError)) else "failed"
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     """The message, and the innermost frames of the traceback for whoever debugs a method."""
     frames = traceback.extract_tb(error.__traceback__)[-3:]
     places = " < ".join(f"{Path(f.filename).name}:{f.lineno} in {f.name}" for f in reversed(frames))
-    return f"{error} [{places}]"[:4000]
+    try:
+        message = str(error)
+    except Exception:  # an exception of somebody's own may fail at this, too
+        message = "(no message)"
+    return f"{message} [{places}]"[:4000]

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from isoflop.core.errors import UserError
 from isoflop.ledger.schema import SCHEMA, VERSION, empty, latest, to_table
-from isoflop.ledger.store import Store
+from isoflop.ledger.store import Store, StoreError
 
 log = logging.getLogger(__name__)
 _REPLACES = b"isoflop.replaces"
@@ -95,23 +95,33 @@ class Ledger:
     def _read_file(self, name: str, columns: list[str] | None) -> pa.Table | None:
         path = f"{self.folder}/{name}"
         try:
-            with self.store.fs.open_input_file(path) as file:
-                parquet = pq.ParquetFile(file)
-                table = parquet.read(columns=columns)
-                version = (parquet.schema_arrow.metadata or {}).get(b"isoflop.ledger", b"").decode()
-                if version != VERSION:
-                    raise UserError(f"{path}: ledger version {version or 'unknown'}; this isoflop reads version {VERSION}")
-                return table.replace_schema_metadata(parquet.schema_arrow.metadata)
-        except (pa.ArrowInvalid, OSError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            self._set_aside(name, error)
-            return None
+            file = self.store.fs.open_input_file(path)
+            # From a remote store the whole file first: a network that fails must not look like a torn file.
+            source = file if self.store.local is not None else pa.BufferReader(file.read_buffer())
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
+        with file:
+            try:
+                parquet = pq.ParquetFile(source, page_checksum_verification=True)
+                metadata = parquet.schema_arrow.metadata or {}
+                version = metadata.get(b"isoflop.ledger", b"").decode()
+                if not version:
+                    raise pa.ArrowInvalid("not a file of a ledger")
+                table = parquet.read(columns=columns) if version == VERSION else None
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                self._set_aside(name, error)
+                return None
+        if table is None:
+            raise UserError(f"{path}: ledger version {version}; this isoflop reads version {VERSION}")
+        return table.replace_schema_metadata(metadata)
 
     def _set_aside(self, name: str, error: Exception) -> None:
         """A torn or foreign file: keep it for inspection, out of the way. Only the writer moves files."""
-        log.warning("%s/%s cannot be read (%s); its jobs will run again", self.folder, name, error)
-        self.set_aside.append(name)
+        if name not in self.set_aside:
+            log.warning("%s/%s cannot be read (%s); its jobs will run again", self.folder, name, error)
+            self.set_aside.append(name)
         if self.locked:
             target = self.store.path("sweeps", self.sweep, "torn")
             self.store.fs.create_dir(target, recursive=True)
@@ -155,10 +165,9 @@ class Ledger:
 
     def _write(self, table: pa.Table, name: str) -> None:
         buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
+        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+        self.keep_lease()
         self.store.write(f"{self.folder}/{name}", buffer.getvalue())
-        if self._lease is not None and time.monotonic() - self._lease_time > _LEASE_SECONDS / 4:
-            self.renew()
 
     # one writer
 
@@ -181,8 +190,11 @@ class Ledger:
         path = self.store.path("sweeps", self.sweep, "lock")
         me = f"process {os.getpid()} on {socket.gethostname()}"
         if self.store.local is not None:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            file = open(path, "a+")  # noqa: SIM115 - held for the life of the driver
+            try:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                file = open(path, "a+")  # noqa: SIM115 - held for the life of the driver
+            except OSError as error:
+                raise StoreError(f"store {self.store.uri} cannot be written: {error.strerror}: {error.filename}") from None
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -200,12 +212,24 @@ class Ledger:
         self._sequence = max(history["sequence"].to_pylist(), default=0)
         return self
 
-    def renew(self) -> None:
-        """Keep a lease on a remote store alive; call it every minute. Nothing to do on a local store."""
-        if self._lease is not None:
-            path = self.store.path("sweeps", self.sweep, "lock")
-            self.store.write(path, json.dumps({"holder": self._lease, "time": time.time()}).encode())
-            self._lease_time = time.monotonic()
+    def keep_lease(self) -> None:
+        """Keep a lease on a remote store alive; call it every few seconds. Nothing to do on a local store.
+
+        Raises:
+            LedgerBusy: another driver has taken over, because this one could not renew for two minutes.
+        """
+        if self._lease is None or time.monotonic() - self._lease_time < _LEASE_SECONDS / 4:
+            return
+        path = self.store.path("sweeps", self.sweep, "lock")
+        holder = _lease_of(self.store.read(path)).get("holder")
+        if holder not in (None, self._lease):
+            self._lease = None
+            raise LedgerBusy(f"sweep {self.sweep!r} was taken over by {holder}; this driver stops")
+        self._renew(path)
+
+    def _renew(self, path: str) -> None:
+        self.store.write(path, json.dumps({"holder": self._lease, "time": time.time()}).encode())
+        self._lease_time = time.monotonic()
 
     def unlock(self) -> None:
         """Let another driver write."""
@@ -214,21 +238,21 @@ class Ledger:
             self._lock_file.close()
             self._lock_file = None
         if self._lease is not None:
-            with contextlib.suppress(FileNotFoundError):
-                self.store.fs.delete_file(self.store.path("sweeps", self.sweep, "lock"))
+            path = self.store.path("sweeps", self.sweep, "lock")
+            if _lease_of(self.store.read(path)).get("holder") == self._lease:
+                with contextlib.suppress(FileNotFoundError):
+                    self.store.fs.delete_file(path)
             self._lease = None
 
     def _take_lease(self, path: str, me: str) -> None:
-        held = self.store.read(path)
-        if held:
-            lease = json.loads(held)
-            age = time.time() - lease["time"]
-            if age < _LEASE_SECONDS:
-                raise LedgerBusy(f"sweep {self.sweep!r} is being written by {lease['holder']} (seen {age:.0f} s ago); wait for it or stop it")
+        held = _lease_of(self.store.read(path))
+        age = time.time() - float(held.get("time", 0))
+        if age < _LEASE_SECONDS:
+            raise LedgerBusy(f"sweep {self.sweep!r} is being written by {held.get('holder')} (seen {age:.0f} s ago); wait for it or stop it")
         self._lease = f"{me} {uuid.uuid4().hex[:6]}"
-        self.renew()
+        self._renew(path)
         time.sleep(0.2)
-        now = json.loads(self.store.read(path) or b"{}")
+        now = _lease_of(self.store.read(path))
         if now.get("holder") != self._lease:
             self._lease = None
             raise LedgerBusy(f"sweep {self.sweep!r} is being written by {now.get('holder')}; wait for it or stop it")
@@ -236,6 +260,15 @@ class Ledger:
     def _need_lock(self) -> None:
         if not self.locked:
             raise RuntimeError("a ledger is written only under its lock")
+
+
+def _lease_of(content: bytes | None) -> dict[str, Any]:
+    """What a lock file says; nothing when there is none or it is damaged."""
+    try:
+        found = json.loads(content or b"{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _subset(names: list[str]) -> pa.Schema:

@@ -63,8 +63,8 @@ class Store:
 
     def sweeps(self) -> list[str]:
         """Names of the sweeps in this store, sorted."""
-        selector = pafs.FileSelector(self.path("sweeps"), allow_not_found=True)
-        return sorted(i.base_name for i in self.fs.get_file_info(selector) if i.type == pafs.FileType.Directory)
+        infos = self._list(self.path("sweeps"))
+        return sorted(i.base_name for i in infos if i.type == pafs.FileType.Directory)
 
     def read(self, path: str) -> bytes | None:
         """The content of a file, or None when there is none."""
@@ -92,10 +92,14 @@ class Store:
 
     def names(self, folder: str, suffix: str) -> list[str]:
         """Base names of the files in ``folder`` that end with ``suffix``, sorted; hidden ones are left out."""
-        selector = pafs.FileSelector(folder, allow_not_found=True)
-        infos = self.fs.get_file_info(selector)
-        found = (i.base_name for i in infos if i.type == pafs.FileType.File)
+        found = (i.base_name for i in self._list(folder) if i.type == pafs.FileType.File)
         return sorted(n for n in found if n.endswith(suffix) and not n.startswith("."))
+
+    def _list(self, folder: str) -> list[pafs.FileInfo]:
+        try:
+            return list(self.fs.get_file_info(pafs.FileSelector(folder, allow_not_found=True)))
+        except OSError as error:
+            raise StoreError(f"store {self.uri}: cannot list {folder}: {error.strerror or error}") from error
 
 
 class StoreError(UserError):

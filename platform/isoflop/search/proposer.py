@@ -6,6 +6,8 @@ by telling it every finished trial of the ledger again, so there is no second st
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +19,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from isoflop.core.errors import UserError
+from isoflop.core.errors import UserError, unknown
 from isoflop.core.hashing import derive_seed
 from isoflop.search.space import Config, Param, Space, Value, values_key
 
@@ -82,28 +84,52 @@ class Proposer(ABC):
         return None
 
 
+class Numbers:
+    """Trial numbers: the smallest free one next, so that a resumed sweep counts on where an earlier session left gaps."""
+
+    def __init__(self) -> None:
+        self._used: set[int] = set()
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._used)
+
+    def add(self, number: int) -> None:
+        """A trial of an earlier session has this number."""
+        self._used.add(number)
+
+    def peek(self) -> int:
+        """The number that :meth:`take` would give."""
+        while self._next in self._used:
+            self._next += 1
+        return self._next
+
+    def take(self) -> int:
+        """A number for a new trial."""
+        number = self.peek()
+        self._used.add(number)
+        return number
+
+
 class GridProposer(Proposer):
     """Every point once, in order. Enumerated here: Optuna's grid sampler slows down with each tell."""
 
     def __init__(self, space: Space) -> None:
         self._size = sum(1 for _ in space.grid())
-        self._points = enumerate(space.grid())
-        self._told: set[str] = set()
+        self._points = space.grid()
+        self._known: set[str] = set()
+        self._numbers = Numbers()
 
     def ask(self, count: int) -> list[Proposal]:
-        out: list[Proposal] = []
-        for number, config in self._points:
-            if values_key(config) not in self._told:
-                out.append(Proposal(number, config))
-            if len(out) == count:
-                break
-        return out
+        fresh = (config for config in self._points if values_key(config) not in self._known)
+        return [Proposal(self._numbers.take(), config) for config in itertools.islice(fresh, count)]
 
     def tell(self, result: Tell) -> None:
-        self._told.add(values_key(result.config))
+        self.reserve(result.number, result.config)
 
     def reserve(self, number: int, config: Config) -> None:
-        self._told.add(values_key(config))
+        self._known.add(values_key(config))
+        self._numbers.add(number)
 
     def size(self) -> int | None:
         return self._size
@@ -117,8 +143,8 @@ class OptunaProposer(Proposer):
         sampler: name as in the YAML.
         pruner: name as in the YAML.
         directions: "minimize" or "maximize" per objective.
-        seed: the sweep's seed; the stateless samplers (random, qmc) then propose the same points in the same order
-            again, however often the sweep was interrupted.
+        seed: the sweep's seed. Random search then proposes the same points in the same order again, however often the
+            sweep was interrupted, and so does QMC where no knob is conditional.
         options: keyword arguments of the Optuna class.
     """
 
@@ -144,8 +170,8 @@ class OptunaProposer(Proposer):
         )
         self._open: dict[int, optuna.Trial] = {}
         self._known: set[str] = set()
-        self._numbers: set[int] = set()
-        self._next = 0
+        self._past: set[str] = set()  # of earlier sessions, as far as the sampler has not come by them again
+        self._numbers = Numbers()
         self._size = space.size()
         self._max_trials = _MAX_TRIALS.get(sampler)
 
@@ -154,19 +180,20 @@ class OptunaProposer(Proposer):
         misses = 0
         # On small finite spaces every sampler repeats points; give up once they are all known, or after many misses.
         while len(out) < count and misses < 200 and not self._used_up():
-            number = self._number()
+            number = self._numbers.peek()
             self._study.sampler = self._sampler_for(number, misses)
             trial = self._study.ask()
             config = self._space.walk(lambda param, trial=trial: _suggest(trial, param))
             key = values_key(config)
             if key in self._known or self._space.excluded(config):
                 self._study.tell(trial, state=TrialState.FAIL)
-                misses += 1
+                # a fixed sequence begins anew after a restart: what it proposed then is no sign that it repeats itself
+                misses = 0 if self._name == "qmc" and key in self._past else misses + 1
+                self._past.discard(key)
                 continue
             misses = 0
             self._known.add(key)
-            self._numbers.add(number)
-            self._open[number] = trial
+            self._open[self._numbers.take()] = trial
             out.append(Proposal(number, config))
         if not out and self._size is not None and not self._used_up():
             out = self._first_unseen(count)
@@ -174,13 +201,15 @@ class OptunaProposer(Proposer):
 
     def reserve(self, number: int, config: Config) -> None:
         self._known.add(values_key(config))
+        self._past.add(values_key(config))
         self._numbers.add(number)
 
     def tell(self, result: Tell) -> None:
-        self.reserve(result.number, result.config)
         state = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[result.outcome]
         trial = self._open.pop(result.number, None)
-        if trial is not None:
+        if trial is None:
+            self.reserve(result.number, result.config)
+        else:
             self._study.tell(trial, list(result.values) or None, state)
             return
         params, distributions = self._replay(result.config)
@@ -221,11 +250,6 @@ class OptunaProposer(Proposer):
     def _used_up(self) -> bool:
         return self._size is not None and len(self._known) >= self._size
 
-    def _number(self) -> int:
-        while self._next in self._numbers:
-            self._next += 1
-        return self._next
-
     def _first_unseen(self, count: int) -> list[Proposal]:
         """The rest of a small space in order, once the sampler only repeats itself."""
         out: list[Proposal] = []
@@ -234,15 +258,17 @@ class OptunaProposer(Proposer):
                 break
             if values_key(config) in self._known:
                 continue
-            self._known.add(values_key(config))
-            number = self._number()
-            self._numbers.add(number)
-            params, distributions = self._replay(config)
-            self._study.enqueue_trial(params or {})
-            trial = self._study.ask(distributions)
-            self._open[number] = trial
-            out.append(Proposal(number, config))
+            out.append(self._propose(config))
         return out
+
+    def _propose(self, config: Config) -> Proposal:
+        """Open a trial for a point that no sampler chose."""
+        self._known.add(values_key(config))
+        number = self._numbers.take()
+        params, distributions = self._replay(config)
+        self._study.enqueue_trial(params or {})
+        self._open[number] = self._study.ask(distributions)
+        return Proposal(number, config)
 
     def _replay(self, config: Config) -> tuple[dict[str, Any] | None, dict[str, BaseDistribution]]:
         """The choices that lead to ``config``, as Optuna parameters."""
@@ -321,10 +347,6 @@ def make_pruner(name: str, options: Mapping[str, Any]) -> optuna.pruners.BasePru
 
 
 def _construct(cls: Any, name: str, arguments: dict[str, Any]) -> Any:
-    import inspect
-
-    from isoflop.core.errors import unknown
-
     allowed = [p for p in inspect.signature(cls).parameters if p not in ("self", "seed")]
     for key in arguments:
         if key != "seed" and key not in allowed:
@@ -357,17 +379,9 @@ class PrunedGrid(OptunaProposer):
 
     def __init__(self, space: Space, pruner: str, directions: Sequence[str], seed: int, pruner_options: Mapping[str, Any] | None = None) -> None:
         super().__init__(space, "random", pruner, directions, seed, pruner_options=pruner_options)
-        self._grid: Iterator[tuple[int, Config]] = enumerate(space.grid())
+        self._grid: Iterator[Config] = space.grid()
+        self._size = sum(1 for _ in space.grid())
 
     def ask(self, count: int) -> list[Proposal]:
-        out: list[Proposal] = []
-        for number, config in self._grid:
-            if values_key(config) not in self._known:
-                self._known.add(values_key(config))
-                params, distributions = self._replay(config)
-                self._study.enqueue_trial(params or {})
-                self._open[number] = self._study.ask(distributions)
-                out.append(Proposal(number, config))
-            if len(out) == count:
-                break
-        return out
+        fresh = (config for config in self._grid if values_key(config) not in self._known)
+        return [self._propose(config) for config in itertools.islice(fresh, count)]

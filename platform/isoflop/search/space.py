@@ -8,15 +8,18 @@ the grid, Optuna's samplers and the rebuilding of a study from past rows are thr
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from isoflop.core.errors import UserError
 
 Value = bool | int | float | str
 Config = dict[str, Value]
+MAX_GRID = 1_000_000  # points; more is a mistake in the YAML
+_MAX_COUNT = 20_000  # points of a space that a sampler searches: beyond this it counts as endless
 
 
 @dataclass(frozen=True)
@@ -39,24 +42,31 @@ class Param:
     when: tuple[tuple[str, tuple[Value, ...]], ...] = ()
     default: Value | None = None
 
-    def grid(self) -> tuple[Value, ...]:
+    def grid(self) -> Sequence[Value]:
         """All values; UserError for a continuous range."""
         if self.values is not None:
             return self.values
-        if self.integer and self.log and self.step is None:
-            return tuple(range(int(self.low), int(self.high) + 1))
-        step = self.step if self.step is not None else (1 if self.integer else None)
-        if step is None:
+        if self.integer:
+            return range(math.ceil(self.low), math.floor(self.high) + 1, int(self.step or 1))
+        if self.step is None:
             raise UserError(f"{self.name}: a grid cannot list the real numbers from {self.low:g} to {self.high:g}; give a list or a step")
-        count = math.floor((self.high - self.low) / step + 1e-9) + 1
-        found = (self.low + i * step for i in range(count))
-        return tuple(int(v) for v in found) if self.integer else tuple(found)
+        count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
+        if count > MAX_GRID:
+            raise UserError(f"{self.name}: {count:,} steps from {self.low:g} to {self.high:g}; allowed: {MAX_GRID:,}")
+        return tuple(self.low + i * self.step for i in range(count))
 
     def contains(self, value: Value) -> bool:
         """Whether ``value`` could have been drawn from this parameter."""
         if self.values is not None:
             return value in self.values
-        return not isinstance(value, (str, bool)) and self.low <= value <= self.high
+        if isinstance(value, (str, bool)) or not self.low <= value <= self.high:
+            return False
+        if self.integer:
+            return float(value).is_integer() and int(value) in self.grid()
+        if self.step is None:
+            return True
+        steps = (value - self.low) / self.step
+        return abs(steps - round(steps)) < 1e-6
 
 
 @dataclass(frozen=True)
@@ -155,12 +165,13 @@ class Space:
                 return
             prefix[-1] += 1
 
-    def size(self) -> int | None:
-        """Number of points, or None when a knob is continuous."""
+    def size(self, limit: int = _MAX_COUNT) -> int | None:
+        """Number of points, or None when a knob is continuous or there are more than ``limit``."""
         try:
-            return sum(1 for _ in self.grid())
+            count = sum(1 for _ in itertools.islice(self.grid(), limit + 1))
         except UserError:
             return None
+        return count if count <= limit else None
 
     def contains(self, config: Config) -> bool:
         """Whether the point belongs to the space as it is now (a YAML may have changed since a row was written)."""

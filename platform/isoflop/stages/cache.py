@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from isoflop.core.errors import Infeasible
 from isoflop.core.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,10 @@ class StageCache:
         self.ensure(stage)
         try:
             value = stage.load(self, self.folder(stage))
-        except Exception as error:  # damaged on disk: set it aside, compute it once more
+        except Exception as error:
+            if isinstance(error, (MemoryError, Infeasible)) or type(error).__name__ == "OutOfMemoryError":
+                raise  # says nothing about the files
+            # damaged on disk: set it aside, compute it once more
             log.warning("stage %s could not be loaded (%s); computing it again", stage.key, error)
             self._set_aside(stage)
             self.ensure(stage)
@@ -89,7 +93,7 @@ class StageCache:
             if self.has(stage):  # another process was faster
                 return 0.0
             started = time.monotonic()
-            part = Path(tempfile.mkdtemp(prefix=f".{stage.key}-", dir=self.root))
+            part = self._part(stage)
             try:
                 stage.compute(self, part)
                 seconds = time.monotonic() - started
@@ -113,19 +117,31 @@ class StageCache:
 
     def install(self, stage: Stage, files: dict[str, bytes]) -> None:
         """Store a result that was computed on another host."""
-        if self.has(stage):
-            return
-        self.root.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{stage.key}-", dir=self.root))
-        for name, content in files.items():
-            target = part / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
-        self._install(part, self.folder(stage))
+        with self._lock(stage):
+            if self.has(stage):
+                return
+            part = self._part(stage)
+            for name, content in files.items():
+                target = part / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content)
+            self._install(part, self.folder(stage))
+
+    def keys(self) -> set[str]:
+        """Keys of the stages whose results lie on this host's disk."""
+        if not self.root.is_dir():
+            return set()
+        return {p.name for p in self.root.iterdir() if not p.name.startswith(".") and (p / _META).is_file()}
 
     def loaded(self) -> list[str]:
         """Keys of the values in memory, least recently used first."""
         return list(self._values)
+
+    def _part(self, stage: Stage) -> Path:
+        """An empty folder to write into; call it under the lock: what a killed process left of this stage is removed."""
+        for old in self.root.glob(f".{stage.key}-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        return Path(tempfile.mkdtemp(prefix=f".{stage.key}-", dir=self.root))
 
     def _install(self, part: Path, target: Path) -> None:
         for path in part.rglob("*"):
@@ -133,18 +149,18 @@ class StageCache:
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
         os.chmod(part, 0o755)
-        try:
-            os.rename(part, target)
-        except OSError:
-            if not (target / _META).is_file():
-                raise
-            shutil.rmtree(part, ignore_errors=True)
+        if target.exists():  # incomplete, or we would not be here under the lock
+            self._move_away(target)
+        os.rename(part, target)
         _sync_folder(target.parent)
 
     def _set_aside(self, stage: Stage) -> None:
         self._values.pop(stage.key, None)
+        self._move_away(self.folder(stage))
+
+    def _move_away(self, folder: Path) -> None:
         with contextlib.suppress(OSError):
-            os.rename(self.folder(stage), self.root / f".damaged-{stage.key}-{time.time_ns()}")
+            os.rename(folder, self.root / f".damaged-{folder.name}-{time.time_ns()}")
 
     @contextlib.contextmanager
     def _lock(self, stage: Stage) -> Iterator[None]:

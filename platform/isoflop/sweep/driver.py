@@ -31,6 +31,7 @@ from isoflop.track import Tracker
 
 _COMMIT_SECONDS = 0.25
 _COMMIT_ROWS = 200
+_FOLD_FILES = 512  # of a long session; fewer wait for the next one
 _POLL_SECONDS = 0.1
 _SHORT_JOB = 2.0  # seconds; only short jobs are queued behind another on the same worker
 _EAGER = ("grid", "random", "qmc")  # these do not learn from outcomes, so asking ahead costs nothing
@@ -106,6 +107,7 @@ class Driver:
         self._job_seconds = 0.0
         self._flops = 0.0
         self._exhausted = False
+        self._dropped = 0
         self._interrupts = 0
         self._last_commit = 0.0
 
@@ -124,7 +126,7 @@ class Driver:
             self._progress.line("stopped at once; running jobs are dropped and will run again")
         finally:
             self._commit(force=True)
-        self._summary.left = len(self._queue) + self._queue.running
+        self._summary.left = len(self._queue) + self._queue.running + self._dropped
         self._summary.seconds = self._clock() - self._started
         self._summary.affinity = self._queue.affinity_hits / max(1, self._queue.dispatched)
         self._show()
@@ -176,24 +178,29 @@ class Driver:
                 self._on_lost(event)
         self._enforce_deadlines()
         self._commit()
+        self._ledger.keep_lease()
         self._show()
         return True
 
     def _ask(self) -> None:
         """Keep the queue a little fuller than the workers need."""
-        if self._exhausted:
-            return
         if (reason := self._budget_ended()) is not None:
+            dropped = self._queue.drop_waiting()  # also what was put back since: a failed job is not tried again
+            self._dropped += dropped if self._spec.budget.hours is not None else 0  # another run may take these up
+            if not self._exhausted or dropped:
+                self._progress.line(f"budget: {reason}" + (f"; {dropped} queued jobs are left" if dropped else ""))
             self._exhausted = True
             self._summary.reason = reason
-            dropped = self._queue.drop_waiting()
-            self._progress.line(f"budget: {reason}" + (f"; {dropped} queued jobs are left" if dropped else ""))
+        if self._exhausted:
             return
         slots = max(1, len(self._executor.workers()))
         eager = self._spec.search.sampler in _EAGER
         per_trial = len(self._sweep.task_options) * self._spec.repeats
         wanted = max(4 * slots, 16) if eager else 2 * slots
         missing = wanted - (len(self._queue) if eager else self._trials.open_count * per_trial)
+        if self._spec.budget.jobs is not None:
+            have = self._summary.cached + self._summary.ran + self._queue.running + len(self._queue)
+            missing = min(missing, self._spec.budget.jobs - have)
         count = -(-missing // per_trial)
         if self._spec.budget.trials is not None:
             count = min(count, self._spec.budget.trials - self._trials.count)
@@ -269,12 +276,14 @@ class Driver:
         for pending in failure.jobs:
             text = f"stage {failure.key}: {failure.error_text}"
             outcome = Outcome("infeasible" if failure.status == "infeasible" else "failed", started=time.time(), error_type=failure.error_type, error_text=text)
-            self._record(pending.job, outcome, event.item.job.repeat)
+            self._record(pending.job, outcome, pending.attempt)
 
     def _on_job(self, event: Done) -> None:
         outcome: Outcome = event.result
         job = event.item.job
         self._job_seconds = outcome.seconds if not self._job_seconds else 0.8 * self._job_seconds + 0.2 * outcome.seconds
+        if outcome.error_type == "MemoryError":
+            self._executor.kill(event.worker, "ran out of memory; another takes its place", blame=False)
         if outcome.status == "failed":
             exhausted = self._queue.job_failed(job.id, event.worker)
             if exhausted is None:
@@ -287,7 +296,7 @@ class Driver:
     def _on_lost(self, event: Lost) -> None:
         self._slots.pop(event.worker, None)
         self._progress.line(f"worker {event.worker} lost: {event.reason}")
-        exhausted: list[Pending] = self._queue.worker_lost(event.worker, event.items, blame_first=True)
+        exhausted: list[Pending] = self._queue.worker_lost(event.worker, event.items, event.blame)
         for item in event.items[:1]:
             if item.kind == "stage" and not self._queue.stage_attempts_left(item.stage):
                 failure = self._queue.stage_failed(item.stage, "failed", "WorkerLost", event.reason)
@@ -297,7 +306,7 @@ class Driver:
             self._record(pending.job, outcome, pending.attempt)
 
     def _on_shard(self, report: ShardReport) -> bool:
-        return self._trials.report(report.item.job.id, report.shard, report.mean_error)
+        return self._trials.report(report.item.job.id, report.shard, report.mean_error, report.examples)
 
     def _enforce_deadlines(self) -> None:
         limits = self._spec.limits
@@ -312,7 +321,8 @@ class Driver:
 
     def _record(self, job: Job, outcome: Outcome, attempt: int) -> None:
         number = self._trials.of(job.id).number
-        self._rows.append(make_row(self._spec.name, number, job, outcome, attempt))
+        row = make_row(self._spec.name, number, job, outcome, attempt)
+        self._rows.append({**row, "mlflow_run_id": self._tracker.run_id(job.id)})
         setattr(self._summary, outcome.status, getattr(self._summary, outcome.status) + 1)
         self._flops += outcome.footprint.get("flops", 0.0) * len(outcome.errors)
         result = f"error {sum(outcome.errors) / len(outcome.errors):.4f}" if outcome.errors else f"{outcome.error_type}: {outcome.error_text}"
@@ -322,14 +332,14 @@ class Driver:
         if not self._rows:
             return
         due = self._clock() - self._last_commit >= _COMMIT_SECONDS or len(self._rows) >= _COMMIT_ROWS
-        if not (force or due):
+        starved = not len(self._queue) and not self._exhausted  # the search waits for these rows
+        if not (force or due or starved):
             return
-        rows, self._rows = self._rows, []
-        try:
-            self._ledger.append(rows)
-        except UserError:
-            self._rows = rows
-            raise
+        # Kept until the ledger has them: whatever interrupts this, they are written (again) at the end.
+        rows = self._rows
+        self._ledger.append(rows)
+        self._rows = []
+        self._ledger.fold(_FOLD_FILES)
         self._last_commit = self._clock()
         first = self._ledger.sequence - len(rows) + 1
         for offset, row in enumerate(rows):

@@ -10,16 +10,20 @@ from typing import Any
 import pyarrow as pa
 
 from isoflop.core.errors import Infeasible, UserError, unknown
+from isoflop.core.expressions import parse
 from isoflop.core.knobs import KnobSpec, check_knobs
 from isoflop.core.yaml_source import KeyPath, Source
 from isoflop.jobs import Job, MethodSpec, ResolvedJob
 from isoflop.jobs.job import versions_of
 from isoflop.methods.base import METHODS, method_knobs
 from isoflop.models.base import family_of
-from isoflop.search import Branch, Config, Param, Space, Zip
-from isoflop.search.space import Exclusion, Value
+from isoflop.search import Branch, Config, Param, Space, Zip, make_pruner, make_sampler
+from isoflop.search.space import MAX_GRID, Exclusion, Value
 from isoflop.sweep.spec import KnobEntry, MethodEntry, SweepSpec, import_modules, load_spec
 from isoflop.tasks.base import TASKS
+
+
+_CHECKED_POINTS = 20_000  # of a grid; impossible points beyond become rows
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def resolve(given: Any) -> Sweep:
     spec, source = load_spec(given)
     import_modules(spec, source)
     branches, methods = [], {}
-    zips = _zips(spec)
+    zips = _zips(spec, source)
     zipped = {path for z in zips for path in z.paths}
     for index, composition in enumerate(spec.methods):
         label = "+".join(m.name for m in composition)
@@ -115,6 +119,8 @@ def resolve(given: Any) -> Sweep:
     _check_models(spec, source)
     tasks = _task_options(spec, source)
     _check_objectives(spec, source)
+    _check_search(spec, source)
+    _check_laws(spec, source)
     space = Space(tuple(m.ref for m in spec.models), tuple(branches), zips, _excludes(spec, source, branches))
     _check_zips(spec, source, space, zipped)
     sweep = Sweep(spec, source, space, tasks, methods)
@@ -131,7 +137,27 @@ def _prefix(label: str, position: int) -> str:
     return f"{base}." if len(names) == 1 else f"{label}/{base}."
 
 
-def _params(method: MethodEntry, prefix: str, path: KeyPath, source: Source, zips: tuple[Zip, ...]) -> Iterator[Param]:
+def _params(method: MethodEntry, prefix: str, path: KeyPath, source: Source, zips: tuple[Zip, ...]) -> list[Param]:
+    """The choices that a sweep leaves open in one method, each after those that its ``when`` refers to."""
+    params = {p.name: p for p in _declared(method, prefix, path, source, zips)}
+    specs = method_knobs(method.name)
+    for name in [other for p in list(params.values()) for other, _ in p.when]:
+        if name not in params:  # the sweep says nothing of it, so it keeps its default
+            default = specs[name.removeprefix(prefix)].default
+            params[name] = Param(name, (default,), default=default)
+    ordered: list[Param] = []
+    while params:
+        ready = [p for p in params.values() if not any(other in params for other, _ in p.when)]
+        if not ready:
+            place = source.where((*path, method.name))
+            raise UserError(f"{place}: the when of {' and '.join(n.removeprefix(prefix) for n in params)} refer to each other")
+        ordered += ready
+        for param in ready:
+            del params[param.name]
+    return ordered
+
+
+def _declared(method: MethodEntry, prefix: str, path: KeyPath, source: Source, zips: tuple[Zip, ...]) -> Iterator[Param]:
     where = source.where(path)
     METHODS.get(method.name, where)
     specs = method_knobs(method.name)
@@ -229,10 +255,65 @@ def _check_objectives(spec: SweepSpec, source: Source) -> None:
             raise unknown("task of this sweep", objective.task, names, source.where(("objectives", index, "task")))
 
 
-def _zips(spec: SweepSpec) -> tuple[Zip, ...]:
+def _check_search(spec: SweepSpec, source: Source) -> None:
+    """Options of the sampler and the pruner, by building both."""
+    search = spec.search
+    for part, name, options, idle in (("options", search.sampler, search.options, "grid"), ("pruner_options", search.pruner, search.pruner_options, "none")):
+        where = source.where(("search", part))
+        if name == idle:
+            if options:
+                raise UserError(f"{where}: {name} takes no options; remove {', '.join(map(str, options))}")
+            continue
+        try:
+            if part == "options":
+                make_sampler(name, spec.seed, options)
+            else:
+                make_pruner(name, options)
+        except UserError as error:
+            raise UserError(f"{where}: {str(error).removeprefix('search: ')}") from None
+
+
+def _check_laws(spec: SweepSpec, source: Source) -> None:
+    """Names and expressions of laws and frontiers: a mistake should not wait for the end of the sweep."""
+    for index, block in enumerate(spec.laws):
+        _check_law(block.law, block.x, source.where(("laws", index, "law")))
+        for key in ("y", "weights"):
+            text = getattr(block, key)
+            if text is not None:
+                parse(text, source.where(("laws", index, key)))
+        for variable, text in block.x.items():
+            parse(text, source.where(("laws", index, "x", variable)))
+    for index, frontier in enumerate(spec.frontiers):
+        described = next((b for b in spec.laws if b.law == frontier.law), None)
+        _check_law(frontier.law, described.x if described else {}, source.where(("frontiers", index, "law")))
+        parse(frontier.cost, source.where(("frontiers", index, "cost")))
+
+
+def _check_law(law: str, variables: Mapping[str, str], where: str) -> None:
+    from isoflop.laws.base import resolve_form
+
+    try:
+        form = resolve_form(law, list(variables))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    for name in variables:
+        if name not in form.variable_names:
+            raise unknown(f"variable of law {form.name}", name, form.variable_names, where)
+
+
+def _zips(spec: SweepSpec, source: Source) -> tuple[Zip, ...]:
+    """The zip blocks with their values in the knobs' types; :func:`_check_zips` says what is wrong with the rest."""
+    knobs = {}
+    for composition in spec.methods:
+        label = "+".join(m.name for m in composition)
+        for position, method in enumerate(composition):
+            if method.name in METHODS:
+                knobs.update({_prefix(label, position) + n: s for n, s in method_knobs(method.name).items()})
     out = []
     for index, block in enumerate(spec.zip):
-        rows = tuple(tuple((path, values[i]) for path, values in block.items()) for i in range(max(map(len, block.values()), default=0)) if all(i < len(v) for v in block.values()))
+        where = source.where(("zip", index))
+        typed = {path: [knobs[path].check(v, where) if path in knobs else v for v in values] for path, values in block.items()}
+        rows = tuple(tuple(zip(typed, row, strict=True)) for row in zip(*typed.values(), strict=False))
         if rows:
             out.append(Zip(f"zip{index}", rows))
     return tuple(out)
@@ -253,9 +334,13 @@ def _check_zips(spec: SweepSpec, source: Source, space: Space, zipped: set[str])
             if path not in known:
                 raise unknown("parameter", path, known, where)
             for fixed, options in (("model", space.models), ("method", tuple(b.label for b in space.branches))):
-                for value in values if path == fixed else ():
+                if path != fixed:
+                    continue
+                for value in values:
                     if value not in options:
                         raise unknown(f"{fixed} of this sweep", value, options, f"{where}: {path}")
+                if left := [o for o in options if o not in values]:
+                    raise UserError(f"{where}: {path} {left[0]!r} stands in no row of the block, so it would never run; add it or remove it from {path}s")
     if len(zipped) < sum(len(block) for block in spec.zip):
         raise UserError(f"{source.where(('zip',))}: a parameter stands in two zip blocks")
 
@@ -293,16 +378,20 @@ def _check_grid(sweep: Sweep) -> None:
         points: Any = corners
     else:
         points = sweep.space.grid()
-    empty = True
+    count = 0
     for config in points:
-        empty = False
+        count += 1
+        if count > MAX_GRID:
+            raise UserError(f"{sweep.source.where(('methods',))}: the grid has more than {MAX_GRID:,} points; make it coarser or choose another search.sampler")
+        if count > _CHECKED_POINTS:
+            continue
         for job in sweep.jobs_of(config)[: len(sweep.task_options)]:
             try:
                 ResolvedJob.of(job)
             except Infeasible as error:
                 place = next((i for i, b in enumerate(sweep.space.branches) if b.label == config["method"]), 0)
                 raise UserError(f"{sweep.source.where(('methods', place))}: {error}; leave it out with exclude: {_hint(config)}") from None
-    if empty and sweep.spec.search.sampler == "grid":
+    if not count and sweep.spec.search.sampler == "grid":
         raise UserError(f"{sweep.source.where(('exclude',))}: nothing is left to run; every combination is excluded")
 
 

@@ -157,6 +157,8 @@ class KnobEntry(_Block):
         if self.values is not None:
             if not self.values:
                 raise ValueError("the list of values is empty")
+            if any(not isinstance(v, (bool, int, float, str)) for v in self.values):
+                raise ValueError(f"the list must hold numbers, texts or true and false: {list(self.values)}")
             if len({content_hash(v) for v in self.values}) < len(self.values):
                 raise ValueError(f"the list names a value twice: {list(self.values)}")
         if self.low is not None and self.high is not None and self.low > self.high:
@@ -325,7 +327,7 @@ def import_modules(spec: SweepSpec, source: Source) -> None:
             raise UserError(f"{where}: module {module!r} cannot be imported: {error}") from None
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"{where}: module {module!r} failed while it was imported: {type(error).__name__}: {error}") from None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from isoflop.jobs import Job
-from isoflop.search import Config, Proposer, Tell
+from isoflop.search import Config, Proposer, Tell, values_key
 from isoflop.sweep.resolve import Sweep
 from isoflop.sweep.rows import FINAL_OK, objective_values
 
@@ -22,6 +22,10 @@ _COLUMNS = [
 ]  # fmt: skip
 
 
+# Steps of a trial's jobs do not overlap, so that equal steps compare equal work.
+_STEPS_PER_JOB = 1_000_000
+
+
 @dataclass
 class Trial:
     """One proposed point with its jobs."""
@@ -31,11 +35,21 @@ class Trial:
     jobs: dict[str, Job]
     rows: dict[str, Row] = field(default_factory=dict)
     steps: dict[int, float] = field(default_factory=dict)
+    seen: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Names the trial; its number does not when the YAML changed between sessions."""
+        return values_key(self.config)
 
     @property
     def complete(self) -> bool:
         """Whether every job has a row."""
         return len(self.rows) == len(self.jobs)
+
+
+def _step(trial: Trial, job_id: str, shard: int) -> int:
+    return list(trial.jobs).index(job_id) * _STEPS_PER_JOB + shard
 
 
 class TrialBook:
@@ -44,7 +58,7 @@ class TrialBook:
     def __init__(self, sweep: Sweep, proposer: Proposer) -> None:
         self._sweep = sweep
         self._proposer = proposer
-        self._open: dict[int, Trial] = {}
+        self._open: dict[str, Trial] = {}
         self._by_job: dict[str, Trial] = {}
         self.count = 0
         self.best: tuple[float, str] | None = None
@@ -60,7 +74,8 @@ class TrialBook:
             Unfinished trials, each with the jobs that have no row.
         """
         by_trial: dict[str, list[Row]] = {}
-        for row in table.select(_COLUMNS).to_pylist():
+        columns = _COLUMNS if self._sweep.spec.search.pruner == "none" else [*_COLUMNS, "scores", "shard_sizes"]
+        for row in table.select(columns).to_pylist():
             by_trial.setdefault(row["trial_id"], []).append(row)
         unfinished = []
         for rows in sorted(by_trial.values(), key=lambda rs: rs[0]["trial_number"]):
@@ -69,6 +84,7 @@ class TrialBook:
             for row in rows:
                 if row["job_id"] in trial.jobs and not (retry_failed and row["status"] == "failed"):
                     trial.rows[row["job_id"]] = row
+                    trial.steps.update(self._steps_of(trial, row))
             if trial.complete:
                 self._close(trial)
             else:
@@ -80,7 +96,7 @@ class TrialBook:
         """A trial begins."""
         trial = Trial(number, config, {job.id: job for job in self._sweep.jobs_of(config)})
         self.count += 1
-        self._open[number] = trial
+        self._open[trial.key] = trial
         self._by_job.update(dict.fromkeys(trial.jobs, trial))
         return trial
 
@@ -103,19 +119,45 @@ class TrialBook:
             if trial.complete:
                 self._close(trial)
 
-    def report(self, job_id: str, shard: int, mean_error: float) -> bool:
+    def report(self, job_id: str, shard: int, mean_error: float, examples: int) -> bool:
         """An intermediate value of a running job; True when its trial should be pruned.
 
-        The steps of a trial are the shards of its jobs one after the other, so that equal steps compare equal work.
+        Args:
+            shard: number of the shard that the job has just finished.
+            mean_error: over the job's ``examples`` so far.
         """
-        trial = self._by_job[job_id]
-        index = list(trial.jobs).index(job_id)
-        step = index * 1_000_000 + shard
-        trial.steps[step] = mean_error
-        return self._proposer.should_prune(trial.number, step, mean_error)
+        trial = self._by_job.get(job_id)
+        if trial is None:  # a late report: the job has its row
+            return False
+        before = trial.seen.get(job_id, (0.0, 0)) if shard else (0.0, 0)
+        trial.seen[job_id] = (mean_error, examples)
+        step = _step(trial, job_id, shard)
+        trial.steps[step] = self._intermediate(before, (mean_error, examples))
+        return self._proposer.should_prune(trial.number, step, trial.steps[step])
+
+    def _steps_of(self, trial: Trial, row: Row) -> dict[int, float]:
+        """The intermediate values that a job of an earlier session reported, from its scores."""
+        steps: dict[int, float] = {}
+        scores, end, before = row.get("scores") or [], 0, (0.0, 0)
+        for shard, size in enumerate(row.get("shard_sizes") or []):
+            end += size
+            now = (sum(scores[:end]) / max(1, end), end)
+            steps[_step(trial, row["job_id"], shard)] = self._intermediate(before, now)
+            before = now
+        return steps
+
+    def _intermediate(self, before: tuple[float, int], now: tuple[float, int]) -> float:
+        """What a pruner is told after a shard, from (mean error, examples) before and after it.
+
+        Median and hyperband compare the running means of trials. Wilcoxon's test pairs independent values, so it gets
+        the mean of the shard alone: the same examples in every trial.
+        """
+        if self._sweep.spec.search.pruner != "wilcoxon" or now[1] <= before[1]:
+            return now[0]
+        return (now[0] * now[1] - before[0] * before[1]) / (now[1] - before[1])
 
     def _close(self, trial: Trial) -> None:
-        self._open.pop(trial.number, None)
+        self._open.pop(trial.key, None)
         for job_id in trial.jobs:
             self._by_job.pop(job_id, None)
         rows = list(trial.rows.values())

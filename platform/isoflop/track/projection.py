@@ -1,4 +1,7 @@
-"""Writes runs through MLflow's public client; everything here may be repeated without doubling anything."""
+"""The sweep in MLflow: experiment, parent run, nested runs. Everything here may be repeated without doubling anything.
+
+Nested runs go through :mod:`isoflop.track.bulk` where that is possible, and through MLflow's public client otherwise.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
-from isoflop.track.run_data import RunData
+from isoflop.track.bulk import BulkWriter, run_id_of
+from isoflop.track.run_data import ERROR_TAGS, RunData
 
 log = logging.getLogger(__name__)
 SEQUENCE_TAG = "isoflop.sequence"
@@ -31,9 +35,10 @@ class Projection:
         uri: tracking URI.
         experiment: name.
         artifact_root: for a new experiment; None leaves it to the server.
+        bulk: write many runs per transaction where the database allows it.
     """
 
-    def __init__(self, uri: str, experiment: str, artifact_root: str | None) -> None:
+    def __init__(self, uri: str, experiment: str, artifact_root: str | None, bulk: bool = True) -> None:
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)
         _prepare_sqlite(uri)
@@ -42,6 +47,8 @@ class Projection:
         _use_wal(uri)
         self._name = experiment
         self._parent_id = ""
+        location = self._client.get_experiment(self._experiment_id).artifact_location
+        self._bulk = BulkWriter.open(uri, self._experiment_id, location) if bulk else None
         self._runs: dict[str, tuple[str, int]] = {}  # job id -> (run id, sequence shown; 0 while half written)
         self._load_runs()
 
@@ -58,15 +65,28 @@ class Projection:
             self._client.set_tag(self._parent_id, f"isoflop.{key}", value)
         self._client.log_text(self._parent_id, spec_text, "sweep.yaml")
 
-    def show(self, data: RunData) -> None:
-        """Make MLflow show one row."""
-        run_id, shown = self._runs.get(data.job_id, ("", 0))
-        if shown == data.sequence:
+    def show(self, batch: Sequence[RunData]) -> None:
+        """Make MLflow show these rows; those that it shows already cost nothing."""
+        newest = {data.job_id: data for data in batch}
+        todo = [data for data in newest.values() if self._runs.get(data.job_id, ("", 0))[1] != data.sequence]
+        if self._bulk is None:
+            for data in todo:
+                self._show_one(data)
             return
+        common = {"mlflow.parentRunId": self._parent_id, **_source_tags()}
+        ids = {data.job_id: self._runs.get(data.job_id, ("", 0))[0] or run_id_of(self._name, data.job_id) for data in todo}
+        self._bulk.write((ids[data.job_id], data, {**common, SEQUENCE_TAG: str(data.sequence)}) for data in todo)
+        self._runs.update({data.job_id: (ids[data.job_id], data.sequence) for data in todo})
+
+    def _show_one(self, data: RunData) -> None:
+        """One row through the public client."""
+        run_id, _ = self._runs.get(data.job_id, ("", 0))
         if not run_id:
             tags = {"mlflow.parentRunId": self._parent_id, **_source_tags(), **data.tags}
             run_id = self._client.create_run(self._experiment_id, start_time=data.start_ms, run_name=data.name, tags=tags).info.run_id
             self._runs[data.job_id] = (run_id, 0)
+        else:
+            self._forget_error(run_id, data)
         metrics = [Metric(k, v, data.end_ms, 0) for k, v in data.metrics.items()]
         metrics += [Metric(k, v, data.end_ms, step) for k, step, v in data.steps]
         params = [Param(k, v) for k, v in data.params.items()]
@@ -79,14 +99,21 @@ class Projection:
         self._client.set_tag(run_id, SEQUENCE_TAG, str(data.sequence))
         self._runs[data.job_id] = (run_id, data.sequence)
 
+    def _forget_error(self, run_id: str, data: RunData) -> None:
+        """A job that failed and was run again must not keep the error of its first life."""
+        for tag in ERROR_TAGS:
+            if tag not in data.tags:
+                with contextlib.suppress(MlflowException):  # it had none
+                    self._client.delete_tag(run_id, tag)
+
     def show_missing(self, table: pa.Table) -> None:
         """Make MLflow show those rows of a ledger that it does not show yet."""
         shown = {job_id: sequence for job_id, (_, sequence) in self._runs.items()}
         pairs = zip(table["job_id"].to_pylist(), table["sequence"].to_pylist(), strict=True)
         missing = [index for index, (job_id, sequence) in enumerate(pairs) if shown.get(job_id) != sequence]
         for begin in range(0, len(missing), 100):  # rows hold per-example scores: not all at once as Python objects
-            for row in table.take(pa.array(missing[begin : begin + 100], pa.int64())).to_pylist():
-                self.show(RunData.of(row))
+            rows = table.take(pa.array(missing[begin : begin + 100], pa.int64())).to_pylist()
+            self.show([RunData.of(row) for row in rows])
 
     def end(self, artifacts: Sequence[Any], metrics: Mapping[str, float], note: str, status: str) -> None:
         """Attach laws, frontiers and plots to the parent run and end it."""

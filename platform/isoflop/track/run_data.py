@@ -12,6 +12,7 @@ from typing import Any
 _MAX_PARAM = 6000
 _MAX_TAG = 8000  # longer ones are cut silently
 _NAME = re.compile(r"[^A-Za-z0-9_\-. :/]")
+ERROR_TAGS = ("isoflop.error_type", "isoflop.error")
 _STATUS = {"ok": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "infeasible": "FAILED"}
 _COLUMNS = (
     "error", "error_se", "N", "V", "Q", "ratio", "bits", "flops", "flops_llm", "flops_vision", "flops_method",
@@ -80,6 +81,8 @@ def _steps(row: Mapping[str, Any]) -> tuple[tuple[str, int, float], ...]:
     out, begin = [], 0
     for step, size in enumerate(sizes):
         end = begin + size
+        if not size:
+            continue
         out.append(("shard_error", step, sum(scores[begin:end]) / size))
         out.append(("running_error", step, sum(scores[:end]) / end))
         begin = end

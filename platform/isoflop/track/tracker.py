@@ -19,10 +19,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from isoflop.track.bulk import run_id_of
 from isoflop.track.run_data import RunData
 
 log = logging.getLogger(__name__)
 Row = Mapping[str, Any]
+_REFUSALS = 2  # a row that MLflow finds wrong so often must not hold up the others
+_BATCH = 200  # rows per transaction
 _RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0)
 
 
@@ -60,6 +63,10 @@ class Tracker(ABC):
     @abstractmethod
     def close(self, wait: float) -> int:
         """Stop after at most ``wait`` seconds; returns the backlog that is left."""
+
+    def run_id(self, job_id: str) -> str | None:
+        """The id of the run that will show a job, where that can be known beforehand."""
+        return None
 
     @property
     def problem(self) -> str:
@@ -115,11 +122,11 @@ class MlflowTracker(Tracker):
         self._thread.start()
 
     def push(self, rows: Iterable[Row]) -> None:
-        batch = [RunData.of(row) for row in rows]
+        batch = list(rows)
         with self._count_lock:
             self._pending += len(batch)
-        for data in batch:
-            self._queue.put(("row", data))
+        if batch:
+            self._queue.put(("rows", batch))
 
     def catch_up(self, table: pa.Table) -> None:
         self._queue.put(("catch_up", table))
@@ -130,6 +137,9 @@ class MlflowTracker(Tracker):
     def backlog(self) -> int:
         with self._count_lock:
             return self._pending
+
+    def run_id(self, job_id: str) -> str | None:
+        return run_id_of(self._experiment, job_id) if self._uri.startswith("sqlite:") else None
 
     @property
     def problem(self) -> str:
@@ -145,17 +155,33 @@ class MlflowTracker(Tracker):
         return self.backlog()
 
     def _work(self) -> None:
+        waiting: list[tuple[Any, ...]] = []
         while not self._stop.is_set():
             try:
-                message = self._queue.get(timeout=0.2)
+                message = waiting.pop() if waiting else self._queue.get(timeout=0.2)
             except queue.Empty:
                 continue
             if message[0] == "close":
                 return
+            if message[0] == "rows":
+                message, waiting = self._gather(message)
             self._insist(message)
-            if message[0] == "row":
+            if message[0] == "rows":
                 with self._count_lock:
-                    self._pending -= 1
+                    self._pending -= len(message[1])
+
+    def _gather(self, first: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[tuple[Any, ...]]]:
+        """Everything that has been pushed meanwhile, as one batch; and the next message of another kind."""
+        rows = list(first[1])
+        while len(rows) < _BATCH:
+            try:
+                message = self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if message[0] != "rows":
+                return ("rows", rows), [message]
+            rows += message[1]
+        return ("rows", rows), []
 
     def _insist(self, message: tuple[Any, ...]) -> None:
         """Handle one message, again and again while the server does not answer."""
@@ -167,6 +193,13 @@ class MlflowTracker(Tracker):
                 return
             except Exception as error:
                 self._problem = f"MLflow at {self._uri}: {' '.join(str(error).split())[:200]}"
+                if getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE" and attempt >= _REFUSALS:
+                    if message[0] == "rows" and len(message[1]) > 1:
+                        for row in message[1]:  # one of them is to blame
+                            self._insist(("rows", [row]))
+                        return
+                    log.error("%s; left out, the ledger has it", self._problem)
+                    return
                 if attempt == 0:
                     log.warning("%s; trying again", self._problem)
                 self._stop.wait(_RETRY_SECONDS[min(attempt, len(_RETRY_SECONDS) - 1)])
@@ -182,8 +215,8 @@ class MlflowTracker(Tracker):
         kind = message[0]
         if kind == "start":
             self._projection.begin(message[1], message[2])
-        elif kind == "row":
-            self._projection.show(message[1])
+        elif kind == "rows":
+            self._projection.show([RunData.of(row) for row in message[1]])
         elif kind == "catch_up":
             self._projection.show_missing(message[1])
         else:

@@ -1,0 +1,72 @@
+"""Fixtures that several rooms' tests share."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+# One thread: the machines that run these tests are small, and results must not depend on the number of cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("isoflop", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("isoflop")
+
+ENGINE = Path(__file__).parent / "engine"
+
+
+@pytest.fixture(autouse=True)
+def _own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's store or cache."""
+    monkeypatch.setenv("ISOFLOP_STORE", str(tmp_path / "default-store"))
+    monkeypatch.setenv("ISOFLOP_CACHE", os.environ.get("ISOFLOP_TEST_CACHE", str(tmp_path / "default-cache")))
+
+
+@pytest.fixture(scope="module")
+def toy_parts() -> Iterator[ModuleType]:
+    """The toy world (tests/engine/toy_parts.py), registered for the tests of one module and then forgotten."""
+    from isoflop.methods.base import METHODS
+    from isoflop.models.base import FAMILIES
+    from isoflop.tasks.base import TASKS
+
+    for registry in (METHODS, FAMILIES, TASKS):
+        registry.names()  # the built-in parts first
+    sys.path.insert(0, str(ENGINE))
+    module = importlib.import_module("toy_parts")
+    yield module
+    sys.path.remove(str(ENGINE))
+    for registry in (METHODS, FAMILIES, TASKS):
+        for name in registry.names():
+            if (entry := registry.get(name)) and getattr(entry, "__module__", "") == "toy_parts":
+                registry._entries.pop(name)
+    sys.modules.pop("toy_parts", None)
+
+
+def _children() -> set[int]:
+    """Process ids of all descendants of this process."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except OSError:
+                continue
+    found: set[int] = set()
+    grown = {os.getpid()}
+    while grown:
+        grown = {pid for pid, parent in parents.items() if parent in grown} - found
+        found |= grown
+    return found
+
+
+@pytest.fixture(scope="session")
+def children() -> object:
+    """A function that gives the process ids of all descendants of the test process."""
+    return _children

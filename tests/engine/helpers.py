@@ -1,0 +1,58 @@
+"""What the engine's tests share: toy sweeps as dicts, a recorder, and a comparison of results."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+TOY: dict[str, Any] = {
+    "name": "toy",
+    "seed": 0,
+    "import": ["toy_parts"],
+    "models": ["toy/s", "toy/m"],
+    "methods": [{"toy-tokens": {"tokens": [1, 4, 16]}}],
+    "tasks": ["toy-task", "toy-other"],
+    "limits": {"timeout": 60, "retries": 1},
+}
+
+
+def toy(**changes: Any) -> dict[str, Any]:
+    """The toy sweep (6 trials, 12 jobs) with some keys replaced."""
+    return {**copy.deepcopy(TOY), **changes}
+
+
+def one_bad(how: str, **changes: Any) -> dict[str, Any]:
+    """A sweep whose first method is fine and whose second misbehaves: 2 models x 2 methods x 1 task."""
+    methods = [{"toy-tokens": {"tokens": [4]}}, {"toy-bad": {"how": how}}]
+    return toy(methods=methods, tasks=["toy-task"], **changes)
+
+
+class Lines:
+    """A progress that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.snapshots: list[dict[str, Any]] = []
+
+    def update(self, snapshot: Any) -> None:
+        self.snapshots.append(dict(vars(snapshot)))
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def scores(table: pa.Table) -> dict[str, Any]:
+    """What must not depend on how a sweep was run: job id -> status, score and axes."""
+    columns = ["job_id", "trial_id", "status", "error", "error_se", "N", "V", "scores", "spec"]
+    return {r["job_id"]: r for r in table.select(columns).to_pylist()}
+
+
+def run_local(given: Any, tmp_path: Path, progress: Any = None, **options: Any) -> Any:
+    """Run a sweep in this process, without MLflow, in folders below ``tmp_path``."""
+    import isoflop
+
+    chosen = {"executor": "local", "tracking_uri": "none", "store": str(tmp_path / "store"), "cache_dir": tmp_path / "cache", **options}
+    return isoflop.run(given, progress=progress, **chosen)
