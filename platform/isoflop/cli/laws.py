@@ -228,3 +228,28 @@ def frontier_command(source: str, store: str | None, as_json: bool, **options: A
         **_common(options),
     )
     _print(result, as_json)
+
+
+@click.command("compare")
+@_law_options
+@click.option("--forms", default="product,semilog", show_default=True, help="Laws by name or expression, separated by commas.")
+@click.option("--along", metavar="VARIABLE", help="The size whose largest values are held out; default: the first variable.")
+@click.option("--bootstrap", type=click.IntRange(0), default=0, show_default=True, help="Resamples for the coverage of held-out rows.")
+def compare_command(source: str, store: str | None, as_json: bool, **options: Any) -> None:
+    """Compare forms on the same rows: AICc, extrapolation to the largest size, baselines."""
+    from isoflop.laws import compare
+
+    result = compare(
+        read_source(source, store),
+        split_top(options["forms"]),
+        y=options["y"],
+        map=parse_map(options["mapping"]),
+        objective=options["objective"],
+        delta=options["delta"],
+        weights=options["weights"],
+        where=options["where"],
+        along=options["along"],
+        bootstrap=options["bootstrap"],
+        seed=options["seed"],
+    )
+    _print(result, as_json)

@@ -12,6 +12,7 @@ from isoflop.core.errors import UserError
 from isoflop.core.expressions import Array
 from isoflop.frontier.optimum import CostModel, Space, at_points, closed_form, make_space, numeric, refine
 from isoflop.frontier.result import Choice, Frontier, FrontierPoint, Frontiers
+from isoflop.laws.allocation import looks_rounded
 from isoflop.laws.fitting import fit as fit_law
 from isoflop.laws.inference import estimate_from_draws
 from isoflop.laws.result import Estimate, Fit, GroupedFit
@@ -196,6 +197,9 @@ def _notes(fit: Fit, values: dict[str, Array], space: Space, check: float | None
             notes.append(f"{space.searched} = {value:.4g} is the end of its allowed range")
     if check is not None and check > 1e-3:
         notes.append(f"closed form and numeric search differ by {check:.2g}: the optimum is flat")
+    shape = [float(fit.p[i]) for i in fit.form.nonlinear if fit.box.free[i] and fit.p[i] != 0]
+    if shape and looks_rounded(*shape):
+        notes.append(f"parameters {', '.join(f'{v:g}' for v in shape)} look rounded: the optimum depends on their digits")
     if fit.status not in ("converged", "parameter at bound"):
         notes.append(f"the fit ended with: {fit.status}")
     return notes

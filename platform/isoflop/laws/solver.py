@@ -214,8 +214,8 @@ class _Chunk:
             better = new_loss <= loss
             tiny = np.abs(gain) <= _TOLERANCE * np.abs(loss) + negligible
             done = (tiny & (damping < 1.0)) | (loss <= negligible)
-            ratio = (loss - new_loss) / np.maximum(gain, 1e-300)
-            damping = np.where(better, damping * np.where(ratio > 0.5, 0.1, 0.5), damping * 6.0)
+            trusted = loss - new_loss > 0.5 * gain
+            damping = np.where(better, damping * np.where(trusted, 0.1, 0.5), damping * 6.0)
             damping = np.maximum(damping, 1e-13)
             stuck = (damping > _MAX_DAMPING) & ~done
             u = np.where(better[:, None], trial, u)
