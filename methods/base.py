@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from isoflop.core.errors import Infeasible
@@ -41,7 +41,7 @@ class Method:
 
     def knobs(self) -> dict[str, KnobValue]:
         """All knob values, defaults included."""
-        return {name: value for name, value in asdict(self).items() if name in knob_specs(type(self))}
+        return {name: getattr(self, name) for name in knob_specs(type(self))}
 
     def spec(self) -> dict[str, Any]:
         """What names this method in a job id: name, version and every knob."""

@@ -147,7 +147,8 @@ def test_the_text_pass_of_quecc_is_charged(model: VlmModel, ctx: Context) -> Non
     assert costs["none"]["visual_tokens"] == 1
     assert extra["none"]["ratio"] == 36
     assert extra["llm_last"]["method_params"] - extra["none"]["method_params"] == d * 64 + 3 * 64
-    assert extra["none"]["method_bytes"] == 4 * extra["none"]["method_params"]
+    bare = sum(t.nbytes for t in [*model.module.parameters(), *model.module.buffers()])
+    assert costs["none"]["weight_bytes"] == bare + extra["none"]["method_bytes"]
 
 
 def test_peak_bytes_of_a_known_computation() -> None:

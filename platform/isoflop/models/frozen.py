@@ -36,7 +36,7 @@ class _Learning:
     """A compressor in training, in the model's hook point."""
 
     method: VisualTokenMethod
-    module: nn.Module
+    module: nn.Module | None
     projector: nn.Module | None
     layers: tuple[int, ...]
     seen: VisualInput | None = None
@@ -84,7 +84,8 @@ class CompressorStage(Stage):
         from safetensors.torch import save_file
 
         family = family_of(self.ref)
-        info = family.info(self.ref, dict(self.options))
+        # In float32, whatever the type at evaluation: small steps vanish in 16 bits.
+        info = family.info(self.ref, {**dict(self.options), "dtype": "float32"})
         model = family.load(info, None, ctx)
         method = build_visual(self.method)
         if not isinstance(model, VlmModel):
@@ -93,10 +94,9 @@ class CompressorStage(Stage):
         if module is None:
             raise TypeError(f"method {method.name} has no weights to train")
         projector = deepcopy(model.module.model.multi_modal_projector).requires_grad_(True)
-        slot = _Learning(method, module.to(model.device, model.dtype), projector, method.layers(model.info))
-        model.compression = slot
-        losses = self._train(ctx, model, slot, [*slot.module.parameters(), *projector.parameters()])
-        for name, trained in (("compressor", slot.module), ("projector", projector)):
+        module = module.to(model.device)
+        losses = self._train(ctx, model, method, module, projector)
+        for name, trained in (("compressor", module), ("projector", projector)):
             save_file(
                 {key: t.contiguous().cpu() for key, t in trained.state_dict().items()}, folder / f"{name}.safetensors"
             )
@@ -110,9 +110,11 @@ class CompressorStage(Stage):
         return Checkpoint(folder, json.loads((folder / "training.json").read_text()))
 
     def _train(
-        self, ctx: StageContext, model: VlmModel, slot: _Learning, parameters: list[nn.Parameter]
+        self, ctx: StageContext, model: VlmModel, method: VisualTokenMethod, module: nn.Module, projector: nn.Module
     ) -> list[float]:
-        recipe = Recipe(steps=self.steps, batch=self.batch, lr=slot.method.learning_rate)
+        recipe = Recipe(steps=self.steps, batch=self.batch, lr=method.learning_rate)
+        slot = _Learning(method, module, projector, method.layers(model.info))
+        model.compression = slot
         tables = {a.layer: (a, b) for a, b in zip(self.features[::2], self.features[1::2], strict=True)}
         reading, coarse = tables[model.info.feature_layer]
         hidden = {n: torch.cat([torch.from_numpy(ctx.get(s).copy()) for s in pair]) for n, pair in tables.items()}
@@ -127,7 +129,8 @@ class CompressorStage(Stage):
         with torch.no_grad():
             model.compress(batch(Step(sample, torch.zeros(len(sample), 1, dtype=torch.long), sample)))
         if slot.seen is not None:
-            slot.method.fit_inputs(slot.module, slot.seen)
+            method.fit_inputs(module, slot.seen)
+        parameters = [*module.parameters(), *projector.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0, betas=(0.9, 0.98))
         losses: list[Tensor] = []
         for number, step in enumerate(lessons(recipe, (reading, coarse), derive_seed("compressor", self.seed))):

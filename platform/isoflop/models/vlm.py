@@ -86,6 +86,8 @@ class Compression(Protocol):
 
     layers: tuple[int, ...]
     """Hidden states it reads besides the model's own feature layer."""
+    module: nn.Module | None
+    """Its own weights."""
     projector: nn.Module | None
     """A projector trained together with it, used instead of the model's."""
 

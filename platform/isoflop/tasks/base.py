@@ -66,7 +66,7 @@ class Task(ABC):
 
         Keys in use (more are kept too): ``visual_tokens`` (V, entering the language model), ``text_tokens`` (Q),
         ``flops`` (all, per answer), ``flops_llm``, ``flops_vision``, ``flops_method`` (overhead of the compressor),
-        ``weight_bytes``, ``kv_bytes``, ``seconds`` (per answer), ``peak_bytes``.
+        ``weight_bytes`` (model and compressor), ``kv_bytes``, ``seconds`` (per answer), ``peak_bytes``.
         """
 
 

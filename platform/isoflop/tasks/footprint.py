@@ -46,7 +46,8 @@ def measure_answer(model: VlmModel, image_BCHW: Tensor, make: MakeBatch) -> dict
     def answer() -> Tensor:
         return model.answer_logits(make(model.look(image_BCHW)))
 
-    weight_bytes = module_bytes(model.module)
+    own = model.compression.module if model.compression is not None else None
+    weight_bytes = module_bytes(model.module) + (module_bytes(own) if own is not None else 0)
     return {
         "visual_tokens": float(visual_BVd.shape[1]),
         "text_tokens": float(batch.prompt_BT.shape[1] - 1),
