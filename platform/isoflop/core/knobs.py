@@ -10,6 +10,7 @@ From the same annotation come the Optuna distribution, the YAML schema, the vali
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import typing
 from collections.abc import Mapping
@@ -106,6 +107,12 @@ class KnobSpec:
 
 def knob_specs(cls: type) -> dict[str, KnobSpec]:
     """The knobs of a dataclass, in order of declaration. Fields without a ``Knob`` annotation are not knobs."""
+    return dict(_knob_specs(cls))
+
+
+@functools.cache
+def _knob_specs(cls: type) -> dict[str, KnobSpec]:
+    # reading type hints compiles their text each time, and every job asks
     hints = typing.get_type_hints(cls, include_extras=True)
     specs: dict[str, KnobSpec] = {}
     for field in dataclasses.fields(cls):
