@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup quickstart test test-all lint format schema clean
+.PHONY: help setup quickstart test test-all lint format schema pictures clean
 
 help:
 	@echo "make quickstart  set up, run the laptop sweep, show its law and frontier"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-all    the slow ones too: clusters, many kills, whole trainings"
 	@echo "make lint        ruff and mypy"
 	@echo "make schema      write sweeps/sweep.schema.json anew"
+	@echo "make pictures    draw the README's pictures from the quickstart's results (needs Chromium)"
 
 setup: $(READY)
 
@@ -42,6 +43,9 @@ format: $(READY)
 
 schema: $(READY)
 	$(BIN)/python -m isoflop.sweep.schema > sweeps/sweep.schema.json
+
+pictures: $(READY)
+	$(BIN)/python -m isoflop.dashboards.pictures
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
