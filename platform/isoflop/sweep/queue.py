@@ -7,14 +7,15 @@ worker holds, any job, the stage that most jobs wait for. Results therefore come
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, islice
 
 from isoflop.execute import WorkItem
 from isoflop.jobs import Job, ResolvedJob
 
 _WARM_MODELS = 4  # as many as a worker keeps
+_STAGE_CHOICE = 64  # stages that are compared when a worker asks for one
 
 
 @dataclass
@@ -62,7 +63,10 @@ class WorkQueue:
         self._blocked: dict[str, Pending] = {}
         self._ready: OrderedDict[str, deque[Pending]] = OrderedDict()
         self._running: dict[str, Pending] = {}
+        self._dependents: dict[str, list[str]] = {}
+        self._startable: dict[str, None] = {}  # stages whose dependencies are there, oldest first
         self._warm: dict[str, OrderedDict[str, None]] = {}
+        self._holders: Counter[str] = Counter()  # model key -> workers that hold it warm
         self._ids = count()
         self.affinity_hits = 0
         self.dispatched = 0
@@ -75,7 +79,12 @@ class WorkQueue:
         pending = Pending(job, resolved.model_key, tuple(s.key for s in stages))
         missing = [s for s in stages if s.key not in self._available]
         for stage in missing:
-            state = self._stages.setdefault(stage.key, _StageState(stage.key, frozenset(d.key for d in stage.deps()), job))
+            state = self._stages.get(stage.key)
+            if state is None:
+                state = self._stages[stage.key] = _StageState(stage.key, frozenset(d.key for d in stage.deps()), job)
+                for dep in state.deps:
+                    self._dependents.setdefault(dep, []).append(state.key)
+                self._note_startable(state)
             state.waiting.add(job.id)
         if missing:
             self._blocked[job.id] = pending
@@ -114,31 +123,38 @@ class WorkQueue:
         pending.attempt += 1
         self._running[pending.job.id] = pending
         self.dispatched += 1
-        warm = self._warm.setdefault(worker, OrderedDict())
-        self.affinity_hits += pending.model_key in warm
-        warm[pending.model_key] = None
-        warm.move_to_end(pending.model_key)
-        while len(warm) > _WARM_MODELS:
-            warm.popitem(last=False)
+        self._touch(worker, pending.model_key)
         return WorkItem(f"j{next(self._ids)}", "job", pending.job, needs=pending.stages)
 
+    def _touch(self, worker: str, model_key: str) -> None:
+        """The worker loads or reuses a model; what it will have dropped for that is forgotten."""
+        warm = self._warm.setdefault(worker, OrderedDict())
+        self.affinity_hits += model_key in warm
+        if model_key not in warm:
+            self._holders[model_key] += 1
+        warm[model_key] = None
+        warm.move_to_end(model_key)
+        while len(warm) > _WARM_MODELS:
+            self._holders[warm.popitem(last=False)[0]] -= 1
+
+    def _note_startable(self, state: _StageState) -> None:
+        if not state.running and state.deps <= self._available:
+            self._startable[state.key] = None
+
     def _next_stage(self) -> _StageState | None:
-        best: _StageState | None = None
-        for state in self._stages.values():
-            if state.running or not state.deps <= self._available or not state.waiting:
-                continue
-            if best is None or len(state.waiting) > len(best.waiting):  # the one that most jobs wait for
-                best = state
+        """Of the oldest stages that can start, the one that most jobs wait for."""
+        found = [s for key in islice(self._startable, _STAGE_CHOICE) if (s := self._stages.get(key)) is not None and s.waiting]
+        best = max(found, key=lambda s: len(s.waiting), default=None)
+        if best is not None:
+            del self._startable[best.key]
         return best
 
     def _next_job(self, worker: str) -> Pending | None:
         if not self._ready:
             return None
         warm = self._warm.get(worker, OrderedDict())
-        elsewhere = {key for other, keys in self._warm.items() if other != worker for key in keys}
         keys = [k for k in reversed(warm) if k in self._ready]
-        keys += [k for k in self._ready if k not in warm and k not in elsewhere]
-        keys += [k for k in self._ready if k not in warm and k in elsewhere]
+        keys += sorted((k for k in self._ready if k not in warm), key=lambda k: self._holders[k] > 0)
         others = len(self._warm) > 1
         for key in keys:
             bucket = self._ready[key]
@@ -157,6 +173,10 @@ class WorkQueue:
         """A stage exists now."""
         self._available.add(key)
         state = self._stages.pop(key, None)
+        self._startable.pop(key, None)
+        for dependent in self._dependents.pop(key, ()):
+            if dependent in self._stages:
+                self._note_startable(self._stages[dependent])
         for job_id in state.waiting if state else ():
             pending = self._blocked.get(job_id)
             if pending is not None and all(s in self._available for s in pending.stages):
@@ -169,8 +189,10 @@ class WorkQueue:
             return None
         state.running = False
         if status != "infeasible" and state.attempt <= self._retries:
+            self._note_startable(state)
             return None
         del self._stages[key]
+        self._startable.pop(key, None)
         jobs = [p for p in (self._blocked.pop(j, None) for j in state.waiting) if p is not None]
         for other in self._stages.values():
             other.waiting -= state.waiting
@@ -195,7 +217,8 @@ class WorkQueue:
 
         The first item was running and may be what killed the worker, so it loses an attempt; the others only waited.
         """
-        self._warm.pop(worker, None)
+        for key in self._warm.pop(worker, ()):
+            self._holders[key] -= 1
         exhausted: list[Pending] = []
         for index, item in enumerate(items):
             guilty = blame_first and index == 0
@@ -204,6 +227,7 @@ class WorkQueue:
                 if state is not None:
                     state.running = False
                     state.attempt -= 0 if guilty else 1
+                    self._note_startable(state)
                 continue
             pending = self._running.pop(item.job.id, None)
             if pending is None:
@@ -226,6 +250,7 @@ class WorkQueue:
         dropped = len(self)
         self._blocked.clear()
         self._ready.clear()
+        self._startable.clear()
         self._stages = {k: s for k, s in self._stages.items() if s.running}
         for state in self._stages.values():
             state.waiting.clear()
