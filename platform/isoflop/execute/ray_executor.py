@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.exceptions import (
     GetTimeoutError,
     ObjectLostError,
@@ -87,6 +89,7 @@ class RayExecutor(Executor):
         self._by_ref: dict[Any, tuple[_Worker, WorkItem]] = {}
         self._count = 0
         self._started_ray = False
+        self._stillborn = 0  # workers in a row that died before they could speak
         self._last_node_check = 0.0
         self._last_progress = 0.0
         self._events: list[Event] = []
@@ -121,8 +124,7 @@ class RayExecutor(Executor):
         common: dict[str, Any] = {"log_to_driver": False, "configure_logging": True, "logging_level": logging.ERROR}
         try:
             if self._address is None:
-                # A bare init() would join any cluster it finds and listen on every interface.
-                ray.init(address="local", _node_ip_address="127.0.0.1", include_dashboard=False, **common)
+                start_private_ray(**common)
             else:
                 if self._node_ip:
                     common["_node_ip_address"] = self._node_ip
@@ -187,12 +189,15 @@ class RayExecutor(Executor):
             worker = waiting[ref]
             try:
                 hello = ray.get(ref)
-            except RayTaskError as error:
-                raise UserError(f"a worker could not start: {_last_line(error)}") from None
             except RayError as error:
-                log.warning("worker %s died while starting: %s", worker.id, _last_line(error))
+                self._stillborn += 1
                 self._forget(worker)
+                if not self.workers() and "creation task" in str(error):  # its own code failed, as the next one's would
+                    reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()[-1].strip()
+                    raise UserError(f"a worker could not start: {reason}") from None
+                log.warning("worker %s died while starting: %s", worker.id, _last_line(error))
                 continue
+            self._stillborn = 0
             worker.stages = set(hello.pop("stages"))
             worker.info = WorkerInfo(id=worker.id, **hello)
 
@@ -292,7 +297,7 @@ class RayExecutor(Executor):
 
     def _tend(self) -> None:
         """Greet new actors; look now and then for new nodes and replace lost actors."""
-        if time.monotonic() - self._last_node_check > _NODE_CHECK_SECONDS:
+        if time.monotonic() - self._last_node_check > _NODE_CHECK_SECONDS * min(1 + self._stillborn, 12):
             self._last_node_check = time.monotonic()
             self._fill()
         self._greet()
@@ -319,6 +324,24 @@ class RayExecutor(Executor):
                 item = by_id.get(item_id)
                 if item is not None and self._on_shard(ShardReport(worker.id, item, shard, mean, examples)):
                     worker.actor.stop.remote(item_id)
+
+
+def start_private_ray(**options: Any) -> None:
+    """Start Ray on this host for this process alone; ``options`` are those of ``ray.init``.
+
+    A bare ``ray.init()`` would join any cluster it finds, and listen on every interface: Ray replaces 127.0.0.1 by the
+    host's own address unless it takes the host for one that cannot be part of a cluster.
+    """
+    before = os.environ.get(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for the processes that it starts
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        ray.init(address="local", _node_ip_address="127.0.0.1", include_dashboard=False, **options)
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
+        if before[0] is not None:
+            os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = before[0]
 
 
 def _slots_on(have: dict[str, float], want: Resources) -> int:
