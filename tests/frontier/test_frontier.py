@@ -10,7 +10,6 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from isoflop.core.errors import UserError
 from isoflop.frontier import Frontiers, compare_methods, extra_compute, frontier
 from isoflop.laws import fit
@@ -30,7 +29,12 @@ def exact(alpha: float, beta: float):
 
 
 @settings(max_examples=25, deadline=None)
-@given(alpha=st.floats(0.04, 0.4), beta=st.floats(0.01, 0.35), q=st.sampled_from([0.0, 5.0, 50.0, 300.0]), budget=st.floats(11.5, 14))
+@given(
+    alpha=st.floats(0.04, 0.4),
+    beta=st.floats(0.01, 0.35),
+    q=st.sampled_from([0.0, 5.0, 50.0, 300.0]),
+    budget=st.floats(11.5, 14),
+)
 def test_closed_form_equals_brute_force_over_whole_tokens(alpha: float, beta: float, q: float, budget: float) -> None:
     fitted = exact(alpha, beta)
     point = frontier(fitted, q=q, budget=10**budget)[0]
@@ -42,7 +46,11 @@ def test_closed_form_equals_brute_force_over_whole_tokens(alpha: float, beta: fl
 
 
 def test_the_optimal_tokens_do_not_depend_on_amplitude_floor_or_budget() -> None:
-    found = [frontier(fit(table(0.2, 0.08, scale=s), bootstrap=0, profile=False), q=50, budget=b)[0].continuous["V"].value for s in (0.3, 0.9) for b in (1e12, 1e13, 1e14)]
+    found = [
+        frontier(fit(table(0.2, 0.08, scale=s), bootstrap=0, profile=False), q=50, budget=b)[0].continuous["V"].value
+        for s in (0.3, 0.9)
+        for b in (1e12, 1e13, 1e14)
+    ]
     np.testing.assert_allclose(found, 0.08 * 50 / 0.12, rtol=1e-6)
 
 
@@ -66,7 +74,13 @@ def test_closed_form_agrees_with_the_numeric_search() -> None:
 
 def test_chinchilla_frontier_is_the_allocation() -> None:
     n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e8, 1e10, 6), np.geomspace(1e9, 1e12, 6)))
-    fitted = fit({"N": n, "D": d, "loss": 1.8 + 480 * n**-0.35 + 2000 * d**-0.365}, "chinchilla", y="loss", bootstrap=0, profile=False)
+    fitted = fit(
+        {"N": n, "D": d, "loss": 1.8 + 480 * n**-0.35 + 2000 * d**-0.365},
+        "chinchilla",
+        y="loss",
+        bootstrap=0,
+        profile=False,
+    )
     point = frontier(fitted, cost="6*N*D", budget=1e21)[0]
     best = allocate(fitted, 1e21)
     assert point.continuous["N"].value == pytest.approx(best.N, rel=1e-9)
@@ -123,7 +137,9 @@ def test_extrapolation_is_said() -> None:
 
 
 def test_results_serialise_print_and_plot() -> None:
-    data = {k: np.concatenate([table(0.2, 0.08, 0.002)[k], table(0.1, 0.09, 0.002, seed=1)[k]]) for k in ("N", "V", "error")}
+    data = {
+        k: np.concatenate([table(0.2, 0.08, 0.002)[k], table(0.1, 0.09, 0.002, seed=1)[k]]) for k in ("N", "V", "error")
+    }
     grouped = frontier({**data, "task": ["a"] * 28 + ["b"] * 28}, q=50, by="task", bootstrap=50)
     assert isinstance(grouped, Frontiers)
     assert json.loads(json.dumps(grouped.to_dict(), allow_nan=False))["groups"][1]["group"] == {"task": "b"}

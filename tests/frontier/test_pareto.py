@@ -7,7 +7,6 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from isoflop.core.errors import UserError
 from isoflop.costs import add_cost, cost_of
 from isoflop.frontier import best_under_budget, hypervolume, non_dominated, pareto, sql
@@ -48,7 +47,15 @@ def test_hypervolume_by_hand_and_by_counting() -> None:
 
 
 def rows() -> pa.Table:
-    return pa.table({"N": [1.0, 2, 4, 8], "V": [10.0, 10, 10, 10], "error": [0.5, 0.6, 0.3, 0.3], "se": [0.01, 0.05, 0.01, 0.01], "name": list("abcd")})
+    return pa.table(
+        {
+            "N": [1.0, 2, 4, 8],
+            "V": [10.0, 10, 10, 10],
+            "error": [0.5, 0.6, 0.3, 0.3],
+            "se": [0.01, 0.05, 0.01, 0.01],
+            "name": list("abcd"),
+        }
+    )
 
 
 def test_pareto_of_a_table() -> None:

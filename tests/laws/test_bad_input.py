@@ -9,12 +9,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from law_cases import additive_table, published
-
 from isoflop.core.errors import UserError
 from isoflop.core.expressions import Program, parse
 from isoflop.frontier import frontier
 from isoflop.laws import custom_form, fit
+from law_cases import additive_table, published
 
 MAP = {"N": "params_b", "V": "visual_tokens"}
 
@@ -53,7 +52,10 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
         ({"law": "A + B*X"}, ["contains none of the variables"]),
         ({"map": {"N": "params_b*1e9 +", "V": "visual_tokens"}}, ["map N", "is not an expression"]),
         ({"map": {"N": "3", "V": "visual_tokens"}}, ["names no column"]),
-        ({"map": {"N": "-params_b", "V": "visual_tokens"}}, ["map N: '-params_b' is -0.5 in row 0; a size must be > 0"]),
+        (
+            {"map": {"N": "-params_b", "V": "visual_tokens"}},
+            ["map N: '-params_b' is -0.5 in row 0; a size must be > 0"],
+        ),
         ({"map": {"N": "params_b-0.5", "V": "visual_tokens"}}, ["a size must be > 0"]),
         ({"y": "error-0.6", "objective": "huber-log"}, ["a log objective needs y > 0"]),
     ],
@@ -90,7 +92,10 @@ def test_missing_values_are_left_out_and_said() -> None:
 
 def test_pandas_dicts_and_arrow_give_the_same_fit() -> None:
     table = additive_table(0, 60)
-    fits = [fit(t, "chinchilla", y="loss", bootstrap=0, profile=False) for t in (table, pd.DataFrame(table), pa.table(table))]
+    fits = [
+        fit(t, "chinchilla", y="loss", bootstrap=0, profile=False)
+        for t in (table, pd.DataFrame(table), pa.table(table))
+    ]
     assert len({f.data_hash for f in fits}) == 1
     np.testing.assert_array_equal(fits[0].p, fits[1].p)
 
@@ -147,7 +152,9 @@ def test_expressions_evaluate_and_differentiate() -> None:
         h = 1e-6
         numeric = (parsed({"x": x + h, "a": 1.7}) - parsed({"x": x - h, "a": 1.7})) / (2 * h)
         smooth = np.abs(x - 1) > 1e-3
-        np.testing.assert_allclose(np.broadcast_to(parsed.derivative("x")({"x": x, "a": 1.7}), x.shape)[smooth], numeric[smooth], rtol=1e-7)
+        np.testing.assert_allclose(
+            np.broadcast_to(parsed.derivative("x")({"x": x, "a": 1.7}), x.shape)[smooth], numeric[smooth], rtol=1e-7
+        )
 
 
 def test_equal_subexpressions_are_computed_once() -> None:
@@ -156,7 +163,25 @@ def test_equal_subexpressions_are_computed_once() -> None:
     assert sum(parsed.graph.nodes[i][0] == "exp" for i in program.order) == 1
 
 
-@pytest.mark.parametrize("text", ["x" * 5000, "(" * 900 + "x" + ")" * 900, "1 if x else 2", "[x]", "x and y", "x == y", "'a'", "lambda: x", "x := 2", "{x}", "min(*x)", "exp(x=1)", "1j*x", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x" * 5000,
+        "(" * 900 + "x" + ")" * 900,
+        "1 if x else 2",
+        "[x]",
+        "x and y",
+        "x == y",
+        "'a'",
+        "lambda: x",
+        "x := 2",
+        "{x}",
+        "min(*x)",
+        "exp(x=1)",
+        "1j*x",
+        "",
+    ],
+)
 def test_everything_else_is_refused(text: str) -> None:
     with pytest.raises(UserError) as error:
         parse(text)

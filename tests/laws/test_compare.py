@@ -7,13 +7,12 @@ import math
 
 import numpy as np
 import pytest
-from law_cases import additive_table, published
-
 from isoflop.core.errors import UserError
 from isoflop.laws import compare, fit
 from isoflop.laws.comparison import information, nested_test
 from isoflop.laws.diagnostics import lack_of_fit, runs_test
 from isoflop.laws.extrapolation import carry_forward, nearest_with_shift, splits
+from law_cases import additive_table, published
 
 MAP = {"N": "params_b", "V": "visual_tokens"}
 
@@ -88,7 +87,9 @@ def test_held_out_intervals_report_their_coverage() -> None:
 
 def test_information_criteria_agree_between_scales() -> None:
     table = additive_table(1, 200, 0.005)
-    plain, logs = (fit(table, "chinchilla", y="loss", objective=o, bootstrap=0, profile=False) for o in ("squared", "squared-log"))
+    plain, logs = (
+        fit(table, "chinchilla", y="loss", objective=o, bootstrap=0, profile=False) for o in ("squared", "squared-log")
+    )
     a, b = information(plain)[0], information(logs)[0]
     assert b < a  # the noise is multiplicative: the log scale has the higher likelihood, once the Jacobian is counted
     assert abs(a - b) < 200
@@ -101,7 +102,11 @@ def test_information_criteria_agree_between_scales() -> None:
 def test_nested_tests() -> None:
     options = {"map": MAP, "bootstrap": 0, "profile": False}
     small = fit(published(), fixed={"E": 0.0}, **options)
-    big = fit(published(), bounds={"E": (-math.inf, math.inf), "A": (-math.inf, math.inf), "alpha": (-5, 5), "beta": (-5, 5)}, **options)
+    big = fit(
+        published(),
+        bounds={"E": (-math.inf, math.inf), "A": (-math.inf, math.inf), "alpha": (-5, 5), "beta": (-5, 5)},
+        **options,
+    )
     found = nested_test(small, big)
     assert found["F"] == pytest.approx((3.79380e-4 - 2.77117e-4) / (2.77117e-4 / 24), rel=1e-4)
     assert found["p"] < 0.01
@@ -137,6 +142,11 @@ def test_forms_in_words() -> None:
     assert "not identified: on its bound 0" in text
     html = fitted._repr_html_()
     assert "<table>" in html
-    assert "<script" not in fit({"N": [1.0, 2, 3, 4, 5], "<script>": [5.0, 4, 3.5, 3.2, 3.1]}, "A*N**-alpha", y="<script>", map={"N": "N"})._repr_html_()
+    assert (
+        "<script"
+        not in fit(
+            {"N": [1.0, 2, 3, 4, 5], "<script>": [5.0, 4, 3.5, 3.2, 3.1]}, "A*N**-alpha", y="<script>", map={"N": "N"}
+        )._repr_html_()
+    )
     assert len(fitted.plot().data) > 7
     assert fitted.to_arrow().num_rows == 5

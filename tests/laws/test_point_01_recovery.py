@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.optimize import minimize
-
 from isoflop.laws import LAWS, fit
 from isoflop.laws.base import linear_parameters
 from isoflop.laws.varpro import project
 from law_cases import CASES, additive_table, published
+from scipy.optimize import minimize
 
 
 @pytest.mark.parametrize("name", LAWS.names())
@@ -49,21 +48,45 @@ def test_jacobian_is_the_derivative(name: str) -> None:
         np.testing.assert_allclose(jacobian[:, i], numeric, rtol=2e-5, atol=1e-8 * np.abs(jacobian[:, i]).max())
 
 
-@pytest.mark.parametrize("name", ["power", "chinchilla", "product", "kaplan", "precision", "bnsl", "ptq_penalty", "coverage", "sparsing_relu", "farseer"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "power",
+        "chinchilla",
+        "product",
+        "kaplan",
+        "precision",
+        "bnsl",
+        "ptq_penalty",
+        "coverage",
+        "sparsing_relu",
+        "farseer",
+    ],
+)
 def test_rescaled_parameters_give_the_same_law(name: str) -> None:
     form, case = LAWS.get(name), CASES[name]
     rng = np.random.default_rng(5)
     x, p = case.design(rng), case.parameters(form, rng)
     scales = {v.name: (7.3 if v.rescale else 1.0) for v in form.variables}
     natural = form.to_natural(p[None], {v: np.float64(s) for v, s in scales.items()})[0]
-    np.testing.assert_allclose(form.evaluate({v: a * scales[v] for v, a in x.items()}, natural), form.evaluate(x, p), rtol=1e-10)
+    np.testing.assert_allclose(
+        form.evaluate({v: a * scales[v] for v, a in x.items()}, natural), form.evaluate(x, p), rtol=1e-10
+    )
 
 
 @pytest.mark.parametrize("objective", ["squared", "huber-log"])
 def test_point_03_unit_invariance(objective: str) -> None:
     table = additive_table(seed=1, n=120)
     fits = {
-        u: fit(table, "chinchilla", y="loss", map={"N": f"N/{u!r}", "D": "D"}, objective=objective, bootstrap=0, profile=False)
+        u: fit(
+            table,
+            "chinchilla",
+            y="loss",
+            map={"N": f"N/{u!r}", "D": "D"},
+            objective=objective,
+            bootstrap=0,
+            profile=False,
+        )
         for u in (1.0, 1e6, 1e9)
     }
     n, d = np.array([1e8, 3e9, 7e10]), np.array([1e10, 1e11, 2e12])
@@ -92,7 +115,9 @@ def test_point_04_envelope_gradient_equals_finite_differences() -> None:
         def reduced(t: np.ndarray) -> float:
             return project(form, x, table["loss"], w, t, signs=False)[1]
 
-        numeric = np.array([(reduced(np.array(theta) + h) - reduced(np.array(theta) - h)) / 2e-5 for h in 1e-5 * np.eye(2)])
+        numeric = np.array(
+            [(reduced(np.array(theta) + h) - reduced(np.array(theta) - h)) / 2e-5 for h in 1e-5 * np.eye(2)]
+        )
         np.testing.assert_allclose(gradient, numeric, rtol=1e-6, atol=1e-6 * value)
 
 
@@ -107,7 +132,12 @@ def test_point_04_variable_projection_equals_full_search() -> None:
         return value, gradient
 
     best = min(
-        (minimize(reduced, t, jac=True, method="L-BFGS-B", bounds=[(0.01, 2)] * 2, options={"ftol": 1e-15, "gtol": 1e-12}) for t in ([0.2, 0.2], [0.4, 0.4])),
+        (
+            minimize(
+                reduced, t, jac=True, method="L-BFGS-B", bounds=[(0.01, 2)] * 2, options={"ftol": 1e-15, "gtol": 1e-12}
+            )
+            for t in ([0.2, 0.2], [0.4, 0.4])
+        ),
         key=lambda r: r.fun,
     )
     fitted = fit(table, "chinchilla", y="loss", bootstrap=0, profile=False)

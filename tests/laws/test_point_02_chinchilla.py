@@ -6,14 +6,21 @@ import warnings
 
 import numpy as np
 import pytest
-from law_cases import additive_table
-from scipy.optimize import minimize
-
 from isoflop.core.errors import UserError
 from isoflop.laws import LAWS, fit
-from isoflop.laws.allocation import HOFFMANN_2022, RoundedParameters, allocate, inference_aware, loss, optimum_of_size, policy_exponent
+from isoflop.laws.allocation import (
+    HOFFMANN_2022,
+    RoundedParameters,
+    allocate,
+    inference_aware,
+    loss,
+    optimum_of_size,
+    policy_exponent,
+)
 from isoflop.laws.objective import Objective
 from isoflop.laws.parabolas import NoVertex, fit_parabolas
+from law_cases import additive_table
+from scipy.optimize import minimize
 
 ROUNDED = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
 REPLICATION = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
@@ -66,18 +73,22 @@ def test_point_02_log_gradient_and_huber_term() -> None:
 )
 def test_point_02_optima(params, compute: float, n: float, d: float, ratio: float | None) -> None:
     best = optimum(params, compute)
-    assert best.N == pytest.approx(n, rel=5e-4)
-    assert best.D == pytest.approx(d, rel=5e-4)
+    assert pytest.approx(n, rel=5e-4) == best.N
+    assert pytest.approx(d, rel=5e-4) == best.D
     if ratio is not None:
         assert best.tokens_per_parameter == pytest.approx(ratio, abs=0.006)
-    assert 6 * best.N * best.D == pytest.approx(compute, rel=1e-14)
+    assert pytest.approx(compute, rel=1e-14) == 6 * best.N * best.D
     marginal = params["alpha"] * params["A"] * best.N ** -params["alpha"]
     assert marginal == pytest.approx(params["beta"] * params["B"] * best.D ** -params["beta"], rel=1e-10)
 
 
 def test_point_02_exponents_and_scale() -> None:
     form = LAWS.get("chinchilla")
-    for params, g, a_n in ((ROUNDED, 1.34471064, None), (HOFFMANN_2022, 1.300046, 0.456526), (REPLICATION, 0.1196298, 0.512612)):
+    for params, g, a_n in (
+        (ROUNDED, 1.34471064, None),
+        (HOFFMANN_2022, 1.300046, 0.456526),
+        (REPLICATION, 0.1196298, 0.512612),
+    ):
         p = np.array([[params[n] for n in form.names]])
         assert form.quantity(form.derived["G"], p)[0] == pytest.approx(g, rel=1e-6)
         if a_n is not None:
@@ -123,7 +134,9 @@ def test_point_05_tolerance_trap_reproduced_and_avoided() -> None:
 
     def run(scale: float, **options: float) -> float:
         start = np.array([6, 6, 0.5, 0.34, 0.28])
-        found = minimize(lambda z: tuple(scale * v for v in sum_huber(z)), start, jac=True, method="L-BFGS-B", options=options)
+        found = minimize(
+            lambda z: tuple(scale * v for v in sum_huber(z)), start, jac=True, method="L-BFGS-B", options=options
+        )
         return sum_huber(found.x)[0]
 
     mean, summed = run(1 / 240), run(1.0)
@@ -148,9 +161,21 @@ def iso_rows(params: dict[str, float], k: float) -> np.ndarray:
 @pytest.mark.parametrize(
     "params, slope, table",
     [
-        ({**ROUNDED, "A": 400.0, "B": 400.0, "alpha": 0.31, "beta": 0.31}, 0.5, {k: (-0.389076, 0.0) for k in (2, 4, 8, 16)}),
-        (ROUNDED, 0.548387, {2: (-0.556779, -0.00327), 4: (-0.561045, -0.01301), 8: (-0.568151, -0.02903), 16: (-0.578092, -0.05100)}),
-        ({**ROUNDED, "alpha": 0.465, "beta": 0.155}, 0.75, {2: (-1.35313, -0.0167), 4: (-1.37497, -0.0650), 8: (-1.41084, -0.1391), 16: (-1.45996, -0.2312)}),
+        (
+            {**ROUNDED, "A": 400.0, "B": 400.0, "alpha": 0.31, "beta": 0.31},
+            0.5,
+            dict.fromkeys((2, 4, 8, 16), (-0.389076, 0.0)),
+        ),
+        (
+            ROUNDED,
+            0.548387,
+            {2: (-0.556779, -0.00327), 4: (-0.561045, -0.01301), 8: (-0.568151, -0.02903), 16: (-0.578092, -0.05100)},
+        ),
+        (
+            {**ROUNDED, "alpha": 0.465, "beta": 0.155},
+            0.75,
+            {2: (-1.35313, -0.0167), 4: (-1.37497, -0.0650), 8: (-1.41084, -0.1391), 16: (-1.45996, -0.2312)},
+        ),
     ],
 )
 def test_point_06_isoflop_bias(params, slope: float, table) -> None:
@@ -174,17 +199,21 @@ def test_point_06_refuses_without_an_interior_minimum() -> None:
 
 @pytest.mark.parametrize(
     "size, served, n, d, saving",
-    [(13e9, 2e12, 7.12e9, 1.295e12, 0.1632), (30e9, 13e12, 1.298e10, 5.19e12, 0.3136), (70e9, 1e12, 6.332e10, 5.081e12, 0.00345)],
+    [
+        (13e9, 2e12, 7.12e9, 1.295e12, 0.1632),
+        (30e9, 13e12, 1.298e10, 5.19e12, 0.3136),
+        (70e9, 1e12, 6.332e10, 5.081e12, 0.00345),
+    ],
 )
 def test_point_08_inference_aware(size: float, served: float, n: float, d: float, saving: float) -> None:
     reference = optimum_of_size(HOFFMANN_2022, size)
     best = inference_aware(HOFFMANN_2022, reference.loss, served)
     total = 6 * reference.N * reference.D + 2 * reference.N * served
-    assert best.N == pytest.approx(n, rel=5e-4)
-    assert best.D == pytest.approx(d, rel=5e-4)
+    assert pytest.approx(n, rel=5e-4) == best.N
+    assert pytest.approx(d, rel=5e-4) == best.D
     assert 1 - best.compute / total == pytest.approx(saving, abs=6e-5)
     assert float(loss(HOFFMANN_2022, best.N, best.D)) == pytest.approx(reference.loss, rel=1e-12)
     nobody = inference_aware(HOFFMANN_2022, reference.loss, 0.0)
-    assert (nobody.N, nobody.D) == (pytest.approx(reference.N, rel=1e-9), pytest.approx(reference.D, rel=1e-9))
+    assert (pytest.approx(reference.N, rel=1e-9), pytest.approx(reference.D, rel=1e-9)) == (nobody.N, nobody.D)
     with pytest.raises(UserError, match="not above the floor"):
         inference_aware(HOFFMANN_2022, 1.0, served)

@@ -6,11 +6,10 @@ import math
 
 import numpy as np
 import pytest
-from law_cases import published
-
 from isoflop.frontier import frontier
 from isoflop.laws import compare, fit, wald
 from isoflop.laws.profile import profile_at
+from law_cases import published
 
 MAP = {"N": "params_b", "V": "visual_tokens"}
 INF = math.inf
@@ -65,7 +64,12 @@ def test_point_07_the_floor_is_not_identified() -> None:
     bounded = run(profile=True)
     assert bounded.params["E"].identified is False
     assert "not identified: on its bound 0" in bounded.params["E"].verdict
-    values = {0.0: (0.0709, 0.0151, 3.79), 0.1: (0.0870, 0.0185, 4.21), 0.2: (0.1124, 0.0239, 5.01), 0.3: (0.1588, 0.0336, 6.90)}
+    values = {
+        0.0: (0.0709, 0.0151, 3.79),
+        0.1: (0.0870, 0.0185, 4.21),
+        0.2: (0.1124, 0.0239, 5.01),
+        0.3: (0.1588, 0.0336, 6.90),
+    }
     for floor, (alpha, beta, sse) in values.items():
         held = run(fixed={"E": floor})
         assert held["alpha"] == pytest.approx(alpha, abs=6e-5)
@@ -123,7 +127,15 @@ def test_point_07_comparison_of_forms() -> None:
 
 def test_point_07_the_optimal_number_of_tokens() -> None:
     fitted = run(map={"N": "params_b*1e9", "V": "visual_tokens"}, bootstrap=400)
-    for q, low, high in ((0, 1, 1), (10, 2, 3), (25, 6, 7), (50, 11, 16), (100, 24, 28), (200, 48, 55), (500, 121, 136)):
+    for q, low, high in (
+        (0, 1, 1),
+        (10, 2, 3),
+        (25, 6, 7),
+        (50, 11, 16),
+        (100, 24, 28),
+        (200, 48, 55),
+        (500, 121, 136),
+    ):
         point = frontier(fitted, q=q, budget=1e12)[0]
         assert low <= point.continuous["V"].value <= high
         assert point.closed_form

@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.csv
 import pytest
-
 from isoflop.core.errors import UserError
 from isoflop.laws import LAWS, fit
 from isoflop.laws.coverage import beta_coverage, beta_failure_asymptote, fit_beta, pass_at_k
@@ -35,13 +34,24 @@ def test_point_08_broken_law_on_the_addition_data() -> None:
     reference = {"a": 0.413884, "b": 2.277272, "c0": 0.0550773, "c1": 5.662903, "d1": 612.584, "f1": 0.0591930}
     form = LAWS.get("bnsl")
     p = natural_array(form, reference)
-    np.testing.assert_allclose(form.evaluate({"x": np.array([160.0, 608, 928])}, p), [2.135824, 1.708444, 0.562598], atol=2e-6)
+    np.testing.assert_allclose(
+        form.evaluate({"x": np.array([160.0, 608, 928])}, p), [2.135824, 1.708444, 0.562598], atol=2e-6
+    )
     # the paper's objective, squared error of ln(1 + y), as a user's expression
-    limits = {"a": (0.0, 1.0), "b": (0.5, 5.0), "c0": (0.005, 1.0), "c1": (0.1, 10.0), "d1": (300.0, 900.0), "f1": (0.02, 0.5)}
+    limits = {
+        "a": (0.0, 1.0),
+        "b": (0.5, 5.0),
+        "c0": (0.005, 1.0),
+        "c1": (0.1, 10.0),
+        "d1": (300.0, 900.0),
+        "f1": (0.02, 0.5),
+    }
     law = f"log(1 + {form.formula})"
     fitted = fit(train, law, y="log(1+y)", map={"x": "x"}, bounds=limits, bootstrap=0, profile=False)
     np.testing.assert_allclose([fitted[n] for n in form.names], p, rtol=2e-5)
-    assert rms_log(np.expm1(fitted.predict(x=train["x"].to_numpy())), train["y"].to_numpy()) == pytest.approx(5.985e-4, rel=1e-3)
+    assert rms_log(np.expm1(fitted.predict(x=train["x"].to_numpy())), train["y"].to_numpy()) == pytest.approx(
+        5.985e-4, rel=1e-3
+    )
     assert rms_log(np.expm1(fitted.predict(x=x)), y) == pytest.approx(1.0916e-2, rel=1e-3)
     # the catalogue's form on y itself agrees; a power law with a constant fails by design
     direct = fit(train, "bnsl", y="y", map={"x": "x"}, bootstrap=0, profile=False)
@@ -58,7 +68,9 @@ def test_point_08_data_constrained_values_and_limits() -> None:
     assert form.quantity(form.derived["G"], p[None])[0] == pytest.approx(0.225802, abs=5e-7)
     once = {"N": np.array([1e9]), "D": np.array([1e11]), "U": np.array([1e11])}
     plain = LAWS.get("chinchilla")
-    reduced = plain.evaluate({"N": once["N"], "D": once["D"]}, natural_array(plain, {k: MUENNIGHOFF[k] for k in plain.names}))
+    reduced = plain.evaluate(
+        {"N": once["N"], "D": once["D"]}, natural_array(plain, {k: MUENNIGHOFF[k] for k in plain.names})
+    )
     np.testing.assert_allclose(form.evaluate(once, p), reduced, rtol=1e-13)
     endless = form.evaluate({"N": np.array([1e8]), "D": np.array([1e30]), "U": np.array([1e10])}, p)
     effective = ((endless - p[0] - p[1] * 1e8 ** -p[3]) / p[2]) ** (-1 / p[4])
@@ -96,7 +108,9 @@ def test_point_08_coverage_estimators() -> None:
     assert float(pass_at_k(100, 3, 10)) == pytest.approx(0.2734694, abs=5e-8)
     np.testing.assert_allclose(pass_at_k(100, np.array([0, 100, 95]), 10), [0, 1, 1])
     k = np.array([1, 10, 100, 10_000])
-    np.testing.assert_allclose(beta_coverage(k, 0.3, 2.0), [0.130434783, 0.441491871, 0.708370847, 0.926389099], atol=5e-10)
+    np.testing.assert_allclose(
+        beta_coverage(k, 0.3, 2.0), [0.130434783, 0.441491871, 0.708370847, 0.926389099], atol=5e-10
+    )
     assert float(beta_failure_asymptote(1e4, 0.3, 2.0)) == pytest.approx(0.0736145, abs=5e-8)
     rng = np.random.default_rng(0)
     successes = rng.binomial(50, rng.beta(0.3, 2.0, 4000))

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from law_cases import additive_table
-
 from isoflop.frontier import frontier
 from isoflop.laws import GroupedFit, fit, wald
+from law_cases import additive_table
 
 TRUTH = {"E": 1.8, "A": 480.0, "B": 2000.0, "alpha": 0.35, "beta": 0.365}
 
 
 def many(sets: int, n: int, noise: float, first_seed: int = 100) -> dict[str, np.ndarray]:
     parts = [additive_table(first_seed + k, n, noise) for k in range(sets)]
-    return {**{c: np.concatenate([p[c] for p in parts]) for c in ("N", "D", "loss")}, "set": np.repeat(np.arange(sets), n)}
+    return {
+        **{c: np.concatenate([p[c] for p in parts]) for c in ("N", "D", "loss")},
+        "set": np.repeat(np.arange(sets), n),
+    }
 
 
 def test_point_09_wald_coverage_on_200_sets() -> None:
-    grouped = fit(many(200, 60, 0.005), "chinchilla", y="loss", by="set", objective="squared-log", bootstrap=0, profile=False)
+    grouped = fit(
+        many(200, 60, 0.005), "chinchilla", y="loss", by="set", objective="squared-log", bootstrap=0, profile=False
+    )
     assert isinstance(grouped, GroupedFit)
     assert len(grouped) == 200
-    hits = {n: 0 for n in TRUTH}
+    hits = dict.fromkeys(TRUTH, 0)
     errors: dict[str, list[float]] = {n: [] for n in TRUTH}
     for fitted in grouped:
         for n, true in TRUTH.items():
@@ -38,7 +42,15 @@ def test_point_09_wald_coverage_on_200_sets() -> None:
 
 
 def test_point_09_bootstrap_coverage() -> None:
-    grouped = fit(many(40, 60, 0.005, 700), "chinchilla", y="loss", by="set", objective="squared-log", bootstrap=200, profile=False)
+    grouped = fit(
+        many(40, 60, 0.005, 700),
+        "chinchilla",
+        y="loss",
+        by="set",
+        objective="squared-log",
+        bootstrap=200,
+        profile=False,
+    )
     for n, true in TRUTH.items():
         inside = np.mean([f.params[n].interval[0] <= true <= f.params[n].interval[1] for f in grouped])
         assert inside >= 0.90, (n, inside)
@@ -59,7 +71,9 @@ def product_sets(sets: int, noise: float = 0.004, seed: int = 0) -> dict[str, np
 
 
 def test_point_09_coverage_of_the_ratio_and_of_the_optimum() -> None:
-    grouped = fit(product_sets(60), "product", by="set", fixed={"E": 0.0}, bootstrap=300, scheme="parametric", profile=False)
+    grouped = fit(
+        product_sets(60), "product", by="set", fixed={"E": 0.0}, bootstrap=300, scheme="parametric", profile=False
+    )
     ratio, best = 0.071 / 0.0151, 0.0151 * 50 / (0.071 - 0.0151)
     inside = [f.derived["alpha/beta"].interval[0] <= ratio <= f.derived["alpha/beta"].interval[1] for f in grouped]
     assert 0.88 <= np.mean(inside) <= 1.0

@@ -7,10 +7,9 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
-from law_cases import additive_table, published
-
 from isoflop.laws import LAWS, Fit, GroupedFit, NotEstimable, fit
 from isoflop.laws.design import d_optimal_points, greedy, posterior, prior_covariance, propose_runs, sensitivities
+from law_cases import additive_table, published
 
 
 def test_point_10_huber_resists_outliers() -> None:
@@ -23,7 +22,10 @@ def test_point_10_huber_resists_outliers() -> None:
         spoiled["loss"][hit] *= 1.2
         shift = {}
         for objective in ("huber-log", "squared-log"):
-            a, b = (fit(t, "chinchilla", y="loss", objective=objective, bootstrap=0, profile=False) for t in (table, spoiled))
+            a, b = (
+                fit(t, "chinchilla", y="loss", objective=objective, bootstrap=0, profile=False)
+                for t in (table, spoiled)
+            )
             shift[objective] = {n: abs(b[n] - a[n]) for n in ratios}
         for n in ratios:
             ratios[n].append(shift["huber-log"][n] / shift["squared-log"][n])
@@ -80,12 +82,22 @@ def test_point_13_v_optimal_beats_random_at_equal_cost() -> None:
     chosen_width, random_width = [], []
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        p = np.array([rng.uniform(1.5, 2.0), rng.uniform(200, 800), rng.uniform(300, 2000), rng.uniform(0.28, 0.4), rng.uniform(0.28, 0.4)])
+        p = np.array(
+            [
+                rng.uniform(1.5, 2.0),
+                rng.uniform(200, 800),
+                rng.uniform(300, 2000),
+                rng.uniform(0.28, 0.4),
+                rng.uniform(0.28, 0.4),
+            ]
+        )
         pilot = np.argsort(cost)[:15]
         j, target = sensitivities(form, {"N": n, "D": d}, p), sensitivities(form, at, p)
         start = posterior(j[pilot], sigma**2, prior_covariance(form, p))
         rows, deviations, _ = greedy(j, target, cost, budget, start, sigma**2)
-        assert np.all(np.diff(deviations[:, 0] if isinstance(deviations, np.ndarray) else np.array(deviations)[:, 0]) <= 1e-15)
+        assert np.all(
+            np.diff(deviations[:, 0] if isinstance(deviations, np.ndarray) else np.array(deviations)[:, 0]) <= 1e-15
+        )
         left, drawn = budget, []
         for i in rng.permutation(len(n)):
             if cost[i] <= left:
@@ -93,7 +105,9 @@ def test_point_13_v_optimal_beats_random_at_equal_cost() -> None:
                 left -= cost[i]
         for picked, widths in ((rows, chosen_width), (drawn, random_width)):
             use = np.concatenate([pilot, picked]).astype(int)
-            y = form.evaluate({"N": n[use], "D": d[use]}, p) + sigma * np.random.default_rng([seed, 1]).standard_normal(len(use))
+            y = form.evaluate({"N": n[use], "D": d[use]}, p) + sigma * np.random.default_rng([seed, 1]).standard_normal(
+                len(use)
+            )
             fitted = fit({"N": n[use], "D": d[use], "y": y}, "chinchilla", y="y", bootstrap=100, profile=False)
             low, high = fitted.predict_interval(at)
             widths.append(float(high[0] - low[0]))
@@ -151,12 +165,16 @@ def test_point_14_grouped_results_reload() -> None:
 def test_the_record_answers_the_reporting_checklist() -> None:
     fitted = fit(additive_table(0, 60), "chinchilla", y="loss", bootstrap=50, where="loss < 3.5")
     data = fitted.to_dict()
-    assert {"law", "params", "objective", "r2", "n", "status", "derived", "data_hash", "covariance", "record"} <= set(data)
+    assert {"law", "params", "objective", "r2", "n", "status", "derived", "data_hash", "covariance", "record"} <= set(
+        data
+    )
     assert data["columns"]["where"] == "loss < 3.5"
     record = data["record"]
     assert {"formula", "units", "response", "source"} <= set(record["hypothesis"])
     assert {"rows", "levels", "ranges", "dropped"} <= set(record["data"])
-    assert {"search", "starts", "starts_at_best", "at_bound", "other_minima", "tolerance", "seed"} <= set(record["optimiser"])
+    assert {"search", "starts", "starts_at_best", "at_bound", "other_minima", "tolerance", "seed"} <= set(
+        record["optimiser"]
+    )
     assert {"scheme", "resamples", "not_converged", "at_bound"} <= set(record["bootstrap"])
     for estimate in data["params"].values():
         assert {"value", "unit", "interval", "identified", "verdict", "interval_method"} <= set(estimate)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 import pyarrow as pa
 
+from isoflop.cli.common import clean
 from isoflop.core.errors import UserError
 from isoflop.laws.objective import OBJECTIVES
 from isoflop.laws.table import as_table
@@ -185,7 +186,7 @@ def _common(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print(result: Any, as_json: bool) -> None:
-    click.echo(json.dumps(result.to_dict(), indent=2, allow_nan=False) if as_json else str(result))
+    click.echo(json.dumps(clean(result.to_dict()), indent=2, allow_nan=False) if as_json else str(result))
 
 
 @click.command("fit")
@@ -232,9 +233,19 @@ def frontier_command(source: str, store: str | None, as_json: bool, **options: A
 
 @click.command("compare")
 @_law_options
-@click.option("--forms", default="product,semilog", show_default=True, help="Laws by name or expression, separated by commas.")
-@click.option("--along", metavar="VARIABLE", help="The size whose largest values are held out; default: the first variable.")
-@click.option("--bootstrap", type=click.IntRange(0), default=0, show_default=True, help="Resamples for the coverage of held-out rows.")
+@click.option(
+    "--forms", default="product,semilog", show_default=True, help="Laws by name or expression, separated by commas."
+)
+@click.option(
+    "--along", metavar="VARIABLE", help="The size whose largest values are held out; default: the first variable."
+)
+@click.option(
+    "--bootstrap",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Resamples for the coverage of held-out rows.",
+)
 def compare_command(source: str, store: str | None, as_json: bool, **options: Any) -> None:
     """Compare forms on the same rows: AICc, extrapolation to the largest size, baselines."""
     from isoflop.laws import compare

@@ -199,7 +199,9 @@ def _notes(fit: Fit, values: dict[str, Array], space: Space, check: float | None
         notes.append(f"closed form and numeric search differ by {check:.2g}: the optimum is flat")
     shape = [float(fit.p[i]) for i in fit.form.nonlinear if fit.box.free[i] and fit.p[i] != 0]
     if shape and looks_rounded(*shape):
-        notes.append(f"parameters {', '.join(f'{v:g}' for v in shape)} look rounded: the optimum depends on their digits")
+        notes.append(
+            f"parameters {', '.join(f'{v:g}' for v in shape)} look rounded: the optimum depends on their digits"
+        )
     if fit.status not in ("converged", "parameter at bound"):
         notes.append(f"the fit ended with: {fit.status}")
     return notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,7 @@ class FrontierPoint:
             "numeric_check": self.check,
             "choice": self.discrete[0].to_dict() if self.discrete else None,
             "runners_up": [c.to_dict() for c in self.discrete[1:]],
-            "extrapolation_decades": self.extrapolation,
+            "extrapolation_decades": {k: v if math.isfinite(v) else None for k, v in self.extrapolation.items()},
             "notes": self.notes,
         }
 

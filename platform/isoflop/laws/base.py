@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -92,7 +92,7 @@ class LawForm:
     asymptote: str = ""
     derived: Mapping[str, str] = field(default_factory=dict)
     exchangeable: tuple[tuple[str, ...], ...] = ()
-    search_points: int = 576
+    search_points: int = 400
     starts: int = 8
     source: str = ""
     doc: str = ""
@@ -177,7 +177,7 @@ class LawForm:
         values |= {f"u_{v}": s for v, s in scales.items()}
         out = np.array(p_BP, dtype=np.float64)
         for name, text in self.natural.items():
-            out[:, self.names.index(name)] = parse(text, f"law {self.name!r}, unit of {name}")(values)
+            out[:, self.names.index(name)] = _parsed(text, f"law {self.name!r}, unit of {name}")(values)
         return out
 
     def canonical(self, p_BP: Array) -> Array:
@@ -200,9 +200,14 @@ class LawForm:
     def quantity(self, text: str, p_BP: Array) -> Array:
         """A derived quantity (an expression in the parameters) for every row of p."""
         return np.broadcast_to(
-            parse(text, f"quantity of law {self.name!r}")({n: p_BP[:, i] for i, n in enumerate(self.names)}),
+            _parsed(text, f"quantity of law {self.name!r}")({n: p_BP[:, i] for i, n in enumerate(self.names)}),
             (len(p_BP),),
         )
+
+
+@lru_cache(maxsize=512)
+def _parsed(text: str, where: str) -> Expression:
+    return parse(text, where)
 
 
 LAWS: Registry[LawForm] = Registry("law", ("isoflop.laws.forms",))

@@ -18,7 +18,7 @@ from isoflop.core.expressions import Array
 from isoflop.laws.base import LawForm
 from isoflop.laws.engine import Box, Optimum, on_bound, scaled
 from isoflop.laws.objective import Objective
-from isoflop.laws.solver import CONVERGED, Batch, solve
+from isoflop.laws.solver import CONVERGED, Batch, Index, solve
 from isoflop.laws.table import GroupData
 
 SCHEMES = ("cases", "cluster", "wild", "parametric")
@@ -69,25 +69,56 @@ def bootstrap(
     for g, (data, best) in enumerate(zip(groups, optima, strict=True)):
         rng = np.random.default_rng([seed, g])
         y_YN, w_WN = _draw(form, data, best, box, objective, resamples, scheme, rng)
-        n_starts = max(1, min(starts, 1 + len(best.spare)))
-        picks = rng.integers(len(best.spare), size=(resamples, n_starts - 1))
-        first = np.concatenate(
-            [np.broadcast_to(best.p_scaled, (resamples, 1, len(form.names))), best.spare[picks]], axis=1
-        )
-        owner = np.repeat(np.arange(resamples), n_starts)
-        zero = np.zeros_like(owner)
         x = {v: a[None] for v, a in scaled(data).items()}
-        batch = Batch(form, x, y_YN, w_WN, zero, owner if len(y_YN) > 1 else zero, owner if len(w_WN) > 1 else zero)
-        solution = solve(batch, first.reshape(-1, len(form.names)), box.low, box.high, objective, max_iter=100)
-        loss = solution.loss.reshape(resamples, n_starts)
-        top = np.argmin(loss, axis=1)
-        pick = np.arange(resamples) * n_starts + top
-        p = form.canonical(solution.p[pick])
+        rows = np.arange(resamples)
+        zero = np.zeros_like(rows)
+        batch = Batch(form, x, y_YN, w_WN, zero, rows if len(y_YN) > 1 else zero, rows if len(w_WN) > 1 else zero)
+        picks = rng.integers(len(best.spare), size=(resamples, starts - 1))
+        p, loss, status = _refit(batch, best.p_scaled, best.spare[picks], box, objective)
+        p = form.canonical(p)
         edge = on_bound(box, p)
         counts = {n: int(edge[:, i].sum()) for i, n in enumerate(form.names) if box.free[i] and edge[:, i].any()}
-        failed = int(np.sum((solution.status[pick] != CONVERGED) | ~np.isfinite(solution.loss[pick])))
-        out.append(Resamples(form.to_natural(p, data.scales), loss[np.arange(resamples), top], scheme, failed, counts))
+        failed = int(np.sum((status != CONVERGED) | ~np.isfinite(loss)))
+        out.append(Resamples(form.to_natural(p, data.scales), loss, scheme, failed, counts))
     return out
+
+
+def _refit(batch: Batch, warm_P: Array, cells_RSP: Array, box: Box, objective: Objective) -> tuple[Array, Array, Index]:
+    """Best of the warm start and the other cells for every resample: parameters (R, P), losses (R,), status (R,).
+
+    Under a robust objective the cells are first brought to the least-squares optimum of their basin; cells that arrive at the
+    same point go on as one.
+    """
+    count, starts, width = cells_RSP.shape
+    found = solve(
+        batch, np.broadcast_to(warm_P, (count, width)), box.low, box.high, objective, max_iter=100, staged=False
+    )
+    p, loss, status = found.p, found.loss, found.status
+    cold = np.flatnonzero(status != CONVERGED)
+    owner, first = np.repeat(np.arange(count), starts), cells_RSP.reshape(-1, width)
+    if objective.robust and starts:
+        squares = solve(batch.take(owner), first, box.low, box.high, objective.squares(), max_iter=60, tolerance=1e-6)
+        near = squares.p.reshape(count, starts, width)
+        keep = np.ones((count, starts), dtype=bool)
+        for s in range(1, starts):
+            gap = np.max(np.abs(near[:, :s] - near[:, s : s + 1]) / (np.abs(near[:, s : s + 1]) + 1e-3), axis=2)
+            keep[:, s] = np.all((gap > 1e-3) | ~keep[:, :s], axis=1)
+        owner, first = owner[keep.ravel()], squares.p[keep.ravel()]
+    owner = np.concatenate([owner, cold])
+    first = np.concatenate([first, p[cold]])
+    if not len(owner):
+        return p, loss, status
+    others = solve(batch.take(owner), first, box.low, box.high, objective, max_iter=100)
+    order = np.lexsort((others.loss, owner))
+    top = order[np.unique(owner[order], return_index=True)[1]]
+    where = owner[top]
+    better = others.loss[top] < loss[where]
+    p[where[better]], loss[where[better]], status[where[better]] = (
+        others.p[top[better]],
+        others.loss[top[better]],
+        others.status[top[better]],
+    )
+    return p, loss, status
 
 
 def _draw(

@@ -164,11 +164,11 @@ def fit_groups(
     points, first, owner = [], [], []
     for g, data in enumerate(groups):
         scale_group(form, data, box)
-        theta = candidates(form, box.low, box.high, form.search_points, seed)
+        theta, cube = candidates(form, box.low, box.high, form.search_points, seed)
         x = scaled(data)
         w = data.w / data.y**2 if objective.log else data.w
         score, p = rank(form, x, data.y, w, theta, box.low, box.high)
-        cells = spread_best(score, theta, (starts or form.starts) + 4)
+        cells = spread_best(score, cube, (starts or form.starts) + 4)
         if not cells:
             raise NotEstimable(
                 f"law {form.name!r}: no finite prediction in the search range; check units and bounds", form.names[0]

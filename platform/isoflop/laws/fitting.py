@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
@@ -240,6 +241,7 @@ def _record(
     }
 
 
+@lru_cache
 def _version(package: str) -> str:
     try:
         return version(package)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from isoflop.core.expressions import Array, parse
 from isoflop.laws import wald
@@ -137,6 +137,6 @@ def delta_interval(form: LawForm, text: str, p: Array, cov: Array, dof: int, lev
     if not np.isfinite(gradient).all() or not np.isfinite(cov[np.ix_(used, used)]).all():
         return -math.inf, math.inf
     se = math.sqrt(max(0.0, float(gradient[used] @ cov[np.ix_(used, used)] @ gradient[used])))
-    t = float(stats.t.ppf(0.5 + level / 2, max(1, dof)))
+    t = float(special.stdtrit(max(1, dof), 0.5 + level / 2))
     value = float(parsed(at))
     return value - t * se, value + t * se

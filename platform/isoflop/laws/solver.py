@@ -87,10 +87,24 @@ class Solution:
     iterations: Index
 
 
+@np.errstate(all="ignore")  # points outside a law's domain are nan or inf on purpose: see _finite
 def solve(
-    batch: Batch, start_BP: Array, low_BP: Array, high_BP: Array, objective: Objective, max_iter: int = 200
+    batch: Batch,
+    start_BP: Array,
+    low_BP: Array,
+    high_BP: Array,
+    objective: Objective,
+    max_iter: int = 200,
+    staged: bool = True,
+    tolerance: float = _TOLERANCE,
 ) -> Solution:
-    """Minimise the objective from every start within the bounds (natural units, broadcastable to (B, P))."""
+    """Minimise the objective from every start within the bounds (natural units, broadcastable to (B, P)).
+
+    Args:
+        staged: for Huber objectives, pass through least squares and larger deltas first. Turn it off for starts that are
+            close to the answer.
+        tolerance: predicted relative decrease at which a problem is converged.
+    """
     size, width = len(batch), len(batch.form.names)
     log = batch.form.logarithmic
     low = np.broadcast_to(np.asarray(low_BP, dtype=np.float64), (size, width))
@@ -107,10 +121,12 @@ def solve(
         lo, hi = _inner(low[rows], log), _inner(high[rows], log)
         worker = _Chunk(batch, rows, lo, hi, objective)
         u = np.clip(_inner(out.p[rows], log), lo, hi)
-        for stage, delta in enumerate(worker.stages(u)):
-            limit = max_iter if stage == worker.last_stage else min(max_iter, 25)
-            u, loss, status, used = worker.minimise(u, delta, limit)
+        *early, last = worker.stages(u) if staged else [objective.delta if objective.robust else None]
+        for delta in early:
+            u, _, _, used = worker.minimise(u, delta, min(max_iter, 25), 1e-5)
             out.iterations[rows] += used
+        u, loss, status, used = worker.minimise(u, last, max_iter, tolerance)
+        out.iterations[rows] += used
         out.p[rows] = np.where(log, np.exp(np.where(log, u, 0.0)), u)
         out.loss[rows] = loss if objective.robust else 2.0 * loss
         out.status[rows] = status
@@ -119,8 +135,34 @@ def solve(
 
 def _inner(p: Array, log: Mask) -> Array:
     """Natural parameters to the solver's scale."""
-    with np.errstate(all="ignore"):
-        return np.where(log, np.log(np.where(log, np.maximum(p, 1e-300), 1.0)), p)
+    return np.where(log, np.log(np.where(log, np.maximum(p, 1e-300), 1.0)), p)
+
+
+@dataclass
+class _Point:
+    """Where problems stand: parameters (B, P), half-loss (B,), gradient (B, P), curvature (B, P, P) and its scale (B, P)."""
+
+    u: Array
+    loss: Array
+    gradient: Array
+    curvature: Array
+    diagonal: Array
+
+    def rows(self, keep: Mask) -> _Point:
+        """Some of the problems."""
+        return _Point(self.u[keep], self.loss[keep], self.gradient[keep], self.curvature[keep], self.diagonal[keep])
+
+    def take(self, other: _Point, better: Mask) -> None:
+        """Move to ``other`` where it is better."""
+        if better.all():
+            self.u, self.loss, self.gradient = other.u, other.loss, other.gradient
+            self.curvature, self.diagonal = other.curvature, other.diagonal
+            return
+        row = better[:, None]
+        self.u, self.loss = np.where(row, other.u, self.u), np.where(better, other.loss, self.loss)
+        self.gradient = np.where(row, other.gradient, self.gradient)
+        self.diagonal = np.where(row, other.diagonal, self.diagonal)
+        self.curvature = np.where(row[:, :, None], other.curvature, self.curvature)
 
 
 class _Chunk:
@@ -130,7 +172,6 @@ class _Chunk:
         self.batch, self.rows, self.low, self.high, self.objective = batch, rows, low, high, objective
         self.log = batch.form.logarithmic
         self.any_log = bool(self.log.any())
-        self.last_stage = 0
 
     def stages(self, u: Array) -> list[float | None]:
         """The deltas to pass through: least squares first, then geometric steps from the residuals' spread down."""
@@ -145,127 +186,127 @@ class _Chunk:
         while top > 8 * self.objective.delta and len(deltas) < 3:
             deltas.append(top)
             top /= 8
-        deltas.append(self.objective.delta)
-        self.last_stage = len(deltas) - 1
-        return deltas
+        return [*deltas, self.objective.delta]
 
     def _model(self, u: Array, known: Mapping[int, Array]) -> tuple[Array, Array]:
         p = np.where(self.log, np.exp(np.where(self.log, u, 0.0)), u) if self.any_log else u
         f, j = self.batch.form.value_and_jacobian(known, p, self.batch.n)
         if self.any_log:
-            with np.errstate(all="ignore"):
-                j[:, self.log] *= p[:, self.log, None]
+            j[:, self.log] *= p[:, self.log, None]
         return f, j
 
     def _evaluate(
-        self, u: Array, known: Mapping[int, Array], y: Array, w: Array, delta: float | None
-    ) -> tuple[Array, Array, Array, Array]:
-        """Half-loss (B,), gradient (B, P), exact curvature (B, P, P) and majorising curvature (B, P, P)."""
+        self, u: Array, data: tuple[dict[int, Array], Array, Array], delta: float | None, mix_B: Array
+    ) -> _Point:
+        """Loss, gradient and curvature; ``mix_B`` moves Huber curvature from exact (0) to majorising (1)."""
+        known, y, w = data
         f, j = self._model(u, known)
-        with np.errstate(all="ignore"):
-            if self.objective.log:
-                r = np.where(f > 0, np.log(f / y), np.inf)
-                j = j / f[:, None, :]
-            else:
-                r = f - y
-            if delta is None:
-                wr = w * r
-                loss = 0.5 * np.einsum("bn,bn->b", wr, r)
-                gradient = np.matmul(j, wr[:, :, None])[..., 0]
-                curvature = np.matmul(j * w[:, None, :], j.transpose(0, 2, 1))
-                return _finite(loss, gradient, curvature, curvature)
+        if self.objective.log:
+            r = np.log(f / y)  # nan, so infinitely bad, where the law is not positive
+            slope = 1.0 / f
+        else:
+            r, slope = f - y, None
+        if delta is None:
+            pull, bend = w * r, w
+            loss = 0.5 * np.einsum("bn,bn->b", pull, r)
+            diagonal = None
+        else:
             size = np.abs(r)
-            inside = size <= delta
-            psi = np.clip(r, -delta, delta)
-            loss = np.einsum("bn,bn->b", w, np.where(inside, 0.5 * r * r, delta * (size - 0.5 * delta)))
-            gradient = np.matmul(j, (w * psi)[:, :, None])[..., 0]
-            jt = j.transpose(0, 2, 1)
-            exact = np.matmul(j * (w * inside)[:, None, :], jt)
-            major = np.matmul(j * (w * np.where(inside, 1.0, delta / size))[:, None, :], jt)
-        return _finite(loss, gradient, exact, major)
+            weight = np.minimum(1.0, delta / np.maximum(size, 1e-300))  # that of iteratively reweighted least squares
+            pull = w * weight * r
+            loss = np.einsum("bn,bn->b", w, np.where(size <= delta, 0.5 * r * r, delta * (size - 0.5 * delta)))
+            bend = w * np.where(size <= delta, 1.0, mix_B[:, None] * weight)
+            major = w * weight if slope is None else w * weight * slope * slope
+            diagonal = np.einsum("bpn,bpn,bn->bp", j, j, major)
+        if slope is not None:
+            pull, bend = pull * slope, bend * slope * slope
+        gradient = np.matmul(j, pull[:, :, None])[..., 0]
+        curvature = np.matmul(j * bend[:, None, :], j.transpose(0, 2, 1))
+        if diagonal is None:
+            diagonal = np.einsum("bpp->bp", curvature)
+        return _finite(_Point(u, loss, gradient, curvature, diagonal))
 
-    def minimise(self, u: Array, delta: float | None, max_iter: int) -> tuple[Array, Array, Index, Index]:
+    def minimise(
+        self, u: Array, delta: float | None, max_iter: int, tolerance: float
+    ) -> tuple[Array, Array, Index, Index]:
         """Damped Newton steps until every problem of the chunk has converged, stalled or run out of iterations."""
-        batch_size, width = u.shape
-        final_u, final_loss = u.copy(), np.full(batch_size, np.inf)
-        status, used = np.full(batch_size, ITERATION_LIMIT, dtype=np.int64), np.zeros(batch_size, dtype=np.int64)
-        active = np.arange(batch_size)
-        known, y, w = self.batch.pick(self.rows)
-        with np.errstate(all="ignore"):
-            scale = np.einsum(
-                "bn,bn->b", w, np.broadcast_to((np.ones_like(y) if self.objective.log else y) ** 2, w.shape)
-            )
-        negligible = 1e-29 * scale
-        loss, gradient, exact, major = self._evaluate(u, known, y, w, delta)
-        damping = np.full(batch_size, 1e-2)
+        size = len(u)
+        final_u, final_loss = u.copy(), np.full(size, np.inf)
+        status, used = np.full(size, ITERATION_LIMIT, dtype=np.int64), np.full(size, max_iter, dtype=np.int64)
+        active = np.arange(size)
+        data = self.batch.pick(self.rows)
+        negligible = self._negligible(data)
+        damping = np.full(size, 1e-2)
         low, high = self.low, self.high
-        eye = np.eye(width)
+        point = self._evaluate(u, data, delta, np.ones(size))
+        eye = np.eye(u.shape[1])
+        lucky = np.ones(size, dtype=bool)  # the step before was accepted
         for iteration in range(1, max_iter + 1):
-            held = ((u <= low) & (gradient >= 0)) | ((u >= high) & (gradient <= 0))
-            g = np.where(held, 0.0, gradient)
-            mix = np.minimum(1.0, damping)[:, None, None] if delta is not None else 0.0
-            h = exact + mix * (major - exact)
-            diagonal = np.einsum("bpp->bp", major)
-            h = h + (damping[:, None] * diagonal + 1e-300)[:, :, None] * eye
-            move = _bounded_step(h, g, held, low - u, high - u)
-            trial = np.clip(u + move, low, high)
-            new_loss, new_gradient, new_exact, new_major = self._evaluate(trial, known, y, w, delta)
-            gain = -np.einsum("bp,bp->b", g, move) - 0.5 * np.einsum("bp,bpq,bq->b", move, h, move)
-            better = new_loss <= loss
-            tiny = np.abs(gain) <= _TOLERANCE * np.abs(loss) + negligible
-            done = (tiny & (damping < 1.0)) | (loss <= negligible)
-            trusted = loss - new_loss > 0.5 * gain
-            damping = np.where(better, damping * np.where(trusted, 0.1, 0.5), damping * 6.0)
-            damping = np.maximum(damping, 1e-13)
+            held = ((point.u <= low) & (point.gradient >= 0)) | ((point.u >= high) & (point.gradient <= 0))
+            g = np.where(held, 0.0, point.gradient)
+            h = point.curvature + (damping[:, None] * point.diagonal + 1e-300)[:, :, None] * eye
+            move = _bounded_step(h, g, held, low - point.u, high - point.u)
+            trial = self._evaluate(np.clip(point.u + move, low, high), data, delta, np.clip(damping, 1e-7, 1.0))
+            gain = -np.sum(move * (g + 0.5 * np.matmul(h, move[:, :, None])[..., 0]), axis=1)
+            better = trial.loss <= point.loss
+            done = (np.abs(gain) <= tolerance * np.abs(point.loss) + negligible) & (damping < 1.0)
+            done |= point.loss <= negligible
+            trusted = point.loss - trial.loss > 0.5 * gain
+            ease = np.where(trusted, np.where(lucky, 0.1, 0.4), 0.7)
+            damping = np.maximum(np.where(better, damping * ease, damping * 6.0), 1e-13)
+            lucky = better
+            point.take(trial, better)
             stuck = (damping > _MAX_DAMPING) & ~done
-            u = np.where(better[:, None], trial, u)
-            loss = np.where(better, new_loss, loss)
-            gradient = np.where(better[:, None], new_gradient, gradient)
-            exact = np.where(better[:, None, None], new_exact, exact)
-            major = np.where(better[:, None, None], new_major, major)
             leaving = done | stuck
-            if leaving.any() or iteration == max_iter:
-                out = leaving if iteration < max_iter else np.ones(len(active), dtype=bool)
-                where = active[out]
-                final_u[where], final_loss[where], used[where] = u[out], loss[out], iteration
-                flat = _flat(loss, gradient, major, held)
-                status[where] = np.where(
-                    done[out] | (stuck & flat)[out], CONVERGED, np.where(stuck[out], STALLED, ITERATION_LIMIT)
-                )
-                stay = ~out
-                if not stay.any():
-                    break
-                active = active[stay]
-                u, loss, gradient, exact, major, damping = (a[stay] for a in (u, loss, gradient, exact, major, damping))
-                low, high, negligible = low[stay], high[stay], negligible[stay]
-                known, y, w = self.batch.pick(self.rows[active])
+            if not leaving.any():
+                continue
+            rows = active[leaving]
+            final_u[rows], final_loss[rows], used[rows] = point.u[leaving], point.loss[leaving], iteration
+            status[rows] = np.where((done | (stuck & _flat(point, held)))[leaving], CONVERGED, STALLED)
+            stay = ~leaving
+            active = active[stay]
+            if not len(active):
+                break
+            point, low, high = point.rows(stay), low[stay], high[stay]
+            damping, lucky, negligible = damping[stay], lucky[stay], negligible[stay]
+            data = self.batch.pick(self.rows[active])
+        final_u[active], final_loss[active] = (
+            (point.u, point.loss) if len(active) else (final_u[active], final_loss[active])
+        )
         return final_u, final_loss, status, used
 
+    def _negligible(self, data: tuple[dict[int, Array], Array, Array]) -> Array:
+        """A loss at rounding level of the data: nothing left to gain."""
+        _, y, w = data
+        square = np.ones_like(y) if self.objective.log else y * y
+        return 1e-29 * np.einsum("bn,bn->b", w, np.broadcast_to(square, w.shape))
 
-def _finite(loss: Array, gradient: Array, exact: Array, major: Array) -> tuple[Array, Array, Array, Array]:
+
+def _finite(point: _Point) -> _Point:
     """Points outside the law's domain cost infinity and pull nowhere."""
-    bad = ~(np.isfinite(loss) & np.isfinite(gradient).all(1) & np.isfinite(major).all((1, 2)))
+    bad = ~np.isfinite(point.loss + point.gradient.sum(1) + point.curvature.sum((1, 2)))
     if bad.any():
-        loss = np.where(bad, np.inf, loss)
-        gradient = np.where(bad[:, None], 0.0, gradient)
-        same = exact is major
-        major = np.where(bad[:, None, None], np.eye(gradient.shape[1]), major)
-        exact = major if same else np.where(bad[:, None, None], np.eye(gradient.shape[1]), exact)
-    return loss, gradient, exact, major
+        point.loss = np.where(bad, np.inf, point.loss)
+        point.gradient = np.where(bad[:, None], 0.0, point.gradient)
+        point.curvature = np.where(bad[:, None, None], np.eye(point.gradient.shape[1]), point.curvature)
+        point.diagonal = np.where(bad[:, None], 1.0, point.diagonal)
+    return point
 
 
 def _bounded_step(h: Array, g: Array, held: Mask, low: Array, high: Array) -> Array:
     """The Newton step within the box: a coordinate that would leave it goes to the wall, the others are solved again."""
-    eye = np.eye(g.shape[1])
     fixed, wall = held, np.zeros_like(g)
     move = wall
-    for _ in range(3):
-        reduced = np.where(fixed[:, :, None] | fixed[:, None, :], eye, h)
-        right = np.where(fixed, -wall, g + np.einsum("bpq,bq->bp", h, wall)) if wall.any() else np.where(fixed, 0.0, g)
+    for attempt in range(3):
+        reduced, right = h, g
+        if fixed.any():
+            reduced = np.where(fixed[:, :, None] | fixed[:, None, :], np.eye(g.shape[1]), h)
+            pulled = g if attempt == 0 else g + np.matmul(h, wall[:, :, None])[..., 0]
+            right = np.where(fixed, -wall, pulled)
         move = _newton_step(reduced, right)
-        out = ~fixed & ((move < low) | (move > high))
+        out = ((move < low) | (move > high)) & ~fixed
         if not out.any():
-            break
+            return move
         wall = np.where(out, np.clip(move, low, high), wall)
         fixed = fixed | out
     return np.clip(move, low, high)
@@ -273,18 +314,17 @@ def _bounded_step(h: Array, g: Array, held: Mask, low: Array, high: Array) -> Ar
 
 def _newton_step(h: Array, g: Array) -> Array:
     """-h^-1 g with the diagonal scaled to one; falls back to the pseudo-inverse for singular matrices."""
-    scale = 1.0 / np.sqrt(np.maximum(np.einsum("bpp->bp", h), 1e-300))
+    scale = np.maximum(np.einsum("bpp->bp", h), 1e-300) ** -0.5
     scaled = h * scale[:, :, None] * scale[:, None, :]
     right = -(g * scale)
     try:
-        move = np.linalg.solve(scaled, right[:, :, None])[..., 0]
+        move = np.linalg.solve(scaled, right[:, :, None])[..., 0] * scale
     except np.linalg.LinAlgError:
-        move = np.einsum("bpq,bq->bp", np.linalg.pinv(scaled, rcond=1e-14, hermitian=True), right)
-    return np.nan_to_num(move * scale, nan=0.0, posinf=0.0, neginf=0.0)
+        move = np.matmul(np.linalg.pinv(scaled, rcond=1e-14, hermitian=True), right[:, :, None])[..., 0] * scale
+    return move if np.isfinite(move).all() else np.nan_to_num(move, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _flat(loss: Array, gradient: Array, curvature: Array, held: Mask) -> Mask:
+def _flat(point: _Point, held: Mask) -> Mask:
     """The gradient is at rounding level: its cosine with every column of the Jacobian is below 1e-6."""
-    columns = np.sqrt(np.maximum(np.einsum("bpp->bp", curvature), 1e-300))
-    cosine = np.where(held, 0.0, np.abs(gradient) / (columns * np.sqrt(np.maximum(2 * loss, 1e-300))[:, None]))
-    return np.max(cosine, axis=1) < 1e-6
+    columns = np.sqrt(np.maximum(point.diagonal, 1e-300)) * np.sqrt(np.maximum(2 * point.loss, 1e-300))[:, None]
+    return np.max(np.where(held, 0.0, np.abs(point.gradient) / columns), axis=1) < 1e-6

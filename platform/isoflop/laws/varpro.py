@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 from scipy.optimize import nnls
@@ -22,23 +23,29 @@ from isoflop.laws.base import LawForm
 _CHUNK = 2_000_000  # doubles of Jacobian at once
 
 
-def candidates(form: LawForm, low: Array, high: Array, points: int, seed: int) -> Array:
-    """Nonlinear parameters to try, (M, Q): a full grid for up to two of them, a scrambled Sobol design beyond.
+def candidates(form: LawForm, low: Array, high: Array, points: int, seed: int) -> tuple[Array, Array]:
+    """Nonlinear parameters to try (M, Q) and their places in the unit cube (M, Q).
 
-    A positive search range is covered on a log scale and mirrored where negative values are allowed.
+    A full grid for up to two of them, a scrambled Sobol design beyond. A positive search range is covered on a log scale and
+    mirrored where negative values are allowed.
     """
     chosen = [form.parameters[i] for i in form.nonlinear]
     if not chosen:
-        return np.zeros((1, 0))
-    if len(chosen) <= 2:
-        side = max(8, round(points ** (1 / len(chosen))))
-        cube = np.array(list(itertools.product(np.linspace(0, 1, side), repeat=len(chosen))))
-    else:
-        cube = qmc.Sobol(len(chosen), seed=seed).random_base2(max(6, math.ceil(math.log2(points))))
-    columns = []
-    for k, (parameter, i) in enumerate(zip(chosen, form.nonlinear, strict=True)):
-        columns.append(_spread(cube[:, k], parameter.search, float(low[i]), float(high[i])))
-    return np.stack(columns, axis=1)
+        return np.zeros((1, 0)), np.zeros((1, 0))
+    cube = _cube(len(chosen), points, seed)
+    columns = [
+        _spread(cube[:, k], parameter.search, float(low[i]), float(high[i]))
+        for k, (parameter, i) in enumerate(zip(chosen, form.nonlinear, strict=True))
+    ]
+    return np.stack(columns, axis=1), cube
+
+
+@lru_cache(maxsize=64)
+def _cube(dimensions: int, points: int, seed: int) -> Array:
+    if dimensions <= 2:
+        side = max(8, round(points ** (1 / dimensions)))
+        return np.array(list(itertools.product(np.linspace(0, 1, side), repeat=dimensions)))
+    return np.asarray(qmc.Sobol(dimensions, seed=seed).random_base2(max(6, math.ceil(math.log2(points)))))
 
 
 def _spread(unit: Array, search: tuple[float, float], low: float, high: float) -> Array:
@@ -126,25 +133,17 @@ def _nan_last(a: Array) -> Array:
     return np.where(np.isfinite(a), a, np.inf)
 
 
-def spread_best(score_M: Array, theta_MQ: Array, count: int, distance: float = 0.12) -> list[int]:
-    """Positions of the best candidates that lie apart: no two within ``distance`` of the design's range in all axes."""
-    order = np.argsort(score_M, kind="stable")
+def spread_best(score_M: Array, cube_MQ: Array, count: int, distance: float = 0.12) -> list[int]:
+    """Positions of the best candidates that lie apart: no two within ``distance`` of the unit cube in all axes."""
+    order = np.argsort(score_M, kind="stable")[: max(400, 40 * count)]
     order = order[np.isfinite(score_M[order])]
-    if theta_MQ.shape[1] == 0:
+    if cube_MQ.shape[1] == 0:
         return [int(i) for i in order[:1]]
-    ranks = np.stack([_rank01(theta_MQ[:, q]) for q in range(theta_MQ.shape[1])], axis=1)
     chosen: list[int] = []
-    for i in order[: max(400, 40 * count)]:
-        if all(np.max(np.abs(ranks[i] - ranks[j])) > distance for j in chosen):
-            chosen.append(int(i))
-            if len(chosen) == count:
-                break
+    while len(order) and len(chosen) < count:
+        chosen.append(int(order[0]))
+        order = order[np.max(np.abs(cube_MQ[order] - cube_MQ[order[0]]), axis=1) > distance]
     return chosen
-
-
-def _rank01(a: Array) -> Array:
-    values, inverse = np.unique(a, return_inverse=True)
-    return inverse / max(1, len(values) - 1)
 
 
 def project(

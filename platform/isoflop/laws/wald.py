@@ -6,7 +6,7 @@ Least squares: Sigma = sigma^2 (J^T J)^-1 with sigma^2 = SSE/(n - p). Huber: the
 from __future__ import annotations
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from isoflop.core.expressions import Array, Mask
 from isoflop.laws.base import LawForm
@@ -69,7 +69,7 @@ def interval(
     """
     parameter = form.parameters[i]
     se = float(np.sqrt(cov[i, i])) if cov[i, i] >= 0 else np.inf
-    t = float(stats.t.ppf(0.5 + level / 2, max(1, dof)))
+    t = float(special.stdtrit(max(1, dof), 0.5 + level / 2))
     log = scale == "log" or (
         scale == "auto" and p[i] > 0 and parameter.low >= 0 and (parameter.linear or parameter.scale == "log")
     )
