@@ -28,7 +28,7 @@ Index = npt.NDArray[np.int64]
 
 CONVERGED, ITERATION_LIMIT, STALLED = 0, 1, 2
 STATUS_NAMES = {CONVERGED: "converged", ITERATION_LIMIT: "iteration limit", STALLED: "line-search failure"}
-_CHUNK = 120_000  # doubles of Jacobian per chunk: stays in the second-level cache
+_CHUNK = 200_000  # doubles of Jacobian per chunk: stays in the second-level cache
 _TOLERANCE = 1e-14  # predicted relative decrease below which a fit is converged
 _MAX_DAMPING = 1e12
 
