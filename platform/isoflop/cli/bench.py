@@ -6,7 +6,7 @@ import importlib
 
 import click
 
-_BENCHES = {"laws": ("isoflop.bench.laws", "laws")}
+_BENCHES = {"laws": ("isoflop.bench.laws", "laws"), "engine": ("isoflop.bench.engine", "engine")}
 
 
 class _BenchGroup(click.Group):

@@ -30,6 +30,7 @@ from isoflop.sweep.trials import Trial, TrialBook
 from isoflop.track import Tracker
 
 _COMMIT_SECONDS = 0.25
+_SHOW_SECONDS = 0.1
 _COMMIT_ROWS = 200
 _FOLD_FILES = 512  # of a long session; fewer wait for the next one
 _POLL_SECONDS = 0.1
@@ -109,7 +110,9 @@ class Driver:
         self._exhausted = False
         self._dropped = 0
         self._interrupts = 0
+        self._notice = ""
         self._last_commit = 0.0
+        self._last_show = 0.0
 
     def run(self) -> Summary:
         """Run until the search is exhausted, the budget ends, or somebody interrupts. Returns how it went."""
@@ -129,7 +132,7 @@ class Driver:
         self._summary.left = len(self._queue) + self._queue.running + self._dropped
         self._summary.seconds = self._clock() - self._started
         self._summary.affinity = self._queue.affinity_hits / max(1, self._queue.dispatched)
-        self._show()
+        self._show(force=True)
         return self._summary
 
     # beginning
@@ -168,6 +171,9 @@ class Driver:
         if not self._interrupts:
             self._ask()
             self._dispatch()
+        if self._notice:
+            self._progress.line(self._notice)
+            self._notice = ""
         busy = bool(self._slots) and any(slot.items for slot in self._slots.values())
         if not busy and not self._rows and (self._interrupts or not len(self._queue)):
             return False
@@ -331,7 +337,8 @@ class Driver:
     def _commit(self, force: bool = False) -> None:
         if not self._rows:
             return
-        due = self._clock() - self._last_commit >= _COMMIT_SECONDS or len(self._rows) >= _COMMIT_ROWS
+        # real seconds, also in simulated time: this paces writes to a disk
+        due = time.monotonic() - self._last_commit >= _COMMIT_SECONDS or len(self._rows) >= _COMMIT_ROWS
         starved = not len(self._queue) and not self._exhausted  # the search waits for these rows
         if not (force or due or starved):
             return
@@ -340,7 +347,7 @@ class Driver:
         self._ledger.append(rows)
         self._rows = []
         self._ledger.fold(_FOLD_FILES)
-        self._last_commit = self._clock()
+        self._last_commit = time.monotonic()
         first = self._ledger.sequence - len(rows) + 1
         for offset, row in enumerate(rows):
             row["sequence"] = first + offset
@@ -349,7 +356,10 @@ class Driver:
 
     # outside
 
-    def _show(self) -> None:
+    def _show(self, force: bool = False) -> None:
+        if not force and time.monotonic() - self._last_show < _SHOW_SECONDS:
+            return
+        self._last_show = time.monotonic()
         state, done = self._state, self._summary
         state.done, state.cached = done.cached + done.ran, done.cached
         state.ok, state.failed, state.infeasible, state.pruned = done.ok, done.failed, done.infeasible, done.pruned
@@ -389,7 +399,8 @@ class Driver:
             self._summary.interrupted = True
             if self._interrupts > 1:
                 raise KeyboardInterrupt
-            self._progress.line(f"{signal.Signals(number).name}: waiting for {self._queue.running} running jobs; once more to stop now")
+            # No output from here: the signal may have interrupted a write to the same file.
+            self._notice = f"{signal.Signals(number).name}: waiting for {self._queue.running} running jobs; once more to stop now"
 
         old = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
         try:

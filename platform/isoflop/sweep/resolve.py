@@ -377,6 +377,12 @@ def _check_grid(sweep: Sweep) -> None:
                 corners.extend({"model": m, "method": branch.label, **{p.name: _only(p) for p in branch.params}} for m in sweep.space.models)
         points: Any = corners
     else:
+        for index, branch in enumerate(sweep.space.branches):
+            for param in branch.params:
+                try:
+                    param.grid()
+                except UserError as error:
+                    raise UserError(f"{sweep.source.where(('methods', index))}: {error}") from None
         points = sweep.space.grid()
     count = 0
     for config in points:
