@@ -144,6 +144,10 @@ def test_the_text_pass_of_quecc_is_charged(model: VlmModel, ctx: Context) -> Non
     d, q = g["width"], world.QUESTION_TOKENS
     text = 2 * (model.info.n_params - g["layers"] * 2 * d) * q + g["layers"] * 4 * q * q * d + 2 * d * 64
     assert costs["llm_last"]["flops_method"] - costs["none"]["flops_method"] == text
+    width, patches, layers = 64, 36, 2
+    mlps = 2 * patches * (2 * width * width + 2 * (layers * width * width + width * width))
+    attention = 2 * (2 * width * width + 2 * patches * width * width) + 4 * patches * width
+    assert costs["none"]["flops_method"] == mlps + 2 * patches * width + attention
     assert costs["none"]["visual_tokens"] == 1
     assert extra["none"]["ratio"] == 36
     assert extra["llm_last"]["method_params"] - extra["none"]["method_params"] == d * 64 + 3 * 64

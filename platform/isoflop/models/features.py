@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.digit_world import VOCABULARY, SceneSet
+from isoflop.models.quiet import no_progress_bars
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,8 @@ class TinyTowerStage(TowerSource):
         """The tower in evaluation mode on the worker's device, without gradients."""
         from transformers import CLIPVisionModel
 
-        tower = CLIPVisionModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        with no_progress_bars():
+            tower = CLIPVisionModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         return vision_of(tower.to(ctx.device).eval().requires_grad_(False), folder)
 
 

@@ -23,6 +23,7 @@ from isoflop.core.knobs import Knob, check_knobs
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo
 from isoflop.models.features import TowerSource, Vision, vision_of
+from isoflop.models.quiet import no_progress_bars
 from isoflop.models.vlm import VlmInfo, VlmModel
 
 ARCHITECTURES = ("LlavaForConditionalGeneration",)
@@ -201,13 +202,14 @@ def _read(source: Path, options: Options) -> Any:
 
     if not any(source.glob("*.safetensors")):
         raise UserError(f"model folder {source}: no *.safetensors file; pickled weights are not loaded")
-    return LlavaForConditionalGeneration.from_pretrained(
-        source,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=options.trust_remote_code,
-        dtype=DTYPES[options.dtype],
-    )
+    with no_progress_bars():
+        return LlavaForConditionalGeneration.from_pretrained(
+            source,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=options.trust_remote_code,
+            dtype=DTYPES[options.dtype],
+        )
 
 
 def _content(source: Path) -> list[list[str]]:

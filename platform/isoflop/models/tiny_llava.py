@@ -14,6 +14,7 @@ from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo
 from isoflop.models.digit_world import VOCABULARY
 from isoflop.models.features import TinyTowerStage, vision_of
+from isoflop.models.quiet import no_progress_bars
 from isoflop.models.tiny_config import SIZES
 from isoflop.models.training import CellStage, Recipe, method_spec, recipe_fields
 from isoflop.models.vlm import Checkpoint, VlmInfo, VlmModel
@@ -96,9 +97,10 @@ class TinyLlava(ModelFamily):
         if weights is None:
             raise ValueError(f"model {info.ref} has no weights of its own: pass the stage that weights() gives")
         checkpoint: Checkpoint = ctx.get(weights)
-        module = LlavaForConditionalGeneration.from_pretrained(
-            checkpoint.folder, local_files_only=True, use_safetensors=True
-        )
+        with no_progress_bars():
+            module = LlavaForConditionalGeneration.from_pretrained(
+                checkpoint.folder, local_files_only=True, use_safetensors=True
+            )
         module = module.to(ctx.device).eval().requires_grad_(False)
         return VlmModel(vlm, module, vision_of(module.model.vision_tower, checkpoint.folder))
 

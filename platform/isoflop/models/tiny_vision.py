@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from isoflop.core.hashing import derive_seed
 from isoflop.models import digit_world as world
+from isoflop.models.quiet import no_progress_bars
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -92,7 +93,8 @@ def train_tower(steps: int, batch: int, lr: float, seed: int) -> CLIPVisionModel
 
 def save_tower(tower: CLIPVisionModel, folder: Path) -> None:
     """Write weights, config and preprocessing into ``folder``."""
-    tower.save_pretrained(folder)
+    with no_progress_bars():
+        tower.save_pretrained(folder)
     save_preprocessing(folder)
 
 

@@ -28,6 +28,7 @@ from isoflop.core.stage import Stage, StageContext
 from isoflop.models import digit_world as world
 from isoflop.models.decoder import LastPosition
 from isoflop.models.features import FeaturesStage, TowerSource, Vision
+from isoflop.models.quiet import no_progress_bars
 from isoflop.models.tiny_config import SIZES, initialise, llava_config
 from isoflop.models.tiny_vision import save_preprocessing
 from isoflop.models.vlm import Checkpoint, VisualInput, VlmInfo
@@ -325,7 +326,8 @@ def save_cell(folder: Path, module: Any, compressor: nn.Module | None) -> None:
     """Write the model in ``save_pretrained`` form, its preprocessing, and the compressor's weights."""
     from safetensors.torch import save_file
 
-    module.save_pretrained(folder)
+    with no_progress_bars():
+        module.save_pretrained(folder)
     save_preprocessing(folder)
     if compressor is not None:
         save_file(

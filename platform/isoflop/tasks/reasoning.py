@@ -21,9 +21,11 @@ class VisualReasoning(DigitSceneTask):
     The scene is coarse (one class everywhere), the 128 entities follow Zipf's law, and the facts are a fixed random
     table: a matter of what the language model can hold. A model that sees nothing errs on 0.72 of these questions.
 
-    ``fine_share`` of the suite are reading questions on the finest scenes instead. That share is a dial: with 0 % the
-    token exponent beta of the law is about 0, with 5 % about .06, with 15 % about .18. State it wherever results are
-    shown; a toy whose exponents depend on a dial shows how the law is measured, it does not prove the paper's law.
+    ``fine_share`` of the suite are reading questions on the finest scenes instead. That share is a dial that sets the
+    token exponent: fitted as error ~ N^-alpha V^-beta on 32 cells of this recipe (14 to 222 thousand parameters, 1 to 36
+    tokens, 3 seeds; standard error .015), beta is -.04 at 0 %, .02 at 5 %, .07 at 10 % and .11 at 15 %, and alpha falls
+    from .33 to .22. State the share wherever results are shown: a toy whose exponents depend on a dial shows how the law
+    is measured, it does not prove the paper's law.
     """
 
     version: ClassVar[str] = "1"
