@@ -84,8 +84,8 @@ class WorkQueue:
                 state = self._stages[stage.key] = _StageState(stage.key, frozenset(d.key for d in stage.deps()), job)
                 for dep in state.deps:
                     self._dependents.setdefault(dep, []).append(state.key)
-                self._note_startable(state)
             state.waiting.add(job.id)
+            self._note_startable(state)
         if missing:
             self._blocked[job.id] = pending
         else:
@@ -143,6 +143,11 @@ class WorkQueue:
 
     def _next_stage(self) -> _StageState | None:
         """Of the oldest stages that can start, the one that most jobs wait for."""
+        while self._startable:  # leave out those that nobody waits for any more, because another stage failed
+            first = self._stages.get(next(iter(self._startable)))
+            if first is not None and first.waiting:
+                break
+            del self._startable[next(iter(self._startable))]
         found = [s for key in islice(self._startable, _STAGE_CHOICE) if (s := self._stages.get(key)) is not None and s.waiting]
         best = max(found, key=lambda s: len(s.waiting), default=None)
         if best is not None:

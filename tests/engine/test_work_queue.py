@@ -1,0 +1,286 @@
+"""The queue: single flight of stages, warm models, attempts, and that every job ends exactly once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from isoflop.execute import WorkItem
+from isoflop.jobs import Job, MethodSpec
+from isoflop.sweep.queue import WorkQueue
+
+
+class FakeStage:
+    def __init__(self, key: str, *deps: FakeStage) -> None:
+        self.key, self._deps = key, deps
+
+    def deps(self) -> tuple[FakeStage, ...]:
+        return self._deps
+
+
+class FakeResolved:
+    def __init__(self, model: str, *stages: FakeStage) -> None:
+        self.model_key, self._stages = model, stages
+
+    def stages(self) -> tuple[FakeStage, ...]:
+        return self._stages
+
+
+def job(number: int) -> Job:
+    return Job(model="m", methods=(MethodSpec("x", (("n", number),)),), task="t", repeat=0, seed=0)
+
+
+def add(queue: WorkQueue, number: int, model: str = "m", *stages: FakeStage) -> Job:
+    made = job(number)
+    queue.add(made, FakeResolved(model, *stages))  # type: ignore[arg-type]
+    return made
+
+
+def test_a_stage_runs_once_and_its_jobs_wait_for_it() -> None:
+    queue = WorkQueue(retries=1)
+    base = FakeStage("base")
+    weights = FakeStage("weights", base)
+    for number in range(3):
+        add(queue, number, "m", base, weights)
+    first = queue.next_for("a")
+    assert first is not None
+    assert (first.kind, first.stage) == ("stage", "base")
+    assert queue.next_for("b") is None  # everything waits for it
+    queue.stage_done("base")
+    second = queue.next_for("b")
+    assert second is not None
+    assert (second.stage, second.needs) == ("weights", ("base",))
+    assert queue.next_for("a") is None
+    queue.stage_done("weights")
+    assert {queue.next_for(w).kind for w in ("a", "b", "c")} == {"job"}  # type: ignore[union-attr]
+    assert queue.next_for("a") is None
+    assert (len(queue), queue.running, queue.stages_left) == (0, 3, 0)
+
+
+def test_stages_that_exist_are_not_computed() -> None:
+    queue = WorkQueue(retries=0, cached={"base"})
+    add(queue, 0, "m", FakeStage("base"))
+    item = queue.next_for("a")
+    assert item is not None
+    assert item.kind == "job"
+
+
+def test_the_stage_that_most_jobs_wait_for_comes_first() -> None:
+    queue = WorkQueue(retries=0)
+    add(queue, 0, "m", FakeStage("rare"))
+    for number in (1, 2):
+        add(queue, number, "n", FakeStage("common"))
+    item = queue.next_for("a")
+    assert item is not None
+    assert item.stage == "common"
+
+
+def test_a_worker_keeps_to_its_warm_model() -> None:
+    queue = WorkQueue(retries=0)
+    for number in range(6):
+        add(queue, number, "m1" if number % 2 else "m2")
+    models = {}
+    for worker in ("a", "b"):
+        item = queue.next_for(worker)
+        assert item is not None
+        models[worker] = [item.job.knobs()["n"] % 2]
+    for worker in ("a", "b", "a", "b"):
+        item = queue.next_for(worker)
+        assert item is not None
+        models[worker].append(item.job.knobs()["n"] % 2)
+    assert all(len(set(seen)) == 1 for seen in models.values())
+    assert queue.affinity_hits == 4
+
+
+def test_a_failed_job_is_tried_elsewhere_and_then_given_up() -> None:
+    queue = WorkQueue(retries=1)
+    bad, other = add(queue, 0), add(queue, 1)
+    assert queue.next_for("a").job.id == bad.id  # type: ignore[union-attr]
+    assert queue.next_for("b").job.id == other.id  # type: ignore[union-attr]
+    assert queue.job_failed(bad.id, "a") is None
+    assert queue.next_for("a") is None  # not again where it failed, while there is another worker
+    queue.job_done(other.id)
+    again = queue.next_for("b")
+    assert again is not None
+    pending = queue.job_failed(bad.id, "b")
+    assert pending is not None
+    assert pending.attempt == 2
+    assert len(queue) == queue.running == 0
+
+
+def test_a_single_worker_may_try_again_itself() -> None:
+    queue = WorkQueue(retries=1)
+    bad = add(queue, 0)
+    queue.next_for("a")
+    queue.job_failed(bad.id, "a")
+    assert queue.next_for("a") is not None
+
+
+def test_a_lost_worker_is_blamed_on_its_running_job_only() -> None:
+    queue = WorkQueue(retries=0)
+    first, second = add(queue, 0), add(queue, 1)
+    items = tuple(i for i in (queue.next_for("a"), queue.next_for("a")) if i is not None)
+    exhausted = queue.worker_lost("a", items, blame_first=True)
+    assert [p.job.id for p in exhausted] == [first.id]
+    assert len(queue) == 1
+    again = queue.next_for("b")
+    assert again is not None
+    assert again.job.id == second.id
+    assert queue.worker_lost("b", (again,), blame_first=False) == []
+    assert len(queue) == 1  # nobody's fault: its attempt is given back
+
+
+def test_a_stage_that_fails_for_good_takes_its_jobs_along_and_no_others() -> None:
+    queue = WorkQueue(retries=1)
+    base, weights, other = FakeStage("base"), FakeStage("weights"), FakeStage("other")
+    doomed = [add(queue, n, "m", base, weights) for n in range(2)]
+    fine = add(queue, 5, "n", other)
+    found = []
+    for _ in range(2):
+        item = queue.next_for("a")
+        assert item is not None
+        while item.stage not in ("base",):
+            queue.stage_done(item.stage)
+            item = queue.next_for("a")
+            assert item is not None
+            if item.kind == "job":
+                queue.job_done(item.job.id)
+                item = queue.next_for("a")
+                assert item is not None
+        found.append(queue.stage_failed("base", "failed", "ValueError", "no"))
+    assert found[0] is None
+    assert found[1] is not None
+    assert {p.job.id for p in found[1].jobs} == {d.id for d in doomed}
+    for _ in range(4):
+        item = queue.next_for("a")
+        if item is not None:
+            assert item.job.id == fine.id
+            queue.stage_done(item.stage) if item.kind == "stage" else queue.job_done(item.job.id)
+    assert len(queue) == queue.running == 0
+
+
+def test_an_infeasible_stage_is_not_tried_again() -> None:
+    queue = WorkQueue(retries=5)
+    add(queue, 0, "m", FakeStage("base"))
+    queue.next_for("a")
+    assert queue.stage_failed("base", "infeasible", "Infeasible", "no") is not None
+    assert queue.stage_failed("base", "failed", "X", "late") is None
+
+
+def test_many_stages_that_nobody_waits_for_any_more_do_not_hide_the_others() -> None:
+    """One shared stage fails for good; hundreds of stages of the same jobs become pointless at once."""
+    queue = WorkQueue(retries=0)
+    shared = FakeStage("shared")
+    for number in range(300):
+        add(queue, number, "m", shared, FakeStage(f"own{number}"))
+    good = add(queue, 999, "n", FakeStage("good"))
+    item = queue.next_for("a")
+    assert item is not None
+    assert item.stage == "shared"
+    failure = queue.stage_failed("shared", "failed", "X", "no")
+    assert failure is not None
+    assert len(failure.jobs) == 300
+    item = queue.next_for("a")
+    assert item is not None
+    assert item.stage == "good"
+    queue.stage_done("good")
+    item = queue.next_for("a")
+    assert item is not None
+    assert item.job.id == good.id
+
+
+def test_dropping_what_waits_keeps_what_runs() -> None:
+    queue = WorkQueue(retries=0)
+    running = add(queue, 0)
+    queue.next_for("a")
+    add(queue, 1)
+    add(queue, 2, "m", FakeStage("s"))
+    assert queue.drop_waiting() == 2
+    assert (len(queue), queue.running) == (0, 1)
+    assert queue.next_for("b") is None
+    queue.job_done(running.id)
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_every_job_ends_exactly_once_whatever_happens(data: st.DataObject) -> None:
+    """Workers die, jobs and stages fail, in any order; at the end each job has one outcome and nothing is left over."""
+    retries = data.draw(st.integers(0, 2))
+    queue = WorkQueue(retries)
+    shared = [FakeStage(f"s{i}") for i in range(3)]
+    deep = [FakeStage(f"d{i}", shared[i]) for i in range(3)]
+    jobs = {}
+    for number in range(data.draw(st.integers(1, 12))):
+        kind = data.draw(st.integers(0, 3))
+        stages = () if kind == 3 else (shared[kind], deep[kind])
+        made = add(queue, number, f"m{number % 3}", *stages)
+        jobs[made.id] = made
+    ended: dict[str, str] = {}
+    computing: set[str] = set()
+    held: dict[str, list[WorkItem]] = {"a": [], "b": [], "c": []}
+
+    def end(job_id: str, how: str) -> None:
+        assert job_id not in ended
+        ended[job_id] = how
+
+    def fail_stage(key: str, status: str) -> None:
+        failure = queue.stage_failed(key, status, "X", "no")
+        for pending in failure.jobs if failure else ():
+            end(pending.job.id, "stage")
+
+    steps = 0
+    while len(queue) or any(held.values()):
+        steps += 1
+        assert steps < 2000, "the queue does not come to an end"
+        worker = data.draw(st.sampled_from(sorted(held)))
+        items = held[worker]
+        if len(items) < 2 and not (items and items[0].kind == "stage"):
+            item = queue.next_for(worker, jobs_only=bool(items))
+            if item is not None:
+                if item.kind == "stage":
+                    assert item.stage not in computing, "two workers compute one stage"
+                    computing.add(item.stage)
+                items.append(item)
+                continue
+        if not items:
+            continue
+        what = data.draw(st.sampled_from(["ok", "ok", "ok", "fail", "infeasible", "lost"]))
+        if what == "lost":
+            held[worker] = []
+            computing -= {i.stage for i in items}
+            for pending in queue.worker_lost(worker, tuple(items), blame_first=True):
+                end(pending.job.id, "lost")
+            if items[0].kind == "stage" and not queue.stage_attempts_left(items[0].stage):
+                fail_stage(items[0].stage, "failed")
+            continue
+        item = items.pop(0)
+        if item.kind == "stage":
+            computing.discard(item.stage)
+            if what == "ok":
+                queue.stage_done(item.stage)
+            else:
+                fail_stage(item.stage, "infeasible" if what == "infeasible" else "failed")
+        elif what == "fail":
+            gone: Any = queue.job_failed(item.job.id, worker)
+            if gone is not None:
+                assert gone.attempt == retries + 1
+                end(item.job.id, "failed")
+        else:
+            queue.job_done(item.job.id)
+            end(item.job.id, what)
+    assert set(ended) == set(jobs)
+    assert queue.running == 0
+
+
+@pytest.mark.parametrize("retries", [0, 3])
+def test_a_poison_job_uses_up_its_attempts_and_no_more(retries: int) -> None:
+    queue = WorkQueue(retries)
+    poison = add(queue, 0)
+    deaths = 0
+    while (item := queue.next_for(f"w{deaths}")) is not None:
+        deaths += 1
+        queue.worker_lost(f"w{deaths - 1}", (item,), blame_first=True)
+    assert deaths == retries + 1
+    assert poison.id
