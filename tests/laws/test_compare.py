@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 from isoflop.core.errors import UserError
-from isoflop.laws import compare, fit
+from isoflop.laws import compare, fit, sensitivity
 from isoflop.laws.comparison import information, nested_test
 from isoflop.laws.diagnostics import lack_of_fit, runs_test
 from isoflop.laws.extrapolation import carry_forward, nearest_with_shift, splits
@@ -140,6 +140,7 @@ def test_forms_in_words() -> None:
     text = str(fitted)
     assert all(len(line) <= 80 for line in text.splitlines())
     assert "not identified: on its bound 0" in text
+    assert "unidentified" in next(line for line in text.splitlines() if line.startswith("E "))
     html = fitted._repr_html_()
     assert "<table>" in html
     assert (
@@ -150,3 +151,19 @@ def test_forms_in_words() -> None:
     )
     assert len(fitted.plot().data) > 7
     assert fitted.to_arrow().num_rows == 5
+
+
+def test_sensitivity_to_delta_floor_and_edges() -> None:
+    fitted = fit(published(), map=MAP, bootstrap=0, profile=False)
+    rows = {
+        r["choice"]: r
+        for r in sensitivity(fitted, floors=[0.1, 0.3], quantities={"V50": "50*beta/(alpha-beta)"}).to_pylist()
+    }
+    assert rows["floor held at 0.3"]["alpha"] == pytest.approx(0.1588, abs=6e-5)
+    assert rows["as fitted"]["alpha"] == fitted["alpha"]
+    spread = [r["alpha/beta"] for r in rows.values() if r["choice"].startswith("floor")]
+    assert max(spread) / min(spread) < 1.05  # exponents move with the floor, their ratio does not
+    assert rows["without N = 7"]["n"] == 21
+    assert rows["huber, delta 0.001"]["V50"] > 0
+    with pytest.raises(UserError, match="no floor to hold"):
+        sensitivity(fit(published(), "semilog", map=MAP, bootstrap=0, profile=False), floors=[0.1])

@@ -60,7 +60,7 @@ def test_fit_options_reach_the_engine(tmp_path: Path) -> None:
             "--bootstrap",
             "0",
             "--json",
-        )  # fmt: skip
+        )
     )
     direct = fit(table, "chinchilla", y="loss", objective="huber-log", where="loss < 3.2", by="family", bootstrap=0)
     assert [g["group"] for g in out["groups"]] == [{"family": "a"}, {"family": "b"}]

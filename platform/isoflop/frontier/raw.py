@@ -1,6 +1,7 @@
 """The raw frontier: which rows no other row beats, over any number of objectives, with hypervolume and uncertainty.
 
-No law is involved. Two objectives are a sort and a running minimum; more are divide-and-filter over blocks sorted by their sum.
+No law is involved. Two objectives are a sort and a running minimum, three a sweep over a staircase, more a filter over blocks in
+order of their sum; large tables are thinned by a grid of minima first.
 Ties are kept: rows with equal values do not dominate each other.
 
 Shapes: M rows, K objectives, S simulations.
@@ -8,6 +9,7 @@ Shapes: M rows, K objectives, S simulations.
 
 from __future__ import annotations
 
+import bisect
 import html
 import math
 from collections.abc import Mapping, Sequence
@@ -189,9 +191,14 @@ def non_dominated(points_MK: Array) -> np.ndarray:
         return np.asarray(points_MK[:, 0] == points_MK[:, 0].min())
     if m > _LARGE:
         kept = _prefilter(points_MK)
-        mask[kept] = (_staircase if k == 2 else _blocks)(points_MK[kept])
+        mask[kept] = _exact(points_MK[kept])
         return mask
-    return _staircase(points_MK) if k == 2 else _blocks(points_MK)
+    return _exact(points_MK)
+
+
+def _exact(points_MK: Array) -> np.ndarray:
+    """The method for the number of objectives."""
+    return {2: _staircase, 3: _sweep}.get(points_MK.shape[1], _blocks)(points_MK)
 
 
 def _blocks(points_MK: Array) -> np.ndarray:
@@ -227,6 +234,31 @@ def _staircase(points: Array) -> np.ndarray:
     first = np.maximum.accumulate(np.where(repeat, 0, np.arange(len(order))))
     mask = np.zeros(len(x), dtype=bool)
     mask[order[on[first]]] = True
+    return mask
+
+
+def _sweep(points: Array) -> np.ndarray:
+    """Three objectives: rows in order of the first, against a staircase of the other two."""
+    order = np.lexsort((points[:, 2], points[:, 1], points[:, 0]))
+    ordered = points[order]
+    repeat = np.r_[False, (ordered[1:] == ordered[:-1]).all(axis=1)].tolist()
+    steps_y: list[float] = []  # rising, while steps_z falls
+    steps_z: list[float] = []
+    on, alive = np.zeros(len(order), dtype=bool), False
+    for i, (y, z) in enumerate(zip(ordered[:, 1].tolist(), ordered[:, 2].tolist(), strict=True)):
+        if not repeat[i]:
+            place = bisect.bisect_right(steps_y, y)
+            alive = place == 0 or steps_z[place - 1] > z
+            if alive:
+                first = bisect.bisect_left(steps_y, y)
+                last = place
+                while last < len(steps_z) and steps_z[last] >= z:
+                    last += 1
+                steps_y[first:last] = [y]
+                steps_z[first:last] = [z]
+        on[i] = alive
+    mask = np.zeros(len(order), dtype=bool)
+    mask[order[on]] = True
     return mask
 
 

@@ -5,6 +5,7 @@ from isoflop.laws.comparison import Comparison, compare
 from isoflop.laws.engine import NotEstimable
 from isoflop.laws.fitting import fit
 from isoflop.laws.result import Estimate, Fit, GroupedFit
+from isoflop.laws.sensitivity import sensitivity
 
 __all__ = [
     "Comparison",
@@ -19,4 +20,5 @@ __all__ = [
     "Variable",
     "custom_form",
     "fit",
+    "sensitivity",
 ]

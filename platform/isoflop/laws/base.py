@@ -70,6 +70,22 @@ class Parameter:
 class LawForm:
     """A parametric form y = f(variables; parameters).
 
+    A new law is one of these, registered under a name (or offered by a package through the entry point group ``isoflop.laws``)::
+
+        LAWS.register("saturating")(
+            LawForm(
+                name="saturating",
+                formula="E + A/(1 + N/N_half)",
+                variables=(Variable("N"),),
+                parameters=(
+                    Parameter("E", 0.0, linear=True),
+                    Parameter("A", 0.0, linear=True),
+                    Parameter("N_half", 1e-300, 1e300, search=(1e-2, 1e2), scale="log"),
+                ),
+                natural={"N_half": "N_half*u_N"},
+            )
+        )
+
     Attributes:
         name: its name in the registry.
         formula: the expression.

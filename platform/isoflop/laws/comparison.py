@@ -13,7 +13,6 @@ import pyarrow as pa
 from scipy import stats
 
 from isoflop.core.errors import UserError
-from isoflop.core.expressions import Array
 from isoflop.laws.base import LawForm, custom_form, resolve_form
 from isoflop.laws.engine import NotEstimable, make_box
 from isoflop.laws.extrapolation import BASELINES, Cut, baseline_rollout, interpolation_error, rollout, splits
@@ -350,10 +349,3 @@ def _verdict(entries: list[Entry]) -> list[str]:
 
 def _show(value: float | None, spec: str) -> str:
     return "" if value is None or not math.isfinite(value) else format(value, spec)
-
-
-def residuals(fit: Fit) -> Array:
-    """y minus the law, in the order of the fit's rows."""
-    if fit.data is None:
-        raise UserError("residuals need the fit's rows, in memory")
-    return fit.data.y - fit.form.evaluate(fit.data.x, fit.p)

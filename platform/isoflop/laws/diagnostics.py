@@ -56,6 +56,8 @@ def residual_diagnostics(form: LawForm, data: GroupData, residual: Array) -> dic
 def lack_of_fit(form: LawForm, data: GroupData, p: Array, n_params: int) -> dict[str, float] | None:
     """F test of the law against the scatter between repeats at equal sizes; None without repeats."""
     points = np.stack([data.x[v] for v in form.variable_names], axis=1)
+    if len(np.unique(points[:, 0])) == len(points):
+        return None
     _, label = np.unique(points, axis=0, return_inverse=True)
     label = label.ravel()
     counts = np.bincount(label, data.w)
@@ -65,7 +67,9 @@ def lack_of_fit(form: LawForm, data: GroupData, p: Array, n_params: int) -> dict
     if dof_pure <= 0 or dof_model <= 0:
         return None
     sse = float(np.sum(data.w * (data.y - form.evaluate(data.x, p)) ** 2))
-    ratio = ((sse - pure) / dof_model) / (pure / dof_pure) if pure > 0 else math.inf
+    if pure <= 0:
+        return None
+    ratio = ((sse - pure) / dof_model) / (pure / dof_pure)
     return {"F": ratio, "p": float(stats.f.sf(ratio, dof_model, dof_pure)), "seed_noise": math.sqrt(pure / dof_pure)}
 
 

@@ -15,7 +15,7 @@ from isoflop.laws import wald
 from isoflop.laws.base import Bounds, LawForm, resolve_form
 from isoflop.laws.bootstrap import Resamples
 from isoflop.laws.bootstrap import bootstrap as draw_resamples
-from isoflop.laws.diagnostics import residual_diagnostics
+from isoflop.laws.diagnostics import lack_of_fit, residual_diagnostics
 from isoflop.laws.engine import AT_BOUND, Box, NotEstimable, Optimum, check_estimable, fit_groups, make_box
 from isoflop.laws.inference import derived_estimates, parameter_estimates
 from isoflop.laws.objective import Objective
@@ -71,7 +71,7 @@ def fit(
     mapping = dict(map or {})
     form = resolve_form(law, list(mapping))
     for name in mapping:
-        if name not in form.variable_names and not (isinstance(law, str) and law not in form.name):
+        if name not in form.variable_names:
             raise unknown(f"variable of law {form.name!r}", name, form.variable_names, "map")
     goal = Objective(objective, delta)
     columns = Columns(y, {v: mapping.get(v, v) for v in form.variable_names}, weights, cluster, where)
@@ -168,6 +168,9 @@ def _assemble(
     )
     fitted.derived = derived_estimates(fitted)
     fitted.diagnostics = residual_diagnostics(form, data, goal.residual(data.y, f) if goal.log else residual)
+    repeats = None if goal.robust or goal.log else lack_of_fit(form, data, best.p, int(box.free.sum()))
+    if repeats is not None:
+        fitted.diagnostics["lack_of_fit"] = repeats
     return fitted
 
 

@@ -24,6 +24,11 @@ def span(e: Estimate) -> str:
     return "" if e.interval is None else f"[{e.interval[0]:.4g}, {e.interval[1]:.4g}]".replace("inf", "∞")
 
 
+def value(e: Estimate) -> str:
+    """The number, or the word for one that the data do not determine."""
+    return "unidentified" if e.identified is False else number(e.value)
+
+
 def mark(e: Estimate) -> str:
     """yes / no / - for identified."""
     return {True: "yes", False: "NO", None: "-"}[e.identified]
@@ -48,7 +53,7 @@ def fit_text(fit: Fit) -> str:
         f"{'':12}{'value':>13}  {f'{100 * fit.level:g}% interval':24} ident.",
     ]
     for name, e in [*fit.params.items(), *fit.derived.items()]:
-        lines.append(f"{name:12}{number(e.value):>13}  {span(e):24} {mark(e)}")
+        lines.append(f"{name:12}{value(e):>13}  {span(e):24} {mark(e)}")
         if e.identified is False:
             lines += [f"{'':14}{part}" for part in _wrap(e.verdict, WIDTH - 14)]
     for warning in fit.warnings:
@@ -65,7 +70,7 @@ def _wrap(text: str, width: int = WIDTH) -> list[str]:
 def fit_html(fit: Fit) -> str:
     """A table for notebooks; everything from users is escaped."""
     rows = "".join(
-        f"<tr><td><b>{html.escape(name)}</b></td><td style='text-align:right'>{number(e.value)}</td>"
+        f"<tr><td><b>{html.escape(name)}</b></td><td style='text-align:right'>{value(e)}</td>"
         f"<td>{html.escape(span(e))}</td><td>{html.escape(e.verdict)}</td></tr>"
         for name, e in [*fit.params.items(), *fit.derived.items()]
     )

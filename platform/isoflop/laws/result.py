@@ -147,6 +147,12 @@ class Fit:
         low, high = np.nanpercentile(draws, [tail, 100 - tail], axis=0)
         return low, high
 
+    def residuals(self) -> Array:
+        """y minus the law, in the order of the fit's rows."""
+        if self.data is None:
+            raise UserError("residuals need the fit's rows, in memory")
+        return self.data.y - self.form.evaluate(self.data.x, self.p)
+
     def quantity(self, text: str) -> Estimate:
         """Any expression in the parameters, with its bootstrap (or delta-method) interval."""
         from isoflop.laws.inference import quantity
