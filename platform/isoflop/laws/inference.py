@@ -48,38 +48,51 @@ def parameter_estimates(
             ends, method = (ranges[name].low, ranges[name].high), "profile"
         else:
             ends, method = wald.interval(form, i, best.p, cov, dof, level), "Wald"
-        identified, words = _verdict(form, i, best, box, ranges.get(name), data, level)
+        identified, words = _verdict(form, i, best, box, ranges.get(name), data, level, samples)
         estimates[name] = Estimate(value, unit, ends, method, identified, words)
     return estimates
 
 
 def _verdict(
-    form: LawForm, i: int, best: Optimum, box: Box, found: ProfileInterval | None, data: GroupData, level: float
+    form: LawForm,
+    i: int,
+    best: Optimum,
+    box: Box,
+    found: ProfileInterval | None,
+    data: GroupData,
+    level: float,
+    samples: Resamples | None,
 ) -> tuple[bool | None, str]:
+    """What the data say about one parameter: identified or not, and why."""
     name, percent = form.names[i], f"{100 * level:g}%"
     others = [n for n in best.at_bound if n != name]
     given = f" (given {', '.join(f'{n} on its bound {best.p[form.position(n)]:g}' for n in others)})" if others else ""
     if name in best.at_bound:
-        extra = ""
-        if found is not None and found.high_closed and not found.low_closed:
-            extra = f"; {percent} limit: below {found.high:.4g}"
-        elif found is not None and found.low_closed and not found.high_closed:
-            extra = f"; {percent} limit: above {found.low:.4g}"
-        return False, f"not identified: on its bound {best.p[i]:g}{extra}"
+        return False, f"not identified: on its bound {best.p[i]:g}{_limit(found, percent)}"
     if found is None:
         return None, "not examined (no profile)"
-    if not found.bounded:
-        sides = [s for s, closed in (("lower", found.low_closed), ("upper", found.high_closed)) if not closed]
-        return False, f"not identified: the data set no {' and no '.join(sides)} limit{given}"
+    walls = [w for w, closed in ((box.low[i], found.low_closed), (box.high[i], found.high_closed)) if not closed]
+    if walls and math.isfinite(walls[0]):
+        return False, f"not identified: cannot be told from its bound {walls[0]:g}{_limit(found, percent)}{given}"
+    if walls:
+        return False, f"not identified: the data set no {'lower' if not found.low_closed else 'upper'} limit{given}"
+    stuck = 0 if samples is None else samples.at_bound.get(name, 0)
+    if samples is not None and stuck > 0.5 * (1 - level) * len(samples.p):
+        return False, f"not identified: on its bound in {stuck} of {len(samples.p)} resamples{given}"
     spread = float(np.ptp(data.y))
     if _is_floor(form, name) and found.high - found.low > spread:
-        return (
-            False,
-            f"not identified: its {percent} range {found.high - found.low:.3g} exceeds the observed range of y, {spread:.3g}",
-        )
+        width = f"{found.high - found.low:.3g}"
+        return False, f"not identified: its {percent} range {width} exceeds the observed range of y, {spread:.3g}"
     if form.parameters[i].linear and form.parameters[i].low >= 0 and found.low > 0 and found.high / found.low > 100:
         return False, f"not identified: known only to a factor of {found.high / found.low:.3g}{given}"
     return True, f"identified{given}"
+
+
+def _limit(found: ProfileInterval | None, percent: str) -> str:
+    """The one-sided limit that the profile still gives."""
+    if found is None or found.low_closed == found.high_closed:
+        return ""
+    return f"; {percent} limit: " + (f"below {found.high:.4g}" if found.high_closed else f"above {found.low:.4g}")
 
 
 def _is_floor(form: LawForm, name: str) -> bool:
