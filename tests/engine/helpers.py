@@ -54,5 +54,11 @@ def run_local(given: Any, tmp_path: Path, progress: Any = None, **options: Any) 
     """Run a sweep in this process, without MLflow, in folders below ``tmp_path``."""
     import isoflop
 
-    chosen = {"executor": "local", "tracking_uri": "none", "store": str(tmp_path / "store"), "cache_dir": tmp_path / "cache", **options}
+    chosen = {
+        "executor": "local",
+        "tracking_uri": "none",
+        "store": str(tmp_path / "store"),
+        "cache_dir": tmp_path / "cache",
+        **options,
+    }
     return isoflop.run(given, progress=progress, **chosen)

@@ -67,7 +67,21 @@ class Place:
     def start(self, *arguments: str, command: str = "run") -> subprocess.Popen[str]:
         what = [str(self.yaml)] if command == "run" else ["crash"]
         return subprocess.Popen(
-            [sys.executable, "-m", "isoflop", command, *what, "--store", str(self.store), "--cache-dir", str(self.cache), "--executor", self.executor, *self.tracking, *arguments],
+            [
+                sys.executable,
+                "-m",
+                "isoflop",
+                command,
+                *what,
+                "--store",
+                str(self.store),
+                "--cache-dir",
+                str(self.cache),
+                "--executor",
+                self.executor,
+                *self.tracking,
+                *arguments,
+            ],
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -114,7 +128,13 @@ class Place:
             row = rows[job_id]
             assert run.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
             assert run.data.metrics["error"] == pytest.approx(row["error"], abs=1e-12)
-            assert run.data.params == {k: str(v) for k, v in {**{c: row[c] for c in ("model", "method", "task", "repeat", "seed")}, **json.loads(row["knobs"])}.items()}
+            assert run.data.params == {
+                k: str(v)
+                for k, v in {
+                    **{c: row[c] for c in ("model", "method", "task", "repeat", "seed")},
+                    **json.loads(row["knobs"]),
+                }.items()
+            }
             history = client.get_metric_history(run.info.run_id, "shard_error")
             assert sorted(m.step for m in history) == list(range(len(row["shard_sizes"])))
 
@@ -127,7 +147,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return scores(place.rows())
 
 
-def test_five_kills_at_random_moments_change_nothing(tmp_path: Path, empty_mlflow: Path, undisturbed: dict[str, Any]) -> None:
+def test_five_kills_at_random_moments_change_nothing(
+    tmp_path: Path, empty_mlflow: Path, undisturbed: dict[str, Any]
+) -> None:
     place = Place(tmp_path / "x", empty_mlflow)
     rng = random.Random(0)
     for _ in range(5):
@@ -149,7 +171,9 @@ def test_five_kills_at_random_moments_change_nothing(tmp_path: Path, empty_mlflo
     assert (code, json.loads(out)["summary"]["ran"]) == (0, 0)
 
 
-def test_ctrl_c_once_drains_and_resume_brings_the_rest(tmp_path: Path, empty_mlflow: Path, undisturbed: dict[str, Any]) -> None:
+def test_ctrl_c_once_drains_and_resume_brings_the_rest(
+    tmp_path: Path, empty_mlflow: Path, undisturbed: dict[str, Any]
+) -> None:
     place = Place(tmp_path / "x", empty_mlflow)
     process = place.start()
     place.wait_for(" ok on ", process, 2)
@@ -208,8 +232,13 @@ def test_a_second_driver_on_the_same_sweep_is_refused_in_one_line(tmp_path: Path
         process.communicate()
 
 
-def test_failed_jobs_give_exit_code_one_and_retry_failed_mends_them_in_mlflow_too(tmp_path: Path, empty_mlflow: Path) -> None:
-    text = YAML.replace("  - toy-tokens: {tokens: [1, 2, 4, 8, 16]}", "  - toy-full\n  - toy-bad: {how: once-raise}") + "\n"
+def test_failed_jobs_give_exit_code_one_and_retry_failed_mends_them_in_mlflow_too(
+    tmp_path: Path, empty_mlflow: Path
+) -> None:
+    text = (
+        YAML.replace("  - toy-tokens: {tokens: [1, 2, 4, 8, 16]}", "  - toy-full\n  - toy-bad: {how: once-raise}")
+        + "\n"
+    )
     place = Place(tmp_path / "x", empty_mlflow, text.replace("limits: {timeout: 60}", "limits: {retries: 0}"))
     code, out, err = place.run()
     assert code == 1, err
@@ -225,7 +254,9 @@ def test_failed_jobs_give_exit_code_one_and_retry_failed_mends_them_in_mlflow_to
     assert {r.data.tags.get("isoflop.status", "ok") for r in runs} == {"ok"}
 
 
-def test_on_ray_a_killed_driver_leaves_no_process_and_ctrl_c_drains(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+def test_on_ray_a_killed_driver_leaves_no_process_and_ctrl_c_drains(
+    tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
     place = Place(tmp_path / "x", None, executor="ray")
     process = place.start("--workers", "2")
     place.wait_for(" ok on ", process, 3)

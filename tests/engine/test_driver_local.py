@@ -99,7 +99,11 @@ def test_one_task_whose_option_changes_runs_again(tmp_path: Path) -> None:
 
 def test_ranges_with_steps_keep_rows_only_on_the_grid(tmp_path: Path) -> None:
     def spec(step: int) -> dict[str, Any]:
-        return toy(models=["toy/m"], tasks=["toy-task"], methods=[{"toy-tokens": {"tokens": {"low": 1, "high": 9, "step": step}}}])
+        return toy(
+            models=["toy/m"],
+            tasks=["toy-task"],
+            methods=[{"toy-tokens": {"tokens": {"low": 1, "high": 9, "step": step}}}],
+        )
 
     assert run_local(spec(2), tmp_path).summary.ran == 5  # 1 3 5 7 9
     other = run_local(spec(4), tmp_path)  # 1 5 9
@@ -107,7 +111,9 @@ def test_ranges_with_steps_keep_rows_only_on_the_grid(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["raise", "unpicklable", "unprintable", "nan", "sysexit", "footprint"])
-def test_a_failing_job_is_retried_recorded_and_does_not_end_the_sweep(tmp_path: Path, toy_parts: ModuleType, how: str) -> None:
+def test_a_failing_job_is_retried_recorded_and_does_not_end_the_sweep(
+    tmp_path: Path, toy_parts: ModuleType, how: str
+) -> None:
     opened = run_local(one_bad(how), tmp_path)
     table = opened.results()
     assert (opened.summary.ok, opened.summary.failed) == (2, 2)
@@ -168,7 +174,9 @@ def test_a_damaged_stage_is_computed_again(tmp_path: Path, toy_parts: ModuleType
     run_local(toy(models=["toy/s"]), tmp_path)
     for weights in (tmp_path / "cache" / "stages").glob("toy-weights-*/weights.npy"):
         weights.write_bytes(b"torn")
-    opened = run_local(toy(models=["toy/s"], seed=0, repeats=1, tasks=["toy-task", {"toy-other": {"examples": 3}}]), tmp_path)
+    opened = run_local(
+        toy(models=["toy/s"], seed=0, repeats=1, tasks=["toy-task", {"toy-other": {"examples": 3}}]), tmp_path
+    )
     assert opened.summary.ok == 3
     assert len(toy_parts.log_lines(tmp_path / "cache", "stage toy-weights")) == 2
 
@@ -222,7 +230,13 @@ def _within(seconds: float, action: Any) -> Any:
 
 
 def test_infeasible_points_of_a_random_search_become_rows(tmp_path: Path) -> None:
-    spec = toy(models=["toy/s"], tasks=["toy-task"], methods=[{"toy-tokens": {"tokens": {"low": 12, "high": 14}}}], search={"sampler": "random"}, budget={"trials": 9})
+    spec = toy(
+        models=["toy/s"],
+        tasks=["toy-task"],
+        methods=[{"toy-tokens": {"tokens": {"low": 12, "high": 14}}}],
+        search={"sampler": "random"},
+        budget={"trials": 9},
+    )
     opened = run_local(spec, tmp_path)
     assert (opened.summary.ok, opened.summary.infeasible) == (2, 1)
     again = run_local(spec, tmp_path)
@@ -239,7 +253,16 @@ def test_an_infeasible_point_of_a_grid_is_an_error_before_anything_runs(tmp_path
 
 @pytest.mark.parametrize("sampler", ["random", "qmc", "tpe", "gp", "cmaes", "nsga2"])
 def test_every_sampler_runs_its_trials_without_doubles(tmp_path: Path, sampler: str) -> None:
-    methods = [{"toy-tokens": {"tokens": {"low": 1, "high": 64}, "mode": ["plain", "scaled"], "scale": {"low": 0.5, "high": 2.0, "when": {"mode": "scaled"}}}}, "toy-full"]
+    methods = [
+        {
+            "toy-tokens": {
+                "tokens": {"low": 1, "high": 64},
+                "mode": ["plain", "scaled"],
+                "scale": {"low": 0.5, "high": 2.0, "when": {"mode": "scaled"}},
+            }
+        },
+        "toy-full",
+    ]
     spec = toy(tasks=["toy-task"], methods=methods, search={"sampler": sampler}, budget={"trials": 14})
     half = run_local({**spec, "budget": {"trials": 6}}, tmp_path)
     assert half.summary.ran == 6
@@ -272,7 +295,12 @@ def test_two_objectives(tmp_path: Path) -> None:
 
 
 def test_an_objective_of_a_metric_that_no_row_has_fails_no_job(tmp_path: Path) -> None:
-    assert run_local(toy(objectives=[{"metric": "nonsense"}], search={"sampler": "tpe"}, budget={"trials": 4}), tmp_path).summary.ok == 8
+    assert (
+        run_local(
+            toy(objectives=[{"metric": "nonsense"}], search={"sampler": "tpe"}, budget={"trials": 4}), tmp_path
+        ).summary.ok
+        == 8
+    )
 
 
 # pruning
@@ -289,7 +317,14 @@ def _pruned_sweep(pruner: str, sampler: str = "grid", **options: Any) -> dict[st
     )
 
 
-@pytest.mark.parametrize("pruner, options", [("median", {"n_startup_trials": 2}), ("wilcoxon", {"p_threshold": 0.1}), ("hyperband", {"min_resource": 1, "max_resource": 9, "reduction_factor": 3})])
+@pytest.mark.parametrize(
+    "pruner, options",
+    [
+        ("median", {"n_startup_trials": 2}),
+        ("wilcoxon", {"p_threshold": 0.1}),
+        ("hyperband", {"min_resource": 1, "max_resource": 9, "reduction_factor": 3}),
+    ],
+)
 def test_pruners_stop_hopeless_jobs_early(tmp_path: Path, pruner: str, options: dict[str, Any]) -> None:
     opened = run_local(_pruned_sweep(pruner, **options), tmp_path)
     table = opened.results()
@@ -338,7 +373,9 @@ def test_budget_of_hours_on_a_clock_of_our_own(tmp_path: Path) -> None:
     ledger = Ledger(Store.open(str(tmp_path / "store")), "toy").lock()
     executor = LocalExecutor(tmp_path / "cache")
     executor.start()
-    summary = Driver(sweep, ledger, executor, make_proposer(sweep.space, "grid"), NullTracker(), Quiet(), clock=_Clock()).run()
+    summary = Driver(
+        sweep, ledger, executor, make_proposer(sweep.space, "grid"), NullTracker(), Quiet(), clock=_Clock()
+    ).run()
     executor.close()
     ledger.unlock()
     assert 0 < summary.ran < 12
@@ -358,6 +395,6 @@ def test_progress_is_told_of_everything(tmp_path: Path) -> None:
 
 
 def test_options_are_checked() -> None:
-    with pytest.raises(UserError, match="unknown executor 'lokal'.*did you mean 'local'"):
+    with pytest.raises(UserError, match=r"unknown executor 'lokal'.*did you mean 'local'"):
         isoflop.run(toy(), executor="lokal")
     assert RunOptions().executor == "ray"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import os
 import random
@@ -28,7 +29,17 @@ from isoflop.ledger.store import StoreError
 
 def row(job: str, error: float = 0.5, **more: Any) -> dict[str, Any]:
     now = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
-    return {"job_id": job, "trial_id": "t", "status": "ok", "error": error, "metrics": [("loss", 1.0)], "scores": [error], "started": now, "finished": now, **more}
+    return {
+        "job_id": job,
+        "trial_id": "t",
+        "status": "ok",
+        "error": error,
+        "metrics": [("loss", 1.0)],
+        "scores": [error],
+        "started": now,
+        "finished": now,
+        **more,
+    }
 
 
 def ledger(tmp_path: Path, name: str = "s") -> Ledger:
@@ -86,7 +97,10 @@ def test_a_file_that_cannot_be_read_is_set_aside_and_costs_only_its_own_rows(tmp
     book.append([row("a")])
     book.append([row("b")])
     good, bad = files(book)
-    content = {"garbage": b"this is no Parquet file, though somebody called it one" * 10, "truncated": bad.read_bytes()[:-20]}
+    content = {
+        "garbage": b"this is no Parquet file, though somebody called it one" * 10,
+        "truncated": bad.read_bytes()[:-20],
+    }
     bad.write_bytes(content.get(damage, b""))
     if damage.startswith("foreign"):
         columns = {"job_id": ["x"], "sequence": [1]} if damage == "foreign-named" else {"unrelated": [1, 2, 3]}
@@ -216,10 +230,8 @@ def test_a_kill_at_any_step_of_folding_doubles_and_loses_nothing(tmp_path: Path,
             return getattr(real, name)
 
     object.__setattr__(book.store, "fs", Dying())
-    try:
+    with contextlib.suppress(_Killed):
         book.fold(at_least=1)
-    except _Killed:
-        pass
     object.__setattr__(book.store, "fs", real)
     book.unlock()
     again = ledger(tmp_path)
@@ -261,8 +273,12 @@ def test_readers_see_every_row_while_the_writer_folds(tmp_path: Path) -> None:
 
 
 @settings(max_examples=25)
-@given(st.lists(st.one_of(st.just("fold"), st.just("reopen"), st.lists(st.sampled_from("abcde"), max_size=4)), max_size=12))
-def test_any_order_of_appends_folds_and_restarts_gives_the_same_rows(tmp_path_factory: pytest.TempPathFactory, actions: list[Any]) -> None:
+@given(
+    st.lists(st.one_of(st.just("fold"), st.just("reopen"), st.lists(st.sampled_from("abcde"), max_size=4)), max_size=12)
+)
+def test_any_order_of_appends_folds_and_restarts_gives_the_same_rows(
+    tmp_path_factory: pytest.TempPathFactory, actions: list[Any]
+) -> None:
     folder = tmp_path_factory.mktemp("ledger") / uuid.uuid4().hex
     book = ledger(folder)
     expected: dict[str, float] = {}
@@ -297,7 +313,10 @@ def test_latest_orders_by_sequence_whatever_the_order_of_files() -> None:
 
 def test_a_second_writer_gets_one_clear_line(tmp_path: Path) -> None:
     book = ledger(tmp_path)
-    with pytest.raises(LedgerBusy, match=rf"sweep 's' is being written by process {os.getpid()} on .*; wait for it, stop it, or give this run another name") as caught:
+    with pytest.raises(
+        LedgerBusy,
+        match=rf"sweep 's' is being written by process {os.getpid()} on .*; wait for it, stop it, or give this run another name",
+    ) as caught:
         ledger(tmp_path)
     assert "\n" not in str(caught.value)
     assert ledger(tmp_path, "other").locked  # another sweep of the same store is free

@@ -38,7 +38,13 @@ def cluster() -> Iterator[None]:
 
 
 def run_ray(given: Any, tmp_path: Path, progress: Any = None, **options: Any) -> Any:
-    chosen = {"executor": "ray", "tracking_uri": "none", "store": str(tmp_path / "store"), "cache_dir": tmp_path / "cache", **options}
+    chosen = {
+        "executor": "ray",
+        "tracking_uri": "none",
+        "store": str(tmp_path / "store"),
+        "cache_dir": tmp_path / "cache",
+        **options,
+    }
     return isoflop.run(given, progress=progress, **chosen)
 
 
@@ -72,7 +78,11 @@ def test_rows_and_scores_equal_those_of_the_local_executor(tmp_path: Path, toy_p
 def test_misbehaving_jobs_are_quarantined_and_the_sweep_goes_on(tmp_path: Path) -> None:
     """All in one sweep, with good jobs between them; the bad ones get as many attempts as the limits say."""
     how = ["raise", "unpicklable", "unprintable", "nan", "exit", "sysexit", "once-exit", "fine"]
-    spec = toy(models=["toy/s"], tasks=["toy-task"], methods=[{"toy-bad": {"how": how}}, {"toy-tokens": {"tokens": [1, 2, 4, 8, 16, 32]}}])
+    spec = toy(
+        models=["toy/s"],
+        tasks=["toy-task"],
+        methods=[{"toy-bad": {"how": how}}, {"toy-tokens": {"tokens": [1, 2, 4, 8, 16, 32]}}],
+    )
     opened = run_ray(spec, tmp_path)
     rows = {(_how(r) or r["V"]): r for r in opened.results().to_pylist()}
     assert len(rows) == opened.results().num_rows == 14
@@ -112,7 +122,12 @@ def test_a_stage_that_kills_its_worker(tmp_path: Path) -> None:
 
 
 def test_a_leak_ends_in_an_error_and_harms_no_other_job(tmp_path: Path) -> None:
-    spec = toy(models=["toy/s"], tasks=["toy-task"], methods=[{"toy-bad": {"how": "leak"}}, {"toy-tokens": {"tokens": [1, 2, 4, 8]}}], resources={"memory": "1GiB"})
+    spec = toy(
+        models=["toy/s"],
+        tasks=["toy-task"],
+        methods=[{"toy-bad": {"how": "leak"}}, {"toy-tokens": {"tokens": [1, 2, 4, 8]}}],
+        resources={"memory": "1GiB"},
+    )
     opened = run_ray(spec, tmp_path, workers=1)
     assert opened.summary.ok == 4
     bad = [r for r in opened.results().to_pylist() if r["method"] == "toy-bad"]
@@ -163,20 +178,26 @@ def test_pruning_reaches_jobs_on_other_processes(tmp_path: Path) -> None:
 
 
 def test_resources_that_no_node_has_are_an_error_at_once(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no node of the cluster can ever give one job 1 CPUs, 64 GPUs.*nodes have: 2 CPUs"):
+    with pytest.raises(
+        UserError, match=r"no node of the cluster can ever give one job 1 CPUs, 64 GPUs.*nodes have: 2 CPUs"
+    ):
         run_ray(toy(resources={"gpus": 64}), tmp_path)
     with pytest.raises(UserError, match=r"can ever give one job 3 CPUs"):
         run_ray(toy(resources={"cpus": 3}), tmp_path)
 
 
 def test_a_module_that_only_workers_cannot_import_is_one_clear_error(tmp_path: Path) -> None:
-    (tmp_path / "only_here.py").write_text("import os\nif 'ISOFLOP_DRIVER' not in os.environ:\n    raise RuntimeError('not on a worker')\n")
+    (tmp_path / "only_here.py").write_text(
+        "import os\nif 'ISOFLOP_DRIVER' not in os.environ:\n    raise RuntimeError('not on a worker')\n"
+    )
     sweep = tmp_path / "s.yaml"
-    sweep.write_text("name: s\nimport: [toy_parts, only_here]\nmodels: [toy/s]\nmethods: [toy-full]\ntasks: [toy-task]\n")
+    sweep.write_text(
+        "name: s\nimport: [toy_parts, only_here]\nmodels: [toy/s]\nmethods: [toy-full]\ntasks: [toy-task]\n"
+    )
     os.environ["ISOFLOP_DRIVER"] = "1"
     try:
         began = time.monotonic()
-        with pytest.raises(UserError, match="worker could not start.*not on a worker"):
+        with pytest.raises(UserError, match=r"worker could not start.*not on a worker"):
             run_ray(sweep, tmp_path)
         assert time.monotonic() - began < 60
     finally:
@@ -189,7 +210,9 @@ def test_modules_beside_the_yaml_reach_the_workers(tmp_path: Path) -> None:
         "@TASKS.register('toy-beside')\n@dataclass(frozen=True)\nclass Beside(toy_parts.ToyTask):\n    '''Beside.'''\n"
     )
     sweep = tmp_path / "s.yaml"
-    sweep.write_text("name: s\nimport: [toy_parts, beside]\nmodels: [toy/s]\nmethods: [toy-full]\ntasks: [toy-beside]\n")
+    sweep.write_text(
+        "name: s\nimport: [toy_parts, beside]\nmodels: [toy/s]\nmethods: [toy-full]\ntasks: [toy-beside]\n"
+    )
     try:
         assert run_ray(sweep, tmp_path).summary.ok == 1
     finally:

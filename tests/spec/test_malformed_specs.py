@@ -64,25 +64,67 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "step that is no whole number": (tokens({"low": 1, "high": 9, "step": 0.5}), ["tokens", "step", "0.5"]),
     "negative step": (tokens({"low": 1, "high": 9, "step": -1}), ["tokens", "step"]),
     "a list within a list": (tokens([[1, 2]]), ["tokens", "list"]),
-    "nothing for a required knob": ({"methods": ["toy-required"]}, ["methods[0]", "needs a value for strength", "0 … 1"]),
-    "grid over real numbers": ({"methods": [{"toy-tokens": {"scale": {"low": 0.5, "high": 2}}}]}, ["scale", "0.5 to 2", "a list or a step"]),
-    "grid without end": ({"methods": [{"toy-tokens": {"tokens": {}, "scale": {"low": 0.5, "high": 2, "step": 1e-9}}}]}, ["scale", "1,000,000"]),
-    "condition on an unknown knob": (tokens(4, scale={"value": 1.0, "when": {"mood": "plain"}}), ["mood", "did you mean 'mode'"]),
-    "condition with an unknown value": (tokens(4, scale={"value": 1.0, "when": {"mode": "no"}}), ["mode = 'no'", "plain | scaled"]),
-    "conditions in a circle": (tokens({"values": [4], "when": {"late": 1}}, late={"values": [1], "when": {"tokens": 4}}), ["tokens", "late", "refer to each other"]),
+    "nothing for a required knob": (
+        {"methods": ["toy-required"]},
+        ["methods[0]", "needs a value for strength", "0 … 1"],
+    ),
+    "grid over real numbers": (
+        {"methods": [{"toy-tokens": {"scale": {"low": 0.5, "high": 2}}}]},
+        ["scale", "0.5 to 2", "a list or a step"],
+    ),
+    "grid without end": (
+        {"methods": [{"toy-tokens": {"tokens": {}, "scale": {"low": 0.5, "high": 2, "step": 1e-9}}}]},
+        ["scale", "1,000,000"],
+    ),
+    "condition on an unknown knob": (
+        tokens(4, scale={"value": 1.0, "when": {"mood": "plain"}}),
+        ["mood", "did you mean 'mode'"],
+    ),
+    "condition with an unknown value": (
+        tokens(4, scale={"value": 1.0, "when": {"mode": "no"}}),
+        ["mode = 'no'", "plain | scaled"],
+    ),
+    "conditions in a circle": (
+        tokens({"values": [4], "when": {"late": 1}}, late={"values": [1], "when": {"tokens": 4}}),
+        ["tokens", "late", "refer to each other"],
+    ),
     "models twice": ({"models": ["toy/s", "toy/s"]}, ["models", "'toy/s'", "twice"]),
     "tasks twice": ({"tasks": ["toy-task", "toy-task"]}, ["tasks", "twice"]),
     "methods twice": ({"methods": ["toy-full", {"toy-full": {}}]}, ["methods", "twice"]),
-    "two methods in one entry": ({"methods": [{"toy-full": {}, "toy-tokens": {}}]}, ["methods[0]", "one name", "toy-full, toy-tokens"]),
+    "two methods in one entry": (
+        {"methods": [{"toy-full": {}, "toy-tokens": {}}]},
+        ["methods[0]", "one name", "toy-full, toy-tokens"],
+    ),
     "unknown sampler": ({"search": {"sampler": "tpee"}}, ["search.sampler", "'tpee'", "did you mean 'tpe'", "nsga2"]),
     "unknown pruner": ({"search": {"pruner": "meridian"}}, ["search.pruner", "'meridian'", "did you mean 'median'"]),
-    "unknown sampler option": ({"search": {"sampler": "tpe", "options": {"n_startup_trial": 3}}}, ["search.options", "did you mean 'n_startup_trials'"]),
-    "unknown pruner option": ({"search": {"pruner": "median", "pruner_options": {"n_warmup": 3}}}, ["search.pruner_options", "did you mean 'n_warmup_steps'"]),
-    "impossible pruner option": ({"search": {"pruner": "median", "pruner_options": {"n_warmup_steps": -3}}}, ["search.pruner_options", "-3"]),
-    "options of a grid": ({"search": {"sampler": "grid", "options": {"n_startup_trials": 3}}}, ["search.options", "grid takes no options"]),
-    "pruner with two objectives": ({"objectives": [{"metric": "error"}, {"metric": "flops"}], "search": {"pruner": "median"}}, ["pruner", "single objective"]),
-    "unknown direction": ({"objectives": [{"direction": "minimise"}]}, ["objectives[0].direction", "did you mean 'minimize'"]),
-    "objective of another task": ({"objectives": [{"task": "toy-tsk"}]}, ["objectives[0].task", "did you mean 'toy-task'"]),
+    "unknown sampler option": (
+        {"search": {"sampler": "tpe", "options": {"n_startup_trial": 3}}},
+        ["search.options", "did you mean 'n_startup_trials'"],
+    ),
+    "unknown pruner option": (
+        {"search": {"pruner": "median", "pruner_options": {"n_warmup": 3}}},
+        ["search.pruner_options", "did you mean 'n_warmup_steps'"],
+    ),
+    "impossible pruner option": (
+        {"search": {"pruner": "median", "pruner_options": {"n_warmup_steps": -3}}},
+        ["search.pruner_options", "-3"],
+    ),
+    "options of a grid": (
+        {"search": {"sampler": "grid", "options": {"n_startup_trials": 3}}},
+        ["search.options", "grid takes no options"],
+    ),
+    "pruner with two objectives": (
+        {"objectives": [{"metric": "error"}, {"metric": "flops"}], "search": {"pruner": "median"}},
+        ["pruner", "single objective"],
+    ),
+    "unknown direction": (
+        {"objectives": [{"direction": "minimise"}]},
+        ["objectives[0].direction", "did you mean 'minimize'"],
+    ),
+    "objective of another task": (
+        {"objectives": [{"task": "toy-tsk"}]},
+        ["objectives[0].task", "did you mean 'toy-task'"],
+    ),
     "negative budget": ({"budget": {"trials": -1}}, ["budget.trials", "-1", "greater than 0"]),
     "budget of no time": ({"budget": {"hours": 0}}, ["budget.hours", "greater than 0"]),
     "budget in words": ({"budget": {"jobs": "ten"}}, ["budget.jobs", "'ten'", "number"]),
@@ -94,38 +136,78 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no repeats": ({"repeats": 0}, ["repeats"]),
     "negative seed": ({"seed": -1}, ["seed", "-1"]),
     "unknown law": ({"laws": [{"law": "produkt"}]}, ["laws[0].law", "did you mean 'product'"]),
-    "unknown law of a frontier": ({"frontiers": [{"law": "chinchila"}]}, ["frontiers[0].law", "did you mean 'chinchilla'"]),
+    "unknown law of a frontier": (
+        {"frontiers": [{"law": "chinchila"}]},
+        ["frontiers[0].law", "did you mean 'chinchilla'"],
+    ),
     "unknown variable of a law": ({"laws": [{"law": "product", "x": {"W": "N"}}]}, ["laws[0]", "'W'"]),
     "a cost that is no expression": ({"frontiers": [{"cost": "2*N*("}]}, ["frontiers[0].cost", "2*N*("]),
     "a cost that calls something": ({"frontiers": [{"cost": "__import__('os')"}]}, ["frontiers[0].cost", "__import__"]),
     "zip of one": ({"zip": {"toy-tokens.tokens": [1, 2]}}, ["zip"]),
-    "zip of different lengths": ({"methods": ["toy-tokens"], "zip": {"model": ["toy/s", "toy/m"], "toy-tokens.tokens": [1, 2, 4]}}, ["zip", "equally long", "3"]),
-    "zip of an unknown knob": ({"methods": ["toy-tokens"], "zip": {"model": ["toy/s", "toy/m"], "toy-tokens.tokn": [1, 2]}}, ["zip", "toy-tokens.tokn"]),
-    "zip with a value out of range": ({"methods": ["toy-tokens"], "zip": {"model": ["toy/s", "toy/m"], "toy-tokens.tokens": [1, 99]}}, ["zip", "tokens = 99", "1 … 64"]),
-    "zip that forgets a model": ({"methods": ["toy-tokens"], "zip": {"model": ["toy/s"], "toy-tokens.tokens": [1]}}, ["zip", "'toy/m'", "never run"]),
+    "zip of different lengths": (
+        {"methods": ["toy-tokens"], "zip": {"model": ["toy/s", "toy/m"], "toy-tokens.tokens": [1, 2, 4]}},
+        ["zip", "equally long", "3"],
+    ),
+    "zip of an unknown knob": (
+        {"methods": ["toy-tokens"], "zip": {"model": ["toy/s", "toy/m"], "toy-tokens.tokn": [1, 2]}},
+        ["zip", "toy-tokens.tokn"],
+    ),
+    "zip with a value out of range": (
+        {"methods": ["toy-tokens"], "zip": {"model": ["toy/s", "toy/m"], "toy-tokens.tokens": [1, 99]}},
+        ["zip", "tokens = 99", "1 … 64"],
+    ),
+    "zip that forgets a model": (
+        {"methods": ["toy-tokens"], "zip": {"model": ["toy/s"], "toy-tokens.tokens": [1]}},
+        ["zip", "'toy/m'", "never run"],
+    ),
     "zip beside a list": ({"zip": {"model": ["toy/s", "toy/m"], "toy-tokens.tokens": [1, 4]}}, ["tokens", "zip"]),
-    "exclude of an unknown knob": ({"exclude": {"toy-tokens.tokn": 4}}, ["exclude", "toy-tokens.tokn", "did you mean 'toy-tokens.tokens'"]),
-    "exclude of a value that never comes": ({"exclude": [{"toy-tokens.tokens": 7}]}, ["exclude[0].toy-tokens.tokens", "never takes the value 7"]),
+    "exclude of an unknown knob": (
+        {"exclude": {"toy-tokens.tokn": 4}},
+        ["exclude", "toy-tokens.tokn", "did you mean 'toy-tokens.tokens'"],
+    ),
+    "exclude of a value that never comes": (
+        {"exclude": [{"toy-tokens.tokens": 7}]},
+        ["exclude[0].toy-tokens.tokens", "never takes the value 7"],
+    ),
     "exclude of an unknown model": ({"exclude": {"model": "toy/z"}}, ["exclude", "toy/z"]),
     "exclude of nothing": ({"exclude": [{}]}, ["exclude[0]", "everything"]),
     "exclude of everything": ({"exclude": [{"model": ["toy/s", "toy/m"]}]}, ["exclude", "nothing is left"]),
     "import of a missing module": ({"import": ["no_such_module_here"]}, ["import[0]", "no_such_module_here"]),
     "import of a path": ({"import": ["/etc/passwd"]}, ["import[0]", "/etc/passwd", "module name"]),
-    "import that raises": ({"import": ["raises_on_import"]}, ["import[0]", "raises_on_import", "ValueError: I never work"]),
+    "import that raises": (
+        {"import": ["raises_on_import"]},
+        ["import[0]", "raises_on_import", "ValueError: I never work"],
+    ),
     "import that exits": ({"import": ["exits_on_import"]}, ["import[0]", "exits_on_import", "SystemExit"]),
     "impossible point": ({"models": ["toy/s"], **tokens([13])}, ["methods[0]", "tokens = 13 is unlucky", "exclude"]),
-    "impossible fixed point of a search": ({"models": ["toy/s"], **tokens(13), **RANDOM}, ["methods[0]", "tokens = 13 is unlucky"]),
-    "method on a model without the hook": ({"methods": ["avgpool"], "models": ["toy/s"]}, ["methods[0]", "avgpool", "toy/s"]),
+    "impossible fixed point of a search": (
+        {"models": ["toy/s"], **tokens(13), **RANDOM},
+        ["methods[0]", "tokens = 13 is unlucky"],
+    ),
+    "method on a model without the hook": (
+        {"methods": ["avgpool"], "models": ["toy/s"]},
+        ["methods[0]", "avgpool", "toy/s"],
+    ),
 }
 
 TEXTS: dict[str, tuple[bytes, list[str]]] = {
     "unparseable": (b"name: [\nmodels: x", ["sweep.yaml:2", "not valid YAML"]),
     "a tab": (b"name: s\n\tmodels: []", ["sweep.yaml:2", "not valid YAML"]),
     "duplicate key": (b"name: s\nseed: 1\nseed: 2\n", ["sweep.yaml:3", "seed", "twice"]),
-    "duplicate key deep down": (b"name: s\nsearch:\n  sampler: grid\n  sampler: tpe\n", ["sweep.yaml:4", "search.sampler", "twice"]),
-    "Python object": (b"name: s\nmodels: !!python/object/apply:os.system ['touch owned']\n", ["sweep.yaml:2", "!!python/object/apply:os.system", "not allowed"]),
+    "duplicate key deep down": (
+        b"name: s\nsearch:\n  sampler: grid\n  sampler: tpe\n",
+        ["sweep.yaml:4", "search.sampler", "twice"],
+    ),
+    "Python object": (
+        b"name: s\nmodels: !!python/object/apply:os.system ['touch owned']\n",
+        ["sweep.yaml:2", "!!python/object/apply:os.system", "not allowed"],
+    ),
     "Python name as a key": (b"!!python/name:os.system : 1\n", ["sweep.yaml:1", "not allowed"]),
-    "alias bomb": (b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(b"%c: &%c [%s]\n" % (98 + i, 98 + i, b",".join([b"*%c" % (97 + i)] * 9)) for i in range(8)), ["sweep.yaml", "expands to more than 200,000"]),
+    "alias bomb": (
+        b"a: &a [x,x,x,x,x,x,x,x,x]\n"
+        + b"".join(b"%c: &%c [%s]\n" % (98 + i, 98 + i, b",".join([b"*%c" % (97 + i)] * 9)) for i in range(8)),
+        ["sweep.yaml", "expands to more than 200,000"],
+    ),
     "alias of itself": (b"name: &a [*a]\n", ["sweep.yaml", "nested too deeply"]),
     "too deep": (b"[" * 5000, ["sweep.yaml"]),
     "binary": (bytes(range(256)) * 4, ["sweep.yaml", "not UTF-8"]),
@@ -166,11 +248,15 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatc
 
 
 def untouched(folder: Path) -> bool:
-    return not (folder / "store").exists() and not (folder / "default-store").exists() and not (folder / "owned").exists()
+    return (
+        not (folder / "store").exists() and not (folder / "default-store").exists() and not (folder / "owned").exists()
+    )
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_spec_is_refused_in_one_line(case: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_spec_is_refused_in_one_line(
+    case: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     change, parts = WRONG[case]
     spec = {k: v for k, v in {**GOOD, **change}.items() if v is not None}
     if "import" in change:
@@ -185,7 +271,9 @@ def test_a_wrong_spec_is_refused_in_one_line(case: str, folder: Path, capsys: py
 
 
 @pytest.mark.parametrize("case", TEXTS)
-def test_a_wrong_text_is_refused_in_one_line(case: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_text_is_refused_in_one_line(
+    case: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     content, parts = TEXTS[case]
     (folder / "sweep.yaml").write_bytes(content)
     err = refused(["plan", "sweep.yaml", "--store", str(folder / "store")], capsys, monkeypatch)
@@ -215,7 +303,9 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", COMMANDS)
-def test_a_wrong_command_is_refused_in_one_line(case: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_command_is_refused_in_one_line(
+    case: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (folder / "sweep.yaml").write_text(yaml.safe_dump(GOOD))
     arguments, parts = COMMANDS[case]
     err = refused(arguments, capsys, monkeypatch)
@@ -243,7 +333,9 @@ def test_the_same_from_a_real_process(case: str, folder: Path, toy_parts: Module
     assert untouched(folder)
 
 
-def test_the_good_spec_is_good(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_good_spec_is_good(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (folder / "sweep.yaml").write_text(yaml.safe_dump(GOOD))
     monkeypatch.setattr(sys, "argv", ["isoflop", "plan", "sweep.yaml", "--store", str(folder / "store"), "--json"])
     with pytest.raises(SystemExit) as caught:

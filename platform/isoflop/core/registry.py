@@ -17,7 +17,7 @@ from isoflop.core.errors import UserError, unknown
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]*$")
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
 class Registry(Generic[T]):
@@ -39,7 +39,7 @@ class Registry(Generic[T]):
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that adds an entry and sets a class's ``name``. Re-registering a name by the same module and class replaces it (notebooks)."""
-        if not _NAME.match(name):
+        if not _NAME.fullmatch(name):
             raise UserError(f"{self.kind} name {name!r}: use lower-case letters, digits, '.', '_' and '-'")
 
         def add(entry: T) -> T:

@@ -139,7 +139,9 @@ def _construct(loader: _Loader, node: yaml.Node, path: KeyPath, lines: dict[KeyP
 def _scalar(loader: _Loader, node: yaml.Node, path: KeyPath, name: str) -> Any:
     _check_tag(node, name)
     try:
-        return loader.construct_object(node, deep=True)
+        value = loader.construct_object(node, deep=True)
+        # JSON writes characters beyond 16 bits as two escapes; YAML's escapes stand for one character each
+        return value.encode("utf-16", "surrogatepass").decode("utf-16") if isinstance(value, str) else value
     except (ValueError, TypeError, LookupError, AttributeError):  # what PyYAML raises for "!!int many" and the like
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
         place = f"{name}:{node.start_mark.line + 1}" + (f": {dotted(path)}" if path else "")

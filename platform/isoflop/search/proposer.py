@@ -200,9 +200,10 @@ class OptunaProposer(Proposer):
         return out
 
     def reserve(self, number: int, config: Config) -> None:
-        self._known.add(values_key(config))
-        self._past.add(values_key(config))
         self._numbers.add(number)
+        if self._space.contains(config):
+            self._known.add(values_key(config))
+            self._past.add(values_key(config))
 
     def tell(self, result: Tell) -> None:
         state = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[result.outcome]
@@ -325,8 +326,6 @@ def make_sampler(name: str, seed: int, options: Mapping[str, Any]) -> optuna.sam
         "nsga2": optuna.samplers.NSGAIISampler,
     }
     defaults: dict[str, dict[str, Any]] = {
-        # multivariate+group models the knobs of one method jointly although methods have different knobs
-        "tpe": {"multivariate": True, "group": True, "constant_liar": True},
         "qmc": {"warn_independent_sampling": False, "warn_asynchronous_seeding": False},
         "cmaes": {"warn_independent_sampling": False},
         "gp": {"warn_independent_sampling": False},

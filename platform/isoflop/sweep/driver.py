@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from isoflop.core.errors import Infeasible, UserError
+from isoflop.core.errors import Infeasible
 from isoflop.execute import Done, Executor, Lost, ShardReport, WorkItem
 from isoflop.jobs import Job, Outcome, ResolvedJob
 from isoflop.ledger import Ledger

@@ -22,7 +22,6 @@ from isoflop.search.space import MAX_GRID, Exclusion, Value
 from isoflop.sweep.spec import KnobEntry, MethodEntry, SweepSpec, import_modules, load_spec
 from isoflop.tasks.base import TASKS
 
-
 _CHECKED_POINTS = 20_000  # of a grid; impossible points beyond become rows
 
 

@@ -55,10 +55,12 @@ def _number(value: Any) -> Any:
 
 
 Whole = Annotated[int, BeforeValidator(_number)]
+Count = Annotated[int, Field(gt=0), BeforeValidator(_number)]
 Number = Annotated[float, BeforeValidator(_number)]
-Seconds = Annotated[float, BeforeValidator(_duration), Field(gt=0)]
-Bytes = Annotated[int, BeforeValidator(_size), Field(gt=0)]
-Positive = Annotated[float, BeforeValidator(_number), Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0), BeforeValidator(_duration)]
+Bytes = Annotated[int, Field(gt=0), BeforeValidator(_size)]
+NotNegative = Annotated[float, Field(ge=0), BeforeValidator(_number)]
+Positive = Annotated[float, Field(gt=0), BeforeValidator(_number)]
 
 
 class SearchBlock(_Block):
@@ -81,8 +83,8 @@ class Objective(_Block):
 class Budget(_Block):
     """When to stop: whichever ends first. Without any limit a grid runs to its end."""
 
-    trials: Whole | None = Field(None, gt=0, description="Trials of the sweep, earlier sessions included.")
-    jobs: Whole | None = Field(None, gt=0, description="Jobs with a result, earlier sessions included.")
+    trials: Count | None = Field(None, description="Trials of the sweep, earlier sessions included.")
+    jobs: Count | None = Field(None, description="Jobs with a result, earlier sessions included.")
     hours: Positive | None = Field(None, description="Wall-clock hours of one run or resume.")
     flops: Positive | None = Field(None, description="Measured FLOPs per answer times answers, summed over rows.")
 
@@ -91,7 +93,7 @@ class ResourcesBlock(_Block):
     """What one job gets; the cluster is divided into as many slots of this size as fit."""
 
     cpus: Positive = 1
-    gpus: Annotated[Number, Field(ge=0)] = Field(0, description="A fraction packs several jobs on one GPU; 0 hides all GPUs.")
+    gpus: NotNegative = Field(0, description="A fraction packs several jobs on one GPU; 0 hides all GPUs.")
     memory: Bytes | None = Field(None, description="Host memory per job, e.g. 4GiB.")
 
     @field_validator("gpus")
@@ -130,7 +132,7 @@ class FrontierBlock(_Block):
 
     law: str = "product"
     cost: str = Field("2*N*(Q+V)", description="Inference cost per answer, an expression of columns and law variables.")
-    q: Annotated[Number, Field(ge=0)] | None = Field(None, description="Text tokens Q per answer; by default as measured.")
+    q: NotNegative | None = Field(None, description="Text tokens Q per answer; by default as measured.")
     budgets: tuple[Positive, ...] = Field((), description="Budgets in the unit of the cost; by default spread over the swept range.")
 
 
@@ -238,7 +240,7 @@ class SweepSpec(_Block):
 
     name: str = Field(description="Name of the sweep; letters, digits, '.', '_' and '-'.")
     description: str = ""
-    seed: Annotated[Whole, Field(ge=0, lt=2**31)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31), BeforeValidator(_number)] = 0
     store: str | None = Field(None, description="Path or URI for results; default ~/.local/share/isoflop.")
     imports: tuple[str, ...] = Field((), alias="import", description="Python modules that register further methods, models, tasks or laws.")
     models: tuple[Model_, ...] = Field(min_length=1)
@@ -364,10 +366,7 @@ def _real_path(loc: tuple[int | str, ...], source: Source) -> KeyPath:
     path: list[str | int] = []
     data: Any = source.data
     for part in loc:
-        if isinstance(data, Mapping) and part in data:
-            path.append(part)
-            data = data[part]
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+        if (isinstance(data, Mapping) and part in data) or (isinstance(data, list) and isinstance(part, int) and part < len(data)):
             path.append(part)
             data = data[part]
         elif isinstance(data, Mapping) and len(data) == 1 and part in ("knobs", "options"):
