@@ -208,16 +208,29 @@ class Program:
                 kind, *args = graph.nodes[node]
                 stack.extend(() if kind in ("const", "name") else args)
         self.order = sorted(needed)
+        self._closures: dict[frozenset[str], list[int]] = {}
 
-    def bind(self, values: Mapping[str, Array]) -> dict[int, Array]:
-        """All nodes that depend on ``values`` alone, evaluated once, to be handed to ``run``."""
-        given = frozenset(values)
-        known: dict[int, Array] = {}
+    def bind(
+        self, values: Mapping[str, Array], known: Mapping[int, Array] | None = None, given: Iterable[str] = ()
+    ) -> dict[int, Array]:
+        """All nodes that depend on ``values`` alone, evaluated once, to be handed to ``run``.
+
+        ``known`` and ``given``: nodes that were bound before, and the names they were bound to.
+        """
+        names = frozenset(values) | frozenset(given)
+        cell: dict[int, Array] = dict(known or {})
         with np.errstate(all="ignore"):
-            for node in self.order:
-                if self.graph.names(node) and self.graph.names(node) <= given:
-                    known[node] = self._step(node, known, values)
-        return known
+            for node in self._closed(names):
+                if node not in cell:
+                    cell[node] = self._step(node, cell, values)
+        return cell
+
+    def _closed(self, names: frozenset[str]) -> list[int]:
+        """Nodes that depend on something, and on nothing but ``names``."""
+        if names not in self._closures:
+            found = [n for n in self.order if self.graph.names(n) and self.graph.names(n) <= names]
+            self._closures[names] = found
+        return self._closures[names]
 
     def run(self, values: Mapping[str, Array], known: Mapping[int, Array] | None = None) -> list[Array]:
         """The outputs, in order; invalid operations give nan or inf, never an exception."""

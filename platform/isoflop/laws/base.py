@@ -181,6 +181,23 @@ class LawForm:
             j_BPN[:, k] = column
         return f_BN, j_BPN
 
+    def separate(self, known: Mapping[int, Array], p_BP: Array, n: int) -> tuple[dict[int, Array], Array, Array]:
+        """For variable projection: what depends on data and nonlinear parameters (bound), basis (B, K, N), offset (B, N)."""
+        theta = {self.names[i]: p_BP[:, i, None] for i in self.nonlinear}
+        bound = self.program.bind(theta, known, self.variable_names)
+        zero = {self.names[i]: np.zeros((1, 1)) for i in self.linear}
+        offset = np.broadcast_to(self._value_program.run({**theta, **zero}, bound)[0], (len(p_BP), n))
+        basis = np.empty((len(p_BP), len(self.linear), n))
+        for k, column in enumerate(self._basis_program.run(theta, bound)):
+            basis[:, k] = column
+        return bound, basis, offset
+
+    @cached_property
+    def _basis_program(self) -> Program:
+        """The derivatives with respect to the linear parameters: functions of data and nonlinear parameters alone."""
+        tree = self.expression
+        return Program(tree.graph, [tree.graph.diff(tree.root, self.names[i]) for i in self.linear])
+
     def jacobian(self, x: Mapping[str, Any], p_P: Array) -> Array:
         """Derivatives (N, P) of the predictions at one parameter vector."""
         values = {v: np.atleast_1d(np.asarray(x[v], dtype=np.float64))[None] for v in self.variable_names}

@@ -18,7 +18,7 @@ from isoflop.core.expressions import Array
 from isoflop.laws.base import LawForm
 from isoflop.laws.engine import Box, Optimum, on_bound, scaled
 from isoflop.laws.objective import Objective
-from isoflop.laws.solver import CONVERGED, Batch, Index, solve
+from isoflop.laws.solver import CONVERGED, Batch, Index, Passes, solve
 from isoflop.laws.table import GroupData
 
 SCHEMES = ("cases", "cluster", "wild", "parametric")
@@ -91,13 +91,15 @@ def _refit(batch: Batch, warm_P: Array, cells_RSP: Array, box: Box, objective: O
     """
     count, starts, width = cells_RSP.shape
     found = solve(
-        batch, np.broadcast_to(warm_P, (count, width)), box.low, box.high, objective, max_iter=100, staged=False
+        batch, np.broadcast_to(warm_P, (count, width)), box.low, box.high, objective, max_iter=100, passes="last"
     )
     p, loss, status = found.p, found.loss, found.status
     cold = np.flatnonzero(status != CONVERGED)
     owner, first = np.repeat(np.arange(count), starts), cells_RSP.reshape(-1, width)
     if objective.robust and starts:
-        squares = solve(batch.take(owner), first, box.low, box.high, objective.squares(), max_iter=60, tolerance=1e-6)
+        squares = solve(
+            batch.take(owner), first, box.low, box.high, objective, max_iter=60, passes="project", tolerance=1e-6
+        )
         near = squares.p.reshape(count, starts, width)
         keep = np.ones((count, starts), dtype=bool)
         for s in range(1, starts):
@@ -108,7 +110,8 @@ def _refit(batch: Batch, warm_P: Array, cells_RSP: Array, box: Box, objective: O
     first = np.concatenate([first, p[cold]])
     if not len(owner):
         return p, loss, status
-    others = solve(batch.take(owner), first, box.low, box.high, objective, max_iter=100)
+    passes: Passes = "polish" if objective.robust else "all"
+    others = solve(batch.take(owner), first, box.low, box.high, objective, max_iter=100, passes=passes)
     order = np.lexsort((others.loss, owner))
     top = order[np.unique(owner[order], return_index=True)[1]]
     where = owner[top]

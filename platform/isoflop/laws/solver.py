@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ import numpy.typing as npt
 from isoflop.core.expressions import Array, Mask
 from isoflop.laws.base import LawForm
 from isoflop.laws.objective import Objective
+from isoflop.laws.varpro import constrained
 
 Index = npt.NDArray[np.int64]
 
@@ -31,6 +33,9 @@ STATUS_NAMES = {CONVERGED: "converged", ITERATION_LIMIT: "iteration limit", STAL
 _CHUNK = 200_000  # doubles of Jacobian per chunk: stays in the second-level cache
 _TOLERANCE = 1e-14  # predicted relative decrease below which a fit is converged
 _MAX_DAMPING = 1e12
+
+
+Passes = Literal["all", "project", "polish", "last"]
 
 
 @dataclass(frozen=True)
@@ -95,14 +100,15 @@ def solve(
     high_BP: Array,
     objective: Objective,
     max_iter: int = 200,
-    staged: bool = True,
+    passes: Passes = "all",
     tolerance: float = _TOLERANCE,
 ) -> Solution:
     """Minimise the objective from every start within the bounds (natural units, broadcastable to (B, P)).
 
     Args:
-        staged: for Huber objectives, pass through least squares and larger deltas first. Turn it off for starts that are
-            close to the answer.
+        passes: ``all`` projects, then polishes everything, for Huber terms through larger deltas; ``project`` stops at the
+            (relative) least-squares optimum of the start's basin; ``polish`` goes on from there; ``last`` minimises the
+            objective alone, for starts that are close to the answer.
         tolerance: predicted relative decrease at which a problem is converged.
     """
     size, width = len(batch), len(batch.form.names)
@@ -121,9 +127,9 @@ def solve(
         lo, hi = _inner(low[rows], log), _inner(high[rows], log)
         worker = _Chunk(batch, rows, lo, hi, objective)
         u = np.clip(_inner(out.p[rows], log), lo, hi)
-        *early, last = worker.stages(u) if staged else [objective.delta if objective.robust else None]
-        for delta in early:
-            u, _, _, used = worker.minimise(u, delta, min(max_iter, 25), 1e-5)
+        *early, last = worker.stages(u, passes)
+        for stage in early:
+            u, _, _, used = worker.minimise(u, stage, min(max_iter, 40), 1e-8 if stage.project else 1e-5)
             out.iterations[rows] += used
         u, loss, status, used = worker.minimise(u, last, max_iter, tolerance)
         out.iterations[rows] += used
@@ -136,6 +142,18 @@ def solve(
 def _inner(p: Array, log: Mask) -> Array:
     """Natural parameters to the solver's scale."""
     return np.where(log, np.log(np.where(log, np.maximum(p, 1e-300), 1.0)), p)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What one pass minimises.
+
+    ``delta``: Huber terms with this delta, or squares (None). ``project``: squares of y's residuals (relative ones for a
+    log objective) with the linear parameters solved exactly after every step.
+    """
+
+    delta: float | None
+    project: bool = False
 
 
 @dataclass
@@ -172,21 +190,31 @@ class _Chunk:
         self.batch, self.rows, self.low, self.high, self.objective = batch, rows, low, high, objective
         self.log = batch.form.logarithmic
         self.any_log = bool(self.log.any())
+        self.flat = list(batch.form.linear)
+        ends = low[:, self.flat], high[:, self.flat]
+        signs = np.isin(ends[0], (0.0, -np.inf)).all() and np.isin(ends[1], (0.0, np.inf)).all()
+        self.projects = bool(self.flat) and bool(signs)
 
-    def stages(self, u: Array) -> list[float | None]:
-        """The deltas to pass through: least squares first, then geometric steps from the residuals' spread down."""
+    def stages(self, u: Array, passes: Passes) -> list[_Stage]:
+        """Variable projection, then everything together; for Huber terms delta falls geometrically from the residuals' spread."""
+        if passes == "last":
+            return [_Stage(self.objective.delta if self.objective.robust else None)]
+        first = [_Stage(None, project=True)] if self.projects else []
+        if passes == "project":
+            return first or [_Stage(None)]
+        first = first if passes == "all" else []
         if not self.objective.robust:
-            return [None]
+            return [*first, _Stage(None)]
         known, y, w = self.batch.pick(self.rows)
         f, _ = self._model(u, known)
         r = np.abs(self.objective.residual(f, y))
         seen = r[(w > 0) & np.isfinite(r)]
         top = float(np.median(seen)) if seen.size else 1.0
-        deltas: list[float | None] = [None]
-        while top > 8 * self.objective.delta and len(deltas) < 3:
-            deltas.append(top)
+        later: list[_Stage] = []
+        while top > 8 * self.objective.delta and len(later) < 2:
+            later.append(_Stage(top))
             top /= 8
-        return [*deltas, self.objective.delta]
+        return [*first, _Stage(None), *later, _Stage(self.objective.delta)]
 
     def _model(self, u: Array, known: Mapping[int, Array]) -> tuple[Array, Array]:
         p = np.where(self.log, np.exp(np.where(self.log, u, 0.0)), u) if self.any_log else u
@@ -195,13 +223,15 @@ class _Chunk:
             j[:, self.log] *= p[:, self.log, None]
         return f, j
 
-    def _evaluate(
-        self, u: Array, data: tuple[dict[int, Array], Array, Array], delta: float | None, mix_B: Array
-    ) -> _Point:
+    def _evaluate(self, u: Array, data: tuple[dict[int, Array], Array, Array], stage: _Stage, mix_B: Array) -> _Point:
         """Loss, gradient and curvature; ``mix_B`` moves Huber curvature from exact (0) to majorising (1)."""
         known, y, w = data
+        delta, log = stage.delta, self.objective.log and not stage.project
+        if stage.project:
+            w = w / (y * y) if self.objective.log else w
+            known, u = self._project(u, known, y, w)
         f, j = self._model(u, known)
-        if self.objective.log:
+        if log:
             r = np.log(f / y)  # nan, so infinitely bad, where the law is not positive
             slope = 1.0 / f
         else:
@@ -226,19 +256,28 @@ class _Chunk:
             diagonal = np.einsum("bpp->bp", curvature)
         return _finite(_Point(u, loss, gradient, curvature, diagonal))
 
-    def minimise(
-        self, u: Array, delta: float | None, max_iter: int, tolerance: float
-    ) -> tuple[Array, Array, Index, Index]:
+    def _project(self, u: Array, known: dict[int, Array], y: Array, w: Array) -> tuple[dict[int, Array], Array]:
+        """Variable projection: the linear parameters at their least-squares optimum for the nonlinear ones."""
+        p = np.where(self.log, np.exp(np.where(self.log, u, 0.0)), u) if self.any_log else u
+        bound, basis, offset = self.batch.form.separate(known, p, self.batch.n)
+        weighted = basis * w[:, None, :]
+        gram = np.matmul(weighted, basis.transpose(0, 2, 1))
+        right = np.matmul(weighted, (y - offset)[:, :, None])[..., 0]
+        u = u.copy()
+        u[:, self.flat] = constrained(gram, right, self.low[0, self.flat], self.high[0, self.flat])[0]
+        return bound, u
+
+    def minimise(self, u: Array, stage: _Stage, max_iter: int, tolerance: float) -> tuple[Array, Array, Index, Index]:
         """Damped Newton steps until every problem of the chunk has converged, stalled or run out of iterations."""
         size = len(u)
         final_u, final_loss = u.copy(), np.full(size, np.inf)
         status, used = np.full(size, ITERATION_LIMIT, dtype=np.int64), np.full(size, max_iter, dtype=np.int64)
         active = np.arange(size)
         data = self.batch.pick(self.rows)
-        negligible = self._negligible(data)
+        negligible = self._negligible(data) * (1e7 if stage.project else 1.0)
         damping = np.full(size, 1e-2)
         low, high = self.low, self.high
-        point = self._evaluate(u, data, delta, np.ones(size))
+        point = self._evaluate(u, data, stage, np.ones(size))
         eye = np.eye(u.shape[1])
         lucky = np.ones(size, dtype=bool)  # the step before was accepted
         for iteration in range(1, max_iter + 1):
@@ -246,7 +285,7 @@ class _Chunk:
             g = np.where(held, 0.0, point.gradient)
             h = point.curvature + (damping[:, None] * point.diagonal + 1e-300)[:, :, None] * eye
             move = _bounded_step(h, g, held, low - point.u, high - point.u)
-            trial = self._evaluate(np.clip(point.u + move, low, high), data, delta, np.clip(damping, 1e-7, 1.0))
+            trial = self._evaluate(np.clip(point.u + move, low, high), data, stage, np.clip(damping, 1e-7, 1.0))
             gain = -np.sum(move * (g + 0.5 * np.matmul(h, move[:, :, None])[..., 0]), axis=1)
             better = trial.loss <= point.loss
             done = (np.abs(gain) <= tolerance * np.abs(point.loss) + negligible) & (damping < 1.0)

@@ -100,23 +100,44 @@ def _rank(
     gram = np.matmul(weighted, phi.transpose(0, 2, 1))
     right = np.matmul(weighted, target[:, :, None])[..., 0]
     total = np.einsum("mn,n->m", target**2, w_N)
-    norm = np.sqrt(np.maximum(np.einsum("mkk->mk", gram), 1e-300))
-    gram, right = gram / (norm[:, :, None] * norm[:, None, :]), right / norm
-    bad = ~(np.isfinite(gram).all((1, 2)) & np.isfinite(right).all(1) & np.isfinite(total))
-    gram[bad], right[bad], total[bad] = np.eye(k), 0.0, np.inf
     lo, hi = low[list(form.linear)], high[list(form.linear)]
-    best, coefficients = np.full(m, np.inf), np.zeros((m, k))
+    c, gain = constrained(gram, right, lo, hi)
+    p[:, list(form.linear)] = np.clip(c, lo, hi)
+    return _nan_last(total - gain), p
+
+
+def constrained(gram_MKK: Array, right_MK: Array, lo_K: Array, hi_K: Array) -> tuple[Array, Array]:
+    """Sign-constrained least squares from normal equations of unit-norm columns: c (M, K) and the decrease of the SSE (M,).
+
+    Solved without constraints first; where a sign is violated, the best of all allowed supports.
+    """
+    k = right_MK.shape[1]
+    norm = np.sqrt(np.maximum(np.einsum("mkk->mk", gram_MKK), 1e-300))
+    gram, right = gram_MKK / (norm[:, :, None] * norm[:, None, :]), right_MK / norm
+    bad = ~np.isfinite(gram.sum((1, 2)) + right.sum(1))
+    if bad.any():
+        gram[bad], right[bad] = np.eye(k), 0.0
+    c = np.linalg.solve(gram + 1e-13 * np.eye(k), right[:, :, None])[..., 0]
+    floor, ceiling = np.where(lo_K >= 0, 0.0, -np.inf), np.where(hi_K <= 0, 0.0, np.inf)
+    wrong = np.flatnonzero(((c < floor) | (c > ceiling)).any(axis=1))
+    if len(wrong):
+        c[wrong] = _best_support(gram[wrong], right[wrong], lo_K, hi_K, floor, ceiling)
+    gain = 2 * np.sum(c * right, axis=1) - np.sum(c * np.matmul(gram, c[:, :, None])[..., 0], axis=1)
+    return c / norm, np.where(bad, -np.inf, gain)
+
+
+def _best_support(gram: Array, right: Array, lo: Array, hi: Array, floor: Array, ceiling: Array) -> Array:
+    """The feasible subset of columns with the largest decrease."""
+    best, coefficients = np.full(len(right), -np.inf), np.zeros_like(right)
     for kept in _supports(lo, hi):
-        c = np.zeros((m, k))
+        c = np.zeros_like(right)
         if kept:
             sub = gram[:, kept][:, :, kept] + 1e-13 * np.eye(len(kept))
             c[:, kept] = np.linalg.solve(sub, right[:, kept, None])[..., 0]
-        inside = np.all((c >= np.where(lo >= 0, 0.0, -np.inf)) & (c <= np.where(hi <= 0, 0.0, np.inf)), axis=1)
-        sse = total - 2 * np.einsum("mk,mk->m", c, right) + np.einsum("mk,mkl,ml->m", c, gram, c)
-        take = inside & (sse < best)
-        best, coefficients = np.where(take, sse, best), np.where(take[:, None], c, coefficients)
-    p[:, list(form.linear)] = np.clip(coefficients / norm, lo, hi)
-    return _nan_last(best), p
+        gain = np.sum(c * right, axis=1)
+        take = np.all((c >= floor) & (c <= ceiling), axis=1) & (gain > best)
+        best, coefficients = np.where(take, gain, best), np.where(take[:, None], c, coefficients)
+    return coefficients
 
 
 def _supports(lo: Array, hi: Array) -> list[list[int]]:
