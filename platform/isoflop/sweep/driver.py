@@ -202,7 +202,8 @@ class Driver:
         slots = max(1, len(self._executor.workers()))
         eager = self._spec.search.sampler in _EAGER
         per_trial = len(self._sweep.task_options) * self._spec.repeats
-        wanted = max(4 * slots, 16) if eager else 2 * slots
+        # A search that learns is asked as late as possible; of short jobs a few at once, or asking would hold them up.
+        wanted = max(4 * slots, 16) if eager else slots * (4 if self._job_seconds < _SHORT_JOB else 1)
         missing = wanted - (len(self._queue) if eager else self._trials.open_count * per_trial)
         if self._spec.budget.jobs is not None:
             have = self._summary.cached + self._summary.ran + self._queue.running + len(self._queue)
@@ -339,7 +340,8 @@ class Driver:
             return
         # real seconds, also in simulated time: this paces writes to a disk
         due = time.monotonic() - self._last_commit >= _COMMIT_SECONDS or len(self._rows) >= _COMMIT_ROWS
-        starved = not len(self._queue) and not self._exhausted  # the search waits for these rows
+        # a worker stands idle while the search waits for these rows
+        starved = not len(self._queue) and not self._exhausted and not all(slot.items for slot in self._slots.values())
         if not (force or due or starved):
             return
         # Kept until the ledger has them: whatever interrupts this, they are written (again) at the end.
