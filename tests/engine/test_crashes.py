@@ -42,16 +42,6 @@ def no_child_survives(children: Callable[[], set[int]]) -> Iterator[None]:
     assert not left, [Path(f"/proc/{pid}/cmdline").read_text()[:200] for pid in left if Path(f"/proc/{pid}").exists()]
 
 
-@pytest.fixture(scope="session")
-def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without runs; creating one takes seconds, copying it nothing."""
-    from mlflow import MlflowClient
-
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 class Place:
     """A store, a cache and a YAML file in one folder, and the command line on them."""
 

@@ -193,7 +193,7 @@ class MlflowTracker(Tracker):
                 return
             except Exception as error:
                 self._problem = f"MLflow at {self._uri}: {' '.join(str(error).split())[:200]}"
-                if getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE" and attempt >= _REFUSALS:
+                if _hopeless(error) and attempt >= _REFUSALS:
                     if message[0] == "rows" and len(message[1]) > 1:
                         for row in message[1]:  # one of them is to blame
                             self._insist(("rows", [row]))
@@ -221,6 +221,11 @@ class MlflowTracker(Tracker):
             self._projection.show_missing(message[1])
         else:
             self._projection.end(*message[1:])
+
+
+def _hopeless(error: Exception) -> bool:
+    """Whether the message itself is at fault, so that no server will ever take it."""
+    return getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE" or isinstance(error, (LookupError, TypeError, ValueError))
 
 
 def wait_until_idle(tracker: Tracker, seconds: float) -> bool:
