@@ -121,3 +121,12 @@ def test_sql_and_costs_on_tables() -> None:
     assert found.to_pylist() == [{"name": "d", "c": 80.0}]
     priced = add_cost(rows(), "inference", constants={"Q": 50})
     assert priced["cost"].to_pylist() == [120.0, 240.0, 480.0, 960.0]
+
+
+def test_hypervolume_of_three_objectives_with_ties_equals_slices_by_hand() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        points = rng.integers(0, 5, (int(rng.integers(1, 12)), 3)).astype(float)
+        corner = np.full(3, 5.0)
+        cells = np.stack(np.meshgrid(*[np.arange(5) + 0.5] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+        assert hypervolume(points, corner) == (points[None] <= cells[:, None]).all(-1).any(1).sum()

@@ -193,3 +193,22 @@ def test_custom_forms_find_their_linear_parameters() -> None:
     assert [form.names[i] for i in form.linear] == ["E", "A", "B"]
     product = custom_form("c*d*N", ["N"])
     assert len(product.linear) == 1
+
+
+def test_a_narrow_design_gives_the_verdict_not_a_number() -> None:
+    rng = np.random.default_rng(0)
+    n, v = (a.ravel() for a in np.meshgrid([1.0e9, 1.02e9, 1.04e9], [1.0, 16, 144, 576]))
+    table = {"N": n, "V": v, "error": 0.6 * (n / 1e9) ** -0.1 * v**-0.1 + 0.01 * rng.standard_normal(12)}
+    fitted = fit(table, bootstrap=200, scheme="parametric")
+    assert fitted.params["alpha"].identified is False
+    assert fitted.params["beta"].identified is True
+    assert fitted.derived["alpha/beta"].identified is False
+    assert any("N spans only a factor of 1.04" in w for w in fitted.warnings)
+    assert "unidentified" in next(line for line in str(fitted).splitlines() if line.startswith("alpha "))
+
+
+def test_many_rows_are_fitted_without_many_copies() -> None:
+    table = additive_table(0, 60_000)
+    fitted = fit(table, "chinchilla", y="loss", objective="squared-log", bootstrap=0, profile=False)
+    assert fitted["alpha"] == pytest.approx(0.35, rel=0.02)
+    assert fitted["beta"] == pytest.approx(0.365, rel=0.02)

@@ -323,12 +323,33 @@ def hypervolume(front_MK: Array, reference_K: Array) -> float:
         return float(np.sum((right - points[:, 0]) * (reference_K[1] - y)))
     points = points[np.argsort(points[:, -1], kind="stable")]
     depth = np.diff(np.append(points[:, -1], reference_K[-1]))
+    if points.shape[1] == 3:
+        return float(np.sum(depth * _growing_area(points[:, :2], reference_K[:2])))
     total = 0.0
     for i, thick in enumerate(depth):
         if thick > 0:
             head = points[: i + 1, :-1]
             total += thick * hypervolume(head[non_dominated(head)], reference_K[:-1])
     return total
+
+
+def _growing_area(points_M2: Array, corner: Array) -> Array:
+    """Area dominated up to the corner by the first 1, 2, … points, (M,): a staircase that grows point by point."""
+    xs, ys = [-math.inf, float(corner[0])], [float(corner[1]), -math.inf]  # x rises, y falls
+    area, areas = 0.0, []
+    for x, y in points_M2.tolist():
+        first = bisect.bisect_left(xs, x)
+        if ys[first - 1] > y and not (xs[first] == x and ys[first] <= y):
+            last, left, height = first, x, ys[first - 1]
+            while ys[last] >= y:
+                area += (xs[last] - left) * (height - y)
+                left, height = xs[last], ys[last]
+                last += 1
+            area += (xs[last] - left) * (height - y)
+            xs[first:last] = [x]
+            ys[first:last] = [y]
+        areas.append(area)
+    return np.array(areas)
 
 
 def membership(points_MK: Array, stderr_MK: Array, simulations: int = 400, seed: int = 0) -> Array:

@@ -21,6 +21,7 @@ from isoflop.laws.objective import Objective
 from isoflop.laws.solver import CONVERGED, Batch, Index, Passes, solve
 from isoflop.laws.table import GroupData
 
+_DOUBLES = 20_000_000  # weights or targets held at once
 SCHEMES = ("cases", "cluster", "wild", "parametric")
 
 
@@ -68,13 +69,17 @@ def bootstrap(
     out = []
     for g, (data, best) in enumerate(zip(groups, optima, strict=True)):
         rng = np.random.default_rng([seed, g])
-        y_YN, w_WN = _draw(form, data, best, box, objective, resamples, scheme, rng)
         x = {v: a[None] for v, a in scaled(data).items()}
-        rows = np.arange(resamples)
-        zero = np.zeros_like(rows)
-        batch = Batch(form, x, y_YN, w_WN, zero, rows if len(y_YN) > 1 else zero, rows if len(w_WN) > 1 else zero)
-        picks = rng.integers(len(best.spare), size=(resamples, starts - 1))
-        p, loss, status = _refit(batch, best.p_scaled, best.spare[picks], box, objective)
+        parts = []
+        step = max(1, _DOUBLES // data.n)
+        for first in range(0, resamples, step):
+            count = min(step, resamples - first)
+            y_YN, w_WN = _draw(form, data, best, box, objective, count, scheme, rng)
+            rows, zero = np.arange(count), np.zeros(count, dtype=np.int64)
+            batch = Batch(form, x, y_YN, w_WN, zero, rows if len(y_YN) > 1 else zero, rows if len(w_WN) > 1 else zero)
+            picks = rng.integers(len(best.spare), size=(count, starts - 1))
+            parts.append(_refit(batch, best.p_scaled, best.spare[picks], box, objective))
+        p, loss, status = (np.concatenate(column) for column in zip(*parts, strict=True))
         p = form.canonical(p)
         edge = on_bound(box, p)
         counts = {n: int(edge[:, i].sum()) for i, n in enumerate(form.names) if box.free[i] and edge[:, i].any()}
