@@ -176,5 +176,8 @@ def test_the_record_answers_the_reporting_checklist() -> None:
         record["optimiser"]
     )
     assert {"scheme", "resamples", "not_converged", "at_bound"} <= set(record["bootstrap"])
+    held_out = record["validation"]["leave_largest_out"]
+    assert set(held_out) == {"law", "semilog", "carry-forward"}
+    assert {"rmse", "bias", "decades", "held_out"} <= set(held_out["law"][0])
     for estimate in data["params"].values():
         assert {"value", "unit", "interval", "identified", "verdict", "interval_method"} <= set(estimate)

@@ -13,7 +13,7 @@ import pyarrow as pa
 from scipy import stats
 
 from isoflop.core.errors import UserError
-from isoflop.laws.base import LawForm, custom_form, resolve_form
+from isoflop.laws.base import LawForm, resolve_form
 from isoflop.laws.engine import NotEstimable, make_box
 from isoflop.laws.extrapolation import BASELINES, Cut, baseline_rollout, interpolation_error, rollout, splits
 from isoflop.laws.fitting import Settings, fit_data
@@ -21,6 +21,7 @@ from isoflop.laws.objective import Objective
 from isoflop.laws.render import number
 from isoflop.laws.result import Fit
 from isoflop.laws.table import Columns, GroupData, Tabular, as_table, load_groups
+from isoflop.laws.validation import semilog
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -186,7 +187,7 @@ def compare(
     asked = _labelled(forms, list(mapping))
     variables = list(dict.fromkeys(v for form, _ in asked.values() for v in form.variable_names))
     columns = Columns(y, {v: mapping.get(v, v) for v in variables}, weights, None, where)
-    everything = _union_form(variables)
+    everything = semilog(variables)
     data = load_groups(source, everything, columns, (), goal.log)[0]
     along = along or variables[0]
     if not any("log(" in form.formula and not form.nonlinear for form, _ in asked.values()) and all(
@@ -222,12 +223,6 @@ def _labelled(forms: Any, variables: list[str]) -> dict[str, tuple[LawForm, dict
     if not out:
         raise UserError("compare: at least one form is needed")
     return out
-
-
-def _union_form(variables: list[str]) -> LawForm:
-    """Semilog in any number of variables."""
-    slopes = "".join(f" - a_{v}*log({v})" for v in variables)
-    return custom_form(f"E{slopes}", variables, name="semilog")
 
 
 def _entry(

@@ -86,10 +86,14 @@ def rollout(
     resamples: int = 0,
     level: float = 0.95,
     seed: int = 0,
+    cuts: int | None = None,
 ) -> list[Cut]:
-    """Leave-largest-out with a growing cut; cuts whose rest cannot be fitted are left out. All cuts are one batch of fits."""
+    """Leave-largest-out with a growing cut; cuts whose rest cannot be fitted are left out. All cuts are one batch of fits.
+
+    ``cuts``: at most this many, the smallest held-out sets first.
+    """
     usable, parts = [], []
-    for train, test in splits(data, along):
+    for train, test in splits(data, along)[:cuts]:
         part = data.take(train)
         try:
             check_estimable(form, part, box)
@@ -101,7 +105,7 @@ def rollout(
         return []
     optima = fit_groups(form, parts, box, objective, seed=seed)
     draws = bootstrap(form, parts, optima, box, objective, resamples, seed=seed) if resamples else [None] * len(parts)
-    cuts = []
+    found = []
     for (train, test), part, best, drawn in zip(usable, parts, optima, draws, strict=True):
         at = {v: a[test] for v, a in data.x.items()}
         covered = None
@@ -111,8 +115,8 @@ def rollout(
             new = form.evaluate(at, drawn.p) + rng.choice(noise, size=(len(drawn.p), int(test.sum())))
             low, high = np.nanpercentile(new, [50 * (1 - level), 50 * (1 + level)], axis=0)
             covered = float(np.mean((data.y[test] >= low) & (data.y[test] <= high)))
-        cuts.append(judge(data, along, train, test, form.evaluate(at, best.p), covered))
-    return cuts
+        found.append(judge(data, along, train, test, form.evaluate(at, best.p), covered))
+    return found
 
 
 def interpolation_error(

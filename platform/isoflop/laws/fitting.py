@@ -21,6 +21,7 @@ from isoflop.laws.inference import derived_estimates, parameter_estimates
 from isoflop.laws.objective import Objective
 from isoflop.laws.result import Fit, GroupedFit
 from isoflop.laws.table import Columns, GroupData, Tabular, as_table, describe_key, load_groups
+from isoflop.laws.validation import validate
 
 
 def fit(
@@ -60,7 +61,7 @@ def fit(
         cluster: column that names runs or models; the bootstrap then resamples whole clusters.
         bounds, fixed: per parameter, in natural units; on top of the form's own.
         bootstrap: resamples (0: none); scheme: ``cases``, ``cluster``, ``wild``, ``parametric``.
-        profile: compute profile-likelihood ranges, which the verdicts rest on.
+        profile: compute profile-likelihood ranges, which the verdicts rest on, and leave-largest-out errors for the record.
         level: of all intervals.
         starts: polished starts per fit (default: the form's).
         seed: of the search design and the resamples.
@@ -168,6 +169,8 @@ def _assemble(
     )
     fitted.derived = derived_estimates(fitted)
     fitted.diagnostics = residual_diagnostics(form, data, goal.residual(data.y, f) if goal.log else residual)
+    if settings.profile:
+        fitted.record["validation"] = validate(form, data, box, goal)
     repeats = None if goal.robust or goal.log else lack_of_fit(form, data, best.p, int(box.free.sum()))
     if repeats is not None:
         fitted.diagnostics["lack_of_fit"] = repeats

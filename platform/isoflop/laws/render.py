@@ -6,6 +6,8 @@ import html
 import math
 from typing import TYPE_CHECKING
 
+from isoflop.laws.validation import in_words
+
 if TYPE_CHECKING:
     from isoflop.laws.result import Estimate, Fit
 
@@ -56,6 +58,7 @@ def fit_text(fit: Fit) -> str:
         lines.append(f"{name:12}{value(e):>13}  {span(e):24} {mark(e)}")
         if e.identified is False:
             lines += [f"{'':14}{part}" for part in _wrap(e.verdict, WIDTH - 14)]
+    lines += _wrap(in_words(fit.record.get("validation"))) if fit.record.get("validation") else []
     for warning in fit.warnings:
         lines += [("! " if k == 0 else "  ") + part for k, part in enumerate(_wrap(warning, WIDTH - 2))]
     return "\n".join(lines)
@@ -74,7 +77,8 @@ def fit_html(fit: Fit) -> str:
         f"<td>{html.escape(span(e))}</td><td>{html.escape(e.verdict)}</td></tr>"
         for name, e in [*fit.params.items(), *fit.derived.items()]
     )
-    notes = "".join(f"<li>{html.escape(w)}</li>" for w in fit.warnings)
+    held_out = in_words(fit.record.get("validation"))
+    notes = "".join(f"<li>{html.escape(w)}</li>" for w in [held_out, *fit.warnings] if w)
     return (
         f"<div><p><code>{html.escape(title(fit))}</code><br>{html.escape(numbers_line(fit))}</p>"
         f"<table><thead><tr><th></th><th>value</th><th>{100 * fit.level:g}% interval</th><th>what the data say</th></tr></thead>"
