@@ -83,8 +83,9 @@ class KnobSpec:
             hint = nearest(str(typed), [str(c) for c in knob.choices]) if isinstance(typed, str) else None
             guess = f" (did you mean {hint!r}?)" if hint else ""
             raise UserError(f"{prefix}{self.name} = {value!r} is not allowed{guess}; allowed: {self.describe()}")
-        number = isinstance(typed, (int, float)) and not isinstance(typed, bool)
-        if number and ((knob.low is not None and typed < knob.low) or (knob.high is not None and typed > knob.high)):
+        if isinstance(typed, (bool, str)):
+            return typed
+        if (knob.low is not None and typed < knob.low) or (knob.high is not None and typed > knob.high):
             raise UserError(f"{prefix}{self.name} = {value!r} is out of range; allowed: {self.describe()}")
         return typed
 

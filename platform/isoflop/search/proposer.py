@@ -12,6 +12,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, cast
 
 import optuna
@@ -183,7 +184,7 @@ class OptunaProposer(Proposer):
             number = self._numbers.peek()
             self._study.sampler = self._sampler_for(number, misses)
             trial = self._study.ask()
-            config = self._space.walk(lambda param, trial=trial: _suggest(trial, param))
+            config = self._space.walk(partial(_suggest, trial))
             key = values_key(config)
             if key in self._known or self._space.excluded(config):
                 self._study.tell(trial, state=TrialState.FAIL)

@@ -181,8 +181,8 @@ class Space:
         if set(config) != {"model", "method"} | {p.name for p in branch.params}:
             return False
         for zipped in self.zips:
-            active = zipped.paths & set(config)
-            if active and not any(all(config[p] == v for p, v in row if p in active) for row in zipped.rows):
+            coupled = zipped.paths & set(config)
+            if coupled and not any(all(config[p] == v for p, v in row if p in coupled) for row in zipped.rows):
                 return False
         zipped_paths = {path for z in self.zips for path in z.paths}
         for param in branch.params:

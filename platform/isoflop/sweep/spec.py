@@ -366,7 +366,8 @@ def _real_path(loc: tuple[int | str, ...], source: Source) -> KeyPath:
     path: list[str | int] = []
     data: Any = source.data
     for part in loc:
-        if (isinstance(data, Mapping) and part in data) or (isinstance(data, list) and isinstance(part, int) and part < len(data)):
+        found = part in data if isinstance(data, Mapping) else isinstance(data, list) and isinstance(part, int) and part < len(data)
+        if found:
             path.append(part)
             data = data[part]
         elif isinstance(data, Mapping) and len(data) == 1 and part in ("knobs", "options"):

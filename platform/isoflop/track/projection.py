@@ -82,8 +82,8 @@ class Projection:
         """One row through the public client."""
         run_id, _ = self._runs.get(data.job_id, ("", 0))
         if not run_id:
-            tags = {"mlflow.parentRunId": self._parent_id, **_source_tags(), **data.tags}
-            run_id = self._client.create_run(self._experiment_id, start_time=data.start_ms, run_name=data.name, tags=tags).info.run_id
+            first = {"mlflow.parentRunId": self._parent_id, **_source_tags(), **data.tags}
+            run_id = self._client.create_run(self._experiment_id, start_time=data.start_ms, run_name=data.name, tags=first).info.run_id
             self._runs[data.job_id] = (run_id, 0)
         else:
             self._forget_error(run_id, data)
