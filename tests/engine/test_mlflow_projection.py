@@ -30,7 +30,11 @@ def runs_of(uri: str, name: str) -> tuple[Any, list[Any], list[Any]]:
 
     client = MlflowClient(uri)
     runs = list(client.search_runs([client.get_experiment_by_name(name).experiment_id], max_results=1000))
-    return client, [r for r in runs if "isoflop.parent" in r.data.tags], [r for r in runs if "isoflop.job_id" in r.data.tags]
+    return (
+        client,
+        [r for r in runs if "isoflop.parent" in r.data.tags],
+        [r for r in runs if "isoflop.job_id" in r.data.tags],
+    )
 
 
 def row(job: str, sequence: int, **more: Any) -> dict[str, Any]:
@@ -102,7 +106,20 @@ def test_a_half_written_run_is_completed_and_a_double_deleted(uri: str) -> None:
 def test_a_job_that_was_run_again_shows_its_last_row_only(uri: str) -> None:
     tracker = MlflowTracker(uri, "s")
     tracker.start("spec", {})
-    tracker.push([row("a", 1, status="failed", error=None, scores=None, shard_sizes=None, error_type="ValueError", error_text="no")])
+    tracker.push(
+        [
+            row(
+                "a",
+                1,
+                status="failed",
+                error=None,
+                scores=None,
+                shard_sizes=None,
+                error_type="ValueError",
+                error_text="no",
+            )
+        ]
+    )
     assert wait_until_idle(tracker, 60)
     tracker.push([row("a", 2)])
     tracker.push([row("a", 2)])
@@ -142,7 +159,9 @@ def test_a_row_that_cannot_be_shown_does_not_hold_up_the_others(uri: str) -> Non
     assert {r.data.tags["isoflop.job_id"] for r in runs_of(uri, "s")[2]} == {"a", "c"}
 
 
-def test_a_server_that_does_not_answer_delays_nothing_but_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_answer_delays_nothing_but_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     opened = run_local(toy(), tmp_path, tracking_uri="http://127.0.0.1:9", track_wait=0.5)
@@ -157,4 +176,9 @@ def test_rows_keep_within_mlflows_limits() -> None:
     assert len(data.name) == 250
     assert max(map(len, data.tags.values())) <= 8000
     assert data.end_ms - data.start_ms == 2000
-    assert data.steps == (("shard_error", 0, 0.25), ("running_error", 0, 0.25), ("shard_error", 1, 0.75), ("running_error", 1, 0.5))
+    assert data.steps == (
+        ("shard_error", 0, 0.25),
+        ("running_error", 0, 0.25),
+        ("shard_error", 1, 0.75),
+        ("running_error", 1, 0.5),
+    )
