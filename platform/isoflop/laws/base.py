@@ -171,12 +171,17 @@ class LawForm:
         out = self._value_program.run(values)[0]
         return np.asarray(out[..., 0] if params.ndim == 1 and np.ndim(next(iter(values.values()))) == 0 else out)
 
-    def value_and_jacobian(self, known: Mapping[int, Array], p_BP: Array, n: int) -> tuple[Array, Array]:
-        """Predictions (B, N) and derivatives (B, P, N) for bound data (1, N) or (B, N) and parameters (B, P)."""
+    def value_and_jacobian(
+        self, known: Mapping[int, Array], p_BP: Array, n: int, out: Array | None = None
+    ) -> tuple[Array, Array]:
+        """Predictions (B, N) and derivatives (B, P, N) for bound data (1, N) or (B, N) and parameters (B, P).
+
+        ``out``: where to put the derivatives.
+        """
         values = {name: p_BP[:, i, None] for i, name in enumerate(self.names)}
         f, *columns = self.program.run(values, known)
         f_BN = np.broadcast_to(f, (len(p_BP), n))
-        j_BPN = np.empty((len(p_BP), len(self.names), n))
+        j_BPN = np.empty((len(p_BP), len(self.names), n)) if out is None else out
         for k, column in enumerate(columns):
             j_BPN[:, k] = column
         return f_BN, j_BPN

@@ -21,6 +21,7 @@ from isoflop.laws.objective import Objective
 from isoflop.laws.solver import CONVERGED, Batch, Index, Passes, solve
 from isoflop.laws.table import GroupData
 
+_TOLERANCE = 1e-11  # far below the spread of the resamples
 _DOUBLES = 20_000_000  # weights or targets held at once
 SCHEMES = ("cases", "cluster", "wild", "parametric")
 
@@ -96,7 +97,14 @@ def _refit(batch: Batch, warm_P: Array, cells_RSP: Array, box: Box, objective: O
     """
     count, starts, width = cells_RSP.shape
     found = solve(
-        batch, np.broadcast_to(warm_P, (count, width)), box.low, box.high, objective, max_iter=100, passes="last"
+        batch,
+        np.broadcast_to(warm_P, (count, width)),
+        box.low,
+        box.high,
+        objective,
+        max_iter=100,
+        passes="last",
+        tolerance=_TOLERANCE,
     )
     p, loss, status = found.p, found.loss, found.status
     cold = np.flatnonzero(status != CONVERGED)
@@ -116,7 +124,9 @@ def _refit(batch: Batch, warm_P: Array, cells_RSP: Array, box: Box, objective: O
     if not len(owner):
         return p, loss, status
     passes: Passes = "polish" if objective.robust else "all"
-    others = solve(batch.take(owner), first, box.low, box.high, objective, max_iter=100, passes=passes)
+    others = solve(
+        batch.take(owner), first, box.low, box.high, objective, max_iter=100, passes=passes, tolerance=_TOLERANCE
+    )
     order = np.lexsort((others.loss, owner))
     top = order[np.unique(owner[order], return_index=True)[1]]
     where = owner[top]
