@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -98,17 +100,28 @@ def _print_end(opened: SweepResults, options: RunOptions) -> None:
         f"[bold]{opened.name}[/bold]: {summary.ran} jobs in {duration(summary.seconds)} ({', '.join(parts) or 'nothing was missing'}), {summary.cached} from before"
         + (f", {summary.left} left" if summary.left else "")
     )
+    program, python = _programs()
     where = "" if options.store is None and "ISOFLOP_STORE" not in os.environ and opened.spec.store is None else f" --store {opened.store.uri}"
     if summary.interrupted or summary.left:
-        out.print(Text(f"go on:      isoflop resume {opened.name}{where}"))
+        out.print(Text(f"go on:      {program} resume {opened.name}{where}"))
     if summary.failed:
-        out.print(Text(f"try again:  isoflop resume {opened.name} --retry-failed{where}"))
-    out.print(Text(f"look:       isoflop show {opened.name}{where}"))
+        out.print(Text(f"try again:  {program} resume {opened.name} --retry-failed{where}"))
+    out.print(Text(f"look:       {program} show {opened.name}{where}"))
     if options.tracking_uri != "none":
-        out.print(Text(f"browse:     isoflop ui{where}"))
+        out.print(Text(f"browse:     {program} ui{where}"))
     if opened.spec.laws:
         argument = f", store={opened.store.uri!r}" if where else ""
-        out.print(Text(f"ask:        python -c \"import isoflop; print(isoflop.open('{opened.name}'{argument}).frontier())\"", overflow="fold"))
+        out.print(Text(f"ask:        {python} -c \"import isoflop; print(isoflop.open('{opened.name}'{argument}).frontier())\"", overflow="fold"))
+
+
+def _programs() -> tuple[str, str]:
+    """How to call isoflop and its Python from here: by name when the shell would find this very program, else by path."""
+    called = Path(sys.argv[0])
+    found = shutil.which("isoflop")
+    if called.name != "isoflop" or (found is not None and Path(found).resolve() == called.resolve()):
+        return "isoflop", "python"
+    folder = Path(os.path.relpath(called.parent))
+    return str(folder / "isoflop"), str(folder / "python")
 
 
 @click.command("plan")

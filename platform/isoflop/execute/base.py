@@ -95,7 +95,7 @@ class Executor(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Bring workers up. Raises UserError at once for resources that the cluster can never give."""
+        """Bring workers up; nothing when they are. Raises UserError at once for resources that the cluster can never give."""
 
     @abstractmethod
     def workers(self) -> list[WorkerInfo]:

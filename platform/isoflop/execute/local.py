@@ -30,6 +30,8 @@ class LocalExecutor(Executor):
     def start(self) -> None:
         import torch
 
+        if self._threads_before is not None:
+            return
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(self._threads)
 

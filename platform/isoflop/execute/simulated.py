@@ -79,6 +79,8 @@ class SimulatedExecutor(Executor):
         return lambda: self._now
 
     def start(self) -> None:
+        if self._slots:
+            return
         for node in range(self._nodes):
             for slot in range(self._per_node):
                 self._add(WorkerInfo(f"n{node}g{slot}", f"n{node}", f"host{node}", "simulated", str(slot)))

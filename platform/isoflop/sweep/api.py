@@ -84,7 +84,6 @@ def run_resolved(sweep: Sweep, options: RunOptions, progress: Progress) -> Sweep
         save_spec(store, sweep, ledger)
         log.line(f"sweep {spec.name}: store {store.uri}")
         tracker.start(sweep.source.text or json.dumps(sweep.source.data, indent=1), {"spec": spec.digest, "store": store.uri})
-        executor.start()
         proposer = make_proposer(
             sweep.space,
             spec.search.sampler,

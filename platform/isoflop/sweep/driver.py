@@ -74,7 +74,7 @@ class Driver:
     Args:
         sweep: resolved spec.
         ledger: locked for writing.
-        executor: started.
+        executor: is started when there is something to run.
         retry_failed: run jobs with status failed again.
         clock: monotonic seconds; another one in simulated time.
     """
@@ -100,7 +100,7 @@ class Driver:
         self._clock = clock
         self._proposer = proposer
         self._trials = TrialBook(sweep, proposer)
-        self._queue = WorkQueue(self._spec.limits.retries, executor.cached_stages())
+        self._queue = WorkQueue(self._spec.limits.retries)
         self._slots: dict[str, _Slot] = {}
         self._rows: list[dict[str, Any]] = []
         self._summary = Summary()
@@ -113,6 +113,7 @@ class Driver:
         self._notice = ""
         self._last_commit = 0.0
         self._last_show = 0.0
+        self._started_workers = False
 
     def run(self) -> Summary:
         """Run until the search is exhausted, the budget ends, or somebody interrupts. Returns how it went."""
@@ -236,7 +237,15 @@ class Driver:
             return f"{budget.flops:g} FLOPs"
         return None
 
+    def _start_workers(self) -> None:
+        """Bring the executor up when there is the first thing to run: a finished sweep is opened again in a moment."""
+        self._executor.start()
+        self._queue.stages_exist(self._executor.cached_stages())
+        self._started_workers = True
+
     def _dispatch(self) -> None:
+        if not self._started_workers and len(self._queue):
+            self._start_workers()
         workers = self._executor.workers()
         for worker in workers:
             self._slots.setdefault(worker.id, _Slot([], self._clock()))

@@ -172,6 +172,11 @@ class WorkQueue:
                 return pending
         return None
 
+    def stages_exist(self, keys: set[str]) -> None:
+        """Stages that some host has on disk already."""
+        for key in keys:
+            self.stage_done(key)
+
     # outcomes
 
     def stage_done(self, key: str) -> None:
