@@ -31,13 +31,21 @@ def frontier_figure(results: SweepResults, law: str = "product", cost: str = "2*
     table = results.results()
     found = results.frontier(law=law, cost=cost, **options)
     frontiers: list[Frontier] = [found] if hasattr(found, "points") else list(found)
-    figure = make_subplots(rows=1, cols=len(frontiers), subplot_titles=[_title(f) for f in frontiers], horizontal_spacing=0.08)
+    figure = make_subplots(
+        rows=1, cols=len(frontiers), subplot_titles=[_title(f) for f in frontiers], horizontal_spacing=0.08
+    )
     for column, frontier in enumerate(frontiers, start=1):
         _band(figure, frontier, column)
         _points(figure, _group(table, frontier.key), cost, frontier.constants, column)
         figure.update_xaxes(type="log", title_text=f"inference cost per answer, {cost} (FLOPs)", row=1, col=column)
         figure.update_yaxes(title_text="error" if column == 1 else "", rangemode="tozero", row=1, col=column)
-    figure.update_layout(template="plotly_white", width=560 * len(frontiers), height=460, legend={"orientation": "h", "y": -0.22}, margin={"t": 50, "b": 40})
+    figure.update_layout(
+        template="plotly_white",
+        width=560 * len(frontiers),
+        height=460,
+        legend={"orientation": "h", "y": -0.22},
+        margin={"t": 50, "b": 40},
+    )
     return figure
 
 
@@ -48,21 +56,44 @@ def _band(figure: go.Figure, frontier: Frontier, column: int) -> None:
     first = column == 1
     band = [*(high for _, high in ends), *(low for low, _ in reversed(ends))]
     figure.add_trace(
-        go.Scatter(x=[*x, *reversed(x)], y=band, fill="toself", mode="lines", line_width=0, fillcolor="rgba(120,120,120,.25)", name="95 % interval", hoverinfo="skip", showlegend=first),
+        go.Scatter(
+            x=[*x, *reversed(x)],
+            y=band,
+            fill="toself",
+            mode="lines",
+            line_width=0,
+            fillcolor="rgba(120,120,120,.25)",
+            name="95 % interval",
+            hoverinfo="skip",
+            showlegend=first,
+        ),
         row=1,
         col=column,
     )
     names = list(frontier.points[0].continuous) if frontier.points else []
     text = ["<br>".join(f"{n}* = {p.continuous[n].value:.3g}" for n in names) for p in frontier.points]
     figure.add_trace(
-        go.Scatter(x=x, y=error, mode="lines", line={"color": "#444", "dash": "dash"}, name="frontier of the law", text=text, hovertemplate="budget %{x:.3g}<br>error %{y:.3f}<br>%{text}<extra></extra>", showlegend=first),
+        go.Scatter(
+            x=x,
+            y=error,
+            mode="lines",
+            line={"color": "#444", "dash": "dash"},
+            name="frontier of the law",
+            text=text,
+            hovertemplate="budget %{x:.3g}<br>error %{y:.3f}<br>%{text}<extra></extra>",
+            showlegend=first,
+        ),
         row=1,
         col=column,
     )
 
 
 def _points(figure: go.Figure, table: pa.Table, cost: str, constants: Mapping[str, float], column: int) -> None:
-    rows = [r for r in table.select(["model", "method", "knobs", "N", "V", "Q", "error"]).to_pylist() if r["error"] is not None]
+    rows = [
+        r
+        for r in table.select(["model", "method", "knobs", "N", "V", "Q", "error"]).to_pylist()
+        if r["error"] is not None
+    ]
     formula = parse(cost)
     for index, tokens in enumerate(sorted({r["V"] for r in rows})):
         chosen = sorted((r for r in rows if r["V"] == tokens), key=lambda r: r["N"])

@@ -30,13 +30,24 @@ def photograph(figure: go.Figure, target: Path) -> None:
     """Save a figure as the PNG that a browser shows. Raises UserError without a browser."""
     browser = next((found for name in _BROWSERS if (found := shutil.which(name))), None)
     if browser is None:
-        raise UserError(f"pictures need a browser: install one of {', '.join(_BROWSERS)} (Debian: apt-get install chromium)")
+        raise UserError(
+            f"pictures need a browser: install one of {', '.join(_BROWSERS)} (Debian: apt-get install chromium)"
+        )
     width, height = int(figure.layout.width), int(figure.layout.height)
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "figure.html"
         figure.update_layout(margin_l=60)
-        page.write_text(f"<body style='margin:0'>{figure.to_html(full_html=False, include_plotlyjs=True, config={'displayModeBar': False})}</body>")
-        command = [browser, *_FLAGS, f"--user-data-dir={folder}/profile", f"--window-size={width},{height + 90}", f"--screenshot={target}", page.as_uri()]
+        page.write_text(
+            f"<body style='margin:0'>{figure.to_html(full_html=False, include_plotlyjs=True, config={'displayModeBar': False})}</body>"
+        )
+        command = [
+            browser,
+            *_FLAGS,
+            f"--user-data-dir={folder}/profile",
+            f"--window-size={width},{height + 90}",
+            f"--screenshot={target}",
+            page.as_uri(),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode or not target.is_file():
         raise UserError(f"{browser} made no picture: {done.stderr.strip().splitlines()[-1:]}")
@@ -51,7 +62,10 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        photograph(frontier_figure(open_sweep(arguments.sweep, arguments.store), objective="squared-log"), arguments.out.resolve())
+        photograph(
+            frontier_figure(open_sweep(arguments.sweep, arguments.store), objective="squared-log"),
+            arguments.out.resolve(),
+        )
     except UserError as error:
         sys.exit(f"isoflop: {error}")
 

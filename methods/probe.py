@@ -10,10 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
 from isoflop.models.base import Model
-from torch import Tensor
 
 
 class Probe(ABC):

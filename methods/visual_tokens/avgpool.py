@@ -9,13 +9,14 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
+from torch import nn
+
 from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
 from isoflop.methods.visual_tokens.base import VisualTokenMethod, vlm_info
 from isoflop.models.base import ModelInfo
 from isoflop.models.vlm import CompressedTokens, VisualInput
-from torch import nn
 
 
 def square_counts(grid: int) -> list[int]:

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import nn
+
 from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import derive_seed
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Method
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.vlm import Checkpoint, CompressedTokens, VisualInput, VlmInfo, VlmModel
-from torch import nn
 
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from isoflop.methods.base import METHODS
 from isoflop.methods.visual_tokens.base import VisualTokenMethod
 from isoflop.models.base import ModelInfo
 from isoflop.models.vlm import CompressedTokens, VisualInput
-from torch import nn
 
 
 @METHODS.register("none")

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from isoflop.methods.base import Method
 from isoflop.methods.probe import Probe
 from isoflop.methods.visual_tokens.base import VisualTokenMethod
@@ -19,7 +21,6 @@ from isoflop.models.tiny_llava import tiny_info
 from isoflop.models.training import Recipe
 from isoflop.models.vlm import VlmBatch, VlmModel
 from isoflop.testing.context import FolderContext
-from torch import Tensor
 
 
 def untrained_model(size: str = "d24", seed: int = 0) -> VlmModel:

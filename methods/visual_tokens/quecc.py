@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
+from torch import Tensor, nn
+
 from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
 from isoflop.methods.visual_tokens.base import VisualTokenMethod, vlm_info
 from isoflop.models.base import ModelInfo
 from isoflop.models.vlm import CompressedTokens, VisualInput, VlmInfo
-from torch import Tensor, nn
 
 DEPTHS = (0.50, 0.67, 0.92, 0.96)
 """Relative depths of the layers that keys and values read; 12, 16, 22, 23 of CLIP-L's 24."""

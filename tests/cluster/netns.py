@@ -60,13 +60,28 @@ class Host:
         """The bridge's side of this host's cable."""
         return f"{self.prefix}p{self.index}"
 
-    def run(self, *command: str, timeout: float = 300, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, timeout: float = 300, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command on this host."""
-        return subprocess.run(self._command(command), capture_output=True, text=True, timeout=timeout, check=False, env=self.environment(env))
+        return subprocess.run(
+            self._command(command),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            env=self.environment(env),
+        )
 
     def popen(self, *command: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
         """Start a command on this host."""
-        return subprocess.Popen(self._command(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=self.environment(env))
+        return subprocess.Popen(
+            self._command(command),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=self.environment(env),
+        )
 
     def _command(self, command: tuple[str, ...]) -> list[str]:
         return ["ip", "netns", "exec", self.namespace, *command]
@@ -98,11 +113,26 @@ class Network:
 
     def start_ray(self, host: Host, cpus: int, gpus: int, health: dict[str, str] | None = None) -> None:
         """Start a Ray node in the foreground of a process of our own, so that ending it ends all of the node."""
-        where = ["--head", f"--port={PORT}", "--include-dashboard=false"] if host.index == 0 else [f"--address={self.hosts[0].address}:{PORT}"]
-        command = [RAY, "start", *where, f"--node-ip-address={host.address}", f"--num-cpus={cpus}", f"--num-gpus={gpus}", "--disable-usage-stats", "--block"]
+        where = (
+            ["--head", f"--port={PORT}", "--include-dashboard=false"]
+            if host.index == 0
+            else [f"--address={self.hosts[0].address}:{PORT}"]
+        )
+        command = [
+            RAY,
+            "start",
+            *where,
+            f"--node-ip-address={host.address}",
+            f"--num-cpus={cpus}",
+            f"--num-gpus={gpus}",
+            "--disable-usage-stats",
+            "--block",
+        ]
         command += [f"--temp-dir={self.folder / 'ray'}"] if host.index == 0 else []
         log = (self.folder / f"ray{host.index}.log").open("wb")
-        self.nodes[host.index] = subprocess.Popen(host._command(tuple(command)), stdout=log, stderr=log, env=host.environment(health), start_new_session=True)
+        self.nodes[host.index] = subprocess.Popen(
+            host._command(tuple(command)), stdout=log, stderr=log, env=host.environment(health), start_new_session=True
+        )
         log.close()
 
     def wait_for(self, count: int, timeout: float = 120) -> None:
@@ -120,7 +150,10 @@ class Network:
             if f"alive {count}" in done.stdout:
                 return
             time.sleep(1)
-        raise TimeoutError(f"{count} nodes did not come up: {seen}\n" + "\n".join((self.folder / f"ray{i}.log").read_text()[-800:] for i in self.nodes))
+        raise TimeoutError(
+            f"{count} nodes did not come up: {seen}\n"
+            + "\n".join((self.folder / f"ray{i}.log").read_text()[-800:] for i in self.nodes)
+        )
 
     def kill_node(self, host: Host) -> None:
         """Power off: every process of the host dies at once."""
@@ -151,7 +184,20 @@ def network(count: int) -> Iterator[Network]:
         for host in hosts:
             _ip("netns", "add", host.namespace)
             _ip("link", "set", "lo", "up", namespace=host.namespace)
-            _ip("link", "add", host.port_name, "netns", bridge, "type", "veth", "peer", "name", "eth0", "netns", host.namespace)
+            _ip(
+                "link",
+                "add",
+                host.port_name,
+                "netns",
+                bridge,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                host.namespace,
+            )
             _ip("link", "set", host.port_name, "master", "br0", namespace=bridge)
             _ip("link", "set", host.port_name, "up", namespace=bridge)
             _ip("addr", "add", f"{host.address}/24", "dev", "eth0", namespace=host.namespace)

@@ -53,6 +53,8 @@ def test_cluster_gives_the_same_rows_and_pins_gpus(tmp_path: Path) -> None:
     assert len(seen) == len({worker for worker, _ in seen})
     assert len({worker for worker, _ in seen}) > 1
 
-    alone = isoflop.run(_write(tmp_path, "alone", gpus=0), executor="local", store=str(tmp_path / "store"), tracking_uri="none")
+    alone = isoflop.run(
+        _write(tmp_path, "alone", gpus=0), executor="local", store=str(tmp_path / "store"), tracking_uri="none"
+    )
     expected = {r["job_id"]: (r["scores"], r["error"]) for r in alone.results().to_pylist()}
     assert {r["job_id"]: (r["scores"], r["error"]) for r in rows} == expected

@@ -36,7 +36,14 @@ def quickstart_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
             error = 0.6 * (size / 14_000) ** -alpha * tokens**-beta * np.exp(rng.normal(0, 0.03))
             scores = (np.arange(500) < round(500 * error)).astype(float).tolist()
             cost = 2.0 * size * (tokens + 2)
-            outcome = Outcome("ok", errors=scores, shard_sizes=[250, 250], axes={"N": size, "V": tokens, "Q": 2.0, "ratio": 36 / tokens}, footprint={"flops": cost}, started=time.time())
+            outcome = Outcome(
+                "ok",
+                errors=scores,
+                shard_sizes=[250, 250],
+                axes={"N": size, "V": tokens, "Q": 2.0, "ratio": 36 / tokens},
+                footprint={"flops": cost},
+                started=time.time(),
+            )
             rows.append(make_row(sweep.spec.name, number, job, outcome, 1))
     ledger.append(rows)
     api.save_spec(store, sweep, ledger)
@@ -50,6 +57,8 @@ def test_notebook_runs(path: Path, quickstart_store: Path, monkeypatch: pytest.M
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     notebook = nbformat.read(path, as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "notebooks are committed without outputs"
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
     shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("text/html" in output.get("data", {}) for output in shown), "nothing displays itself"

@@ -8,11 +8,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import isoflop
 import numpy as np
 import pyarrow.compute as pc
 import pytest
 from helpers import Lines, one_bad, run_local, scores, toy
+
+import isoflop
 from isoflop.core.errors import UserError
 from isoflop.sweep.api import RunOptions
 from isoflop.sweep.driver import Driver

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from isoflop.core.errors import UserError
 from isoflop.ledger import Ledger, Store
 from isoflop.ledger.ledger import LedgerBusy

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from helpers import one_bad, run_local, toy
+
 from isoflop.ledger.schema import SCHEMA, to_table
 from isoflop.track import MlflowTracker
 from isoflop.track.run_data import RunData

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from isoflop.core.errors import UserError
 from isoflop.search import Branch, Config, Param, Proposer, Space, Tell, Zip, make_proposer, values_key
 

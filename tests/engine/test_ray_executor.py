@@ -13,10 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import isoflop
 import pyarrow.compute as pc
 import pytest
 from helpers import Lines, one_bad, run_local, scores, toy
+
+import isoflop
 from isoflop.core.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("toy_parts", "cluster")
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("toy_parts", "cluster")
 def cluster() -> Iterator[None]:
     """A private Ray on loopback with two CPUs."""
     import ray
+
     from isoflop.execute.ray_executor import start_private_ray
 
     patch = pytest.MonkeyPatch()

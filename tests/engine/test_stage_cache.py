@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
 from isoflop.core.errors import Infeasible
 from isoflop.core.stage import Stage, StageContext, walk
 from isoflop.stages import StageCache

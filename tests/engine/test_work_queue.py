@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from isoflop.execute import WorkItem
 from isoflop.jobs import Job, MethodSpec
 from isoflop.sweep.queue import WorkQueue

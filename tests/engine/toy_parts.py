@@ -18,6 +18,8 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+from torch import nn
+
 from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob, check_knobs
@@ -25,7 +27,6 @@ from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import METHODS, Method
 from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo
 from isoflop.tasks.base import TASKS, Shard, Task
-from torch import nn
 
 SIZES = {"toy/s": 1_000, "toy/m": 4_000, "toy/l": 16_000, "toy/xl": 64_000}
 FULL_TOKENS = 64

@@ -9,6 +9,8 @@ from typing import Annotated, Any, ClassVar
 
 import pytest
 import torch
+from torch import nn
+
 from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS, Method
@@ -17,7 +19,6 @@ from isoflop.methods.visual_tokens.probe import VisualTokenProbe
 from isoflop.models.base import Model
 from isoflop.models.vlm import CompressedTokens, VisualInput
 from isoflop.testing import check_method, conformance
-from torch import nn
 
 
 @pytest.mark.parametrize("name", METHODS.names())

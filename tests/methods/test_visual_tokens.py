@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from isoflop.core.errors import Infeasible
 from isoflop.methods.base import build
 from isoflop.methods.visual_tokens.avgpool import AvgPool
@@ -15,7 +17,6 @@ from isoflop.methods.visual_tokens.probe import VisualTokenProbe
 from isoflop.methods.visual_tokens.quecc import QueCC, QueCCModule, fold_windows, last_real, layers_at, masked_mean
 from isoflop.methods.visual_tokens.random import random_subset
 from isoflop.models.vlm import VisualInput
-from torch import Tensor
 
 
 @pytest.fixture(scope="module")

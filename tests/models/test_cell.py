@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.methods.base import Method, build
 from isoflop.models.base import family_of

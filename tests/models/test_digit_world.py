@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from isoflop.models import digit_world as world
 
 MIX = world.TEST_READING_MIX

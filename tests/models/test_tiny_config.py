@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
+
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.stage import walk
 from isoflop.methods.base import build
 from isoflop.models.base import FAMILIES, family_of
 from isoflop.models.tiny_config import SIZES, initialise, llava_config
 from isoflop.models.vlm import VlmInfo
-from transformers import LlavaForConditionalGeneration
 
 N = {"d24": 13_920, "d32": 25_216, "d48": 55_488, "d96": 221_568, "d128": 593_664}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from isoflop.methods.base import build
 from isoflop.models.base import family_of
 from isoflop.tasks.base import TASKS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
 from isoflop.models import digit_world as world
 from isoflop.models.vlm import VlmBatch, expand_placeholders

@@ -10,6 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+
 from isoflop.core.yaml_source import load_yaml
 from isoflop.sweep.resolve import resolve
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from isoflop.cli import main
 
 pytestmark = pytest.mark.usefixtures("toy_parts")

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+
 from isoflop.core.errors import UserError, nearest
 from isoflop.core.hashing import canonical, content_hash, derive_seed
 from isoflop.core.knobs import Knob, check_knobs, knob_specs

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from isoflop.methods.base import build
 from isoflop.methods.visual_tokens.probe import untrained_model
 from isoflop.models import digit_world as world

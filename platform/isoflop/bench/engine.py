@@ -45,7 +45,9 @@ class Measurement:
         return self.jobs / self.seconds
 
 
-def _spec(name: str, trials: int, sampler: str = "tpe", model: str = "bench/noop", task: str = "bench-noop", knobs: Any = None) -> dict[str, Any]:
+def _spec(
+    name: str, trials: int, sampler: str = "tpe", model: str = "bench/noop", task: str = "bench-noop", knobs: Any = None
+) -> dict[str, Any]:
     return {
         "name": name,
         "import": ["isoflop.bench.parts"],
@@ -98,9 +100,18 @@ def _settle(tracker: Any) -> None:
             time.sleep(0.05)
 
 
-def ray_tune(workload: str, label: str, samples: int, trainable: Any, space: dict[str, Any], folder: Path, reuse: bool, mlflow: bool, search: bool = True) -> Measurement:
+def ray_tune(
+    workload: str,
+    label: str,
+    samples: int,
+    trainable: Any,
+    space: dict[str, Any],
+    folder: Path,
+    reuse: bool,
+    mlflow: bool,
+    search: bool = True,
+) -> Measurement:
     """Ray Tune with OptunaSearch on a private cluster of two CPUs."""
-    import ray
     from ray import tune
     from ray.tune.search import ConcurrencyLimiter
     from ray.tune.search.optuna import OptunaSearch
@@ -145,10 +156,14 @@ def optuna_mlflow(trials: int, folder: Path) -> Measurement:
     study = optuna.create_study(study_name="bench", sampler=optuna.samplers.TPESampler(seed=0))
 
     def objective(trial: optuna.Trial) -> float:
-        return parts.noop_score(trial.suggest_float("x", 0, 1), trial.suggest_float("y", 1e-3, 1, log=True), trial.suggest_float("z", 0, 10))
+        return parts.noop_score(
+            trial.suggest_float("x", 0, 1), trial.suggest_float("y", 1e-3, 1, log=True), trial.suggest_float("z", 0, 10)
+        )
 
     begin, cpu = time.monotonic(), time.process_time()
-    study.optimize(objective, n_trials=trials, n_jobs=_SLOTS, callbacks=[MLflowCallback(tracking_uri=uri, metric_name="error")])
+    study.optimize(
+        objective, n_trials=trials, n_jobs=_SLOTS, callbacks=[MLflowCallback(tracking_uri=uri, metric_name="error")]
+    )
     seconds, cpu = time.monotonic() - begin, time.process_time() - cpu
     return Measurement("no-op + MLflow", "Optuna n_jobs=2 + MLflowCallback", trials, seconds, 1000 * cpu / trials)
 
@@ -162,10 +177,30 @@ def bench_noop(folder: Path, trials: int, peer_trials: int) -> list[Measurement]
     return [
         ours("no-op", "isoflop, TPE", _spec("noop-tpe", trials), folder / "a", track=False),
         ours("no-op", "isoflop, random", _spec("noop-random", trials, "random"), folder / "b", track=False),
-        ray_tune("no-op", "Ray Tune + OptunaSearch, reuse_actors", peer_trials, noop, space, folder / "c", reuse=True, mlflow=False),
+        ray_tune(
+            "no-op",
+            "Ray Tune + OptunaSearch, reuse_actors",
+            peer_trials,
+            noop,
+            space,
+            folder / "c",
+            reuse=True,
+            mlflow=False,
+        ),
         ours("no-op + MLflow", "isoflop, TPE", _spec("noop-tpe-mlflow", trials), folder / "d", track=True),
-        ours("no-op + MLflow", "isoflop, random", _spec("noop-random-mlflow", trials, "random"), folder / "e", track=True),
-        ray_tune("no-op + MLflow", "Ray Tune + OptunaSearch + MLflowLoggerCallback, reuse_actors", peer_trials, noop, space, folder / "f", reuse=True, mlflow=True),
+        ours(
+            "no-op + MLflow", "isoflop, random", _spec("noop-random-mlflow", trials, "random"), folder / "e", track=True
+        ),
+        ray_tune(
+            "no-op + MLflow",
+            "Ray Tune + OptunaSearch + MLflowLoggerCallback, reuse_actors",
+            peer_trials,
+            noop,
+            space,
+            folder / "f",
+            reuse=True,
+            mlflow=True,
+        ),
         optuna_mlflow(peer_trials, folder),
     ]
 
@@ -173,7 +208,6 @@ def bench_noop(folder: Path, trials: int, peer_trials: int) -> list[Measurement]
 def bench_reload(folder: Path, trials: int) -> list[Measurement]:
     """Configurations over one model of 50 million parameters that lies on disk."""
     from ray import tune
-
     from safetensors.torch import save_file
 
     _, reload, _ = _trainables()
@@ -182,11 +216,37 @@ def bench_reload(folder: Path, trials: int) -> list[Measurement]:
     space = {"x": tune.grid_search([i / trials for i in range(trials)]), "path": str(weights)}
     knobs = {"x": [i / trials for i in range(trials)]}
     spec = _spec("reload", trials, "grid", "bench/big", "bench-forward", knobs)
-    ours("reload", "warm-up of the stage", {**spec, "name": "warm-up", "budget": {"trials": 1}}, folder / "g", track=False)
+    ours(
+        "reload",
+        "warm-up of the stage",
+        {**spec, "name": "warm-up", "budget": {"trials": 1}},
+        folder / "g",
+        track=False,
+    )
     return [
         ours("reload-bound", "isoflop", spec, folder / "g", track=False),
-        ray_tune("reload-bound", "Ray Tune, reuse_actors, a load per trial", 1, reload, space, folder / "h", reuse=True, mlflow=False, search=False),
-        ray_tune("reload-bound", "Ray Tune, its default", 1, reload, space, folder / "i", reuse=False, mlflow=False, search=False),
+        ray_tune(
+            "reload-bound",
+            "Ray Tune, reuse_actors, a load per trial",
+            1,
+            reload,
+            space,
+            folder / "h",
+            reuse=True,
+            mlflow=False,
+            search=False,
+        ),
+        ray_tune(
+            "reload-bound",
+            "Ray Tune, its default",
+            1,
+            reload,
+            space,
+            folder / "i",
+            reuse=False,
+            mlflow=False,
+            search=False,
+        ),
     ]
 
 
@@ -199,7 +259,17 @@ def bench_features(folder: Path) -> list[Measurement]:
     spec = _spec("features", len(counts), "grid", "bench/noop", "bench-features", {"k": counts})
     return [
         ours("feature-bound", "isoflop", spec, folder / "j", track=False),
-        ray_tune("feature-bound", "Ray Tune, reuse_actors", 1, feature, {"k": tune.grid_search(counts)}, folder / "k", reuse=True, mlflow=False, search=False),
+        ray_tune(
+            "feature-bound",
+            "Ray Tune, reuse_actors",
+            1,
+            feature,
+            {"k": tune.grid_search(counts)},
+            folder / "k",
+            reuse=True,
+            mlflow=False,
+            search=False,
+        ),
     ]
 
 
@@ -225,7 +295,12 @@ def bench_growth(folder: Path, jobs: int) -> dict[str, float]:
     grown = (marks[-1][2] - next(m for n, _, m in marks if n >= tenth)) / 1024
     begin = time.monotonic()
     ours_again = _resume(_spec("growth", jobs, "random"), folder / "l")
-    return {"last_to_first_tenth": last / first, "memory_growth_mb": grown, "resume_seconds_without_ray": time.monotonic() - begin, "resumed_jobs": ours_again}
+    return {
+        "last_to_first_tenth": last / first,
+        "memory_growth_mb": grown,
+        "resume_seconds_without_ray": time.monotonic() - begin,
+        "resumed_jobs": ours_again,
+    }
 
 
 def _cpu_between(marks: list[tuple[int, float, int]], low: int, high: int) -> float:
@@ -237,7 +312,9 @@ def _resume(spec: dict[str, Any], folder: Path) -> int:
     """What a finished sweep costs to open, check and close again, with the in-process executor (no Ray start)."""
     import isoflop
 
-    found = isoflop.run(spec, store=str(folder / "store"), cache_dir=folder / "cache", executor="local", tracking_uri="none")
+    found = isoflop.run(
+        spec, store=str(folder / "store"), cache_dir=folder / "cache", executor="local", tracking_uri="none"
+    )
     assert found.summary is not None
     return found.summary.ran
 
@@ -265,7 +342,9 @@ def bench_writer(folder: Path, rows: int) -> dict[str, float]:
     with contextlib.closing(sqlite3.connect(folder / "bare.db", isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
-        schema = sqlite3.connect(folder / "writer.db").execute("SELECT sql FROM sqlite_master WHERE tbl_name IN ('runs','params','metrics','latest_metrics','tags') AND sql IS NOT NULL")
+        schema = sqlite3.connect(folder / "writer.db").execute(
+            "SELECT sql FROM sqlite_master WHERE tbl_name IN ('runs','params','metrics','latest_metrics','tags') AND sql IS NOT NULL"
+        )
         for (text,) in schema.fetchall():
             connection.execute(text)
         begin = time.monotonic()
@@ -277,7 +356,11 @@ def bench_writer(folder: Path, rows: int) -> dict[str, float]:
     begin = time.monotonic()
     client.show(data[:50])
     public = (time.monotonic() - begin) / 50 * rows
-    return {"bulk_ms_per_run": 1000 * bulk / rows, "bulk_to_bare_sqlite": bulk / bare, "public_client_to_bulk": public / bulk}
+    return {
+        "bulk_ms_per_run": 1000 * bulk / rows,
+        "bulk_to_bare_sqlite": bulk / bare,
+        "public_client_to_bulk": public / bulk,
+    }
 
 
 def _bare_insert(connection: sqlite3.Connection, batch: list[tuple[str, Any]]) -> None:
@@ -286,8 +369,14 @@ def _bare_insert(connection: sqlite3.Connection, batch: list[tuple[str, Any]]) -
         "INSERT INTO runs (run_uuid, name, source_type, status, start_time, end_time, lifecycle_stage) VALUES (?, ?, 'UNKNOWN', ?, ?, ?, 'active')",
         [(i, d.name, d.status, d.start_ms, d.end_ms) for i, d in batch],
     )
-    connection.executemany("INSERT INTO params (key, value, run_uuid) VALUES (?, ?, ?)", [(k, v, i) for i, d in batch for k, v in d.params.items()])
-    connection.executemany("INSERT INTO tags (key, value, run_uuid) VALUES (?, ?, ?)", [(k, v, i) for i, d in batch for k, v in d.tags.items()])
+    connection.executemany(
+        "INSERT INTO params (key, value, run_uuid) VALUES (?, ?, ?)",
+        [(k, v, i) for i, d in batch for k, v in d.params.items()],
+    )
+    connection.executemany(
+        "INSERT INTO tags (key, value, run_uuid) VALUES (?, ?, ?)",
+        [(k, v, i) for i, d in batch for k, v in d.tags.items()],
+    )
     for table in ("metrics", "latest_metrics"):
         connection.executemany(
             f"INSERT INTO {table} (key, value, timestamp, step, is_nan, run_uuid) VALUES (?, ?, ?, 0, 0, ?)",
@@ -318,7 +407,10 @@ def _trainables() -> tuple[type, type, type]:
 
     class Reload(Noop):
         def step(self) -> dict[str, Any]:
-            return {"error": parts.forward_score(parts.load_big(Path(self.knobs["path"])), self.knobs["x"]), "done": True}
+            return {
+                "error": parts.forward_score(parts.load_big(Path(self.knobs["path"])), self.knobs["x"]),
+                "done": True,
+            }
 
     class Feature(Noop):
         def step(self) -> dict[str, Any]:
@@ -331,7 +423,14 @@ def _trainables() -> tuple[type, type, type]:
 def _ray() -> Iterator[None]:
     import ray
 
-    ray.init(address="local", _node_ip_address="127.0.0.1", include_dashboard=False, num_cpus=_SLOTS, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(
+        address="local",
+        _node_ip_address="127.0.0.1",
+        include_dashboard=False,
+        num_cpus=_SLOTS,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
     try:
         yield
     finally:
@@ -352,7 +451,12 @@ def _make_database(uri: str) -> None:
 @click.option("--trials", default=1000, show_default=True, help="No-op jobs of ours.")
 @click.option("--peer-trials", default=200, show_default=True, help="No-op trials of the peers, which are slower.")
 @click.option("--growth", default=10_000, show_default=True, help="Jobs of the growth test; 0 leaves it out.")
-@click.option("--only", type=click.Choice(["noop", "reload", "features", "growth", "writer"]), multiple=True, help="Only these parts.")
+@click.option(
+    "--only",
+    type=click.Choice(["noop", "reload", "features", "growth", "writer"]),
+    multiple=True,
+    help="Only these parts.",
+)
 @json_option
 def engine(trials: int, peer_trials: int, growth: int, only: tuple[str, ...], as_json: bool) -> None:
     """Throughput, reloads, shared features, growth and the MLflow writer, against peers, in one run."""
@@ -390,8 +494,19 @@ def _ratios(measured: list[Measurement]) -> dict[str, float]:
 
 def _print(measured: list[Measurement], ratios: dict[str, float], figures: dict[str, dict[str, float]]) -> None:
     out = console()
-    rows = [(m.workload, m.system, m.jobs, f"{m.rate:.1f}", f"{m.cpu_ms_per_job:.1f}" if m.cpu_ms_per_job is not None else "-") for m in measured]
-    out.print(grid(("workload", "system", "jobs", "jobs/s", "driver ms/job"), rows, right=("jobs", "jobs/s", "driver ms/job")))
+    rows = [
+        (
+            m.workload,
+            m.system,
+            m.jobs,
+            f"{m.rate:.1f}",
+            f"{m.cpu_ms_per_job:.1f}" if m.cpu_ms_per_job is not None else "-",
+        )
+        for m in measured
+    ]
+    out.print(
+        grid(("workload", "system", "jobs", "jobs/s", "driver ms/job"), rows, right=("jobs", "jobs/s", "driver ms/job"))
+    )
     out.print()
     out.print(grid(("ratio", ""), [(k, f"{v:.1f} x") for k, v in ratios.items()], right=("",)))
     for name, values in figures.items():

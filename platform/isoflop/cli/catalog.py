@@ -14,7 +14,9 @@ from isoflop.methods.base import METHODS
 from isoflop.models.base import FAMILIES
 from isoflop.tasks.base import TASKS
 
-import_option = click.option("--import", "modules", multiple=True, metavar="MODULE", help="Import a module that registers more.")
+import_option = click.option(
+    "--import", "modules", multiple=True, metavar="MODULE", help="Import a module that registers more."
+)
 
 
 def _import(modules: tuple[str, ...]) -> None:
@@ -49,10 +51,22 @@ def methods_command(name: str | None, modules: tuple[str, ...], as_json: bool) -
         return
     found = [(n, METHODS.get(n)) for n in METHODS]
     found.sort(key=lambda pair: (pair[1].family, pair[0]))
-    data = [{"name": n, "family": c.family, "paper": c.paper, "version": c.version, "knobs": [_knob_dict(k) for k in knob_specs(c).values()]} for n, c in found]
+    data = [
+        {
+            "name": n,
+            "family": c.family,
+            "paper": c.paper,
+            "version": c.version,
+            "knobs": [_knob_dict(k) for k in knob_specs(c).values()],
+        }
+        for n, c in found
+    ]
 
     def human() -> None:
-        rows = [(d["family"], d["name"], "\n".join(_knob_line(k) for k in d["knobs"]) or "-", d["paper"] or "-") for d in data]
+        rows = [
+            (d["family"], d["name"], "\n".join(_knob_line(k) for k in d["knobs"]) or "-", d["paper"] or "-")
+            for d in data
+        ]
         console().print(grid(("family", "method", "knobs (* sets the ratio)", "paper"), rows))
         console().print("\n`isoflop methods NAME` documents one.")
 
@@ -66,7 +80,12 @@ def _knob_line(knob: dict[str, Any]) -> str:
 def _document(name: str, cls: type, as_json: bool) -> None:
     knobs = [_knob_dict(k) for k in knob_specs(cls).values()]
     doc = inspect.getdoc(cls) or ""
-    data = {"name": name, "doc": doc, "knobs": knobs, **{k: getattr(cls, k) for k in ("family", "paper", "version") if hasattr(cls, k)}}
+    data = {
+        "name": name,
+        "doc": doc,
+        "knobs": knobs,
+        **{k: getattr(cls, k) for k in ("family", "paper", "version") if hasattr(cls, k)},
+    }
 
     def human() -> None:
         out = console()
@@ -74,7 +93,10 @@ def _document(name: str, cls: type, as_json: bool) -> None:
         out.print(f"[bold]{name}[/bold]  {head}\n")
         out.print(doc, markup=False)
         if knobs:
-            rows = [(k["name"] + ("*" if k["ratio"] else ""), k["type"], k["default"], k["allowed"], k["doc"]) for k in knobs]
+            rows = [
+                (k["name"] + ("*" if k["ratio"] else ""), k["type"], k["default"], k["allowed"], k["doc"])
+                for k in knobs
+            ]
             out.print()
             out.print(grid(("knob", "type", "default", "allowed", "meaning"), rows))
 
@@ -114,7 +136,16 @@ def tasks_command(name: str | None, modules: tuple[str, ...], as_json: bool) -> 
     for task in TASKS:
         cls = TASKS.get(task)
         first = (inspect.getdoc(cls) or "").split("\n")[0]
-        data.append({"name": task, "version": cls.version, "metric": cls.metric, "chance": cls.chance, "doc": first, "options": [_knob_dict(k) for k in knob_specs(cls).values()]})
+        data.append(
+            {
+                "name": task,
+                "version": cls.version,
+                "metric": cls.metric,
+                "chance": cls.chance,
+                "doc": first,
+                "options": [_knob_dict(k) for k in knob_specs(cls).values()],
+            }
+        )
 
     def human() -> None:
         rows = [(d["name"], d["metric"], d["chance"], d["doc"]) for d in data]

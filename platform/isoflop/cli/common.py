@@ -11,7 +11,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-store_option = click.option("--store", metavar="PATH|URI", help="Where sweeps are kept (default: $ISOFLOP_STORE or ~/.local/share/isoflop).")
+store_option = click.option(
+    "--store", metavar="PATH|URI", help="Where sweeps are kept (default: $ISOFLOP_STORE or ~/.local/share/isoflop)."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 
 
@@ -45,7 +47,9 @@ def clean(value: Any) -> Any:
 
 def grid(headers: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequence[str] = (), title: str = "") -> Table:
     """A plain table; columns named in ``right`` are numbers."""
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold", title_style="bold")
+    table = Table(
+        title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold", title_style="bold"
+    )
     for header in headers:
         table.add_column(header, justify="right" if header in right else "left", overflow="fold")
     for row in rows:

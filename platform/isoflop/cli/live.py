@@ -52,7 +52,9 @@ class LiveProgress:
     def _render(self, s: Snapshot) -> RenderableType:
         parts: list[RenderableType] = [Text.assemble((self._name, "bold"), "  ", counts(s), "  ", times(s))]
         if s.total:
-            parts.append(ProgressBar(total=s.total, completed=min(s.done, s.total), width=min(self._console.width - 2, 60)))
+            parts.append(
+                ProgressBar(total=s.total, completed=min(s.done, s.total), width=min(self._console.width - 2, 60))
+            )
         if s.best is not None:
             parts.append(Text(f"best so far {s.best[0]:.4f}  {s.best[1]}", overflow="ellipsis", no_wrap=True))
         workers = Table.grid(padding=(0, 1))
@@ -95,7 +97,16 @@ class PlainProgress:
 def counts(s: Snapshot) -> str:
     """``12/32 jobs · 2 running · 1 failed``."""
     parts = [f"{s.done}/{s.total if s.total is not None else '?'} jobs", f"{s.running} running"]
-    parts += [f"{n} {word}" for n, word in ((s.failed, "failed"), (s.infeasible, "infeasible"), (s.pruned, "pruned"), (s.stages_left, "stages to go")) if n]
+    parts += [
+        f"{n} {word}"
+        for n, word in (
+            (s.failed, "failed"),
+            (s.infeasible, "infeasible"),
+            (s.pruned, "pruned"),
+            (s.stages_left, "stages to go"),
+        )
+        if n
+    ]
     if s.cached:
         parts.append(f"{s.cached} from before")
     if s.draining:

@@ -59,7 +59,9 @@ def print_frontier(out: Console, frontier: Frontier) -> None:
             )
         )
         notes += ["° beyond the sizes in the data: an extrapolation"] if far else []
-    title = f"frontier{' of ' + group if group else ''}: {frontier.law}, cost {frontier.cost}" + "".join(f", {k}={v:g}" for k, v in frontier.constants.items())
+    title = f"frontier{' of ' + group if group else ''}: {frontier.law}, cost {frontier.cost}" + "".join(
+        f", {k}={v:g}" for k, v in frontier.constants.items()
+    )
     out.print(grid(heads, rows, right=("budget", *(f"{n}*" for n in names), "error", "its error", "sure"), title=title))
     for note in dict.fromkeys(notes):
         out.print(Text(note, style="dim"))
@@ -82,7 +84,9 @@ def print_errors(out: Console, table: pa.Table, task: str) -> None:
             continue
         column = (row["method"], row["V"])
         columns[column] = None
-        cells.setdefault((row["model"], row["N"]), {}).setdefault(column, []).append((row["error"], row["error_se"] or 0.0))
+        cells.setdefault((row["model"], row["N"]), {}).setdefault(column, []).append(
+            (row["error"], row["error_se"] or 0.0)
+        )
     if not cells:
         return
     ordered = sorted(columns, key=lambda c: (c[0], c[1] or 0.0))
@@ -96,7 +100,12 @@ def print_errors(out: Console, table: pa.Table, task: str) -> None:
     title = f"{task}: error" + (f" of {next(iter(methods))}" if len(methods) == 1 else " by method and V")
     out.print(grid(("model", "N", *heads), rows, right=("N", *heads), title=title))
     if len(ordered) > len(shown):
-        out.print(Text(f"… and {len(ordered) - len(shown)} more columns: isoflop show {table['sweep'][0].as_py()} --rows", style="dim"))
+        out.print(
+            Text(
+                f"… and {len(ordered) - len(shown)} more columns: isoflop show {table['sweep'][0].as_py()} --rows",
+                style="dim",
+            )
+        )
     out.print()
 
 

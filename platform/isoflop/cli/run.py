@@ -26,12 +26,28 @@ def _run_options(command: Any) -> Any:
     for decorate in reversed(
         [
             store_option,
-            click.option("--executor", type=click.Choice(EXECUTORS), default="ray", show_default=True, help="local runs jobs in this process."),
-            click.option("--ray-address", metavar="ADDRESS", help="Use a running Ray cluster (auto, HOST:PORT); default: a private one."),
+            click.option(
+                "--executor",
+                type=click.Choice(EXECUTORS),
+                default="ray",
+                show_default=True,
+                help="local runs jobs in this process.",
+            ),
+            click.option(
+                "--ray-address",
+                metavar="ADDRESS",
+                help="Use a running Ray cluster (auto, HOST:PORT); default: a private one.",
+            ),
             click.option("--node-ip", metavar="IP", help="This host's address in the cluster, if it has several."),
-            click.option("--tracking-uri", metavar="URI", help="MLflow; default: the store's own database; none for no tracking."),
+            click.option(
+                "--tracking-uri", metavar="URI", help="MLflow; default: the store's own database; none for no tracking."
+            ),
             click.option("--workers", type=click.IntRange(min=1), help="At most so many jobs at once."),
-            click.option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), help="Stage cache (default: $ISOFLOP_CACHE or ~/.cache/isoflop)."),
+            click.option(
+                "--cache-dir",
+                type=click.Path(file_okay=False, path_type=Path),
+                help="Stage cache (default: $ISOFLOP_CACHE or ~/.cache/isoflop).",
+            ),
             click.option("--retry-failed", is_flag=True, help="Run the failed jobs again, and only what is missing."),
             json_option,
         ]
@@ -83,7 +99,12 @@ def _run(sweep: Sweep, as_json: bool, options: RunOptions) -> int:
     summary = opened.summary
     assert summary is not None
     findings = opened.findings_of_run
-    data = {"name": opened.name, "store": opened.store.uri, "summary": vars(summary) | {"ran": summary.ran}, **findings.to_dict()}
+    data = {
+        "name": opened.name,
+        "store": opened.store.uri,
+        "summary": vars(summary) | {"ran": summary.ran},
+        **findings.to_dict(),
+    }
     emit(data, as_json, lambda: _print_end(opened, options))
     if summary.interrupted:
         return 130
@@ -95,13 +116,26 @@ def _print_end(opened: SweepResults, options: RunOptions) -> None:
     summary = opened.summary
     assert summary is not None
     print_report(out, opened, opened.findings_of_run)
-    parts = [f"{n} {word}" for n, word in ((summary.ok, "ok"), (summary.failed, "failed"), (summary.infeasible, "infeasible"), (summary.pruned, "pruned")) if n]
+    parts = [
+        f"{n} {word}"
+        for n, word in (
+            (summary.ok, "ok"),
+            (summary.failed, "failed"),
+            (summary.infeasible, "infeasible"),
+            (summary.pruned, "pruned"),
+        )
+        if n
+    ]
     out.print(
         f"[bold]{opened.name}[/bold]: {summary.ran} jobs in {duration(summary.seconds)} ({', '.join(parts) or 'nothing was missing'}), {summary.cached} from before"
         + (f", {summary.left} left" if summary.left else "")
     )
     program, python = _programs()
-    where = "" if options.store is None and "ISOFLOP_STORE" not in os.environ and opened.spec.store is None else f" --store {opened.store.uri}"
+    where = (
+        ""
+        if options.store is None and "ISOFLOP_STORE" not in os.environ and opened.spec.store is None
+        else f" --store {opened.store.uri}"
+    )
     if summary.interrupted or summary.left:
         out.print(Text(f"go on:      {program} resume {opened.name}{where}"))
     if summary.failed:
@@ -111,7 +145,12 @@ def _print_end(opened: SweepResults, options: RunOptions) -> None:
         out.print(Text(f"browse:     {program} ui{where}"))
     if opened.spec.laws:
         argument = f", store={opened.store.uri!r}" if where else ""
-        out.print(Text(f"ask:        {python} -c \"import isoflop; print(isoflop.open('{opened.name}'{argument}).frontier())\"", overflow="fold"))
+        out.print(
+            Text(
+                f"ask:        {python} -c \"import isoflop; print(isoflop.open('{opened.name}'{argument}).frontier())\"",
+                overflow="fold",
+            )
+        )
 
 
 def _programs() -> tuple[str, str]:
@@ -141,23 +180,40 @@ def _print_plan(plan: Plan) -> None:
     out.print(f"[bold]{plan.name}[/bold]  {plan.sampler} search, store {plan.store}")
     if plan.budget:
         out.print("budget: " + ", ".join(f"{v:g} {k}" for k, v in plan.budget.items()))
-    out.print(f"trials: {trials}; jobs: {plan.jobs if plan.jobs is not None else '?'}, of which {plan.done} have results")
+    out.print(
+        f"trials: {trials}; jobs: {plan.jobs if plan.jobs is not None else '?'}, of which {plan.done} have results"
+    )
     if plan.stages:
         rows = []
         for stage in plan.stages:
             known = sum(stage.seconds) / len(stage.seconds) if stage.seconds else None
             todo = stage.count - stage.cached
-            rows.append((stage.kind, stage.count, stage.cached, todo, f"{stage.uses / stage.count:.1f}", f"{known:.1f} s" if known is not None else "not measured yet"))
-        out.print(grid(("shared stage", "count", "on disk", "to compute", "jobs each", "mean time"), rows, right=("count", "on disk", "to compute", "jobs each")))
+            rows.append(
+                (
+                    stage.kind,
+                    stage.count,
+                    stage.cached,
+                    todo,
+                    f"{stage.uses / stage.count:.1f}",
+                    f"{known:.1f} s" if known is not None else "not measured yet",
+                )
+            )
+        out.print(
+            grid(
+                ("shared stage", "count", "on disk", "to compute", "jobs each", "mean time"),
+                rows,
+                right=("count", "on disk", "to compute", "jobs each"),
+            )
+        )
         if plan.sampled:
             out.print("(stages of the first trials that the search would propose)")
     if plan.job_seconds is not None and plan.left:
-        out.print(f"a job took {plan.job_seconds:.1f} s (median); {plan.left} to go: about {duration(plan.job_seconds * plan.left)} of one worker, without stages")
+        out.print(
+            f"a job took {plan.job_seconds:.1f} s (median); {plan.left} to go: about {duration(plan.job_seconds * plan.left)} of one worker, without stages"
+        )
     if plan.flops is not None:
         out.print(f"answers so far took {plan.flops:.3g} FLOPs (measured)")
     for line in plan.infeasible[:10]:
         out.print(Text(f"infeasible: {line}", style="yellow"))
     if len(plan.infeasible) > 10:
         out.print(f"… and {len(plan.infeasible) - 10} more infeasible points")
-
-

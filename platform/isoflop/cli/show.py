@@ -16,7 +16,23 @@ from isoflop.ledger import Ledger, Store
 from isoflop.sweep.api import open_sweep
 
 _STATUSES = ("ok", "failed", "infeasible", "pruned")
-_COLUMNS = ("model", "method", "knobs", "task", "repeat", "status", "N", "V", "Q", "ratio", "bits", "error", "error_se", "flops", "seconds")
+_COLUMNS = (
+    "model",
+    "method",
+    "knobs",
+    "task",
+    "repeat",
+    "status",
+    "N",
+    "V",
+    "Q",
+    "ratio",
+    "bits",
+    "error",
+    "error_se",
+    "flops",
+    "seconds",
+)
 
 
 @click.command("ls")
@@ -30,14 +46,24 @@ def ls_command(store: str | None, as_json: bool) -> None:
         table = Ledger(opened, name).read(["job_id", "status", "finished"])
         counts = Counter(table["status"].to_pylist())
         finished = [t for t in table["finished"].to_pylist() if t is not None]
-        data.append({"name": name, "jobs": table.num_rows, **{s: counts.get(s, 0) for s in _STATUSES}, "last": max(finished) if finished else None})
+        data.append(
+            {
+                "name": name,
+                "jobs": table.num_rows,
+                **{s: counts.get(s, 0) for s in _STATUSES},
+                "last": max(finished) if finished else None,
+            }
+        )
 
     def human() -> None:
         out = console()
         if not data:
             out.print(Text(f"no sweeps in {opened.uri} yet; begin with: isoflop run SWEEP.yaml"))
             return
-        rows = [(d["name"], d["jobs"], *(d[s] for s in _STATUSES), f"{d['last']:%Y-%m-%d %H:%M}" if d["last"] else "-") for d in data]
+        rows = [
+            (d["name"], d["jobs"], *(d[s] for s in _STATUSES), f"{d['last']:%Y-%m-%d %H:%M}" if d["last"] else "-")
+            for d in data
+        ]
         out.print(grid(("sweep", "jobs", *_STATUSES, "last result (UTC)"), rows, right=("jobs", *_STATUSES)))
 
     emit({"store": opened.uri, "sweeps": data}, as_json, human)
@@ -54,7 +80,13 @@ def show_command(name: str, store: str | None, rows: bool, failed: bool, as_json
     opened = open_sweep(name, store)
     table = opened.results()
     counts = Counter(table["status"].to_pylist())
-    bad = [r for r in table.select(["job_id", "model", "method", "knobs", "task", "repeat", "status", "error_type", "error_text"]).to_pylist() if r["status"] in ("failed", "infeasible")]
+    bad = [
+        r
+        for r in table.select(
+            ["job_id", "model", "method", "knobs", "task", "repeat", "status", "error_type", "error_text"]
+        ).to_pylist()
+        if r["status"] in ("failed", "infeasible")
+    ]
     stale = opened.results(["job_id"], everything=True).num_rows - table.num_rows
     findings = None if rows or failed else opened.findings()
     data: dict[str, Any] = {
@@ -71,7 +103,10 @@ def show_command(name: str, store: str | None, rows: bool, failed: bool, as_json
     def human() -> None:
         out = console()
         if rows:
-            shown = [[_knobs(r["knobs"]) if c == "knobs" else show(r[c]) for c in _COLUMNS] for r in table.select(list(_COLUMNS)).to_pylist()]
+            shown = [
+                [_knobs(r["knobs"]) if c == "knobs" else show(r[c]) for c in _COLUMNS]
+                for r in table.select(list(_COLUMNS)).to_pylist()
+            ]
             right = ("N", "V", "Q", "ratio", "bits", "error", "error_se", "flops", "seconds", "repeat")
             out.print(grid(_COLUMNS, shown, right=right))
             return
@@ -81,9 +116,18 @@ def show_command(name: str, store: str | None, rows: bool, failed: bool, as_json
         assert findings is not None
         print_report(out, opened, findings)
         _print_placement(table)
-        out.print(f"[bold]{name}[/bold]: " + ", ".join(f"{counts[s]} {s}" for s in _STATUSES if counts.get(s)) + f"; store {opened.store.uri}")
+        out.print(
+            f"[bold]{name}[/bold]: "
+            + ", ".join(f"{counts[s]} {s}" for s in _STATUSES if counts.get(s))
+            + f"; store {opened.store.uri}"
+        )
         if stale:
-            out.print(Text(f"{stale} rows are of an earlier version of the YAML or of a model, method or task, and are left out", style="yellow"))
+            out.print(
+                Text(
+                    f"{stale} rows are of an earlier version of the YAML or of a model, method or task, and are left out",
+                    style="yellow",
+                )
+            )
         _print_failures(bad[:5])
         if len(bad) > 5:
             out.print(f"… and {len(bad) - 5} more: isoflop show {name} --failed")
@@ -99,8 +143,13 @@ def _placement(table: pa.Table) -> list[dict[str, Any]]:
     """Jobs and seconds per host, worker and device."""
     found: dict[tuple[str, str, str], list[float]] = {}
     for row in table.select(["host", "worker", "device", "wall_seconds"]).to_pylist():
-        found.setdefault((row["host"] or "-", row["worker"] or "-", row["device"] or "-"), []).append(row["wall_seconds"] or 0.0)
-    return [{"host": h, "worker": w, "device": d, "jobs": len(s), "seconds": sum(s)} for (h, w, d), s in sorted(found.items())]
+        found.setdefault((row["host"] or "-", row["worker"] or "-", row["device"] or "-"), []).append(
+            row["wall_seconds"] or 0.0
+        )
+    return [
+        {"host": h, "worker": w, "device": d, "jobs": len(s), "seconds": sum(s)}
+        for (h, w, d), s in sorted(found.items())
+    ]
 
 
 def _print_placement(table: pa.Table) -> None:
@@ -111,5 +160,7 @@ def _print_placement(table: pa.Table) -> None:
 
 def _print_failures(bad: list[dict[str, Any]]) -> None:
     for row in bad:
-        text = Text(f"{row['status']}: {row['model']} {row['method']} {_knobs(row['knobs'])} {row['task']}: {row['error_type']}: {row['error_text']}")
+        text = Text(
+            f"{row['status']}: {row['model']} {row['method']} {_knobs(row['knobs'])} {row['task']}: {row['error_type']}: {row['error_text']}"
+        )
         console().print(text)

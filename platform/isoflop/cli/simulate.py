@@ -17,12 +17,40 @@ from isoflop.sweep.simulate import Simulation, simulate
 @click.argument("spec", type=click.Path(path_type=Path), metavar="SWEEP.yaml")
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--gpus", type=click.IntRange(min=1), default=8, show_default=True, help="Slots per node.")
-@click.option("--job-seconds", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True, help="Median of a job with its model warm.")
-@click.option("--load-seconds", type=click.FloatRange(min=0), default=20.0, show_default=True, help="Median of loading a model.")
-@click.option("--stage-seconds", type=click.FloatRange(min=0, min_open=True), default=300.0, show_default=True, help="Median of a stage.")
-@click.option("--spread", type=click.FloatRange(min=0), default=0.5, show_default=True, help="Spread of times: sigma of the logarithm.")
-@click.option("--failure-rate", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Share of jobs that fail.")
-@click.option("--node-hours", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Mean hours between losses of a node; 0: none.")
+@click.option(
+    "--job-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="Median of a job with its model warm.",
+)
+@click.option(
+    "--load-seconds", type=click.FloatRange(min=0), default=20.0, show_default=True, help="Median of loading a model."
+)
+@click.option(
+    "--stage-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=300.0,
+    show_default=True,
+    help="Median of a stage.",
+)
+@click.option(
+    "--spread",
+    type=click.FloatRange(min=0),
+    default=0.5,
+    show_default=True,
+    help="Spread of times: sigma of the logarithm.",
+)
+@click.option(
+    "--failure-rate", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Share of jobs that fail."
+)
+@click.option(
+    "--node-hours",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Mean hours between losses of a node; 0: none.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @json_option
 def simulate_command(

@@ -16,7 +16,12 @@ from isoflop.sweep.api import own_tracking_uri
 
 @click.command("ui")
 @store_option
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind; anything but loopback shows your runs to the network.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to bind; anything but loopback shows your runs to the network.",
+)
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(0, 65535), help="0 picks a free one.")
 @click.option("--tracking-uri", help="Another MLflow database than the store's own.")
 def ui_command(store: str | None, host: str, port: int, tracking_uri: str | None) -> None:
@@ -31,7 +36,20 @@ def ui_command(store: str | None, host: str, port: int, tracking_uri: str | None
     # MLflow's job runner would start eight more processes that nothing here uses
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     click.echo(f"MLflow over {opened.uri}: http://{host}:{chosen}  (Ctrl-C ends it)", err=True)
-    arguments = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", host, "--port", str(chosen), "--workers", "1"]
+    arguments = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        uri,
+        "--host",
+        host,
+        "--port",
+        str(chosen),
+        "--workers",
+        "1",
+    ]
     if opened.local is not None:
         arguments += ["--default-artifact-root", f"file://{opened.local / 'mlartifacts'}"]
     os.execve(sys.executable, arguments, environment)
@@ -43,5 +61,7 @@ def _free_port(host: str, port: int) -> int:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise UserError(f"--port {port}: {error.strerror.lower() if error.strerror else error}; give another, or 0 for any free one") from None
+            raise UserError(
+                f"--port {port}: {error.strerror.lower() if error.strerror else error}; give another, or 0 for any free one"
+            ) from None
         return int(probe.getsockname()[1])

@@ -95,13 +95,17 @@ class KnobSpec:
         if wanted is bool:
             good = isinstance(value, bool)
         elif wanted is int:
-            good = not isinstance(value, bool) and (isinstance(value, int) or (isinstance(value, float) and value.is_integer()))
+            good = not isinstance(value, bool) and (
+                isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+            )
         elif wanted is float:
             good = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
         else:
             good = isinstance(value, wanted)
         if not good:
-            name = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}.get(wanted, wanted.__name__)
+            name = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}.get(
+                wanted, wanted.__name__
+            )
             raise UserError(f"{prefix}{self.name} = {value!r} must be {name}; allowed: {self.describe()}")
         return typing.cast(KnobValue, wanted(value))
 

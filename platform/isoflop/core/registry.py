@@ -85,7 +85,13 @@ class Registry(Generic[T]):
                     if point.name not in self._entries:
                         self.register(point.name)(entry)
                 except Exception as error:  # a broken plug-in must not take the others down
-                    log.warning("%s %r of package entry point %s could not be loaded: %s", self.kind, point.name, point.value, error)
+                    log.warning(
+                        "%s %r of package entry point %s could not be loaded: %s",
+                        self.kind,
+                        point.name,
+                        point.value,
+                        error,
+                    )
             self._loaded = True
         finally:
             self._loading = False

@@ -75,7 +75,9 @@ def _whole_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^(?:[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)|[-+]?[0-9][0-9_]*\.[0-9_]*|[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    re.compile(
+        r"^(?:[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)|[-+]?[0-9][0-9_]*\.[0-9_]*|[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
     list("-+0123456789."),
 )
 
@@ -133,7 +135,9 @@ def _construct(loader: _Loader, node: yaml.Node, path: KeyPath, lines: dict[KeyP
                 raise UserError(f"{name}:{key_node.start_mark.line + 1}: a key must be text or a number")
             key = _scalar(loader, key_node, path, name)
             if key in result:
-                raise UserError(f"{name}:{key_node.start_mark.line + 1}: {dotted((*path, str(key)))}: the key stands twice in one block")
+                raise UserError(
+                    f"{name}:{key_node.start_mark.line + 1}: {dotted((*path, str(key)))}: the key stands twice in one block"
+                )
             lines[(*path, key)] = key_node.start_mark.line + 1
             result[key] = _construct(loader, value_node, (*path, key), lines, name)
         return result

@@ -3,4 +3,15 @@
 from isoflop.execute.base import Done, Event, Executor, Lost, OnShard, Resources, ShardReport, WorkerInfo, WorkItem
 from isoflop.execute.local import LocalExecutor
 
-__all__ = ["Done", "Event", "Executor", "LocalExecutor", "Lost", "OnShard", "Resources", "ShardReport", "WorkItem", "WorkerInfo"]
+__all__ = [
+    "Done",
+    "Event",
+    "Executor",
+    "LocalExecutor",
+    "Lost",
+    "OnShard",
+    "Resources",
+    "ShardReport",
+    "WorkItem",
+    "WorkerInfo",
+]

@@ -105,7 +105,9 @@ class RayExecutor(Executor):
             self._fill()  # again, for those that died before they could speak
             self._greet(timeout=1.0)
             if time.monotonic() > deadline:
-                raise UserError(f"no Ray worker came up within {_START_SECONDS:.0f} s; cluster resources: {ray.cluster_resources()}")
+                raise UserError(
+                    f"no Ray worker came up within {_START_SECONDS:.0f} s; cluster resources: {ray.cluster_resources()}"
+                )
 
     def close(self, now: bool = False) -> None:
         for worker in list(self._workers.values()):
@@ -133,14 +135,19 @@ class RayExecutor(Executor):
             hint = ""
             if "auth" in str(error).lower():
                 hint = " (the cluster wants a token: set RAY_AUTH_MODE=token and have its token file in your home)"
-            raise UserError(f"Ray at {self._address or 'local'} cannot be reached: {' '.join(str(error).split())[:300]}{hint}") from None
+            raise UserError(
+                f"Ray at {self._address or 'local'} cannot be reached: {' '.join(str(error).split())[:300]}{hint}"
+            ) from None
         self._started_ray = True
 
     def _check_possible(self) -> None:
         want = self._resources
         nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
         if not any(_slots_on(n, want) >= 1 for n in nodes):
-            have = "; ".join(f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs, {n.get('memory', 0) / 2**30:.1f} GiB" for n in nodes)
+            have = "; ".join(
+                f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs, {n.get('memory', 0) / 2**30:.1f} GiB"
+                for n in nodes
+            )
             raise UserError(
                 f"resources: no node of the cluster can ever give one job {want.cpus:g} CPUs, {want.gpus:g} GPUs"
                 + (f", {want.memory / 2**30:.1f} GiB" if want.memory else "")
@@ -172,8 +179,10 @@ class RayExecutor(Executor):
         }
         if want.memory:
             options["memory"] = want.memory
-        actor = ray.remote(concurrency_groups={"control": 1})(RayWorker).options(**options).remote(
-            worker_id, self._cache_dir, self._imports, self._import_folder, want.memory
+        actor = (
+            ray.remote(concurrency_groups={"control": 1})(RayWorker)
+            .options(**options)
+            .remote(worker_id, self._cache_dir, self._imports, self._import_folder, want.memory)
         )
         self._workers[worker_id] = _Worker(worker_id, actor, actor.hello.remote())
 
@@ -227,7 +236,9 @@ class RayExecutor(Executor):
         """
         plan: dict[str, list[Any]] = {}
         assert target.info is not None
-        here = set().union(*(w.stages for w in self._workers.values() if w.info is not None and w.info.node == target.info.node))
+        here = set().union(
+            *(w.stages for w in self._workers.values() if w.info is not None and w.info.node == target.info.node)
+        )
         for key in item.needs:
             if key in here:
                 continue
@@ -359,4 +370,8 @@ def _slots_on(have: dict[str, float], want: Resources) -> int:
 
 def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if isinstance(error, RayTaskError) else lines[0]}"[:500] if lines else type(error).__name__
+    return (
+        f"{type(error).__name__}: {lines[-1] if isinstance(error, RayTaskError) else lines[0]}"[:500]
+        if lines
+        else type(error).__name__
+    )

@@ -29,7 +29,9 @@ class RayWorker:
             of the host's out-of-memory killer.
     """
 
-    def __init__(self, name: str, cache_dir: str | None, imports: tuple[str, ...], import_folder: str | None, memory: int | None) -> None:
+    def __init__(
+        self, name: str, cache_dir: str | None, imports: tuple[str, ...], import_folder: str | None, memory: int | None
+    ) -> None:
         import torch
 
         if imports and import_folder is not None:

@@ -156,10 +156,19 @@ class SimulatedExecutor(Executor):
         if item.kind == "stage":
             result: object = {"ok": True, "seconds": slot.until - slot.started, "bytes": 0}
         elif self._rng.random() < self._rates.failure:
-            result = Outcome("failed", error_type="SimulatedFailure", error_text="drawn by the simulation", worker=worker)
+            result = Outcome(
+                "failed", error_type="SimulatedFailure", error_text="drawn by the simulation", worker=worker
+            )
         else:
             info = ResolvedJob.of(item.job).info
-            result = Outcome("ok", errors=[self._score(item.job)], shard_sizes=[1], axes={"N": info.n_params}, worker=worker, seconds=slot.until - slot.started)
+            result = Outcome(
+                "ok",
+                errors=[self._score(item.job)],
+                shard_sizes=[1],
+                axes={"N": info.n_params},
+                worker=worker,
+                seconds=slot.until - slot.started,
+            )
         self._events.append(Done(worker, item, result))
         if slot.queue:
             self._begin(slot)

@@ -116,7 +116,9 @@ class Job:
         return {"ref": self.model, "options": dict(self.model_options), "version": self.version("model")}
 
     def _method_specs(self) -> list[dict[str, Any]]:
-        return [{"name": m.name, "knobs": dict(m.knobs), "version": self.version(f"method:{m.name}")} for m in self.methods]
+        return [
+            {"name": m.name, "knobs": dict(m.knobs), "version": self.version(f"method:{m.name}")} for m in self.methods
+        ]
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,9 @@ class Runner:
         name: of the worker, for provenance.
     """
 
-    def __init__(self, cache_dir: str | Path | None = None, device: str | None = None, keep_models: int = 4, name: str = "driver") -> None:
+    def __init__(
+        self, cache_dir: str | Path | None = None, device: str | None = None, keep_models: int = 4, name: str = "driver"
+    ) -> None:
         self.cache = StageCache(cache_dir, device or _pick_device())
         self.name = name
         self._keep_models = keep_models
@@ -79,7 +81,13 @@ class Runner:
         Args:
             on_shard: called after each shard with (shard index, mean error so far, examples so far); True stops the job.
         """
-        out = Outcome("failed", started=time.time(), host=socket.gethostname(), device=_device_name(self.cache.device), worker=self.name)
+        out = Outcome(
+            "failed",
+            started=time.time(),
+            host=socket.gethostname(),
+            device=_device_name(self.cache.device),
+            worker=self.name,
+        )
         clock = time.monotonic()
         computed_before = len(self.cache.computed)
         fresh, self._used = not self._used, True
@@ -103,7 +111,12 @@ class Runner:
             seconds = self.cache.ensure(stage)
             return {"ok": True, "seconds": seconds, "bytes": self.cache.size(stage)}
         except (Exception, SystemExit) as error:
-            return {"ok": False, "status": _status(error, fresh), "error_type": type(error).__name__, "error_text": _describe(error)}
+            return {
+                "ok": False,
+                "status": _status(error, fresh),
+                "error_type": type(error).__name__,
+                "error_text": _describe(error),
+            }
 
     def stage_files(self, job: Job, key: str) -> dict[str, bytes]:
         """The files of a computed stage, to be sent to another host."""
@@ -130,7 +143,10 @@ class Runner:
                 if on_shard is not None and on_shard(index, float(so_far.mean()), len(so_far)):
                     stopped = True
                     break
-            footprint: dict[str, Any] = {"eval_seconds": time.monotonic() - clock, **resolved.task.measure(model, self.cache)}
+            footprint: dict[str, Any] = {
+                "eval_seconds": time.monotonic() - clock,
+                **resolved.task.measure(model, self.cache),
+            }
             for method, _ in resolved.in_order:
                 footprint.update(method.footprint(model, self.cache))
         if not errors:

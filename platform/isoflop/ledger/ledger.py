@@ -215,14 +215,18 @@ class Ledger:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 file = open(path, "a+")  # noqa: SIM115 - held for the life of the driver
             except OSError as error:
-                raise StoreError(f"store {self.store.uri} cannot be written: {error.strerror}: {error.filename}") from None
+                raise StoreError(
+                    f"store {self.store.uri} cannot be written: {error.strerror}: {error.filename}"
+                ) from None
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 file.close()
-                raise LedgerBusy(f"sweep {self.sweep!r} is being written by {holder}; wait for it, stop it, or give this run another name") from None
+                raise LedgerBusy(
+                    f"sweep {self.sweep!r} is being written by {holder}; wait for it, stop it, or give this run another name"
+                ) from None
             file.truncate(0)
             file.write(me)
             file.flush()
@@ -275,7 +279,9 @@ class Ledger:
         held = _lease_of(self.store.read(path))
         age = time.time() - float(held.get("time", 0))
         if age < _LEASE_SECONDS:
-            raise LedgerBusy(f"sweep {self.sweep!r} is being written by {held.get('holder')} (seen {age:.0f} s ago); wait for it or stop it")
+            raise LedgerBusy(
+                f"sweep {self.sweep!r} is being written by {held.get('holder')} (seen {age:.0f} s ago); wait for it or stop it"
+            )
         self._lease = f"{me} {uuid.uuid4().hex[:6]}"
         self._renew(path)
         time.sleep(0.2)

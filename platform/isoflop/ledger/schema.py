@@ -41,7 +41,16 @@ _QUALITY = [
     ("scores", pa.list_(pa.float32())),
     ("shard_sizes", pa.list_(pa.int32())),
 ]
-FOOTPRINT_COLUMNS = ("flops", "flops_llm", "flops_vision", "flops_method", "seconds", "peak_bytes", "weight_bytes", "kv_bytes")
+FOOTPRINT_COLUMNS = (
+    "flops",
+    "flops_llm",
+    "flops_vision",
+    "flops_method",
+    "seconds",
+    "peak_bytes",
+    "weight_bytes",
+    "kv_bytes",
+)
 _FOOTPRINT = [(name, pa.float64()) for name in FOOTPRINT_COLUMNS] + [("footprint", pa.map_(pa.string(), pa.float64()))]
 _PROVENANCE = [
     ("spec", pa.string()),
@@ -79,6 +88,8 @@ def latest(table: pa.Table) -> pa.Table:
         return table
     indexed = table.append_column("_row", pa.array(range(table.num_rows), pa.int64()))
     newest = indexed.sort_by([("sequence", "ascending"), ("_row", "ascending")])
-    grouped = newest.group_by("job_id", use_threads=False).aggregate([("_row", "last"), ("sequence", "min"), ("_row", "min")])
+    grouped = newest.group_by("job_id", use_threads=False).aggregate(
+        [("_row", "last"), ("sequence", "min"), ("_row", "min")]
+    )
     order = pc.sort_indices(grouped, sort_keys=[("sequence_min", "ascending"), ("_row_min", "ascending")])
     return table.take(grouped["_row_last"].take(order))

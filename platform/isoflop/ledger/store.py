@@ -114,7 +114,9 @@ def _remote(uri: str, scheme: str) -> tuple[pafs.FileSystem, str]:
         import fsspec
 
         if scheme not in fsspec.available_protocols():
-            raise UserError(f"store {uri!r}: unknown scheme {scheme!r}; allowed: a path, s3, gs, hdfs, abfs and what fsspec knows") from native_error
+            raise UserError(
+                f"store {uri!r}: unknown scheme {scheme!r}; allowed: a path, s3, gs, hdfs, abfs and what fsspec knows"
+            ) from native_error
         try:
             fs, path = fsspec.core.url_to_fs(uri)
         except ImportError as missing:

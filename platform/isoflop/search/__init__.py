@@ -3,4 +3,17 @@
 from isoflop.search.proposer import Proposal, Proposer, Tell, make_proposer, make_pruner, make_sampler
 from isoflop.search.space import Branch, Config, Param, Space, Zip, values_key
 
-__all__ = ["Branch", "Config", "Param", "Proposal", "Proposer", "Space", "Tell", "Zip", "make_proposer", "make_pruner", "make_sampler", "values_key"]
+__all__ = [
+    "Branch",
+    "Config",
+    "Param",
+    "Proposal",
+    "Proposer",
+    "Space",
+    "Tell",
+    "Zip",
+    "make_proposer",
+    "make_pruner",
+    "make_sampler",
+    "values_key",
+]

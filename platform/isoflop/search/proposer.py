@@ -207,7 +207,9 @@ class OptunaProposer(Proposer):
             self._past.add(values_key(config))
 
     def tell(self, result: Tell) -> None:
-        state = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[result.outcome]
+        state = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[
+            result.outcome
+        ]
         trial = self._open.pop(result.number, None)
         if trial is None:
             self.reserve(result.number, result.config)
@@ -377,7 +379,14 @@ def make_proposer(
 class PrunedGrid(OptunaProposer):
     """The grid in order, with an Optuna pruner watching it."""
 
-    def __init__(self, space: Space, pruner: str, directions: Sequence[str], seed: int, pruner_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        space: Space,
+        pruner: str,
+        directions: Sequence[str],
+        seed: int,
+        pruner_options: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(space, "random", pruner, directions, seed, pruner_options=pruner_options)
         self._grid: Iterator[Config] = space.grid()
         self._size = sum(1 for _ in space.grid())

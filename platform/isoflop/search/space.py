@@ -49,7 +49,9 @@ class Param:
         if self.integer:
             return range(math.ceil(self.low), math.floor(self.high) + 1, int(self.step or 1))
         if self.step is None:
-            raise UserError(f"{self.name}: a grid cannot list the real numbers from {self.low:g} to {self.high:g}; give a list or a step")
+            raise UserError(
+                f"{self.name}: a grid cannot list the real numbers from {self.low:g} to {self.high:g}; give a list or a step"
+            )
         count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
         if count > MAX_GRID:
             raise UserError(f"{self.name}: {count:,} steps from {self.low:g} to {self.high:g}; allowed: {MAX_GRID:,}")

@@ -97,7 +97,12 @@ class StageCache:
             try:
                 stage.compute(self, part)
                 seconds = time.monotonic() - started
-                meta = {"key": stage.key, "spec": stage.spec(), "seconds": round(seconds, 3), "python": sys.version.split()[0]}
+                meta = {
+                    "key": stage.key,
+                    "spec": stage.spec(),
+                    "seconds": round(seconds, 3),
+                    "python": sys.version.split()[0],
+                }
                 (part / _META).write_text(json.dumps(meta, indent=1))
                 self._install(part, self.folder(stage))
             except BaseException:

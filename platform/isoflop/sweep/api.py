@@ -83,7 +83,9 @@ def run_resolved(sweep: Sweep, options: RunOptions, progress: Progress) -> Sweep
         ledger.fold()
         save_spec(store, sweep, ledger)
         log.line(f"sweep {spec.name}: store {store.uri}")
-        tracker.start(sweep.source.text or json.dumps(sweep.source.data, indent=1), {"spec": spec.digest, "store": store.uri})
+        tracker.start(
+            sweep.source.text or json.dumps(sweep.source.data, indent=1), {"spec": spec.digest, "store": store.uri}
+        )
         proposer = make_proposer(
             sweep.space,
             spec.search.sampler,
@@ -100,7 +102,12 @@ def run_resolved(sweep: Sweep, options: RunOptions, progress: Progress) -> Sweep
             log.line("fitting laws")
         findings = opened.findings_of_run = opened.findings()
         findings.save(store, spec.name)
-        tracker.finish(findings.artifacts(), findings.metrics(), findings.markdown(), "KILLED" if summary.interrupted else "FINISHED")
+        tracker.finish(
+            findings.artifacts(),
+            findings.metrics(),
+            findings.markdown(),
+            "KILLED" if summary.interrupted else "FINISHED",
+        )
         _await_tracker(tracker, options.track_wait, log)
         return opened
     finally:
@@ -117,7 +124,9 @@ def make_tracker(store: Store, name: str, uri: str | None) -> Tracker:
     own = own_tracking_uri(store)
     chosen = uri or own
     if chosen is None:
-        raise UserError(f"store {store.uri} is not on this host, so it cannot hold MLflow's database; give --tracking-uri, or --tracking-uri none")
+        raise UserError(
+            f"store {store.uri} is not on this host, so it cannot hold MLflow's database; give --tracking-uri, or --tracking-uri none"
+        )
     root = f"file://{store.local / 'mlartifacts' / name}" if store.local and not chosen.startswith("http") else None
     return MlflowTracker(chosen, name, root)
 
@@ -150,7 +159,9 @@ def _await_tracker(tracker: Tracker, wait: float, log: LogFile) -> None:
         log.line(f"waiting for MLflow: {tracker.backlog()} rows to go")
     left = tracker.close(wait)
     if left or tracker.problem:
-        log.line(f"MLflow does not show everything yet ({left} rows; {tracker.problem or 'too slow'}); `isoflop resume` will bring the rest")
+        log.line(
+            f"MLflow does not show everything yet ({left} rows; {tracker.problem or 'too slow'}); `isoflop resume` will bring the rest"
+        )
 
 
 def save_spec(store: Store, sweep: Sweep, ledger: Ledger) -> None:
@@ -203,7 +214,11 @@ class SweepResults:
         stale = read_stale(self.store, self.name)
         if not stale:
             return table
-        ids = table["job_id"] if "job_id" in table.column_names else Ledger(self.store, self.name).read(["job_id"])["job_id"]
+        ids = (
+            table["job_id"]
+            if "job_id" in table.column_names
+            else Ledger(self.store, self.name).read(["job_id"])["job_id"]
+        )
         return table.filter(pc.invert(pc.is_in(ids, pa.array(sorted(stale), pa.string()))))
 
     def fit(self, law: str = "product", y: str = "error", by: Sequence[str] = ("task",), **options: Any) -> Any:
@@ -239,7 +254,9 @@ class SweepResults:
         """The rows that no other row beats in every objective; see :func:`isoflop.frontier.pareto`."""
         from isoflop.frontier import pareto
 
-        return pareto(results_module.usable(self.results()), objectives=objectives or {"error": "min", "flops": "min"}, **options)
+        return pareto(
+            results_module.usable(self.results()), objectives=objectives or {"error": "min", "flops": "min"}, **options
+        )
 
     def sql(self, query: str) -> pa.Table:
         """DuckDB SQL on the table ``results``."""

@@ -147,7 +147,9 @@ class Driver:
         for trial, jobs in self._trials.restore(table, self._retry_failed):
             self._enqueue(trial, jobs)
         if self._ledger.set_aside:
-            self._progress.line(f"{len(self._ledger.set_aside)} unreadable ledger files were set aside; their jobs run again")
+            self._progress.line(
+                f"{len(self._ledger.set_aside)} unreadable ledger files were set aside; their jobs run again"
+            )
         if self._summary.cached:
             self._progress.line(f"{self._summary.cached} jobs have results already")
 
@@ -285,25 +287,36 @@ class Driver:
             if result["seconds"]:
                 self._progress.line(f"stage {event.item.stage} computed by {event.worker} in {result['seconds']:.1f} s")
             return
-        failure = self._queue.stage_failed(event.item.stage, result["status"], result["error_type"], result["error_text"])
+        failure = self._queue.stage_failed(
+            event.item.stage, result["status"], result["error_type"], result["error_text"]
+        )
         if failure is None:
             self._progress.line(f"stage {event.item.stage} failed, will be tried again: {result['error_text']}")
             return
         for pending in failure.jobs:
             text = f"stage {failure.key}: {failure.error_text}"
-            outcome = Outcome("infeasible" if failure.status == "infeasible" else "failed", started=time.time(), error_type=failure.error_type, error_text=text)
+            outcome = Outcome(
+                "infeasible" if failure.status == "infeasible" else "failed",
+                started=time.time(),
+                error_type=failure.error_type,
+                error_text=text,
+            )
             self._record(pending.job, outcome, pending.attempt)
 
     def _on_job(self, event: Done) -> None:
         outcome: Outcome = event.result
         job = event.item.job
-        self._job_seconds = outcome.seconds if not self._job_seconds else 0.8 * self._job_seconds + 0.2 * outcome.seconds
+        self._job_seconds = (
+            outcome.seconds if not self._job_seconds else 0.8 * self._job_seconds + 0.2 * outcome.seconds
+        )
         if outcome.error_type == "MemoryError":
             self._executor.kill(event.worker, "ran out of memory; another takes its place", blame=False)
         if outcome.status == "failed":
             exhausted = self._queue.job_failed(job.id, event.worker)
             if exhausted is None:
-                self._progress.line(f"{_title(job)} failed, will be tried again: {outcome.error_type}: {outcome.error_text}")
+                self._progress.line(
+                    f"{_title(job)} failed, will be tried again: {outcome.error_type}: {outcome.error_text}"
+                )
                 return
             self._record(job, outcome, exhausted.attempt)
         else:
@@ -318,7 +331,9 @@ class Driver:
                 failure = self._queue.stage_failed(item.stage, "failed", "WorkerLost", event.reason)
                 exhausted += failure.jobs if failure else []
         for pending in exhausted:
-            outcome = Outcome("failed", started=time.time(), worker=event.worker, error_type="WorkerLost", error_text=event.reason)
+            outcome = Outcome(
+                "failed", started=time.time(), worker=event.worker, error_type="WorkerLost", error_text=event.reason
+            )
             self._record(pending.job, outcome, pending.attempt)
 
     def _on_shard(self, report: ShardReport) -> bool:
@@ -341,8 +356,14 @@ class Driver:
         self._rows.append({**row, "mlflow_run_id": self._tracker.run_id(job.id)})
         setattr(self._summary, outcome.status, getattr(self._summary, outcome.status) + 1)
         self._flops += outcome.footprint.get("flops", 0.0) * len(outcome.errors)
-        result = f"error {sum(outcome.errors) / len(outcome.errors):.4f}" if outcome.errors else f"{outcome.error_type}: {outcome.error_text}"
-        self._progress.line(f"{_title(job)} {outcome.status} on {outcome.worker or '-'} in {outcome.seconds:.1f} s: {result}")
+        result = (
+            f"error {sum(outcome.errors) / len(outcome.errors):.4f}"
+            if outcome.errors
+            else f"{outcome.error_type}: {outcome.error_text}"
+        )
+        self._progress.line(
+            f"{_title(job)} {outcome.status} on {outcome.worker or '-'} in {outcome.seconds:.1f} s: {result}"
+        )
 
     def _commit(self, force: bool = False) -> None:
         if not self._rows:
@@ -385,7 +406,9 @@ class Driver:
         state.draining = bool(self._interrupts)
         now = self._clock()
         state.doing = {
-            worker: f"{_title(slot.items[0].job) if slot.items[0].kind == 'job' else slot.items[0].stage} ({now - slot.since:.0f} s)" if slot.items else "idle"
+            worker: f"{_title(slot.items[0].job) if slot.items[0].kind == 'job' else slot.items[0].stage} ({now - slot.since:.0f} s)"
+            if slot.items
+            else "idle"
             for worker, slot in self._slots.items()
         }
         self._progress.update(state)
@@ -411,7 +434,9 @@ class Driver:
             if self._interrupts > 1:
                 raise KeyboardInterrupt
             # No output from here: the signal may have interrupted a write to the same file.
-            self._notice = f"{signal.Signals(number).name}: waiting for {self._queue.running} running jobs; once more to stop now"
+            self._notice = (
+                f"{signal.Signals(number).name}: waiting for {self._queue.running} running jobs; once more to stop now"
+            )
 
         old = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -423,4 +448,6 @@ class Driver:
 
 def _title(job: Job) -> str:
     knobs = " ".join(f"{k.rsplit('.', 1)[-1]}={v}" for k, v in job.knobs().items())
-    return " ".join(p for p in (job.model, job.method_label, knobs, job.task, f"r{job.repeat}" if job.repeat else "") if p)
+    return " ".join(
+        p for p in (job.model, job.method_label, knobs, job.task, f"r{job.repeat}" if job.repeat else "") if p
+    )

@@ -71,7 +71,16 @@ class Plan:
             "jobs": self.jobs,
             "done": self.done,
             "left": self.left,
-            "stages": [{"kind": s.kind, "count": s.count, "cached": s.cached, "uses": s.uses, "median_seconds": median(s.seconds) if s.seconds else None} for s in self.stages],
+            "stages": [
+                {
+                    "kind": s.kind,
+                    "count": s.count,
+                    "cached": s.cached,
+                    "uses": s.uses,
+                    "median_seconds": median(s.seconds) if s.seconds else None,
+                }
+                for s in self.stages
+            ],
             "infeasible": self.infeasible,
             "median_job_seconds": self.job_seconds,
             "flops_spent": self.flops,
@@ -84,7 +93,9 @@ def make_plan(sweep: Sweep, store_uri: str | None = None, cache_dir: Path | None
     """Plan a sweep against its store and this host's stage cache; runs nothing and writes nothing."""
     spec = sweep.spec
     store = Store.open(store_uri or spec.store)
-    rows = sweep.current(Ledger(store, spec.name).read(["job_id", "spec", "status", "wall_seconds", "flops", "n_examples"]))
+    rows = sweep.current(
+        Ledger(store, spec.name).read(["job_id", "spec", "status", "wall_seconds", "flops", "n_examples"])
+    )
     trials = _trials(sweep)
     per_trial = len(sweep.task_options) * spec.repeats
     jobs = None if trials is None else trials * per_trial
@@ -117,7 +128,9 @@ def _trials(sweep: Sweep) -> int | None:
 def _sample(sweep: Sweep) -> tuple[list[ResolvedJob], list[str]]:
     """The jobs that a grid would run, or the first that a search would."""
     spec = sweep.spec
-    proposer = make_proposer(sweep.space, spec.search.sampler, "none", [o.direction for o in spec.objectives], spec.seed, spec.search.options)
+    proposer = make_proposer(
+        sweep.space, spec.search.sampler, "none", [o.direction for o in spec.objectives], spec.seed, spec.search.options
+    )
     per_trial = len(sweep.task_options) * spec.repeats
     wanted = min(_trials(sweep) or 50, max(1, _SAMPLE // per_trial))
     jobs: list[ResolvedJob] = []

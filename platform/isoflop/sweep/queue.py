@@ -148,7 +148,11 @@ class WorkQueue:
             if first is not None and first.waiting:
                 break
             del self._startable[next(iter(self._startable))]
-        found = [s for key in islice(self._startable, _STAGE_CHOICE) if (s := self._stages.get(key)) is not None and s.waiting]
+        found = [
+            s
+            for key in islice(self._startable, _STAGE_CHOICE)
+            if (s := self._stages.get(key)) is not None and s.waiting
+        ]
         best = max(found, key=lambda s: len(s.waiting), default=None)
         if best is not None:
             del self._startable[best.key]

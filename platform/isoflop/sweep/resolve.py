@@ -40,14 +40,22 @@ class Sweep:
         out = []
         for position, name in enumerate(self.branch_methods[str(config["method"])]):
             prefix = _prefix(str(config["method"]), position)
-            given = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix) and "." not in k.removeprefix(prefix)}
+            given = {
+                k.removeprefix(prefix): v
+                for k, v in config.items()
+                if k.startswith(prefix) and "." not in k.removeprefix(prefix)
+            }
             out.append(MethodSpec.of(name, check_knobs(METHODS.get(name), given, f"method {name}")))
         return tuple(out)
 
     def jobs_of(self, config: Config) -> list[Job]:
         """The jobs of a trial: one per task and repeat."""
         methods = self.methods_of(config)
-        return [self._job(str(config["model"]), methods, task, repeat) for repeat in range(self.spec.repeats) for task in self.task_options]
+        return [
+            self._job(str(config["model"]), methods, task, repeat)
+            for repeat in range(self.spec.repeats)
+            for task in self.task_options
+        ]
 
     def _job(self, model: str, methods: tuple[MethodSpec, ...], task: str, repeat: int) -> Job:
         entry = next(m for m in self.spec.models if m.ref == model)
@@ -149,14 +157,18 @@ def _params(method: MethodEntry, prefix: str, path: KeyPath, source: Source, zip
         ready = [p for p in params.values() if not any(other in params for other, _ in p.when)]
         if not ready:
             place = source.where((*path, method.name))
-            raise UserError(f"{place}: the when of {' and '.join(n.removeprefix(prefix) for n in params)} refer to each other")
+            raise UserError(
+                f"{place}: the when of {' and '.join(n.removeprefix(prefix) for n in params)} refer to each other"
+            )
         ordered += ready
         for param in ready:
             del params[param.name]
     return ordered
 
 
-def _declared(method: MethodEntry, prefix: str, path: KeyPath, source: Source, zips: tuple[Zip, ...]) -> Iterator[Param]:
+def _declared(
+    method: MethodEntry, prefix: str, path: KeyPath, source: Source, zips: tuple[Zip, ...]
+) -> Iterator[Param]:
     where = source.where(path)
     METHODS.get(method.name, where)
     specs = method_knobs(method.name)
@@ -176,10 +188,14 @@ def _declared(method: MethodEntry, prefix: str, path: KeyPath, source: Source, z
         elif entry is not None:
             yield _param(full, spec, entry, prefix, specs, place, method.name)
         elif spec.required:
-            raise UserError(f"{source.where(here)}: method {method.name} needs a value for {name}; allowed: {spec.describe()}")
+            raise UserError(
+                f"{source.where(here)}: method {method.name} needs a value for {name}; allowed: {spec.describe()}"
+            )
 
 
-def _param(full: str, spec: KnobSpec, entry: KnobEntry, prefix: str, specs: Mapping[str, KnobSpec], place: str, method: str) -> Param:
+def _param(
+    full: str, spec: KnobSpec, entry: KnobEntry, prefix: str, specs: Mapping[str, KnobSpec], place: str, method: str
+) -> Param:
     when = []
     for other, allowed in entry.when.items():
         if other not in specs:
@@ -207,7 +223,8 @@ def _range(full: str, spec: KnobSpec, entry: KnobEntry, place: str, common: dict
         return Param(full, (False, True), **common)
     if knob.choices is not None:
         values = tuple(
-            c for c in knob.choices
+            c
+            for c in knob.choices
             if isinstance(c, str) or ((entry.low is None or c >= entry.low) and (entry.high is None or c <= entry.high))
         )
         if not values:
@@ -257,7 +274,10 @@ def _check_objectives(spec: SweepSpec, source: Source) -> None:
 def _check_search(spec: SweepSpec, source: Source) -> None:
     """Options of the sampler and the pruner, by building both."""
     search = spec.search
-    for part, name, options, idle in (("options", search.sampler, search.options, "grid"), ("pruner_options", search.pruner, search.pruner_options, "none")):
+    for part, name, options, idle in (
+        ("options", search.sampler, search.options, "grid"),
+        ("pruner_options", search.pruner, search.pruner_options, "none"),
+    ):
         where = source.where(("search", part))
         if name == idle:
             if options:
@@ -311,7 +331,10 @@ def _zips(spec: SweepSpec, source: Source) -> tuple[Zip, ...]:
     out = []
     for index, block in enumerate(spec.zip):
         where = source.where(("zip", index))
-        typed = {path: [knobs[path].check(v, where) if path in knobs else v for v in values] for path, values in block.items()}
+        typed = {
+            path: [knobs[path].check(v, where) if path in knobs else v for v in values]
+            for path, values in block.items()
+        }
         rows = tuple(tuple(zip(typed, row, strict=True)) for row in zip(*typed.values(), strict=False))
         if rows:
             out.append(Zip(f"zip{index}", rows))
@@ -326,7 +349,10 @@ def _check_zips(spec: SweepSpec, source: Source, space: Space, zipped: set[str])
             raise UserError(f"{where}: a zip block couples two or more parameters; this one has {len(block)}")
         lengths = {path: len(values) for path, values in block.items()}
         if len(set(lengths.values())) > 1:
-            raise UserError(f"{where}: lists that move together must be equally long; lengths: " + ", ".join(f"{p} {n}" for p, n in lengths.items()))
+            raise UserError(
+                f"{where}: lists that move together must be equally long; lengths: "
+                + ", ".join(f"{p} {n}" for p, n in lengths.items())
+            )
         if 0 in lengths.values():
             raise UserError(f"{where}: the lists are empty")
         for path, values in block.items():
@@ -339,7 +365,9 @@ def _check_zips(spec: SweepSpec, source: Source, space: Space, zipped: set[str])
                     if value not in options:
                         raise unknown(f"{fixed} of this sweep", value, options, f"{where}: {path}")
                 if left := [o for o in options if o not in values]:
-                    raise UserError(f"{where}: {path} {left[0]!r} stands in no row of the block, so it would never run; add it or remove it from {path}s")
+                    raise UserError(
+                        f"{where}: {path} {left[0]!r} stands in no row of the block, so it would never run; add it or remove it from {path}s"
+                    )
     if len(zipped) < sum(len(block) for block in spec.zip):
         raise UserError(f"{source.where(('zip',))}: a parameter stands in two zip blocks")
 
@@ -373,7 +401,10 @@ def _check_grid(sweep: Sweep) -> None:
         corners: list[Config] = []
         for branch in sweep.space.branches:
             if all(p.values is not None and len(p.values) == 1 for p in branch.params):
-                corners.extend({"model": m, "method": branch.label, **{p.name: _only(p) for p in branch.params}} for m in sweep.space.models)
+                corners.extend(
+                    {"model": m, "method": branch.label, **{p.name: _only(p) for p in branch.params}}
+                    for m in sweep.space.models
+                )
         points: Any = corners
     else:
         for index, branch in enumerate(sweep.space.branches):
@@ -387,7 +418,9 @@ def _check_grid(sweep: Sweep) -> None:
     for config in points:
         count += 1
         if count > MAX_GRID:
-            raise UserError(f"{sweep.source.where(('methods',))}: the grid has more than {MAX_GRID:,} points; make it coarser or choose another search.sampler")
+            raise UserError(
+                f"{sweep.source.where(('methods',))}: the grid has more than {MAX_GRID:,} points; make it coarser or choose another search.sampler"
+            )
         if count > _CHECKED_POINTS:
             continue
         for job in sweep.jobs_of(config)[: len(sweep.task_options)]:
@@ -395,7 +428,9 @@ def _check_grid(sweep: Sweep) -> None:
                 ResolvedJob.of(job)
             except Infeasible as error:
                 place = next((i for i, b in enumerate(sweep.space.branches) if b.label == config["method"]), 0)
-                raise UserError(f"{sweep.source.where(('methods', place))}: {error}; leave it out with exclude: {_hint(config)}") from None
+                raise UserError(
+                    f"{sweep.source.where(('methods', place))}: {error}; leave it out with exclude: {_hint(config)}"
+                ) from None
     if not count and sweep.spec.search.sampler == "grid":
         raise UserError(f"{sweep.source.where(('exclude',))}: nothing is left to run; every combination is excluded")
 

@@ -71,7 +71,10 @@ class Findings:
         return {
             "spec": self.spec_digest,
             "laws": [{"fits": [f.to_dict() for f in law.fits], "problem": law.problem} for law in self.laws],
-            "frontiers": [{"frontiers": [f.to_dict() for f in found.frontiers], "problem": found.problem} for found in self.frontiers],
+            "frontiers": [
+                {"frontiers": [f.to_dict() for f in found.frontiers], "problem": found.problem}
+                for found in self.frontiers
+            ],
         }
 
     def tables(self) -> dict[str, pa.Table]:
@@ -83,7 +86,10 @@ class Findings:
         for index, found in enumerate(self.frontiers):
             if found.frontiers:
                 out[f"frontier-{index}-{_safe(found.block.law)}"] = _concat(f.to_arrow() for f in found.frontiers)
-        return {k: t.replace_schema_metadata({**(t.schema.metadata or {}), "isoflop.spec": self.spec_digest}) for k, t in out.items()}
+        return {
+            k: t.replace_schema_metadata({**(t.schema.metadata or {}), "isoflop.spec": self.spec_digest})
+            for k, t in out.items()
+        }
 
     def save(self, store: Store, name: str) -> None:
         """Write tables and record beside the ledger."""
@@ -97,7 +103,9 @@ class Findings:
         out = [Artifact("laws.json", json.dumps(self.to_dict(), indent=1))]
         for stem, table in self.tables().items():
             out.append(Artifact(f"{stem}.csv", table.to_pandas().to_csv(index=False)))
-        out += [Artifact(f"{stem}.html", figure.to_html(include_plotlyjs=True)) for stem, figure in self.figures().items()]
+        out += [
+            Artifact(f"{stem}.html", figure.to_html(include_plotlyjs=True)) for stem, figure in self.figures().items()
+        ]
         return out
 
     def figures(self) -> dict[str, Any]:
@@ -127,9 +135,13 @@ class Findings:
         """The parent run's description."""
         parts = []
         for law in self.laws:
-            parts += [f"**{law.block.law}**: {law.problem}"] if law.problem else [f"```\n{fit}\n```" for fit in law.fits]
+            parts += (
+                [f"**{law.block.law}**: {law.problem}"] if law.problem else [f"```\n{fit}\n```" for fit in law.fits]
+            )
         for found in self.frontiers:
-            parts += [f"**frontier**: {found.problem}"] if found.problem else [f"```\n{f}\n```" for f in found.frontiers]
+            parts += (
+                [f"**frontier**: {found.problem}"] if found.problem else [f"```\n{f}\n```" for f in found.frontiers]
+            )
         return "\n\n".join(parts)
 
 
@@ -180,7 +192,9 @@ def fit_block(block: LawBlock, table: pa.Table, seed: int) -> GroupedFit | Fit:
     )
 
 
-def frontiers_of(fits: Iterable[Fit], table: pa.Table, cost: str, q: float | None, budgets: Any = None, **options: Any) -> list[Frontier]:
+def frontiers_of(
+    fits: Iterable[Fit], table: pa.Table, cost: str, q: float | None, budgets: Any = None, **options: Any
+) -> list[Frontier]:
     """A frontier per fit. Without ``q``, Q is what the rows of the fit's group measured."""
     from isoflop.frontier import frontier
 

@@ -15,8 +15,18 @@ from isoflop.models.base import FAMILIES
 from isoflop.sweep.spec import SweepSpec
 from isoflop.tasks.base import TASKS
 
-_TIME = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": r"^\s*[0-9]*\.?[0-9]+\s*(s|m|h|d)\s*$"}]}
-_SIZE = {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": r"^\s*[0-9]*\.?[0-9]+\s*[kKMGT]?i?B?\s*$"}]}
+_TIME = {
+    "anyOf": [
+        {"type": "number", "exclusiveMinimum": 0},
+        {"type": "string", "pattern": r"^\s*[0-9]*\.?[0-9]+\s*(s|m|h|d)\s*$"},
+    ]
+}
+_SIZE = {
+    "anyOf": [
+        {"type": "integer", "minimum": 1},
+        {"type": "string", "pattern": r"^\s*[0-9]*\.?[0-9]+\s*[kKMGT]?i?B?\s*$"},
+    ]
+}
 _JSON_TYPES = {int: "integer", float: "number", bool: "boolean", str: "string"}
 
 
@@ -36,7 +46,9 @@ def sweep_schema() -> dict[str, Any]:
         "type": "array",
         "minItems": 1,
         "description": "Model references: a member of a built-in family, or hf:REPO or hf:PATH; with options as {ref: {option: value}}.",
-        "items": {"anyOf": [{"enum": _members()}, {"type": "string", "minLength": 1}, {"type": "object", "minProperties": 1}]},
+        "items": {
+            "anyOf": [{"enum": _members()}, {"type": "string", "minLength": 1}, {"type": "object", "minProperties": 1}]
+        },
     }
     properties["methods"] = {
         "type": "array",
@@ -51,8 +63,14 @@ def sweep_schema() -> dict[str, Any]:
         "items": _named({name: _options(knob_specs(TASKS.get(name)), TASKS.get(name)) for name in TASKS}, "task"),
     }
     one_or_many = {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}}
-    properties["zip"] = {"anyOf": [one_or_many, {"type": "array", "items": one_or_many}], "description": properties["zip"].get("description", "")}
-    properties["exclude"] = {"anyOf": [{"type": "object"}, {"type": "array", "items": {"type": "object"}}], "description": properties["exclude"].get("description", "")}
+    properties["zip"] = {
+        "anyOf": [one_or_many, {"type": "array", "items": one_or_many}],
+        "description": properties["zip"].get("description", ""),
+    }
+    properties["exclude"] = {
+        "anyOf": [{"type": "object"}, {"type": "array", "items": {"type": "object"}}],
+        "description": properties["exclude"].get("description", ""),
+    }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "isoflop sweep"}
 
 
@@ -73,7 +91,13 @@ def _members() -> list[str]:
 def _named(bodies: Mapping[str, Any], what: str) -> dict[str, Any]:
     """A bare name, one name with its body, or the name of something that a package or an ``import`` adds."""
     known = {"type": "object", "properties": dict(bodies), "minProperties": 1, "maxProperties": 1}
-    return {"anyOf": [{"enum": sorted(bodies)}, {"type": "string", "minLength": 1, "description": f"a {what} that an import registers"}, known]}
+    return {
+        "anyOf": [
+            {"enum": sorted(bodies)},
+            {"type": "string", "minLength": 1, "description": f"a {what} that an import registers"},
+            known,
+        ]
+    }
 
 
 def _method(knobs: Mapping[str, KnobSpec], cls: type) -> dict[str, Any]:
@@ -104,7 +128,12 @@ def _knob_forms(spec: KnobSpec) -> list[dict[str, Any]]:
         "step": {"type": "number", "exclusiveMinimum": 0},
         "when": {"type": "object"},
     }
-    return [value, {"type": "array", "items": value, "minItems": 1, "uniqueItems": True}, {"type": "object", "properties": block, "additionalProperties": False}, {"type": "null"}]
+    return [
+        value,
+        {"type": "array", "items": value, "minItems": 1, "uniqueItems": True},
+        {"type": "object", "properties": block, "additionalProperties": False},
+        {"type": "null"},
+    ]
 
 
 def _value(spec: KnobSpec) -> dict[str, Any]:

@@ -46,7 +46,9 @@ class Simulation:
         return asdict(self)
 
 
-def simulate(sweep: Sweep, nodes: int, slots: int, rates: Rates, seed: int = 0, progress: Progress | None = None) -> Simulation:
+def simulate(
+    sweep: Sweep, nodes: int, slots: int, rates: Rates, seed: int = 0, progress: Progress | None = None
+) -> Simulation:
     """Simulate a sweep from nothing; touches neither its store nor any cluster.
 
     Args:
@@ -57,9 +59,18 @@ def simulate(sweep: Sweep, nodes: int, slots: int, rates: Rates, seed: int = 0, 
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Store.open(folder), spec.name).lock()
         executor.start()
-        proposer = make_proposer(sweep.space, spec.search.sampler, "none", [o.direction for o in spec.objectives], spec.seed, spec.search.options)
+        proposer = make_proposer(
+            sweep.space,
+            spec.search.sampler,
+            "none",
+            [o.direction for o in spec.objectives],
+            spec.seed,
+            spec.search.options,
+        )
         cpu, real = time.process_time(), time.monotonic()
-        summary = Driver(sweep, ledger, executor, proposer, NullTracker(), progress or Quiet(), clock=executor.clock).run()
+        summary = Driver(
+            sweep, ledger, executor, proposer, NullTracker(), progress or Quiet(), clock=executor.clock
+        ).run()
         cpu, real = time.process_time() - cpu, time.monotonic() - real
         ledger.unlock()
     return Simulation(

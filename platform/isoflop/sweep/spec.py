@@ -66,9 +66,15 @@ Positive = Annotated[float, Field(gt=0), BeforeValidator(_number)]
 class SearchBlock(_Block):
     """How trials are proposed."""
 
-    sampler: Literal["grid", "random", "qmc", "tpe", "gp", "cmaes", "nsga2"] = Field("grid", description="Optuna's sampler; grid runs every combination once.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Arguments of the Optuna sampler class, e.g. n_startup_trials.")
-    pruner: Literal["none", "median", "hyperband", "wilcoxon"] = Field("none", description="Optuna's pruner; stops hopeless jobs between shards.")
+    sampler: Literal["grid", "random", "qmc", "tpe", "gp", "cmaes", "nsga2"] = Field(
+        "grid", description="Optuna's sampler; grid runs every combination once."
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Arguments of the Optuna sampler class, e.g. n_startup_trials."
+    )
+    pruner: Literal["none", "median", "hyperband", "wilcoxon"] = Field(
+        "none", description="Optuna's pruner; stops hopeless jobs between shards."
+    )
     pruner_options: dict[str, Any] = Field(default_factory=dict, description="Arguments of the Optuna pruner class.")
 
 
@@ -117,10 +123,14 @@ class LawBlock(_Block):
 
     law: str = "product"
     y: str = Field("error", description="Column or expression to predict.")
-    x: dict[str, str] = Field(default_factory=dict, description="Variable of the law -> column or expression, e.g. {N: N, V: V}.")
+    x: dict[str, str] = Field(
+        default_factory=dict, description="Variable of the law -> column or expression, e.g. {N: N, V: V}."
+    )
     by: tuple[str, ...] = Field(("task",), description="One fit per value of these columns.")
     where: str | None = Field(None, description="SQL condition on rows.")
-    objective: Literal["squared", "huber", "squared-log", "huber-log"] = Field("squared", description="Residuals of y, or of ln y (-log).")
+    objective: Literal["squared", "huber", "squared-log", "huber-log"] = Field(
+        "squared", description="Residuals of y, or of ln y (-log)."
+    )
     delta: Positive = Field(1e-3, description="Where Huber's terms turn linear.")
     weights: str | None = Field(None, description="Column or expression, e.g. 1/error_se**2.")
     fixed: dict[str, Number] = Field(default_factory=dict, description="Parameters held at a value, e.g. {E: 0}.")
@@ -133,7 +143,9 @@ class FrontierBlock(_Block):
     law: str = "product"
     cost: str = Field("2*N*(Q+V)", description="Inference cost per answer, an expression of columns and law variables.")
     q: NotNegative | None = Field(None, description="Text tokens Q per answer; by default as measured.")
-    budgets: tuple[Positive, ...] = Field((), description="Budgets in the unit of the cost; by default spread over the swept range.")
+    budgets: tuple[Positive, ...] = Field(
+        (), description="Budgets in the unit of the cost; by default spread over the swept range."
+    )
 
 
 class ModelEntry(_Block):
@@ -202,7 +214,9 @@ def _named(value: Any, key: str, rest: str) -> Any:
     if isinstance(value, Mapping) and key in value:
         return value
     if isinstance(value, Mapping):
-        raise ValueError(f"must be one name with its {rest}; {len(value)} keys found ({', '.join(map(str, value))}): indent the {rest} below the name")
+        raise ValueError(
+            f"must be one name with its {rest}; {len(value)} keys found ({', '.join(map(str, value))}): indent the {rest} below the name"
+        )
     raise ValueError(f"must be a name or a name with its {rest}, not {value!r}")
 
 
@@ -242,13 +256,19 @@ class SweepSpec(_Block):
     description: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**31), BeforeValidator(_number)] = 0
     store: str | None = Field(None, description="Path or URI for results; default ~/.local/share/isoflop.")
-    imports: tuple[str, ...] = Field((), alias="import", description="Python modules that register further methods, models, tasks or laws.")
+    imports: tuple[str, ...] = Field(
+        (), alias="import", description="Python modules that register further methods, models, tasks or laws."
+    )
     models: tuple[Model_, ...] = Field(min_length=1)
     methods: tuple[Composition, ...] = Field(min_length=1)
     tasks: tuple[Task_, ...] = Field(min_length=1)
     repeats: Whole = Field(1, ge=1, le=10_000, description="Repeats with another seed each.")
-    zip: tuple[dict[str, tuple[Any, ...]], ...] = Field((), description="Blocks of parameters that move together, e.g. {model: [a, b], quecc.k: [1, 2]}.")
-    exclude: tuple[dict[str, Any], ...] = Field((), description="Combinations that are left out, e.g. {model: a, quecc.k: [1, 2]}.")
+    zip: tuple[dict[str, tuple[Any, ...]], ...] = Field(
+        (), description="Blocks of parameters that move together, e.g. {model: [a, b], quecc.k: [1, 2]}."
+    )
+    exclude: tuple[dict[str, Any], ...] = Field(
+        (), description="Combinations that are left out, e.g. {model: a, quecc.k: [1, 2]}."
+    )
     search: SearchBlock = SearchBlock()
     objectives: tuple[Objective, ...] = Field((Objective(),), min_length=1)
     budget: Budget = Budget()
@@ -261,7 +281,9 @@ class SweepSpec(_Block):
     @classmethod
     def _plain_name(cls, value: str) -> str:
         if not NAME.fullmatch(value):
-            raise ValueError("must begin with a letter or digit and hold only letters, digits, '.', '_' and '-' (at most 100)")
+            raise ValueError(
+                "must begin with a letter or digit and hold only letters, digits, '.', '_' and '-' (at most 100)"
+            )
         return value
 
     @field_validator("zip", "exclude", mode="before")
@@ -307,7 +329,9 @@ def load_spec(given: str | Path | Mapping[str, Any] | Source) -> tuple[SweepSpec
     if source.data is None:
         raise UserError(f"{source.name}: is empty; a sweep needs name, models, methods and tasks")
     if not isinstance(source.data, Mapping):
-        raise UserError(f"{source.where(())}: a sweep is a block of keys (name, models, methods, tasks …), not {type(source.data).__name__}")
+        raise UserError(
+            f"{source.where(())}: a sweep is a block of keys (name, models, methods, tasks …), not {type(source.data).__name__}"
+        )
     try:
         return SweepSpec.model_validate(source.data), source
     except ValidationError as error:
@@ -330,7 +354,9 @@ def import_modules(spec: SweepSpec, source: Source) -> None:
         except UserError:
             raise
         except (Exception, SystemExit) as error:
-            raise UserError(f"{where}: module {module!r} failed while it was imported: {type(error).__name__}: {error}") from None
+            raise UserError(
+                f"{where}: module {module!r} failed while it was imported: {type(error).__name__}: {error}"
+            ) from None
 
 
 def _explain(error: ValidationError, source: Source) -> str:
@@ -366,7 +392,11 @@ def _real_path(loc: tuple[int | str, ...], source: Source) -> KeyPath:
     path: list[str | int] = []
     data: Any = source.data
     for part in loc:
-        found = part in data if isinstance(data, Mapping) else isinstance(data, list) and isinstance(part, int) and part < len(data)
+        found = (
+            part in data
+            if isinstance(data, Mapping)
+            else isinstance(data, list) and isinstance(part, int) and part < len(data)
+        )
         if found:
             path.append(part)
             data = data[part]
@@ -374,7 +404,13 @@ def _real_path(loc: tuple[int | str, ...], source: Source) -> KeyPath:
             (name,) = data
             path.append(name)
             data = data[name]
-    if loc and loc[-1] not in path[-1:] and isinstance(data, Mapping) and isinstance(loc[-1], str) and loc[-1] not in ("knobs", "options", "name", "ref", "values", "value"):
+    if (
+        loc
+        and loc[-1] not in path[-1:]
+        and isinstance(data, Mapping)
+        and isinstance(loc[-1], str)
+        and loc[-1] not in ("knobs", "options", "name", "ref", "values", "value")
+    ):
         path.append(loc[-1])
     return tuple(path)
 
@@ -401,4 +437,13 @@ def _allowed_keys(loc: tuple[int | str, ...]) -> list[str]:
     return [field.alias or name for name, field in block.model_fields.items()]
 
 
-__all__ = ["FrontierBlock", "KnobEntry", "LawBlock", "MethodEntry", "SweepSpec", "dotted", "import_modules", "load_spec"]
+__all__ = [
+    "FrontierBlock",
+    "KnobEntry",
+    "LawBlock",
+    "MethodEntry",
+    "SweepSpec",
+    "dotted",
+    "import_modules",
+    "load_spec",
+]

@@ -161,7 +161,9 @@ class TrialBook:
         for job_id in trial.jobs:
             self._by_job.pop(job_id, None)
         rows = list(trial.rows.values())
-        values = objective_values(self._sweep.spec.objectives, rows) if all(r["status"] in FINAL_OK for r in rows) else None
+        values = (
+            objective_values(self._sweep.spec.objectives, rows) if all(r["status"] in FINAL_OK for r in rows) else None
+        )
         if values is None:
             outcome = Tell(trial.number, trial.config, "failed")
         elif any(r["status"] == "pruned" for r in rows):
@@ -173,7 +175,11 @@ class TrialBook:
 
     def _note_best(self, value: float, trial: Trial) -> None:
         objective = self._sweep.spec.objectives[0]
-        better = self.best is None or (value < self.best[0] if objective.direction == "minimize" else value > self.best[0])
+        better = self.best is None or (
+            value < self.best[0] if objective.direction == "minimize" else value > self.best[0]
+        )
         if better:
-            knobs = " ".join(f"{k.rsplit('.', 1)[-1]}={v}" for k, v in trial.config.items() if k not in ("model", "method"))
+            knobs = " ".join(
+                f"{k.rsplit('.', 1)[-1]}={v}" for k, v in trial.config.items() if k not in ("model", "method")
+            )
             self.best = (value, f"{trial.config['model']} {trial.config['method']} {knobs}".strip())

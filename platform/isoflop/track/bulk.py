@@ -82,8 +82,12 @@ class BulkWriter:
                     " VALUES (?, ?, 'UNKNOWN', '', '', ?, ?, ?, ?, '', 'active', ?, ?)",
                     [self._run(run_id, data, tags) for run_id, data, tags in batch],
                 )
-                connection.executemany("INSERT INTO params (key, value, run_uuid) VALUES (?, ?, ?)", _each(batch, _params))
-                connection.executemany("INSERT OR REPLACE INTO tags (key, value, run_uuid) VALUES (?, ?, ?)", _each(batch, _tags))
+                connection.executemany(
+                    "INSERT INTO params (key, value, run_uuid) VALUES (?, ?, ?)", _each(batch, _params)
+                )
+                connection.executemany(
+                    "INSERT OR REPLACE INTO tags (key, value, run_uuid) VALUES (?, ?, ?)", _each(batch, _tags)
+                )
                 metrics = "(key, value, timestamp, step, is_nan, run_uuid) VALUES (?, ?, ?, ?, 0, ?)"
                 connection.executemany(f"INSERT OR IGNORE INTO metrics {metrics}", _each(batch, _metrics))
                 connection.executemany(f"INSERT OR REPLACE INTO latest_metrics {metrics}", _each(batch, _latest))
@@ -94,7 +98,16 @@ class BulkWriter:
 
     def _run(self, run_id: str, data: RunData, tags: dict[str, str]) -> tuple[str | int, ...]:
         uri = f"{self._artifact_root}/{run_id}/artifacts"
-        return run_id, data.name, tags.get("mlflow.user", ""), data.status, data.start_ms, data.end_ms, uri, self._experiment_id
+        return (
+            run_id,
+            data.name,
+            tags.get("mlflow.user", ""),
+            data.status,
+            data.start_ms,
+            data.end_ms,
+            uri,
+            self._experiment_id,
+        )
 
 
 _Batch = list[tuple[str, RunData, dict[str, str]]]

@@ -59,7 +59,9 @@ class Projection:
             self._parent_id = found[0].info.run_id
             self._client.update_run(self._parent_id, status="RUNNING")
         else:
-            run = self._client.create_run(self._experiment_id, run_name=f"sweep {self._name}", tags={PARENT_TAG: "true", **_source_tags()})
+            run = self._client.create_run(
+                self._experiment_id, run_name=f"sweep {self._name}", tags={PARENT_TAG: "true", **_source_tags()}
+            )
             self._parent_id = run.info.run_id
         for key, value in params.items():
             self._client.set_tag(self._parent_id, f"isoflop.{key}", value)
@@ -74,7 +76,9 @@ class Projection:
                 self._show_one(data)
             return
         common = {"mlflow.parentRunId": self._parent_id, **_source_tags()}
-        ids = {data.job_id: self._runs.get(data.job_id, ("", 0))[0] or run_id_of(self._name, data.job_id) for data in todo}
+        ids = {
+            data.job_id: self._runs.get(data.job_id, ("", 0))[0] or run_id_of(self._name, data.job_id) for data in todo
+        }
         self._bulk.write((ids[data.job_id], data, {**common, SEQUENCE_TAG: str(data.sequence)}) for data in todo)
         self._runs.update({data.job_id: (ids[data.job_id], data.sequence) for data in todo})
 
@@ -83,7 +87,9 @@ class Projection:
         run_id, _ = self._runs.get(data.job_id, ("", 0))
         if not run_id:
             first = {"mlflow.parentRunId": self._parent_id, **_source_tags(), **data.tags}
-            run_id = self._client.create_run(self._experiment_id, start_time=data.start_ms, run_name=data.name, tags=first).info.run_id
+            run_id = self._client.create_run(
+                self._experiment_id, start_time=data.start_ms, run_name=data.name, tags=first
+            ).info.run_id
             self._runs[data.job_id] = (run_id, 0)
         else:
             self._forget_error(run_id, data)
@@ -150,7 +156,9 @@ class Projection:
         """Which rows MLflow shows already; a double of an interrupted session is deleted."""
         token: str | None = None
         while True:
-            page = self._client.search_runs([self._experiment_id], "tags.`isoflop.job_id` != ''", ViewType.ACTIVE_ONLY, 5000, page_token=token)
+            page = self._client.search_runs(
+                [self._experiment_id], "tags.`isoflop.job_id` != ''", ViewType.ACTIVE_ONLY, 5000, page_token=token
+            )
             for run in page:
                 job_id = run.data.tags["isoflop.job_id"]
                 shown = int(run.data.tags.get(SEQUENCE_TAG, 0))

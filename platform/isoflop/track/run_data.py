@@ -63,7 +63,14 @@ def _run_name(row: Mapping[str, Any]) -> str:
 
 def _params(row: Mapping[str, Any]) -> dict[str, str]:
     knobs = json.loads(row["knobs"] or "{}")
-    params = {"model": row["model"], "method": row["method"], "task": row["task"], "repeat": row["repeat"], "seed": row["seed"], **knobs}
+    params = {
+        "model": row["model"],
+        "method": row["method"],
+        "task": row["task"],
+        "repeat": row["repeat"],
+        "seed": row["seed"],
+        **knobs,
+    }
     return {_safe(k): str(v)[:_MAX_PARAM] for k, v in params.items() if v is not None}
 
 

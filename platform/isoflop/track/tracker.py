@@ -225,7 +225,9 @@ class MlflowTracker(Tracker):
 
 def _hopeless(error: Exception) -> bool:
     """Whether the message itself is at fault, so that no server will ever take it."""
-    return getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE" or isinstance(error, (LookupError, TypeError, ValueError))
+    return getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE" or isinstance(
+        error, (LookupError, TypeError, ValueError)
+    )
 
 
 def wait_until_idle(tracker: Tracker, seconds: float) -> bool:
