@@ -5,4 +5,4 @@ if __name__ != "isoflop.kernels":
     # the repository's root is on sys.path. Refusing with an error would break transformers, so a bare import gives an
     # empty package instead: too old for transformers, and nothing can be loaded a second time through it.
     __version__ = "0.0.0"
-    __path__: list[str] = []
+    __path__ = []

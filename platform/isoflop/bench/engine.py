@@ -25,7 +25,7 @@ from isoflop.cli.common import console, emit, grid, json_option
 from isoflop.core.errors import UserError
 
 _SLOTS = 2
-_SHORT = {"x": {}, "y": {}, "z": {}}
+_SHORT: dict[str, Any] = {"x": {}, "y": {}, "z": {}}
 
 
 @dataclass

@@ -51,7 +51,7 @@ def methods_command(name: str | None, modules: tuple[str, ...], as_json: bool) -
         return
     found = [(n, METHODS.get(n)) for n in METHODS]
     found.sort(key=lambda pair: (pair[1].family, pair[0]))
-    data = [
+    data: list[dict[str, Any]] = [
         {
             "name": n,
             "family": c.family,
@@ -107,7 +107,7 @@ def _document(name: str, cls: type, as_json: bool) -> None:
 @json_option
 def models_command(as_json: bool) -> None:
     """List models; any LLaVA-style checkpoint can be named as hf:REPO or hf:PATH besides."""
-    data = []
+    data: list[dict[str, Any]] = []
     for family_name in FAMILIES:
         family = FAMILIES.get(family_name)
         for ref in family.members():

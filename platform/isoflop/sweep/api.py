@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,7 +17,7 @@ from isoflop.core.errors import UserError, unknown
 from isoflop.core.yaml_source import Source, parse_yaml
 from isoflop.execute import Executor, LocalExecutor, Resources
 from isoflop.ledger import Ledger, Store
-from isoflop.search import make_proposer
+from isoflop.search import Proposer, make_proposer
 from isoflop.sweep import results as results_module
 from isoflop.sweep.driver import Driver, Summary
 from isoflop.sweep.progress import LogFile, Progress, Quiet
@@ -24,6 +26,7 @@ from isoflop.sweep.spec import SweepSpec, load_spec
 from isoflop.track import MlflowTracker, NullTracker, Tracker
 
 EXECUTORS = ("ray", "local")
+_LAST_SECONDS = 10.0  # for MLflow, when a session ends in an error
 
 
 @dataclass(frozen=True)
@@ -74,47 +77,46 @@ def run_resolved(sweep: Sweep, options: RunOptions, progress: Progress) -> Sweep
     """Run a resolved sweep; see :func:`run`."""
     spec = sweep.spec
     store = Store.open(options.store or spec.store)
-    ledger = Ledger(store, spec.name).lock()
-    log_path = store.local / "sweeps" / spec.name / "log.txt" if store.local else None
-    log = LogFile(log_path, progress)
     tracker = make_tracker(store, spec.name, options.tracking_uri)
     executor = make_executor(sweep, options)
-    try:
+    with ExitStack() as stack:
+        ledger = Ledger(store, spec.name).lock()
+        stack.callback(ledger.unlock)
         ledger.fold()
         save_spec(store, sweep, ledger)
+        log = LogFile(store.local / "sweeps" / spec.name / "log.txt" if store.local else None, progress)
+        stack.callback(log.close)
         log.line(f"sweep {spec.name}: store {store.uri}")
-        tracker.start(
-            sweep.source.text or json.dumps(sweep.source.data, indent=1), {"spec": spec.digest, "store": store.uri}
-        )
-        proposer = make_proposer(
-            sweep.space,
-            spec.search.sampler,
-            spec.search.pruner,
-            [o.direction for o in spec.objectives],
-            spec.seed,
-            spec.search.options,
-            spec.search.pruner_options,
-        )
-        summary = Driver(sweep, ledger, executor, proposer, tracker, log, options.retry_failed).run()
+        tracker.start(spec_text(sweep), {"spec": spec.digest, "store": store.uri})
+        stack.push(partial(_end_tracking, tracker))
+        stack.callback(executor.close, now=True)
+        summary = Driver(sweep, ledger, executor, _proposer(sweep), tracker, log, options.retry_failed).run()
         executor.close(now=summary.interrupted)
-        opened = SweepResults(store, spec.name, spec, summary)
         if spec.laws:
             log.line("fitting laws")
+        opened = SweepResults(store, spec.name, spec, summary)
         findings = opened.findings_of_run = opened.findings()
         findings.save(store, spec.name)
-        tracker.finish(
-            findings.artifacts(),
-            findings.metrics(),
-            findings.markdown(),
-            "KILLED" if summary.interrupted else "FINISHED",
-        )
+        status = "KILLED" if summary.interrupted else "FINISHED"
+        tracker.finish(findings.artifacts(), findings.metrics(), findings.markdown(), status)
         _await_tracker(tracker, options.track_wait, log)
         return opened
-    finally:
-        executor.close(now=True)
-        tracker.close(0.0)
-        ledger.unlock()
-        log.close()
+
+
+def _end_tracking(tracker: Tracker, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> bool:
+    """Leave no parent run RUNNING when the session ends in an error; ``resume`` sets it running again."""
+    if error is not None:
+        tracker.finish([], {}, f"stopped by {type(error).__name__}: {error}", "FAILED")
+    tracker.close(_LAST_SECONDS if error is not None else 0.0)
+    return False
+
+
+def _proposer(sweep: Sweep) -> Proposer:
+    spec, search = sweep.spec, sweep.spec.search
+    directions = [o.direction for o in spec.objectives]
+    return make_proposer(
+        sweep.space, search.sampler, search.pruner, directions, spec.seed, search.options, search.pruner_options
+    )
 
 
 def make_tracker(store: Store, name: str, uri: str | None) -> Tracker:
@@ -164,16 +166,20 @@ def _await_tracker(tracker: Tracker, wait: float, log: LogFile) -> None:
         )
 
 
+def spec_text(sweep: Sweep) -> str:
+    """The YAML as written; a dict as JSON, which is YAML too."""
+    return sweep.source.text or json.dumps(sweep.source.data, indent=1)
+
+
 def save_spec(store: Store, sweep: Sweep, ledger: Ledger) -> None:
     """Keep the YAML beside the results, and which old rows it no longer contains.
 
     Whoever reads the store later needs neither the modules that the sweep imports nor the same versions of anything.
     """
-    text = sweep.source.text or json.dumps(sweep.source.data, indent=1)
     table = ledger.read(["job_id", "spec"])
     stale = set(table["job_id"].to_pylist()) - set(sweep.current(table)["job_id"].to_pylist())
     store.write(store.path("sweeps", sweep.spec.name, "stale.json"), json.dumps(sorted(stale)).encode())
-    store.write(store.path("sweeps", sweep.spec.name, "sweep.yaml"), text.encode())
+    store.write(store.path("sweeps", sweep.spec.name, "sweep.yaml"), spec_text(sweep).encode())
 
 
 class SweepResults:
@@ -250,7 +256,7 @@ class SweepResults:
         found = results_module.frontiers_of(fits, table, cost, q, budget)
         return found[0] if len(found) == 1 else Frontiers(found)
 
-    def pareto(self, objectives: Mapping[str, str] | None = None, **options: Any) -> Any:
+    def pareto(self, objectives: Mapping[str, Literal['min', 'max']] | None = None, **options: Any) -> Any:
         """The rows that no other row beats in every objective; see :func:`isoflop.frontier.pareto`."""
         from isoflop.frontier import pareto
 

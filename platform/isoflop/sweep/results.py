@@ -197,12 +197,13 @@ def frontiers_of(
 ) -> list[Frontier]:
     """A frontier per fit. Without ``q``, Q is what the rows of the fit's group measured."""
     from isoflop.frontier import frontier
+    from isoflop.frontier.result import Frontier
 
-    out = []
+    out: list[Frontier] = []
     for fit in fits:
         measured = q if q is not None else measured_q(table, fit.key)
         found: Frontier | Frontiers = frontier(fit, cost=cost, q=measured, budget=budgets, **options)
-        out.extend(list(found) if not hasattr(found, "points") else [found])
+        out.extend([found] if isinstance(found, Frontier) else found)
     return out
 
 
