@@ -7,6 +7,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
 from isoflop.core.errors import UserError
 from isoflop.costs import (
     DecoderShape,
@@ -19,17 +31,6 @@ from isoflop.costs import (
     projector_flops,
     vision_flops,
     weight_bytes,
-)
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 TEXT = {

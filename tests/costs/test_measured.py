@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from isoflop.core.errors import UserError
 from isoflop.costs import measured_cost
 from isoflop.frontier import frontier

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from isoflop.core.errors import UserError
 from isoflop.frontier import Frontiers, compare_methods, extra_compute, frontier
 from isoflop.laws import fit

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from isoflop.core.errors import UserError
 from isoflop.costs import add_cost, cost_of
 from isoflop.frontier import best_under_budget, hypervolume, non_dominated, pareto, sql

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
+
 from isoflop.laws.base import LAWS, LawForm
 
 Range = tuple[float, float]

@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from law_cases import additive_table, published
+
 from isoflop.core.errors import UserError
 from isoflop.core.expressions import Program, parse
 from isoflop.frontier import frontier
 from isoflop.laws import custom_form, fit
-from law_cases import additive_table, published
 
 MAP = {"N": "params_b", "V": "visual_tokens"}
 

@@ -7,12 +7,13 @@ import math
 
 import numpy as np
 import pytest
+from law_cases import additive_table, published
+
 from isoflop.core.errors import UserError
 from isoflop.laws import compare, fit, sensitivity
 from isoflop.laws.comparison import information, nested_test
 from isoflop.laws.diagnostics import lack_of_fit, runs_test
 from isoflop.laws.extrapolation import carry_forward, nearest_with_shift, splits
-from law_cases import additive_table, published
 
 MAP = {"N": "params_b", "V": "visual_tokens"}
 

@@ -9,10 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from click.testing import CliRunner
+from law_cases import additive_table
+
 from isoflop.cli.laws import compare_command, fit_command, frontier_command, parse_map, parse_ranges
 from isoflop.core.errors import UserError
 from isoflop.laws import fit
-from law_cases import additive_table
 
 PUBLISHED = str(Path(__file__).parents[2] / "sweeps" / "published" / "inference_optimal_vlms.csv")
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from law_cases import CASES, additive_table, published
+from scipy.optimize import minimize
+
 from isoflop.laws import LAWS, fit
 from isoflop.laws.base import linear_parameters
 from isoflop.laws.varpro import project
-from law_cases import CASES, additive_table, published
-from scipy.optimize import minimize
 
 
 @pytest.mark.parametrize("name", LAWS.names())

@@ -6,6 +6,9 @@ import warnings
 
 import numpy as np
 import pytest
+from law_cases import additive_table
+from scipy.optimize import minimize
+
 from isoflop.core.errors import UserError
 from isoflop.laws import LAWS, fit
 from isoflop.laws.allocation import (
@@ -19,8 +22,6 @@ from isoflop.laws.allocation import (
 )
 from isoflop.laws.objective import Objective
 from isoflop.laws.parabolas import NoVertex, fit_parabolas
-from law_cases import additive_table
-from scipy.optimize import minimize
 
 ROUNDED = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
 REPLICATION = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}

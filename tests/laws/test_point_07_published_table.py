@@ -6,10 +6,11 @@ import math
 
 import numpy as np
 import pytest
+from law_cases import published
+
 from isoflop.frontier import frontier
 from isoflop.laws import compare, fit, wald
 from isoflop.laws.profile import profile_at
-from law_cases import published
 
 MAP = {"N": "params_b", "V": "visual_tokens"}
 INF = math.inf

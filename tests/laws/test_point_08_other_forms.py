@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.csv
 import pytest
+
 from isoflop.core.errors import UserError
 from isoflop.laws import LAWS, fit
 from isoflop.laws.coverage import beta_coverage, beta_failure_asymptote, fit_beta, pass_at_k

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from law_cases import additive_table
+
 from isoflop.frontier import frontier
 from isoflop.laws import GroupedFit, fit, wald
-from law_cases import additive_table
 
 TRUTH = {"E": 1.8, "A": 480.0, "B": 2000.0, "alpha": 0.35, "beta": 0.365}
 

@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
+from law_cases import additive_table, published
+
 from isoflop.laws import LAWS, Fit, GroupedFit, NotEstimable, fit
 from isoflop.laws.design import d_optimal_points, greedy, posterior, prior_covariance, propose_runs, sensitivities
-from law_cases import additive_table, published
 
 
 def test_point_10_huber_resists_outliers() -> None:

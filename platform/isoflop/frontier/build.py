@@ -84,6 +84,9 @@ def _frontier(
 
 
 def _budgets(budget: float | Sequence[float] | None, prices: Array) -> list[float]:
+    prices = prices[np.isfinite(prices) & (prices > 0)]
+    if not len(prices):
+        raise UserError("cost: no configuration at hand has a positive, finite cost")
     cheapest = float(np.min(prices))
     if budget is None:
         return [float(b) for b in np.geomspace(cheapest, float(np.max(prices)), 7)]
@@ -115,6 +118,7 @@ def _menu(fit: Fit, space: Space, sizes: Sequence[float] | None, tokens: Sequenc
     return {v: g.ravel() for v, g in zip(fit.form.variable_names, grid, strict=True)}
 
 
+@np.errstate(all="ignore")
 def _point(
     fit: Fit, cost: CostModel, space: Space, menu: dict[str, Array], prices: Array, budget: float
 ) -> FrontierPoint:
@@ -176,9 +180,9 @@ def _choices(fit: Fit, menu: dict[str, Array], prices: Array, budget: float, p: 
 
 
 def _decades(value: float, low: float, high: float) -> float:
-    if not value > 0 or not math.isfinite(value):
+    if not (value > 0 and low > 0 and math.isfinite(value)):
         return math.inf
-    return max(0.0, math.log10(value / high), math.log10(low / value))
+    return max(0.0, math.log10(value) - math.log10(high), math.log10(low) - math.log10(value))
 
 
 def _notes(fit: Fit, values: dict[str, Array], space: Space, check: float | None) -> list[str]:

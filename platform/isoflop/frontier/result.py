@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from isoflop.laws.render import WIDTH, number, span
-from isoflop.laws.result import Estimate
+from isoflop.laws.result import Estimate, plain
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -60,7 +59,7 @@ class FrontierPoint:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {
+        point = {
             "budget": self.budget,
             "optimum": {k: e.to_dict() for k, e in self.continuous.items()},
             "error": self.error.to_dict(),
@@ -68,9 +67,10 @@ class FrontierPoint:
             "numeric_check": self.check,
             "choice": self.discrete[0].to_dict() if self.discrete else None,
             "runners_up": [c.to_dict() for c in self.discrete[1:]],
-            "extrapolation_decades": {k: v if math.isfinite(v) else None for k, v in self.extrapolation.items()},
+            "extrapolation_decades": self.extrapolation,
             "notes": self.notes,
         }
+        return dict(plain(point))
 
 
 @dataclass

@@ -19,7 +19,7 @@ from isoflop.laws.extrapolation import BASELINES, Cut, baseline_rollout, interpo
 from isoflop.laws.fitting import Settings, fit_data
 from isoflop.laws.objective import Objective
 from isoflop.laws.render import number
-from isoflop.laws.result import Fit
+from isoflop.laws.result import Fit, plain
 from isoflop.laws.table import Columns, GroupData, Tabular, as_table, load_groups
 from isoflop.laws.validation import semilog
 
@@ -62,8 +62,8 @@ class Entry:
             "bic": self.bic,
             "delta_aicc": self.delta,
             "akaike_weight": self.weight,
-            "leave_largest_out": [c.to_dict() for c in self.cuts],
-            "interpolation_rmse": self.interpolation,
+            "leave_largest_out": plain([c.to_dict() for c in self.cuts]),
+            "interpolation_rmse": plain(self.interpolation),
             "refused": self.refused or None,
         }
 

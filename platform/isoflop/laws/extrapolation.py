@@ -77,6 +77,7 @@ def judge(
     )
 
 
+@np.errstate(all="ignore")
 def rollout(
     form: LawForm,
     data: GroupData,
@@ -181,6 +182,7 @@ def _match(data: GroupData, along: str, rows: np.ndarray, candidates: np.ndarray
 BASELINES: dict[str, Baseline] = {"carry-forward": carry_forward, "nearest + trend": nearest_with_shift}
 
 
+@np.errstate(all="ignore")
 def baseline_rollout(
     name: str, data: GroupData, along: str, cuts: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> list[Cut]:

@@ -105,6 +105,7 @@ class Settings:
         self.profile, self.level, self.starts, self.seed = profile, level, starts, seed
 
 
+@np.errstate(all="ignore")  # what is not finite ends as None in the results, with a verdict
 def fit_data(
     form: LawForm, groups: Sequence[GroupData], columns: Columns, settings: Settings, by: tuple[str, ...] = ()
 ) -> Fit | GroupedFit:

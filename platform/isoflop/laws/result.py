@@ -173,15 +173,15 @@ class Fit:
             "covariance": [[_finite(v) for v in row] for row in self.cov],
             "objective": self.objective,
             "delta": self.delta,
-            "loss": self.loss,
-            "sse": self.sse,
-            "rmse": self.rmse,
+            "loss": _finite(self.loss),
+            "sse": _finite(self.sse),
+            "rmse": _finite(self.rmse),
             "r2": _finite(self.r2),
             "n": self.n,
             "level": self.level,
             "status": self.status,
             "warnings": self.warnings,
-            "diagnostics": self.diagnostics,
+            "diagnostics": plain(self.diagnostics),
             "data_hash": self.data_hash,
             "columns": {
                 "weights": self.columns.weights,
@@ -189,7 +189,7 @@ class Fit:
                 "where": self.columns.condition,
             },
             "bounds": {n: [_finite(self.box.low[i]), _finite(self.box.high[i])] for i, n in enumerate(form.names)},
-            "record": self.record,
+            "record": plain(self.record),
         }
         if samples and self.samples is not None:
             data["samples"] = self.samples.p.tolist()
@@ -226,9 +226,9 @@ class Fit:
             derived={n: Estimate.from_dict(e) for n, e in data["derived"].items()},
             objective=data["objective"],
             delta=data["delta"],
-            loss=data["loss"],
-            sse=data["sse"],
-            rmse=data["rmse"],
+            loss=_open(data["loss"], math.nan),
+            sse=_open(data["sse"], math.nan),
+            rmse=_open(data["rmse"], math.nan),
             r2=_open(data["r2"], math.nan),
             n=data["n"],
             status=data["status"],
@@ -341,6 +341,15 @@ def evaluate_quantity(form: LawForm, text: str, p_BP: Array) -> Array:
     """An expression in the parameters for every row of p (B, P)."""
     values = {n: p_BP[:, i] for i, n in enumerate(form.names)}
     return np.asarray(np.broadcast_to(parse(text, "quantity")(values), (len(p_BP),)))
+
+
+def plain(value: Any) -> Any:
+    """Nested dictionaries and lists with every number that is not finite turned into None."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return _finite(value) if isinstance(value, float) else value
 
 
 def _finite(value: float) -> float | None:
