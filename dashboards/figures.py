@@ -21,12 +21,14 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
 
 
-def frontier_figure(results: SweepResults, law: str = "product", cost: str = "2*N*(Q+V)", **options: Any) -> go.Figure:
+def frontier_figure(
+    results: SweepResults, law: str | None = None, cost: str | None = None, **options: Any
+) -> go.Figure:
     """Error against inference cost, a panel per task: measured jobs by V and N, the law's frontier with its interval.
 
     Args:
         results: an opened sweep.
-        law, cost, options: as for :meth:`isoflop.SweepResults.frontier`.
+        law, cost, options: as for :meth:`isoflop.SweepResults.frontier`; by default as the sweep's YAML says.
     """
     table = results.results()
     found = results.frontier(law=law, cost=cost, **options)
@@ -36,8 +38,10 @@ def frontier_figure(results: SweepResults, law: str = "product", cost: str = "2*
     )
     for column, frontier in enumerate(frontiers, start=1):
         _band(figure, frontier, column)
-        _points(figure, _group(table, frontier.key), cost, frontier.constants, column)
-        figure.update_xaxes(type="log", title_text=f"inference cost per answer, {cost} (FLOPs)", row=1, col=column)
+        _points(figure, _group(table, frontier.key), frontier.cost, frontier.constants, column)
+        figure.update_xaxes(
+            type="log", title_text=f"inference cost per answer, {frontier.cost} (FLOPs)", row=1, col=column
+        )
         figure.update_yaxes(title_text="error" if column == 1 else "", rangemode="tozero", row=1, col=column)
     figure.update_layout(
         template="plotly_white",

@@ -44,7 +44,7 @@ def photograph(figure: go.Figure, target: Path) -> None:
             browser,
             *_FLAGS,
             f"--user-data-dir={folder}/profile",
-            f"--window-size={width},{height + 90}",
+            f"--window-size={width},{height + 10}",
             f"--screenshot={target}",
             page.as_uri(),
         ]
@@ -63,7 +63,7 @@ def main() -> None:
     try:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         photograph(
-            frontier_figure(open_sweep(arguments.sweep, arguments.store), objective="squared-log"),
+            frontier_figure(open_sweep(arguments.sweep, arguments.store)),
             arguments.out.resolve(),
         )
     except UserError as error:

@@ -227,36 +227,48 @@ class SweepResults:
         )
         return table.filter(pc.invert(pc.is_in(ids, pa.array(sorted(stale), pa.string()))))
 
-    def fit(self, law: str = "product", y: str = "error", by: Sequence[str] = ("task",), **options: Any) -> Any:
-        """Fit a scaling law on the finished jobs; see :func:`isoflop.laws.fit`."""
-        from isoflop import laws
+    def fit(self, law: str | None = None, **options: Any) -> Any:
+        """Fit a scaling law on the finished jobs.
 
-        return laws.fit(results_module.usable(self.results()), law=law, y=y, by=tuple(by), **options)
+        Args:
+            law: a name or an expression; by default the first that the sweep's YAML asks for, else ``product``.
+            options: as for :func:`isoflop.fit` (``y``, ``by``, ``objective``, ``fixed`` …). What is not given is as in
+                the YAML's block for this law; without such a block, one fit per task.
+        """
+        table = results_module.usable(self.results())
+        return results_module.fit_block(results_module.law_block(self.spec, law), table, self.spec.seed, **options)
 
     def frontier(
         self,
-        law: str = "product",
-        y: str = "error",
-        by: Sequence[str] = ("task",),
-        cost: str = "2*N*(Q+V)",
+        law: str | None = None,
+        cost: str | None = None,
         q: float | None = None,
         budget: float | Sequence[float] | None = None,
         **options: Any,
     ) -> Any:
         """The best configuration per budget that a law supports; see :func:`isoflop.frontier.frontier`.
 
-        Without ``q``, text tokens are counted as the rows measured them. Gives one frontier per group of ``by``.
+        Args:
+            law, options: as for :meth:`fit`.
+            cost: formula; by default as in the YAML, else ``2*N*(Q+V)``.
+            q: text tokens; by default as the rows measured them.
+            budget: one or several; by default spread over the swept range.
+
+        Returns:
+            One frontier, or one per group of the fit.
         """
         from isoflop.frontier.result import Frontiers
         from isoflop.laws.result import GroupedFit
 
         table = results_module.usable(self.results())
-        fitted = self.fit(law, y, by, **options)
+        block = results_module.frontier_block(self.spec, law)
+        fitted = self.fit(law or block.law, **options)
         fits = list(fitted) if isinstance(fitted, GroupedFit) else [fitted]
-        found = results_module.frontiers_of(fits, table, cost, q, budget)
+        measured = q if q is not None else block.q
+        found = results_module.frontiers_of(fits, table, cost or block.cost, measured, budget or block.budgets or None)
         return found[0] if len(found) == 1 else Frontiers(found)
 
-    def pareto(self, objectives: Mapping[str, Literal['min', 'max']] | None = None, **options: Any) -> Any:
+    def pareto(self, objectives: Mapping[str, Literal["min", "max"]] | None = None, **options: Any) -> Any:
         """The rows that no other row beats in every objective; see :func:`isoflop.frontier.pareto`."""
         from isoflop.frontier import pareto
 

@@ -172,24 +172,36 @@ def find(spec: SweepSpec, table: pa.Table) -> Findings:
     return findings
 
 
-def fit_block(block: LawBlock, table: pa.Table, seed: int) -> GroupedFit | Fit:
-    """Fit one law as its block says."""
+def law_block(spec: SweepSpec, law: str | None) -> LawBlock:
+    """The YAML's block for a law (its first block, when none is named), or the defaults."""
+    found = next((block for block in spec.laws if law in (None, block.law)), None)
+    return found or LawBlock(law=law or "product")
+
+
+def frontier_block(spec: SweepSpec, law: str | None) -> FrontierBlock:
+    """The YAML's frontier block for a law (its first, when none is named), or the defaults."""
+    found = next((block for block in spec.frontiers if law in (None, block.law)), None)
+    return found or FrontierBlock(law=law or law_block(spec, None).law)
+
+
+def fit_block(block: LawBlock, table: pa.Table, seed: int, **options: Any) -> GroupedFit | Fit:
+    """Fit one law as its block says; ``options`` of :func:`isoflop.fit` take precedence."""
     from isoflop import laws
 
-    return laws.fit(
-        table,
-        law=block.law,
-        y=block.y,
-        map=dict(block.x),
-        by=block.by,
-        where=block.where,
-        objective=block.objective,
-        delta=block.delta,
-        weights=block.weights,
-        fixed=dict(block.fixed) or None,
-        bootstrap=block.bootstrap,
-        seed=seed,
-    )
+    asked: dict[str, Any] = {
+        "law": block.law,
+        "y": block.y,
+        "map": dict(block.x),
+        "by": block.by,
+        "where": block.where,
+        "objective": block.objective,
+        "delta": block.delta,
+        "weights": block.weights,
+        "fixed": dict(block.fixed) or None,
+        "bootstrap": block.bootstrap,
+        "seed": seed,
+    }
+    return laws.fit(table, **{**asked, **options})
 
 
 def frontiers_of(
