@@ -300,8 +300,8 @@ def custom_form(
         formula=formula,
         variables=tuple(Variable(v, positive=False, rescale=False) for v in used),
         parameters=tuple(parameter(n) for n in order),
-        search_points=2048,
-        starts=16,
+        search_points=400 if len(order) - len(flat) <= 2 else 2048,
+        starts=8 if len(order) - len(flat) <= 2 else 16,
         source="user's expression",
     )
 

@@ -145,7 +145,6 @@ def _belongs(form: LawForm, i: int, variable: str) -> bool:
     graph = tree.graph
     log = graph.unary("log", graph.name(variable))
     slope = graph.diff(tree.root, form.names[i])
-    kind, *args = graph.nodes[slope]
     factors, stack = set[int](), [slope]
     while stack:
         node = stack.pop()

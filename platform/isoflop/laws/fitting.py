@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
@@ -87,22 +88,18 @@ def fit(
     return fit_data(form, groups, columns, settings, groups_by)
 
 
+@dataclass(frozen=True)
 class Settings:
-    """Everything about a fit that is not data."""
+    """Everything about a fit that is not data; the fields are as in ``fit``."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        box: Box,
-        resamples: int = 0,
-        scheme: str = "cases",
-        profile: bool = False,
-        level: float = 0.95,
-        starts: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.objective, self.box, self.resamples, self.scheme = objective, box, resamples, scheme
-        self.profile, self.level, self.starts, self.seed = profile, level, starts, seed
+    objective: Objective
+    box: Box
+    resamples: int = 0
+    scheme: str = "cases"
+    profile: bool = False
+    level: float = 0.95
+    starts: int | None = None
+    seed: int = 0
 
 
 @np.errstate(all="ignore")  # what is not finite ends as None in the results, with a verdict

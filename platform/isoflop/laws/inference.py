@@ -14,7 +14,7 @@ from isoflop.laws.bootstrap import Resamples
 from isoflop.laws.engine import Box, Optimum
 from isoflop.laws.objective import Objective
 from isoflop.laws.profile import ProfileInterval, profile
-from isoflop.laws.result import Estimate, Fit, evaluate_quantity
+from isoflop.laws.result import Estimate, Fit
 from isoflop.laws.table import GroupData
 
 
@@ -106,9 +106,9 @@ def derived_estimates(fit: Fit) -> dict[str, Estimate]:
 
 def quantity(fit: Fit, text: str) -> Estimate:
     """An expression in the parameters, with an interval from the bootstrap, else by the delta method."""
-    value = float(evaluate_quantity(fit.form, text, fit.p[None])[0])
+    value = float(fit.form.quantity(text, fit.p[None])[0])
     if fit.samples is not None:
-        draws = evaluate_quantity(fit.form, text, fit.samples.p)
+        draws = fit.form.quantity(text, fit.samples.p)
         return estimate_from_draws(value, draws, fit.samples, fit.level)
     ends = delta_interval(fit.form, text, fit.p, fit.cov, fit.n - int(fit.box.free.sum()), fit.level)
     wide = not all(map(math.isfinite, ends))

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from isoflop.core.errors import UserError
-from isoflop.core.expressions import Array, parse
+from isoflop.core.expressions import Array
 from isoflop.laws.base import LAWS, LawForm, custom_form
 from isoflop.laws.bootstrap import Resamples
 from isoflop.laws.engine import Box
@@ -335,12 +335,6 @@ class GroupedFit:
     def __str__(self) -> str:
         lines = [str(f) for f in self.fits] + [f"refused {k}: {reason}" for k, reason in self.refused]
         return "\n\n".join(lines)
-
-
-def evaluate_quantity(form: LawForm, text: str, p_BP: Array) -> Array:
-    """An expression in the parameters for every row of p (B, P)."""
-    values = {n: p_BP[:, i] for i, n in enumerate(form.names)}
-    return np.asarray(np.broadcast_to(parse(text, "quantity")(values), (len(p_BP),)))
 
 
 def plain(value: Any) -> Any:

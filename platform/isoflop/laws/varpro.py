@@ -21,7 +21,7 @@ from isoflop.core.expressions import Array
 from isoflop.laws.base import LawForm
 
 _RANKED = 4000  # rows that the search looks at
-_CHUNK = 2_000_000  # doubles of Jacobian at once
+_CHUNK = 150_000  # doubles of basis functions at once: stays in the cache
 
 
 def candidates(form: LawForm, low: Array, high: Array, points: int, seed: int) -> tuple[Array, Array]:
@@ -64,11 +64,11 @@ def _spread(unit: Array, search: tuple[float, float], low: float, high: float) -
 
 def basis(form: LawForm, x: Mapping[str, Array], theta_MQ: Array) -> tuple[Array, Array]:
     """Basis functions (M, K, N) and the offset (M, N) that no linear parameter multiplies."""
-    m, n = len(theta_MQ), next(iter(x.values())).shape[-1]
-    p = np.zeros((m, len(form.names)))
+    n = next(iter(x.values())).shape[-1]
+    p = np.zeros((len(theta_MQ), len(form.names)))
     p[:, list(form.nonlinear)] = theta_MQ
-    f, j = form.value_and_jacobian(form.bind({v: np.atleast_2d(a) for v, a in x.items()}), p, n)
-    return j[:, list(form.linear)], np.nan_to_num(f)
+    _, phi, offset = form.separate(form.bind({v: np.atleast_2d(a) for v, a in x.items()}), p, n)
+    return phi, offset
 
 
 def rank(

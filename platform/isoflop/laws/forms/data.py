@@ -35,8 +35,8 @@ LAWS.register("datacon")(
         ),
         asymptote="E",
         derived={"a_N": "beta/(alpha + beta)", "G": _G},
-        search_points=8192,
-        starts=32,
+        search_points=4096,
+        starts=20,
         source="Muennighoff et al. 2023, arXiv 2305.16264, equations 5-7",
         doc="N and D in absolute numbers. Best fitted in two stages: chinchilla on single-epoch runs, then R_D and R_N.",
     )
