@@ -142,3 +142,21 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
 def test_maps_and_ranges_are_split_outside_parentheses() -> None:
     assert parse_map("N=min(a, b)*2, V=c") == {"N": "min(a, b)*2", "V": "c"}
     assert parse_ranges("alpha=0:1,E=:3", "--bounds") == {"alpha": (0.0, 1.0), "E": (float("-inf"), 3.0)}
+
+
+def test_bench_reaches_the_peers_optima_on_small_sizes() -> None:
+    from isoflop.bench.laws import bench_laws
+
+    out = bench_laws(rows=2000, resamples=20, scipy_starts=6, scipy_refits=3)
+    assert out["published"]["distance_from_exact_optimum"] < 1e-8
+    assert (
+        out["published"]["ours_sse"]
+        < out["published"]["paper_grid_best_sse"]
+        <= out["published"]["paper_loop_sse_of_sample"]
+    )
+    assert out["additive"]["ours_loss"] <= out["additive"]["scipy_loss"] * (1 + 1e-9)
+    assert out["bootstrap"]["largest_excess_loss_over_scipy"] < 1e-6
+    assert out["bootstrap"]["largest_relative_difference_of_exponents"] < 1e-3
+    assert out["bootstrap"]["not_converged"] == 0
+    assert out["ledger"]["pareto_2_rows"] > 0
+    json.dumps(out)
