@@ -1,4 +1,4 @@
-"""Acceptance point 7: the published vision-language table, to the digits of the reference sheet."""
+"""Acceptance point 7: the published vision-language table, to the digits of the reference values."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_point_07_the_ratio_is_well_determined() -> None:
     assert ratio.value == pytest.approx(4.70, abs=0.005)
     assert ratio.identified is True
     np.testing.assert_allclose(ratio.interval, (4.25, 5.19), atol=0.03)
-    # the sheet's [4.21, 5.14] is the bootstrap of the log-linear fit
+    # the reference interval [4.21, 5.14] is the bootstrap of the log-linear fit
     logs = run(bootstrap=4000, objective="squared-log", fixed={"E": 0.0}).derived["alpha/beta"]
     np.testing.assert_allclose(logs.interval, (4.21, 5.14), atol=0.02)
     line = run(law="semilog")

@@ -325,4 +325,4 @@ def laws(rows: int, resamples: int, as_json: bool) -> None:
         for name, value in values.items():
             if isinstance(value, dict):
                 value = ", ".join(f"{k} {v:.6g}" for k, v in value.items())
-            click.echo(f"  {name:42}{value if isinstance(value, (int, str)) else f'{value:.6g}'}")
+            click.echo(f"  {name:48}{value if isinstance(value, (int, str)) else f'{value:.6g}'}")
