@@ -227,9 +227,12 @@ class Ledger:
                 raise LedgerBusy(
                     f"sweep {self.sweep!r} is being written by {holder}; wait for it, stop it, or give this run another name"
                 ) from None
-            file.truncate(0)
-            file.write(me)
-            file.flush()
+            try:
+                file.truncate(0)
+                os.write(file.fileno(), me.encode())  # not buffered: closing must not try once more on a full disk
+            except OSError as error:
+                file.close()
+                raise StoreError(f"store {self.store.uri} cannot be written: {error.strerror}: {path}") from None
             self._lock_file = file
         else:
             self._take_lease(path, me)

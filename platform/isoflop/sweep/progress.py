@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -63,7 +64,10 @@ class Quiet:
 
 
 class LogFile:
-    """Plain lines with a time stamp, appended to a file, passed on to another progress."""
+    """Plain lines with a time stamp, appended to a file, passed on to another progress.
+
+    A file that cannot be written (disk full) loses lines and stops nothing.
+    """
 
     def __init__(self, path: Path | None, inner: Progress) -> None:
         self._inner = inner
@@ -77,11 +81,13 @@ class LogFile:
 
     def line(self, text: str) -> None:
         if self._file is not None:
-            self._file.write(f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H:%M:%SZ} {text}\n")
+            with contextlib.suppress(OSError):
+                self._file.write(f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H:%M:%SZ} {text}\n")
         self._inner.line(text)
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None

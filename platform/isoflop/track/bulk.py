@@ -93,7 +93,8 @@ class BulkWriter:
                 connection.executemany(f"INSERT OR REPLACE INTO latest_metrics {metrics}", _each(batch, _latest))
                 connection.execute("COMMIT")
             except BaseException:
-                connection.execute("ROLLBACK")
+                if connection.in_transaction:  # SQLite ends it itself when the disk is full
+                    connection.execute("ROLLBACK")
                 raise
 
     def _run(self, run_id: str, data: RunData, tags: dict[str, str]) -> tuple[str | int, ...]:

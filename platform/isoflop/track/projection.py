@@ -39,7 +39,8 @@ class Projection:
     """
 
     def __init__(self, uri: str, experiment: str, artifact_root: str | None, bulk: bool = True) -> None:
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        # It logs tracebacks of errors that it raises as well; whoever calls us tells of them in one line.
+        logging.getLogger("mlflow").setLevel(logging.CRITICAL)
         logging.getLogger("alembic").setLevel(logging.WARNING)
         _prepare_sqlite(uri)
         self._client = MlflowClient(tracking_uri=uri)
@@ -50,6 +51,7 @@ class Projection:
         location = self._client.get_experiment(self._experiment_id).artifact_location
         self._bulk = BulkWriter.open(uri, self._experiment_id, location) if bulk else None
         self._runs: dict[str, tuple[str, int]] = {}  # job id -> (run id, sequence shown; 0 while half written)
+        self._requested: set[str] = set()  # jobs whose run the public client was asked to create
         self._load_runs()
 
     def begin(self, spec_text: str, params: Mapping[str, str]) -> None:
@@ -85,14 +87,11 @@ class Projection:
     def _show_one(self, data: RunData) -> None:
         """One row through the public client."""
         run_id, _ = self._runs.get(data.job_id, ("", 0))
-        if not run_id:
-            first = {"mlflow.parentRunId": self._parent_id, **_source_tags(), **data.tags}
-            run_id = self._client.create_run(
-                self._experiment_id, start_time=data.start_ms, run_name=data.name, tags=first
-            ).info.run_id
-            self._runs[data.job_id] = (run_id, 0)
-        else:
+        if run_id:
             self._forget_error(run_id, data)
+        else:
+            run_id = self._create(data)
+            self._runs[data.job_id] = (run_id, 0)
         metrics = [Metric(k, v, data.end_ms, 0) for k, v in data.metrics.items()]
         metrics += [Metric(k, v, data.end_ms, step) for k, step, v in data.steps]
         params = [Param(k, v) for k, v in data.params.items()]
@@ -104,6 +103,19 @@ class Projection:
         # last: a run without it is half written and will be completed
         self._client.set_tag(run_id, SEQUENCE_TAG, str(data.sequence))
         self._runs[data.job_id] = (run_id, data.sequence)
+
+    def _create(self, data: RunData) -> str:
+        """A new run; the one that an earlier request created when its answer was lost on the way."""
+        if data.job_id in self._requested:
+            found = self._client.search_runs(
+                [self._experiment_id], f"tags.`isoflop.job_id` = '{data.job_id}'", ViewType.ACTIVE_ONLY, 1
+            )
+            if found:
+                return str(found[0].info.run_id)
+        self._requested.add(data.job_id)
+        tags = {"mlflow.parentRunId": self._parent_id, **_source_tags(), **data.tags}
+        run = self._client.create_run(self._experiment_id, start_time=data.start_ms, run_name=data.name, tags=tags)
+        return str(run.info.run_id)
 
     def _forget_error(self, run_id: str, data: RunData) -> None:
         """A job that failed and was run again must not keep the error of its first life."""

@@ -149,6 +149,8 @@ class MlflowTracker(Tracker):
         self._queue.put(("close",))
         if self._thread.is_alive():
             self._thread.join(wait)
+        if self._thread.is_alive() and not self._problem:
+            self._problem = f"MLflow at {self._uri}: not done in {wait:g} s"
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(2.0)
@@ -166,9 +168,12 @@ class MlflowTracker(Tracker):
             if message[0] == "rows":
                 message, waiting = self._gather(message)
             self._insist(message)
-            if message[0] == "rows":
-                with self._count_lock:
-                    self._pending -= len(message[1])
+
+    def _settle(self, message: tuple[Any, ...]) -> None:
+        """MLflow shows these rows now, or never will."""
+        if message[0] == "rows":
+            with self._count_lock:
+                self._pending -= len(message[1])
 
     def _gather(self, first: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[tuple[Any, ...]]]:
         """Everything that has been pushed meanwhile, as one batch; and the next message of another kind."""
@@ -190,6 +195,7 @@ class MlflowTracker(Tracker):
             try:
                 self._handle(message)
                 self._problem = ""
+                self._settle(message)
                 return
             except Exception as error:
                 self._problem = f"MLflow at {self._uri}: {' '.join(str(error).split())[:200]}"
@@ -199,6 +205,7 @@ class MlflowTracker(Tracker):
                             self._insist(("rows", [row]))
                         return
                     log.error("%s; left out, the ledger has it", self._problem)
+                    self._settle(message)
                     return
                 if attempt == 0:
                     log.warning("%s; trying again", self._problem)
@@ -209,6 +216,10 @@ class MlflowTracker(Tracker):
         if self._projection is None:
             # Heavy import, and the first use of a database runs its migrations: both belong to this thread.
             os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+            # Trying again is ours: MLflow's own retries would sit out minutes after the server is back, say nothing
+            # meanwhile, and create a run anew without looking whether the first request arrived.
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
             from isoflop.track.projection import Projection
 
             self._projection = Projection(self._uri, self._experiment, self._artifact_root)
@@ -225,6 +236,8 @@ class MlflowTracker(Tracker):
 
 def _hopeless(error: Exception) -> bool:
     """Whether the message itself is at fault, so that no server will ever take it."""
+    if isinstance(error, OSError):  # of the network, though some of them are ValueErrors, too
+        return False
     return getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE" or isinstance(
         error, (LookupError, TypeError, ValueError)
     )
