@@ -20,7 +20,7 @@ from isoflop.models.tiny_config import SIZES, initialise, llava_config
 from isoflop.models.tiny_llava import tiny_info
 from isoflop.models.training import Recipe
 from isoflop.models.vlm import VlmBatch, VlmModel
-from isoflop.testing.context import FolderContext
+from isoflop.core.folder_context import FolderContext
 
 
 def untrained_model(size: str = "d24", seed: int = 0) -> VlmModel:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from isoflop.frontier import pareto, sql
+    from isoflop.frontier import pareto
     from isoflop.laws import compare, fit
-    from isoflop.sweep.api import SweepResults, run
+    from isoflop.sweep.api import SweepResults, run, sql
     from isoflop.sweep.api import open_sweep as open
 
 # Resolved at first use, so that `import isoflop` costs nothing.
@@ -24,7 +24,7 @@ _LAZY = {
     "fit": ("isoflop.laws", "fit"),
     "compare": ("isoflop.laws", "compare"),
     "pareto": ("isoflop.frontier", "pareto"),
-    "sql": ("isoflop.frontier", "sql"),
+    "sql": ("isoflop.sweep.api", "sql"),
 }
 __all__ = ["SweepResults", "compare", "fit", "open", "pareto", "run", "sql"]
 

@@ -173,7 +173,6 @@ RANKS = {
 STRANGERS = {"search", "execute", "track"}  # each wraps one engine; they do not know each other
 ENGINES = {"ray": "execute", "optuna": "search", "mlflow": "track"}
 FREE = {"bench"}  # measures the engines against each other
-PROBES = {"probe.py"}  # how a method family is tested: the part of isoflop.testing that stands beside the family
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -216,8 +215,6 @@ def test_imports_between_rooms_run_downward_only() -> None:
         for name, line in imports(path):
             parts = name.split(".")
             if parts[0] != "isoflop" or len(parts) < 2 or parts[1] not in RANKS or not room or parts[1] == room:
-                continue
-            if path.name in PROBES and parts[1] == "testing":
                 continue
             strangers = room in STRANGERS and parts[1] in STRANGERS
             if RANKS[parts[1]] > RANKS[room] or strangers:

@@ -17,6 +17,7 @@ from isoflop.core.errors import UserError, unknown
 from isoflop.core.yaml_source import Source, parse_yaml
 from isoflop.execute import Executor, LocalExecutor, Resources
 from isoflop.ledger import Ledger, Store
+from isoflop.ledger import schema as ledger_schema
 from isoflop.search import Proposer, make_proposer
 from isoflop.sweep import results as results_module
 from isoflop.sweep.driver import Driver, Summary
@@ -294,6 +295,27 @@ def open_sweep(name: str, store: str | None = None) -> SweepResults:
     if name not in names:
         raise unknown(f"sweep (store {opened.uri})", name, names)
     return SweepResults(opened, name)
+
+
+def sql(query: str, source: Any = None, store: str | None = None) -> pa.Table:
+    """DuckDB SQL on a table called ``results``.
+
+    Args:
+        source: a sweep's name, an opened sweep or any table; by default the current rows of every sweep of the store,
+            told apart by the column ``sweep``.
+        store: where sweeps are kept.
+    """
+    from isoflop.frontier import sql as query_table
+
+    if source is None:
+        opened = Store.open(store)
+        tables = [SweepResults(opened, name).results() for name in opened.sweeps()]
+        source = pa.concat_tables(tables) if tables else ledger_schema.empty()
+    elif isinstance(source, str):
+        source = open_sweep(source, store).results()
+    elif isinstance(source, SweepResults):
+        source = source.results()
+    return query_table(query, source)
 
 
 def stored_source(store: Store, name: str) -> Source:
