@@ -17,6 +17,7 @@ _COMMANDS = {
     "run": ("isoflop.cli.run", "run_command"),
     "plan": ("isoflop.cli.run", "plan_command"),
     "resume": ("isoflop.cli.run", "resume_command"),
+    "submit": ("isoflop.cli.submit", "submit_command"),
     "simulate": ("isoflop.cli.simulate", "simulate_command"),
     "ls": ("isoflop.cli.show", "ls_command"),
     "show": ("isoflop.cli.show", "show_command"),
@@ -32,6 +33,7 @@ _COMMANDS = {
 _HELP = {
     "run": "Run a sweep, or what is missing of it.",
     "plan": "Say what a sweep would run, share and cost, without running it.",
+    "submit": "Run a sweep on a cluster, through its head node.",
     "simulate": "Run a sweep's scheduling on a cluster in simulated time.",
     "resume": "Go on with a sweep of the store by name.",
     "ls": "List the sweeps of a store.",

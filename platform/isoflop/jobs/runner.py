@@ -122,8 +122,8 @@ class Runner:
         """The files of a computed stage, to be sent to another host."""
         return self.cache.files(next(s for s in ResolvedJob.of(job).stages() if s.key == key))
 
-    def install_stage(self, job: Job, key: str, files: dict[str, bytes]) -> None:
-        """Store the files of a stage that another host computed."""
+    def install_stage(self, job: Job, key: str, files: dict[str, bytes] | Path) -> None:
+        """Store a stage that another host computed: its files, or a folder that holds them."""
         self.cache.install(next(s for s in ResolvedJob.of(job).stages() if s.key == key), files)
 
     def _run(self, resolved: ResolvedJob, out: Outcome, on_shard: OnShard | None) -> None:

@@ -120,16 +120,19 @@ class StageCache:
         """Bytes on disk."""
         return sum(p.stat().st_size for p in self.folder(stage).rglob("*") if p.is_file())
 
-    def install(self, stage: Stage, files: dict[str, bytes]) -> None:
-        """Store a result that was computed on another host."""
+    def install(self, stage: Stage, files: dict[str, bytes] | Path) -> None:
+        """Store a result that was computed on another host: its files, or a folder that holds them."""
         with self._lock(stage):
             if self.has(stage):
                 return
             part = self._part(stage)
-            for name, content in files.items():
-                target = part / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(content)
+            if isinstance(files, Path):
+                shutil.copytree(files, part, dirs_exist_ok=True, copy_function=shutil.copyfile)
+            else:
+                for name, content in files.items():
+                    target = part / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(content)
             self._install(part, self.folder(stage))
 
     def keys(self) -> set[str]:

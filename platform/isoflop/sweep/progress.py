@@ -20,6 +20,7 @@ class Snapshot:
         doing: worker -> what it is doing, with the seconds since it began.
         best: objective value and a description of the best trial so far.
         eta: seconds left, or None while nothing is known.
+        warm: jobs that went to a worker which held their model; ``job_seconds`` is the mean of the last jobs.
         backlog: rows that MLflow does not show yet; ``problem`` says why when nothing moves.
     """
 
@@ -34,6 +35,8 @@ class Snapshot:
     pruned: int = 0
     stages_done: int = 0
     stages_left: int = 0
+    warm: int = 0
+    job_seconds: float = 0.0
     elapsed: float = 0.0
     eta: float | None = None
     best: tuple[float, str] | None = None

@@ -1,0 +1,96 @@
+"""What a cluster must be sent to run a sweep: isoflop itself and the sweep's YAML with the modules it imports."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import isoflop
+
+_DATA = {".py", ".typed", ".yaml", ".json", ".csv", ".md", ".ipynb"}
+
+
+def copy_package(target: Path) -> Path:
+    """Copy the running isoflop, as real files, to ``target/isoflop``: those that its wheel holds, and that folder.
+
+    A folder rather than the wheel: Ray installs a wheel with ``pip install --target``, which ignores what the cluster
+    has and would fetch torch and all the rest from a package index again.
+    """
+    root = Path(isoflop.__file__).parent
+    for path in _files(root):
+        if path.suffix in _DATA:
+            _copy(path, target / "isoflop" / path.relative_to(root))
+    return target / "isoflop"
+
+
+def copy_sweep(spec: Path, imports: tuple[str, ...], target: Path) -> list[str]:
+    """Copy a sweep's YAML into ``target``, with the modules beside it that it needs.
+
+    Args:
+        spec: the YAML.
+        imports: its ``import:``; followed through the import statements of the modules beside the YAML.
+
+    Returns:
+        The ``imports`` that do not lie beside the YAML: the cluster must have them installed.
+    """
+    _copy(spec, target / spec.name)
+    found, elsewhere = modules_beside(spec.resolve().parent, imports)
+    for place in found:
+        for path in _files(place) if place.is_dir() else [place]:
+            _copy(path, target / path.relative_to(place.parent))
+    return elsewhere
+
+
+def modules_beside(folder: Path, imports: tuple[str, ...]) -> tuple[list[Path], list[str]]:
+    """Files and packages in ``folder`` that ``imports`` need, directly or through each other; and those not there."""
+    found: dict[str, Path] = {}
+    elsewhere = []
+    todo = list(imports)
+    while todo:
+        name = todo.pop()
+        top = name.split(".")[0]
+        # The job finds this folder before the standard library, a local run after it.
+        if top in found or top in sys.stdlib_module_names:
+            continue
+        place = next((p for p in (folder / top, folder / f"{top}.py") if _is_module(p)), None)
+        if place is None:
+            elsewhere += [name] if name in imports else []
+            continue
+        found[top] = place
+        for path in _files(place) if place.is_dir() else [place]:
+            todo += _imported(path) if path.suffix == ".py" else []
+    return sorted(found.values()), sorted(elsewhere)
+
+
+def _is_module(path: Path) -> bool:
+    return path.is_file() if path.suffix == ".py" else path.is_dir() and any(path.glob("*.py"))
+
+
+def _imported(path: Path) -> list[str]:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # whoever imports it will say so better
+        return []
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.append(node.module)
+    return names
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Files below ``root``, through links to folders; no caches and nothing hidden."""
+    for folder, names, files in os.walk(root, followlinks=True):
+        names[:] = sorted(n for n in names if n != "__pycache__" and not n.startswith("."))
+        yield from (Path(folder) / name for name in sorted(files) if not name.startswith("."))
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
