@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import scores
+from helpers import run_local, scores
 
 pytestmark = pytest.mark.usefixtures("toy_parts", "no_child_survives")
 
@@ -45,9 +45,18 @@ def no_child_survives(children: Callable[[], set[int]]) -> Iterator[None]:
 class Place:
     """A store, a cache and a YAML file in one folder, and the command line on them."""
 
-    def __init__(self, folder: Path, mlflow: Path | None, text: str = YAML, executor: str = "local") -> None:
-        self.folder, self.executor = folder, executor
-        self.store, self.cache, self.yaml = folder / "store", folder / "cache", folder / "sweep.yaml"
+    def __init__(
+        self,
+        folder: Path,
+        mlflow: Path | None,
+        text: str = YAML,
+        executor: str = "local",
+        store: Path | None = None,
+        program: tuple[str, ...] = ("-m", "isoflop"),
+    ) -> None:
+        self.folder, self.executor, self.program = folder, executor, program
+        self.store, self.cache, self.yaml = store or folder / "store", folder / "cache", folder / "sweep.yaml"
+        folder.mkdir(parents=True)
         self.tracking = [] if mlflow else ["--tracking-uri", "none"]
         self.store.mkdir(parents=True)
         if mlflow:
@@ -59,8 +68,7 @@ class Place:
         return subprocess.Popen(
             [
                 sys.executable,
-                "-m",
-                "isoflop",
+                *self.program,
                 command,
                 *what,
                 "--store",
@@ -100,6 +108,12 @@ class Place:
 
         return Ledger(Store.open(str(self.store)), "crash").read()
 
+    def history_rows(self) -> int:
+        """Rows ever committed: more than there are jobs when one was counted twice."""
+        from isoflop.ledger import Ledger, Store
+
+        return Ledger(Store.open(str(self.store)), "crash").history(["job_id"]).num_rows
+
     def check_mlflow(self) -> None:
         """As many nested runs as rows, none running, none twice, values equal."""
         from mlflow import MlflowClient
@@ -137,28 +151,105 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return scores(place.rows())
 
 
-def test_five_kills_at_random_moments_change_nothing(
-    tmp_path: Path, empty_mlflow: Path, undisturbed: dict[str, Any]
-) -> None:
-    place = Place(tmp_path / "x", empty_mlflow)
+def _yaml_of(jobs: int) -> str:
+    """The sweep with so many jobs: 2 models x 2 tasks x numbers of tokens."""
+    return YAML.replace("[1, 2, 4, 8, 16]", str([t for t in range(1, 64) if t != 13][: jobs // 4]))
+
+
+@pytest.mark.parametrize("kills, jobs", [(5, 20), pytest.param(30, 160, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_change_nothing(tmp_path: Path, empty_mlflow: Path, kills: int, jobs: int) -> None:
+    """Some while the driver starts, most while it runs jobs."""
+    place = Place(tmp_path / "x", empty_mlflow, _yaml_of(jobs))
     rng = random.Random(0)
-    for _ in range(5):
+    kept: dict[str, Any] = {}
+    for index in range(kills):
         before = place.log().count(" ok on ")
         process = place.start()
         try:
-            place.wait_for(" ok on ", process, before + rng.randint(1, 3))
-            time.sleep(rng.random() * 0.3)
+            if index % 5 == 4:
+                time.sleep(rng.random() * 5)
+            else:
+                place.wait_for(" ok on ", process, before + rng.randint(1, 3))
+                time.sleep(rng.random() * 0.3)
         finally:
             process.kill()
             process.communicate()
+        now = scores(place.rows())
+        assert {job: now.get(job) for job in kept} == kept  # no row lost
+        assert place.history_rows() == len(now)  # none doubled
+        kept = now
+    assert len(kept) < jobs
     code, out, err = place.run("--json")
     assert code == 0, err
     summary = json.loads(out)["summary"]
-    assert summary["ran"] + summary["cached"] == 20
-    assert scores(place.rows()) == undisturbed
+    assert summary["ran"] + summary["cached"] == jobs
+    assert scores(place.rows()) == scores(run_local(place.yaml, tmp_path / "undisturbed").results())
+    assert place.history_rows() == jobs
     place.check_mlflow()
     code, out, _ = place.run("--json")
     assert (code, json.loads(out)["summary"]["ran"]) == (0, 0)
+
+
+# Ends the process at one exact line. The product has no switch for that: this program patches it from outside.
+_DIES = """
+import os, sys
+from isoflop.cli import main
+from isoflop.ledger import store
+from isoflop.track.tracker import MlflowTracker
+
+where, count = sys.argv[1], int(sys.argv[2])
+sys.argv = ["isoflop", *sys.argv[3:]]
+seen = 0
+
+def die() -> None:
+    global seen
+    seen += 1
+    if seen == count:
+        os._exit(9)
+
+push, replace = MlflowTracker.push, os.replace
+
+def dying_push(self, rows):
+    rows = list(rows)
+    if rows:
+        die()
+    push(self, rows)
+
+def dying_replace(source, target):
+    ledger = str(target).endswith(".parquet")
+    if ledger and where == "before rename":
+        die()
+    replace(source, target)
+    if ledger and where == "after rename":
+        die()
+
+if where == "before MLflow":
+    MlflowTracker.push = dying_push
+store.os.replace = dying_replace
+main()
+"""
+
+
+@pytest.mark.parametrize("where", ["before rename", "after rename", "before MLflow"])
+def test_a_kill_at_exactly_this_line_changes_nothing(
+    tmp_path: Path, empty_mlflow: Path, undisturbed: dict[str, Any], where: str
+) -> None:
+    place = Place(tmp_path / "x", empty_mlflow)
+    program = tmp_path / "dies.py"
+    program.write_text(_DIES)
+    for count in (1, 2):
+        place.program = (str(program), where, str(count))
+        assert place.run()[0] == 9
+    kept = scores(place.rows())
+    assert place.history_rows() == len(kept) < 20
+    assert bool(kept)
+    place.program = ("-m", "isoflop")
+    code, out, err = place.run("--json")
+    assert code == 0, err
+    assert json.loads(out)["summary"]["cached"] == len(kept)
+    assert scores(place.rows()) == undisturbed
+    assert place.history_rows() == 20
+    place.check_mlflow()
 
 
 def test_ctrl_c_once_drains_and_resume_brings_the_rest(

@@ -207,7 +207,8 @@ def test_dropping_what_waits_keeps_what_runs() -> None:
 @settings(max_examples=200)
 @given(st.data())
 def test_every_job_ends_exactly_once_whatever_happens(data: st.DataObject) -> None:
-    """Workers die, jobs and stages fail, in any order; at the end each job has one outcome and nothing is left over."""
+    """Workers die, jobs and stages fail, stages get lost with the only host that had them, in any order; at the end each
+    job has one outcome and nothing is left over, and nothing was started before its stages were there."""
     retries = data.draw(st.integers(0, 2))
     queue = WorkQueue(retries)
     shared = [FakeStage(f"s{i}") for i in range(3)]
@@ -220,6 +221,7 @@ def test_every_job_ends_exactly_once_whatever_happens(data: st.DataObject) -> No
         jobs[made.id] = made
     ended: dict[str, str] = {}
     computing: set[str] = set()
+    there: set[str] = set()
     held: dict[str, list[WorkItem]] = {"a": [], "b": [], "c": []}
 
     def end(job_id: str, how: str) -> None:
@@ -240,6 +242,7 @@ def test_every_job_ends_exactly_once_whatever_happens(data: st.DataObject) -> No
         if len(items) < 2 and not (items and items[0].kind == "stage"):
             item = queue.next_for(worker, jobs_only=bool(items))
             if item is not None:
+                assert set(item.needs) <= there
                 if item.kind == "stage":
                     assert item.stage not in computing, "two workers compute one stage"
                     computing.add(item.stage)
@@ -251,22 +254,29 @@ def test_every_job_ends_exactly_once_whatever_happens(data: st.DataObject) -> No
         if what == "lost":
             held[worker] = []
             computing -= {i.stage for i in items}
-            for pending in queue.worker_lost(worker, tuple(items), blame_first=True):
+            blame = data.draw(st.booleans())
+            for pending in queue.worker_lost(worker, tuple(items), blame):
+                assert blame or pending.misfortunes > 10
                 end(pending.job.id, "lost")
             if items[0].kind == "stage" and not queue.stage_attempts_left(items[0].stage):
                 fail_stage(items[0].stage, "failed")
+            if there and data.draw(st.booleans()):
+                gone = data.draw(st.sets(st.sampled_from(sorted(there))))
+                there -= gone
+                queue.stages_lost(gone)
             continue
         item = items.pop(0)
         if item.kind == "stage":
             computing.discard(item.stage)
             if what == "ok":
+                there.add(item.stage)
                 queue.stage_done(item.stage)
             else:
                 fail_stage(item.stage, "infeasible" if what == "infeasible" else "failed")
         elif what == "fail":
-            gone: Any = queue.job_failed(item.job.id, worker)
-            if gone is not None:
-                assert gone.attempt == retries + 1
+            given_up: Any = queue.job_failed(item.job.id, worker)
+            if given_up is not None:
+                assert given_up.attempt == retries + 1
                 end(item.job.id, "failed")
         else:
             queue.job_done(item.job.id)
@@ -285,3 +295,32 @@ def test_a_poison_job_uses_up_its_attempts_and_no_more(retries: int) -> None:
         queue.worker_lost(f"w{deaths - 1}", (item,), blame_first=True)
     assert deaths == retries + 1
     assert poison.id
+
+
+def test_a_lost_host_costs_no_attempt_unless_it_happens_too_often() -> None:
+    queue = WorkQueue(0)
+    add(queue, 0)
+    deaths, exhausted = 0, []
+    while (item := queue.next_for(f"w{deaths}")) is not None:
+        exhausted = queue.worker_lost(f"w{deaths}", (item,), blame_first=False)
+        deaths += 1
+    assert deaths == 11
+    assert [p.attempt for p in exhausted] == [1]
+
+
+def test_a_stage_that_was_lost_with_its_host_is_computed_again() -> None:
+    queue = WorkQueue(0)
+    base = FakeStage("base")
+    add(queue, 0, "m", base, FakeStage("weights", base))
+    for key in ("base", "weights"):
+        stage: Any = queue.next_for("a")
+        assert stage.stage == key
+        queue.stage_done(key)
+    queue.stages_lost({"base", "weights"})
+    again = []
+    while (item := queue.next_for("b")) is not None and item.kind == "stage":
+        again.append(item.stage)
+        queue.stage_done(item.stage)
+    assert again == ["base", "weights"]
+    assert item is not None
+    assert item.kind == "job"

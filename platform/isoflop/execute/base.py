@@ -67,12 +67,14 @@ class Lost:
 
     Attributes:
         blame: whether the running item may be what killed it.
+        gone: stages that no worker can reach without it.
     """
 
     worker: str
     items: tuple[WorkItem, ...]
     reason: str
     blame: bool = True
+    gone: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -125,5 +127,5 @@ class Executor(ABC):
         """End all workers; ``now`` does not wait for running items."""
 
     def cached_stages(self) -> set[str]:
-        """Keys of the stages that some worker's host holds already."""
+        """Keys of the stages that the hosts of the present workers hold."""
         return set()

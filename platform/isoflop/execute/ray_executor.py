@@ -18,6 +18,7 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 from ray.exceptions import (
+    ActorUnavailableError,
     GetTimeoutError,
     ObjectLostError,
     OutOfMemoryError,
@@ -47,7 +48,6 @@ class _Worker:
     actor: Any
     hello: Any
     info: WorkerInfo | None = None
-    stages: set[str] = field(default_factory=set)
     items: list[tuple[WorkItem, Any]] = field(default_factory=list)
     progress: Any = None
     born: float = field(default_factory=time.monotonic)
@@ -87,6 +87,8 @@ class RayExecutor(Executor):
         self._import_folder = import_folder
         self._workers: dict[str, _Worker] = {}
         self._by_ref: dict[Any, tuple[_Worker, WorkItem]] = {}
+        self._disks: dict[str, set[str]] = {}  # node -> keys of the stages on its disk
+        self._copies: dict[str, tuple[_Worker, Any]] = {}  # stage on its way to other nodes -> (sender, files)
         self._count = 0
         self._started_ray = False
         self._stillborn = 0  # workers in a row that died before they could speak
@@ -207,7 +209,7 @@ class RayExecutor(Executor):
                 log.warning("worker %s died while starting: %s", worker.id, _last_line(error))
                 continue
             self._stillborn = 0
-            worker.stages = set(hello.pop("stages"))
+            self._disks.setdefault(hello["node"], set()).update(hello.pop("stages"))
             worker.info = WorkerInfo(id=worker.id, **hello)
 
     # work
@@ -216,7 +218,7 @@ class RayExecutor(Executor):
         return [w.info for w in self._workers.values() if w.info is not None]
 
     def cached_stages(self) -> set[str]:
-        return set().union(*(w.stages for w in self._workers.values() if w.info is not None))
+        return set().union(*(self._disks[w.node] for w in self.workers()))
 
     def submit(self, worker: str, item: WorkItem) -> None:
         target = self._workers[worker]
@@ -234,18 +236,17 @@ class RayExecutor(Executor):
         References travel inside lists so that Ray does not resolve them before the call; a worker that has the files
         by then (a shared disk) never fetches them.
         """
-        plan: dict[str, list[Any]] = {}
         assert target.info is not None
-        here = set().union(
-            *(w.stages for w in self._workers.values() if w.info is not None and w.info.node == target.info.node)
-        )
+        plan: dict[str, list[Any]] = {}
         for key in item.needs:
-            if key in here:
+            if key in self._disks[target.info.node]:
                 continue
-            home = next((w for w in self._workers.values() if key in w.stages), None)
-            if home is not None:
-                plan[key] = [home.actor.stage_files.remote(item.job.to_dict(), key)]
-                target.stages.add(key)
+            if key not in self._copies:
+                home = next((w for w in self._workers.values() if w.info and key in self._disks[w.info.node]), None)
+                if home is None:
+                    continue
+                self._copies[key] = home, home.actor.stage_files.remote(item.job.to_dict(), key)
+            plan[key] = [self._copies[key][1]]
         return plan
 
     def poll(self, timeout: float) -> list[Event]:
@@ -268,20 +269,25 @@ class RayExecutor(Executor):
         if ref not in self._by_ref:  # its worker was lost a moment ago
             return
         worker, item = self._by_ref[ref]
+        for key in item.needs:
+            self._copies.pop(key, None)  # it arrived or never will; whoever else is waiting for it holds it
         try:
             result = ray.get(ref)
         except INFRASTRUCTURE as error:
-            self._lose(worker, worker.reason or _last_line(error))
+            self._lose_to(worker, error)
             return
         except RayTaskError as error:
-            # Runner turns a job's own exceptions into outcomes: this is a failure around the job, e.g. a lost stage.
-            self._lose(worker, _last_line(error))
+            # Runner turns a job's own exceptions into outcomes: this is a failure around the job. When Ray itself is
+            # the cause, it is a stage whose sender was lost on the way.
+            self._lose(worker, _last_line(error), blame=not isinstance(error.cause, RayError))
             return
         del self._by_ref[ref]
         worker.items = [(i, r) for i, r in worker.items if r != ref]
+        assert worker.info is not None
+        disk = self._disks[worker.info.node]
+        disk.update(item.needs)
         if item.kind == "stage" and result.get("ok"):
-            worker.stages.add(item.stage)
-        worker.stages.update(item.needs)
+            disk.add(item.stage)
         self._events.append(Done(worker.id, item, result))
 
     def kill(self, worker: str, reason: str, blame: bool = True) -> None:
@@ -295,23 +301,42 @@ class RayExecutor(Executor):
 
     def _lose(self, worker: _Worker, reason: str, blame: bool = True) -> None:
         items = tuple(item for item, _ in worker.items)
+        before = self.cached_stages()
         self._forget(worker)
         with contextlib.suppress(RayError):
             ray.kill(worker.actor, no_restart=True)
-        self._events.append(Lost(worker.id, items, reason, blame))
+        gone = frozenset(before - self.cached_stages())
+        self._events.append(Lost(worker.id, items, reason, blame, gone))
         self._last_node_check = 0.0
+
+    def _lose_to(self, worker: _Worker, error: RayError) -> None:
+        """A call of the worker failed. A job may have killed it, unless its whole node is gone or does not answer."""
+        assert worker.info is not None
+        if worker.info.node not in _live_nodes():
+            self._lose(worker, _gone(worker.info), blame=False)
+        else:
+            self._lose(worker, worker.reason or _last_line(error), not isinstance(error, ActorUnavailableError))
 
     def _forget(self, worker: _Worker) -> None:
         self._workers.pop(worker.id, None)
         for _, ref in worker.items:
             self._by_ref.pop(ref, None)
+        self._copies = {key: copy for key, copy in self._copies.items() if copy[0] is not worker}
 
     def _tend(self) -> None:
         """Greet new actors; look now and then for new nodes and replace lost actors."""
         if time.monotonic() - self._last_node_check > _NODE_CHECK_SECONDS * min(1 + self._stillborn, 12):
             self._last_node_check = time.monotonic()
+            self._leave_dead_nodes()
             self._fill()
         self._greet()
+
+    def _leave_dead_nodes(self) -> None:
+        """Also idle workers die with their node, and no call of theirs would tell."""
+        alive = _live_nodes()
+        for worker in list(self._workers.values()):
+            if worker.info is not None and worker.info.node not in alive:
+                self._lose(worker, _gone(worker.info), blame=False)
 
     def _report_progress(self) -> None:
         if self._on_shard is None or time.monotonic() - self._last_progress < _PROGRESS_SECONDS:
@@ -353,6 +378,14 @@ def start_private_ray(**options: Any) -> None:
         del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
         if before[0] is not None:
             os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = before[0]
+
+
+def _live_nodes() -> set[str]:
+    return {n["NodeID"] for n in ray.nodes() if n["Alive"]}
+
+
+def _gone(info: WorkerInfo) -> str:
+    return f"its node {info.node[:8]} on {info.host} is gone"
 
 
 def _slots_on(have: dict[str, float], want: Resources) -> int:

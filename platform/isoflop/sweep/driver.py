@@ -242,15 +242,16 @@ class Driver:
     def _start_workers(self) -> None:
         """Bring the executor up when there is the first thing to run: a finished sweep is opened again in a moment."""
         self._executor.start()
-        self._queue.stages_exist(self._executor.cached_stages())
         self._started_workers = True
 
     def _dispatch(self) -> None:
         if not self._started_workers and len(self._queue):
             self._start_workers()
         workers = self._executor.workers()
-        for worker in workers:
-            self._slots.setdefault(worker.id, _Slot([], self._clock()))
+        newcomers = [w.id for w in workers if w.id not in self._slots]
+        if newcomers:
+            self._slots.update({worker: _Slot([], self._clock()) for worker in newcomers})
+            self._queue.stages_exist(self._executor.cached_stages())
         depth = 2 if self._job_seconds < _SHORT_JOB else 1
         for level in range(depth):
             for worker in workers:
@@ -330,6 +331,7 @@ class Driver:
             if item.kind == "stage" and not self._queue.stage_attempts_left(item.stage):
                 failure = self._queue.stage_failed(item.stage, "failed", "WorkerLost", event.reason)
                 exhausted += failure.jobs if failure else []
+        self._queue.stages_lost(event.gone)
         for pending in exhausted:
             outcome = Outcome(
                 "failed", started=time.time(), worker=event.worker, error_type="WorkerLost", error_text=event.reason

@@ -8,6 +8,7 @@ worker holds, any job, the stage that most jobs wait for. Results therefore come
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
+from collections.abc import Set
 from dataclasses import dataclass, field
 from itertools import count, islice
 
@@ -16,6 +17,7 @@ from isoflop.jobs import Job, ResolvedJob
 
 _WARM_MODELS = 4  # as many as a worker keeps
 _STAGE_CHOICE = 64  # stages that are compared when a worker asks for one
+_MISFORTUNES = 10  # losses of a worker that may count as no fault of what it ran; more are no accident
 
 
 @dataclass
@@ -27,6 +29,7 @@ class Pending:
     stages: tuple[str, ...]
     attempt: int = 0
     avoid: str | None = None  # worker on which it failed last
+    misfortunes: int = 0
 
 
 @dataclass
@@ -37,6 +40,7 @@ class _StageState:
     waiting: set[str] = field(default_factory=set)
     attempt: int = 0
     running: bool = False
+    misfortunes: int = 0
 
 
 @dataclass
@@ -60,6 +64,7 @@ class WorkQueue:
         self._retries = retries
         self._available: set[str] = set(cached or ())
         self._stages: dict[str, _StageState] = {}
+        self._deps: dict[str, frozenset[str]] = {}  # of every stage ever heard of
         self._blocked: dict[str, Pending] = {}
         self._ready: OrderedDict[str, deque[Pending]] = OrderedDict()
         self._running: dict[str, Pending] = {}
@@ -76,20 +81,26 @@ class WorkQueue:
     def add(self, job: Job, resolved: ResolvedJob) -> None:
         """Queue a job; its stages are computed first unless they exist."""
         stages = resolved.stages()
-        pending = Pending(job, resolved.model_key, tuple(s.key for s in stages))
-        missing = [s for s in stages if s.key not in self._available]
-        for stage in missing:
-            state = self._stages.get(stage.key)
+        for stage in stages:
+            if stage.key not in self._deps:
+                self._deps[stage.key] = frozenset(d.key for d in stage.deps())
+        self._admit(Pending(job, resolved.model_key, tuple(s.key for s in stages)))
+
+    def _admit(self, pending: Pending) -> None:
+        """Ready when its stages are there, else blocked until they are."""
+        missing = [key for key in pending.stages if key not in self._available]
+        if not missing:
+            self._ready.setdefault(pending.model_key, deque()).append(pending)
+            return
+        self._blocked[pending.job.id] = pending
+        for key in missing:
+            state = self._stages.get(key)
             if state is None:
-                state = self._stages[stage.key] = _StageState(stage.key, frozenset(d.key for d in stage.deps()), job)
+                state = self._stages[key] = _StageState(key, self._deps[key], pending.job)
                 for dep in state.deps:
-                    self._dependents.setdefault(dep, []).append(state.key)
-            state.waiting.add(job.id)
+                    self._dependents.setdefault(dep, []).append(key)
+            state.waiting.add(pending.job.id)
             self._note_startable(state)
-        if missing:
-            self._blocked[job.id] = pending
-        else:
-            self._make_ready(pending)
 
     def __len__(self) -> int:
         """Jobs that are not running yet."""
@@ -194,7 +205,7 @@ class WorkQueue:
         for job_id in state.waiting if state else ():
             pending = self._blocked.get(job_id)
             if pending is not None and all(s in self._available for s in pending.stages):
-                self._make_ready(self._blocked.pop(job_id))
+                self._admit(self._blocked.pop(job_id))
 
     def stage_failed(self, key: str, status: str, error_type: str, error_text: str) -> StageFailure | None:
         """A stage failed; None when it will be tried again."""
@@ -223,36 +234,48 @@ class WorkQueue:
         if pending.attempt > self._retries:
             return pending
         pending.avoid = worker
-        self._make_ready(pending)
+        self._admit(pending)
         return None
 
     def worker_lost(self, worker: str, items: tuple[WorkItem, ...], blame_first: bool) -> list[Pending]:
         """Requeue what a dead worker had; returns jobs that have used up their attempts.
 
-        The first item was running and may be what killed the worker, so it loses an attempt; the others only waited.
+        The first item was running. Where that may be what killed the worker it loses an attempt, as it does when it has
+        been there too often to be innocent; the others only waited.
         """
         for key in self._warm.pop(worker, ()):
             self._holders[key] -= 1
         exhausted: list[Pending] = []
         for index, item in enumerate(items):
-            guilty = blame_first and index == 0
-            if item.kind == "stage":
-                state = self._stages.get(item.stage)
-                if state is not None:
-                    state.running = False
-                    state.attempt -= 0 if guilty else 1
-                    self._note_startable(state)
+            lost = self._stages.get(item.stage) if item.kind == "stage" else self._running.pop(item.job.id, None)
+            if lost is None:
                 continue
-            pending = self._running.pop(item.job.id, None)
-            if pending is None:
-                continue
-            if not guilty:
-                pending.attempt -= 1
-            elif pending.attempt > self._retries:
-                exhausted.append(pending)
-                continue
-            self._make_ready(pending)
+            lost.misfortunes += index == 0
+            guilty = index == 0 and (blame_first or lost.misfortunes > _MISFORTUNES)
+            lost.attempt -= 0 if guilty else 1
+            if isinstance(lost, _StageState):
+                lost.running = False
+                self._note_startable(lost)
+            elif guilty and lost.attempt > self._retries:
+                exhausted.append(lost)
+            else:
+                self._admit(lost)
         return exhausted
+
+    def stages_lost(self, keys: Set[str]) -> None:
+        """No worker can reach these stages any more: they are computed again before the jobs that need them."""
+        lost = self._available & keys
+        if not lost:
+            return
+        self._available -= lost
+        for state in self._stages.values():
+            for dep in state.deps & lost:
+                self._startable.pop(state.key, None)
+                self._dependents.setdefault(dep, []).append(state.key)
+        waiting = [p for bucket in self._ready.values() for p in bucket] + list(self._blocked.values())
+        self._ready.clear()
+        for pending in waiting:
+            self._admit(pending)
 
     def stage_attempts_left(self, key: str) -> bool:
         """Whether a stage may be tried again."""
@@ -269,6 +292,3 @@ class WorkQueue:
         for state in self._stages.values():
             state.waiting.clear()
         return dropped
-
-    def _make_ready(self, pending: Pending) -> None:
-        self._ready.setdefault(pending.model_key, deque()).append(pending)
