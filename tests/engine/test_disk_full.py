@@ -49,7 +49,7 @@ def fill(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("tracking", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("tracking", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_full_disk_stops_the_driver_in_one_line_and_costs_no_row(
     tmp_path: Path, small_disk: Path, empty_mlflow: Path, tracking: bool
 ) -> None:

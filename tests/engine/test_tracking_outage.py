@@ -111,6 +111,7 @@ def sweep(name: str) -> dict[str, Any]:
     return toy(name=name, tasks=[{"toy-task": {"seconds": 0.05}}, {"toy-other": {"seconds": 0.05}}])
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_and_comes_back(tmp_path: Path, server: Server) -> None:
     """Jobs go on while it is down: the server starts again only when the last one has its row."""
     if server.process is None:
@@ -121,7 +122,7 @@ def test_a_server_that_dies_and_comes_back(tmp_path: Path, server: Server) -> No
     assert opened.summary.ok == 12
     assert not any("does not show everything" in line for line in progress.lines)
     backlogs = [s["backlog"] for s in progress.snapshots]
-    assert max(backlogs) >= 8 - 4  # rows waited while jobs went on
+    assert max(backlogs) >= 4  # rows waited while jobs went on
     assert any(s["problem"].startswith(f"MLflow at {server.uri}") for s in progress.snapshots)
     check(server, opened, "back")
     assert scores(opened.results()) == scores(run_local(sweep("back"), tmp_path / "undisturbed").results())
