@@ -65,6 +65,7 @@ class SimulatedExecutor(Executor):
         self._tokens = itertools.count(1)
         self._heap: list[tuple[float, int, str, str]] = []
         self._slots: dict[str, _Slot] = {}
+        self._running = 0  # slots with work
         self._down: dict[str, list[WorkerInfo]] = {}
         self._nodes = nodes
         self._per_node = slots
@@ -93,17 +94,17 @@ class SimulatedExecutor(Executor):
         slot = self._slots[worker]
         slot.queue.append(item)
         if len(slot.queue) == 1:
+            self._running += 1
             self._begin(slot)
 
     def poll(self, timeout: float) -> list[Event]:
         events, self._events = self._events, []
         if events:
             return events
-        if not self._heap:
-            self._now += timeout
-            return []
-        # everything that ends within a poll of the first end is seen together, as on a real cluster
-        horizon = self._heap[0][0] + timeout
+        # Everything that ends within a poll of the first end is seen together, as on a real cluster. While nothing runs,
+        # only the poll itself passes: the driver is writing or asking, and must not find itself at the next node's loss.
+        jump = bool(self._heap) and (self._running > 0 or not self._slots)
+        horizon = (self._heap[0][0] if jump else self._now) + timeout
         while self._heap and self._heap[0][0] <= horizon:
             self._now, token, kind, name = heapq.heappop(self._heap)
             if kind == "end":
@@ -114,12 +115,14 @@ class SimulatedExecutor(Executor):
                 for info in self._down.pop(name, []):
                     self._add(info)
                 self._plan_loss(name)
+        self._now = horizon if not jump else self._now
         events, self._events = self._events, []
         return events
 
     def kill(self, worker: str, reason: str, blame: bool = True) -> None:
         slot = self._slots.pop(worker)
         self._count_busy(slot)
+        self._running -= bool(slot.queue)
         self._events.append(Lost(worker, tuple(slot.queue), reason, blame))
         self._add(slot.info)
 
@@ -172,6 +175,8 @@ class SimulatedExecutor(Executor):
         self._events.append(Done(worker, item, result))
         if slot.queue:
             self._begin(slot)
+        else:
+            self._running -= 1
 
     def _count_busy(self, slot: _Slot) -> None:
         if slot.queue:
@@ -187,6 +192,7 @@ class SimulatedExecutor(Executor):
         gone = [slot for slot in self._slots.values() if slot.info.node == node]
         for slot in gone:
             self._count_busy(slot)
+            self._running -= bool(slot.queue)
             del self._slots[slot.info.id]
             # a lost node is nobody's fault, but the driver cannot know; as with Ray, the running job is suspected
             self._events.append(Lost(slot.info.id, tuple(slot.queue), f"node {node} was lost"))
