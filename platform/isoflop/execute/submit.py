@@ -15,16 +15,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import aiohttp
-import requests
-from ray.exceptions import RayError
-from ray.job_submission import JobSubmissionClient
-
 from isoflop.core.errors import UserError, unknown
 
 _CONNECT_SECONDS = 10.0
 _RECONNECT_SECONDS = 1.0
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_AGENT_SECONDS = 60.0
+_TALKATIVE = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -58,7 +55,10 @@ class ClusterJobs:
     def __init__(self, address: str) -> None:
         self.address = _normalise(address)
         _probe(self.address)
-        logging.getLogger("ray").setLevel(logging.ERROR)  # what matters comes as an error, in one line
+        from ray.job_submission import JobSubmissionClient  # takes seconds; a wrong address is told before
+
+        for name in _TALKATIVE:  # what matters comes as an error, in one line
+            logging.getLogger(name).setLevel(logging.ERROR)
         with self._errors(), _without(_ADDRESS_VARIABLES):  # they would override the address that was given
             self._client = JobSubmissionClient(self.address)
 
@@ -79,16 +79,24 @@ class ClusterJobs:
 
         Returns:
             The submission id.
+
+        Raises:
+            UserError: the id is taken, the files are too large, the head node takes no jobs.
         """
         environment: dict[str, Any] = {"working_dir": str(working_dir)}
         if code is not None:
             environment["py_modules"] = [str(code)]
+        deadline = time.monotonic() + _AGENT_SECONDS
         with self._errors():
-            return str(
-                self._client.submit_job(
-                    entrypoint=entrypoint, runtime_env=environment, submission_id=submission_id, metadata=metadata
-                )
-            )
+            while True:
+                try:
+                    self._client.submit_job(
+                        entrypoint=entrypoint, runtime_env=environment, submission_id=submission_id, metadata=metadata
+                    )
+                    return submission_id
+                except RuntimeError as error:  # a head node's dashboard answers before the node takes jobs
+                    if "No available agent" not in str(error) or time.monotonic() > deadline:
+                        raise
 
     def state(self, submission_id: str) -> JobState:
         """How a job stands. UserError with the nearest id when there is none of this id."""
@@ -113,28 +121,30 @@ class ClusterJobs:
 
         Every connection tells the log from its beginning, so what was written already is skipped.
         """
-        written = 0
+        import aiohttp
+
+        log = _Log(write)
         while True:
             with contextlib.suppress(aiohttp.ClientError, OSError, RuntimeError):
-                written = asyncio.run(self._tail(submission_id, written, write))
+                asyncio.run(self._tail(submission_id, log))
             state = self.state(submission_id)
             if state.ended:
                 with self._errors():
-                    write(str(self._client.get_job_logs(submission_id))[written:])
+                    log.begin()
+                    log.add(str(self._client.get_job_logs(submission_id)))
                 return state
             time.sleep(_RECONNECT_SECONDS)
 
-    async def _tail(self, submission_id: str, skip: int, write: Callable[[str], None]) -> int:
-        position = 0
+    async def _tail(self, submission_id: str, log: _Log) -> None:
+        log.begin()
         async for text in self._client.tail_job_logs(submission_id):
-            new = text[max(0, skip - position) :]
-            position += len(text)
-            if new:
-                write(new)
-        return max(skip, position)
+            log.add(text)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
+        import requests
+        from ray.exceptions import RayError
+
         try:
             yield
         except RayError as error:
@@ -149,6 +159,27 @@ class ClusterJobs:
             raise UserError(f"no Ray dashboard answers at {self.address}: {_one_line(error)}") from None
         except (RuntimeError, ValueError) as error:
             raise UserError(f"Ray at {self.address}: {_one_line(error)}") from None
+
+
+class _Log:
+    """A text that is told several times from its beginning, and written once."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+        self._written = 0
+        self._position = 0
+
+    def begin(self) -> None:
+        """It is told from the beginning now."""
+        self._position = 0
+
+    def add(self, text: str) -> None:
+        """The next piece."""
+        new = text[max(0, self._written - self._position) :]
+        self._position += len(text)
+        self._written = max(self._written, self._position)
+        if new:
+            self._write(new)
 
 
 def _normalise(address: str) -> str:
