@@ -112,7 +112,10 @@ class Network:
         _ip("link", "set", host.port_name, "up" if up else "down", namespace=self.bridge)
 
     def start_ray(self, host: Host, cpus: int, gpus: int, health: dict[str, str] | None = None) -> None:
-        """Start a Ray node in the foreground of a process of our own, so that ending it ends all of the node."""
+        """Start a Ray node in the foreground of a process of our own, so that ending it ends all of the node.
+
+        Returns when the node is up: two nodes that start at once in one file system may choose the same socket.
+        """
         where = (
             ["--head", f"--port={PORT}", "--include-dashboard=false"]
             if host.index == 0
@@ -129,11 +132,17 @@ class Network:
             "--block",
         ]
         command += [f"--temp-dir={self.folder / 'ray'}"] if host.index == 0 else []
-        log = (self.folder / f"ray{host.index}.log").open("wb")
+        path = self.folder / f"ray{host.index}.log"
+        log = path.open("wb")
         self.nodes[host.index] = subprocess.Popen(
             host._command(tuple(command)), stdout=log, stderr=log, env=host.environment(health), start_new_session=True
         )
         log.close()
+        deadline = time.monotonic() + 90
+        while b"Ray runtime started" not in path.read_bytes():
+            if self.nodes[host.index].poll() is not None or time.monotonic() > deadline:
+                raise TimeoutError(f"node {host.index} did not start: {path.read_text()[-1500:]}")
+            time.sleep(0.1)
 
     def wait_for(self, count: int, timeout: float = 120) -> None:
         """Wait until the head sees ``count`` live nodes."""

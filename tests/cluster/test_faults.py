@@ -64,7 +64,7 @@ class Cluster:
         for host in self.net.hosts[:count]:
             if host.index not in self.net.nodes:
                 self.start(host)
-                self.net.wait_for(host.index + 1)  # one by one: two nodes that start at once may miss their deadlines
+        self.net.wait_for(count)
 
     def start(self, host: Host) -> None:
         cpus = 0 if host.index == 0 else 2
