@@ -32,6 +32,7 @@ from ray.exceptions import (
 from isoflop.core.errors import UserError
 from isoflop.execute.base import Done, Event, Executor, Lost, Resources, ShardReport, WorkerInfo, WorkItem
 from isoflop.execute.ray_worker import RayWorker
+from isoflop.stages import LARGE_STAGE, SharedStages
 
 log = logging.getLogger(__name__)
 INFRASTRUCTURE = (RayActorError, OutOfMemoryError, WorkerCrashedError, ObjectLostError, RaySystemError)
@@ -48,6 +49,7 @@ class _Worker:
     actor: Any
     hello: Any
     info: WorkerInfo | None = None
+    shares: bool = False
     items: list[tuple[WorkItem, Any]] = field(default_factory=list)
     progress: Any = None
     born: float = field(default_factory=time.monotonic)
@@ -66,6 +68,8 @@ class RayExecutor(Executor):
         imports: modules to import in each worker (a sweep's ``import:``).
         node_ip: address of the driver's own node, for hosts that have several.
         import_folder: further place to look for ``imports``.
+        shared_stages: folder for stages larger than ``large_stage`` bytes that one node computed and another needs.
+            Unless all workers see it, they go through Ray's object store like the others.
     """
 
     def __init__(
@@ -77,6 +81,8 @@ class RayExecutor(Executor):
         imports: tuple[str, ...] = (),
         node_ip: str | None = None,
         import_folder: str | None = None,
+        shared_stages: Path | None = None,
+        large_stage: int = LARGE_STAGE,
     ) -> None:
         self._resources = resources
         self._address = address
@@ -85,6 +91,9 @@ class RayExecutor(Executor):
         self._imports = imports
         self._node_ip = node_ip
         self._import_folder = import_folder
+        self._shared = SharedStages(shared_stages) if shared_stages and address is not None else None
+        self._large_stage = large_stage
+        self._mark = ""
         self._workers: dict[str, _Worker] = {}
         self._by_ref: dict[Any, tuple[_Worker, WorkItem]] = {}
         self._disks: dict[str, set[str]] = {}  # node -> keys of the stages on its disk
@@ -101,6 +110,7 @@ class RayExecutor(Executor):
     def start(self) -> None:
         self._connect()
         self._check_possible()
+        self._offer_shared_folder()
         self._fill()
         deadline = time.monotonic() + _START_SECONDS
         while not self.workers():
@@ -117,6 +127,8 @@ class RayExecutor(Executor):
                 ray.kill(worker.actor, no_restart=True)
         self._workers.clear()
         self._by_ref.clear()
+        if self._shared is not None:
+            self._shared.remove_mark(self._mark)
         if self._started_ray:
             ray.shutdown()
             self._started_ray = False
@@ -141,6 +153,15 @@ class RayExecutor(Executor):
                 f"Ray at {self._address or 'local'} cannot be reached: {' '.join(str(error).split())[:300]}{hint}"
             ) from None
         self._started_ray = True
+
+    def _offer_shared_folder(self) -> None:
+        if self._shared is None:
+            return
+        try:
+            self._mark = self._shared.leave_mark()
+        except OSError as error:
+            log.warning("large stages go through the object store: %s: %s", self._shared.root, error.strerror)
+            self._shared = None
 
     def _check_possible(self) -> None:
         want = self._resources
@@ -181,10 +202,11 @@ class RayExecutor(Executor):
         }
         if want.memory:
             options["memory"] = want.memory
+        shared = (str(self._shared.root), self._mark, self._large_stage) if self._shared is not None else None
         actor = (
             ray.remote(concurrency_groups={"control": 1})(RayWorker)
             .options(**options)
-            .remote(worker_id, self._cache_dir, self._imports, self._import_folder, want.memory)
+            .remote(worker_id, self._cache_dir, self._imports, self._import_folder, want.memory, shared)
         )
         self._workers[worker_id] = _Worker(worker_id, actor, actor.hello.remote())
 
@@ -210,6 +232,7 @@ class RayExecutor(Executor):
                 continue
             self._stillborn = 0
             self._disks.setdefault(hello["node"], set()).update(hello.pop("stages"))
+            worker.shares = hello.pop("shared")
             worker.info = WorkerInfo(id=worker.id, **hello)
 
     # work
@@ -218,7 +241,12 @@ class RayExecutor(Executor):
         return [w.info for w in self._workers.values() if w.info is not None]
 
     def cached_stages(self) -> set[str]:
-        return set().union(*(self._disks[w.node] for w in self.workers()))
+        shared = self._shared_folder()
+        return set().union(shared.keys() if shared else (), *(self._disks[w.node] for w in self.workers()))
+
+    def _shared_folder(self) -> SharedStages | None:
+        """The folder for large stages, when all workers see it."""
+        return self._shared if all(w.shares for w in self._workers.values() if w.info is not None) else None
 
     def submit(self, worker: str, item: WorkItem) -> None:
         target = self._workers[worker]
@@ -231,7 +259,7 @@ class RayExecutor(Executor):
         self._by_ref[ref] = (target, item)
 
     def _fetch_plan(self, target: _Worker, item: WorkItem) -> dict[str, list[Any]]:
-        """For stages that only another node holds: references to their files, owned by the driver.
+        """For stages that only another node holds: references to their files, owned by the driver, or a shared folder.
 
         References travel inside lists so that Ray does not resolve them before the call; a worker that has the files
         by then (a shared disk) never fetches them.
@@ -243,9 +271,12 @@ class RayExecutor(Executor):
                 continue
             if key not in self._copies:
                 home = next((w for w in self._workers.values() if w.info and key in self._disks[w.info.node]), None)
+                shared = self._shared_folder()
                 if home is None:
+                    if shared is not None and key in shared:
+                        plan[key] = [str(shared.folder(key))]
                     continue
-                self._copies[key] = home, home.actor.stage_files.remote(item.job.to_dict(), key)
+                self._copies[key] = home, home.actor.stage_files.remote(item.job.to_dict(), key, shared is not None)
             plan[key] = [self._copies[key][1]]
         return plan
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import resource
 import socket
@@ -15,6 +16,9 @@ from typing import Any
 import ray
 
 from isoflop.jobs import Job, Outcome, Runner
+from isoflop.stages.shared import SharedStages, folder_size
+
+log = logging.getLogger(__name__)
 
 
 class RayWorker:
@@ -27,10 +31,18 @@ class RayWorker:
         import_folder: further place to look for them.
         memory: limit in bytes on what jobs may add to this process, so that a leak becomes a MemoryError here instead
             of the host's out-of-memory killer.
+        shared: folder for large stages, the mark that tells whether this host sees it, and from how many bytes on a
+            stage is large.
     """
 
     def __init__(
-        self, name: str, cache_dir: str | None, imports: tuple[str, ...], import_folder: str | None, memory: int | None
+        self,
+        name: str,
+        cache_dir: str | None,
+        imports: tuple[str, ...],
+        import_folder: str | None,
+        memory: int | None,
+        shared: tuple[str, str, int] | None = None,
     ) -> None:
         import torch
 
@@ -43,6 +55,9 @@ class RayWorker:
         self._runner = Runner(Path(cache_dir) if cache_dir else None, name=name)
         if memory:
             _limit_memory(memory)
+        self._shared: SharedStages | None = None
+        if shared is not None and (seen := SharedStages(shared[0])).sees(shared[1]):
+            self._shared, self._large = seen, shared[2]
         self._lock = threading.Lock()
         # bounded: without a pruner nobody collects them
         self._reports: deque[tuple[str, int, float, int]] = deque(maxlen=10_000)
@@ -57,6 +72,7 @@ class RayWorker:
             "device": self._runner.cache.device,
             "slot": gpus,
             "stages": sorted(self._runner.cache.keys()),
+            "shared": self._shared is not None,
         }
 
     def run_job(self, item: str, job: dict[str, Any], fetch: dict[str, list[Any]]) -> Outcome:
@@ -78,8 +94,14 @@ class RayWorker:
         return self._runner.run_stage(built, key)
 
     @ray.method(concurrency_group="control")
-    def stage_files(self, job: dict[str, Any], key: str) -> dict[str, bytes]:
-        """A computed stage as files."""
+    def stage_files(self, job: dict[str, Any], key: str, share: bool = False) -> dict[str, bytes] | str:
+        """A computed stage as files; a large one, with ``share``, as the folder in which all hosts find it."""
+        folder = self._runner.cache.root / key
+        if share and self._shared is not None and folder_size(folder) > self._large:
+            try:
+                return str(self._shared.publish(key, folder))
+            except OSError as error:
+                log.warning("stage %s cannot be put into %s: %s", key, self._shared.root, error)
         return self._runner.stage_files(Job.from_dict(job), key)
 
     @ray.method(concurrency_group="control")
@@ -99,7 +121,8 @@ class RayWorker:
     def _fetch(self, job: Job, fetch: dict[str, list[Any]]) -> None:
         for key, refs in fetch.items():
             if not (self._runner.cache.root / key / "stage.json").is_file():
-                self._runner.install_stage(job, key, ray.get(refs[0]))
+                found = refs[0] if isinstance(refs[0], str) else ray.get(refs[0])
+                self._runner.install_stage(job, key, Path(found) if isinstance(found, str) else found)
 
 
 def _limit_memory(extra: int) -> None:

@@ -404,6 +404,7 @@ class Driver:
         state.eta = state.elapsed / done.ran * left if done.ran and left is not None else None
         state.best = self._trials.best
         state.stages_done, state.stages_left = done.stages, self._queue.stages_left
+        state.warm, state.job_seconds = self._queue.affinity_hits, self._job_seconds
         state.backlog, state.problem = self._tracker.backlog(), self._tracker.problem
         state.draining = bool(self._interrupts)
         now = self._clock()
