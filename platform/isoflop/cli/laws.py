@@ -5,30 +5,50 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import pyarrow as pa
+from click.core import ParameterSource
 
 from isoflop.cli.common import clean
 from isoflop.core.errors import UserError
 from isoflop.laws.objective import OBJECTIVES
 from isoflop.laws.table import as_table
+from isoflop.sweep.results import usable
+
+if TYPE_CHECKING:
+    from isoflop.sweep.api import SweepResults
 
 _READERS = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".json", ".jsonl")
 
 
-def read_source(source: str, store: str | None = None) -> pa.Table:
-    """The table behind a path or a sweep's name."""
+def open_source(source: str, store: str | None = None) -> pa.Table | SweepResults:
+    """The table of a file, or the sweep of that name."""
     path = Path(source)
     suffix = path.suffix.lower()
     if suffix in _READERS or path.is_file():
         if not path.is_file():
             raise UserError(f"{source}: no such file")
         return _read_file(path, suffix)
-    from isoflop.sweep.api import resolve_table
+    from isoflop.sweep.api import open_sweep
 
-    return as_table(resolve_table(source, store))
+    return open_sweep(source, store)
+
+
+def read_source(source: str, store: str | None = None, where: str | None = None) -> pa.Table:
+    """The rows behind a path or a sweep's name. UserError when these would mix the tasks of a sweep."""
+    opened = open_source(source, store)
+    if isinstance(opened, pa.Table):
+        return opened
+    table = as_table(usable(opened.results()))
+    tasks = sorted(set(table["task"].to_pylist()))
+    if len(tasks) > 1 and where is None:
+        raise UserError(
+            f"sweep {source!r} has the tasks {', '.join(tasks)}, which one law does not describe; "
+            f"choose with --where \"task = '{tasks[0]}'\""
+        )
+    return table
 
 
 def _read_file(path: Path, suffix: str) -> pa.Table:
@@ -185,6 +205,15 @@ def _common(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+_OPTION_OF = {"map": "mapping", "fixed": "fix", "held": "hold"}  # where an argument's option has another name
+
+
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that the user named: for a sweep, its own YAML says the rest."""
+    source = click.get_current_context().get_parameter_source
+    return {k: v for k, v in arguments.items() if source(_OPTION_OF.get(k, k)) == ParameterSource.COMMANDLINE}
+
+
 def _print(result: Any, as_json: bool) -> None:
     click.echo(json.dumps(clean(result.to_dict()), indent=2, allow_nan=False) if as_json else str(result))
 
@@ -196,7 +225,12 @@ def fit_command(source: str, store: str | None, as_json: bool, **options: Any) -
     """Fit a scaling law to the rows of a sweep or a file."""
     from isoflop.laws import fit
 
-    _print(fit(read_source(source, store), **_common(options)), as_json)
+    arguments = _common(options)
+    opened = open_source(source, store)
+    if isinstance(opened, pa.Table):
+        _print(fit(opened, **arguments), as_json)
+    else:
+        _print(opened.fit(**_given(arguments)), as_json)
 
 
 @click.command("frontier")
@@ -217,18 +251,21 @@ def frontier_command(source: str, store: str | None, as_json: bool, **options: A
     """Find the best configuration under a budget, by a law fitted to the rows."""
     from isoflop.frontier import frontier
 
-    result = frontier(
-        read_source(source, store),
-        cost=options["cost"],
-        q=options["q"],
-        budget=parse_numbers(options["budget"], "--budget"),
-        sizes=parse_numbers(options["sizes"], "--sizes"),
-        tokens=parse_numbers(options["tokens"], "--tokens"),
-        limits=parse_ranges(options["limits"], "--limits"),
-        held={k: _number(v, "--hold") for k, v in parse_map(options["hold"], "--hold").items()},
+    arguments = {
+        "cost": options["cost"],
+        "q": options["q"],
+        "budget": parse_numbers(options["budget"], "--budget"),
+        "sizes": parse_numbers(options["sizes"], "--sizes"),
+        "tokens": parse_numbers(options["tokens"], "--tokens"),
+        "limits": parse_ranges(options["limits"], "--limits"),
+        "held": {k: _number(v, "--hold") for k, v in parse_map(options["hold"], "--hold").items()},
         **_common(options),
-    )
-    _print(result, as_json)
+    }
+    opened = open_source(source, store)
+    if isinstance(opened, pa.Table):
+        _print(frontier(opened, **arguments), as_json)
+    else:
+        _print(opened.frontier(**_given(arguments)), as_json)
 
 
 @click.command("compare")
@@ -251,7 +288,7 @@ def compare_command(source: str, store: str | None, as_json: bool, **options: An
     from isoflop.laws import compare
 
     result = compare(
-        read_source(source, store),
+        read_source(source, store, options["where"]),
         split_top(options["forms"]),
         y=options["y"],
         map=parse_map(options["mapping"]),

@@ -117,6 +117,8 @@ class Ledger:
                 if not version:
                     raise pa.ArrowInvalid("not a file of a ledger")
                 table = parquet.read(columns=columns) if version == VERSION else None
+            except MemoryError:  # also Arrow's own: says nothing about the file
+                raise
             except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                 self._set_aside(name, error)
                 return None

@@ -42,6 +42,10 @@ class Store:
         try:
             if not scheme or len(scheme) == 1:
                 path = os.path.abspath(os.path.expanduser(given))
+                if odd := sorted(set(path) & set("?#%")):
+                    raise UserError(
+                        f"store {given!r}: a path with {odd[0]!r} cannot hold MLflow's database; name another"
+                    )
                 return cls(path, pafs.LocalFileSystem(), path)
             if scheme == "file":
                 fs, path = pafs.FileSystem.from_uri(given)

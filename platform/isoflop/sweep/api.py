@@ -27,6 +27,7 @@ from isoflop.sweep.spec import SweepSpec, load_spec
 from isoflop.track import MlflowTracker, NullTracker, Tracker
 
 EXECUTORS = ("ray", "local")
+_MENU = ("sizes", "tokens", "limits", "held", "constants")  # options of a frontier rather than of a fit
 _LAST_SECONDS = 10.0  # for MLflow, when a session ends in an error
 
 
@@ -215,18 +216,12 @@ class SweepResults:
             columns: only these.
             everything: also rows of jobs that the sweep's YAML no longer contains.
         """
-        table = Ledger(self.store, self.name).read(None if columns is None else list(columns))
-        if everything:
-            return table
-        stale = read_stale(self.store, self.name)
-        if not stale:
-            return table
-        ids = (
-            table["job_id"]
-            if "job_id" in table.column_names
-            else Ledger(self.store, self.name).read(["job_id"])["job_id"]
-        )
-        return table.filter(pc.invert(pc.is_in(ids, pa.array(sorted(stale), pa.string()))))
+        wanted = None if columns is None else list(dict.fromkeys([*columns, "job_id"]))
+        table = Ledger(self.store, self.name).read(wanted)
+        stale = set() if everything else read_stale(self.store, self.name)
+        if stale:
+            table = table.filter(pc.invert(pc.is_in(table["job_id"], pa.array(sorted(stale), pa.string()))))
+        return table if columns is None else table.select(list(columns))
 
     def fit(self, law: str | None = None, **options: Any) -> Any:
         """Fit a scaling law on the finished jobs.
@@ -250,7 +245,8 @@ class SweepResults:
         """The best configuration per budget that a law supports; see :func:`isoflop.frontier.frontier`.
 
         Args:
-            law, options: as for :meth:`fit`.
+            law, options: as for :meth:`fit`; ``sizes``, ``tokens``, ``limits``, ``held`` and ``constants`` as for
+                :func:`isoflop.frontier.frontier`.
             cost: formula; by default as in the YAML, else ``2*N*(Q+V)``.
             q: text tokens; by default as the rows measured them.
             budget: one or several; by default spread over the swept range.
@@ -263,10 +259,12 @@ class SweepResults:
 
         table = results_module.usable(self.results())
         block = results_module.frontier_block(self.spec, law)
+        menu = {k: options.pop(k) for k in _MENU if k in options}
         fitted = self.fit(law or block.law, **options)
         fits = list(fitted) if isinstance(fitted, GroupedFit) else [fitted]
         measured = q if q is not None else block.q
-        found = results_module.frontiers_of(fits, table, cost or block.cost, measured, budget or block.budgets or None)
+        budgets = budget if budget is not None else block.budgets or None
+        found = results_module.frontiers_of(fits, table, cost or block.cost, measured, budgets, **menu)
         return found[0] if len(found) == 1 else Frontiers(found)
 
     def pareto(self, objectives: Mapping[str, Literal["min", "max"]] | None = None, **options: Any) -> Any:
@@ -336,8 +334,3 @@ def read_stale(store: Store, name: str) -> set[str]:
     """Ids of jobs whose rows the ledger keeps but the sweep, as last run, no longer contains."""
     data = store.read(store.path("sweeps", name, "stale.json"))
     return set(json.loads(data)) if data else set()
-
-
-def resolve_table(source: str, store: str | None = None) -> pa.Table:
-    """The usable rows of a sweep by name, for the law commands."""
-    return results_module.usable(open_sweep(source, store).results())

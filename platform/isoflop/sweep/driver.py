@@ -96,7 +96,9 @@ class Driver:
         self._executor = executor
         self._tracker = tracker
         self._progress = progress
-        self._retry_failed = retry_failed
+        # Without a pruner nothing is hopeless: what one stopped earlier is run to its end.
+        unfinished = {"pruned"} if self._spec.search.pruner == "none" else set()
+        self._again = unfinished | ({"failed"} if retry_failed else set())
         self._clock = clock
         self._proposer = proposer
         self._trials = TrialBook(sweep, proposer)
@@ -130,7 +132,7 @@ class Driver:
             self._progress.line("stopped at once; running jobs are dropped and will run again")
         finally:
             self._commit(force=True)
-        self._summary.left = len(self._queue) + self._queue.running + self._dropped
+        self._summary.left = self._left()
         self._summary.seconds = self._clock() - self._started
         self._summary.affinity = self._queue.affinity_hits / max(1, self._queue.dispatched)
         self._show(force=True)
@@ -144,7 +146,7 @@ class Driver:
         self._tracker.catch_up(everything)
         table = self._sweep.current(everything)
         self._count_rows(table)
-        for trial, jobs in self._trials.restore(table, self._retry_failed):
+        for trial, jobs in self._trials.restore(table, self._again):
             self._enqueue(trial, jobs)
         if self._ledger.set_aside:
             self._progress.line(
@@ -155,7 +157,7 @@ class Driver:
 
     def _count_rows(self, table: pa.Table) -> None:
         statuses = table["status"].to_pylist()
-        self._summary.cached = sum(1 for s in statuses if not (self._retry_failed and s == "failed"))
+        self._summary.cached = sum(1 for s in statuses if s not in self._again)
         for flops, answers in zip(table["flops"].to_pylist(), table["n_examples"].to_pylist(), strict=True):
             self._flops += (flops or 0.0) * (answers or 0)
 
@@ -415,6 +417,15 @@ class Driver:
             for worker, slot in self._slots.items()
         }
         self._progress.update(state)
+
+    def _left(self) -> int:
+        """Jobs that another session would still run: all that are known of, where the search is finite."""
+        known = len(self._queue) + self._queue.running + self._dropped
+        expected = self._expected()
+        stopped = self._summary.interrupted or self._budget_ended() is not None
+        if expected is None or not stopped:
+            return known
+        return max(known, expected - self._summary.cached - self._summary.ran)
 
     def _expected(self) -> int | None:
         per_trial = len(self._sweep.task_options) * self._spec.repeats

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -78,22 +78,28 @@ class Findings:
         }
 
     def tables(self) -> dict[str, pa.Table]:
-        """File name -> Arrow table, with the hash of the spec in its metadata (the rows' hash is in the records)."""
+        """File name -> Arrow table, with the hashes of the spec and of the rows in its metadata."""
         out = {}
         for index, law in enumerate(self.laws):
             if law.fits:
-                out[f"law-{index}-{_safe(law.block.law)}"] = _concat(f.to_arrow() for f in law.fits)
+                out[f"law-{index}-{_safe(law.block.law)}"] = self._joined(law.fits)
         for index, found in enumerate(self.frontiers):
             if found.frontiers:
-                out[f"frontier-{index}-{_safe(found.block.law)}"] = _concat(f.to_arrow() for f in found.frontiers)
-        return {
-            k: t.replace_schema_metadata({**(t.schema.metadata or {}), "isoflop.spec": self.spec_digest})
-            for k, t in out.items()
-        }
+                out[f"frontier-{index}-{_safe(found.block.law)}"] = self._joined(found.frontiers)
+        return out
+
+    def _joined(self, parts: Sequence[Fit] | Sequence[Frontier]) -> pa.Table:
+        """One table of all groups; its metadata name the spec and, per group, the rows (by hash) that it rests on."""
+        table = pa.concat_tables([p.to_arrow() for p in parts], promote_options="permissive")
+        hashes = json.dumps([p.data_hash for p in parts])
+        return table.replace_schema_metadata({"isoflop.spec": self.spec_digest, "isoflop.rows": hashes})
 
     def save(self, store: Store, name: str) -> None:
         """Write tables and record beside the ledger."""
         folder = store.path("sweeps", name, "laws")
+        for old in store.names(folder, ".arrow"):  # of an earlier version of the YAML
+            if old.removesuffix(".arrow") not in self.tables():
+                store.fs.delete_file(f"{folder}/{old}")
         for stem, table in self.tables().items():
             store.write(f"{folder}/{stem}.arrow", _arrow_bytes(table))
         store.write(f"{folder}/record.json", json.dumps(self.to_dict(), indent=1).encode())
@@ -227,10 +233,6 @@ def measured_q(table: pa.Table, key: dict[str, Any]) -> float:
             mask &= np.asarray(table[column].to_pylist(), dtype=object) == value
     values = [v for v in table.filter(pa.array(mask))["Q"].to_pylist() if v is not None]
     return float(np.mean(values)) if values else 0.0
-
-
-def _concat(tables: Iterable[pa.Table]) -> pa.Table:
-    return pa.concat_tables(list(tables), promote_options="permissive")
 
 
 def _arrow_bytes(table: pa.Table) -> bytes:

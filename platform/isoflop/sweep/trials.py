@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,12 +63,12 @@ class TrialBook:
         self.count = 0
         self.best: tuple[float, str] | None = None
 
-    def restore(self, table: pa.Table, retry_failed: bool) -> list[tuple[Trial, list[Job]]]:
+    def restore(self, table: pa.Table, again: Collection[str] = ()) -> list[tuple[Trial, list[Job]]]:
         """Rebuild from the ledger's rows: tell the proposer what is finished, return what is not.
 
         Args:
             table: the rows that belong to the sweep as it is now.
-            retry_failed: take failed jobs as missing.
+            again: rows of these statuses are taken as missing.
 
         Returns:
             Unfinished trials, each with the jobs that have no row.
@@ -82,7 +82,7 @@ class TrialBook:
             config = self._sweep.config_of(Job.from_dict(json.loads(rows[0]["spec"])))
             trial = self.open(rows[0]["trial_number"], config)
             for row in rows:
-                if row["job_id"] in trial.jobs and not (retry_failed and row["status"] == "failed"):
+                if row["job_id"] in trial.jobs and row["status"] not in again:
                     trial.rows[row["job_id"]] = row
                     trial.steps.update(self._steps_of(trial, row))
             if trial.complete:

@@ -20,10 +20,10 @@ from mlflow.entities import Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
 from isoflop.track.bulk import BulkWriter, run_id_of
-from isoflop.track.run_data import ERROR_TAGS, RunData
+from isoflop.track.run_data import ERROR_TAGS, RunData, stamp_of
 
 log = logging.getLogger(__name__)
-SEQUENCE_TAG = "isoflop.sequence"
+STAMP_TAG = "isoflop.row"
 PARENT_TAG = "isoflop.parent"
 _BATCH = 900  # of 1,000 metrics per request
 
@@ -50,7 +50,7 @@ class Projection:
         self._parent_id = ""
         location = self._client.get_experiment(self._experiment_id).artifact_location
         self._bulk = BulkWriter.open(uri, self._experiment_id, location) if bulk else None
-        self._runs: dict[str, tuple[str, int]] = {}  # job id -> (run id, sequence shown; 0 while half written)
+        self._runs: dict[str, tuple[str, int]] = {}  # job id -> (run id, stamp of the row shown; 0 while half written)
         self._requested: set[str] = set()  # jobs whose run the public client was asked to create
         self._load_runs()
 
@@ -72,7 +72,7 @@ class Projection:
     def show(self, batch: Sequence[RunData]) -> None:
         """Make MLflow show these rows; those that it shows already cost nothing."""
         newest = {data.job_id: data for data in batch}
-        todo = [data for data in newest.values() if self._runs.get(data.job_id, ("", 0))[1] != data.sequence]
+        todo = [data for data in newest.values() if self._runs.get(data.job_id, ("", 0))[1] != data.stamp]
         if self._bulk is None:
             for data in todo:
                 self._show_one(data)
@@ -81,8 +81,8 @@ class Projection:
         ids = {
             data.job_id: self._runs.get(data.job_id, ("", 0))[0] or run_id_of(self._name, data.job_id) for data in todo
         }
-        self._bulk.write((ids[data.job_id], data, {**common, SEQUENCE_TAG: str(data.sequence)}) for data in todo)
-        self._runs.update({data.job_id: (ids[data.job_id], data.sequence) for data in todo})
+        self._bulk.write((ids[data.job_id], data, {**common, STAMP_TAG: str(data.stamp)}) for data in todo)
+        self._runs.update({data.job_id: (ids[data.job_id], data.stamp) for data in todo})
 
     def _show_one(self, data: RunData) -> None:
         """One row through the public client."""
@@ -101,8 +101,8 @@ class Projection:
             self._client.log_batch(run_id, metrics=metrics[begin : begin + _BATCH])
         self._client.set_terminated(run_id, data.status, data.end_ms)
         # last: a run without it is half written and will be completed
-        self._client.set_tag(run_id, SEQUENCE_TAG, str(data.sequence))
-        self._runs[data.job_id] = (run_id, data.sequence)
+        self._client.set_tag(run_id, STAMP_TAG, str(data.stamp))
+        self._runs[data.job_id] = (run_id, data.stamp)
 
     def _create(self, data: RunData) -> str:
         """A new run; the one that an earlier request created when its answer was lost on the way."""
@@ -126,9 +126,9 @@ class Projection:
 
     def show_missing(self, table: pa.Table) -> None:
         """Make MLflow show those rows of a ledger that it does not show yet."""
-        shown = {job_id: sequence for job_id, (_, sequence) in self._runs.items()}
-        pairs = zip(table["job_id"].to_pylist(), table["sequence"].to_pylist(), strict=True)
-        missing = [index for index, (job_id, sequence) in enumerate(pairs) if shown.get(job_id) != sequence]
+        shown = {job_id: stamp for job_id, (_, stamp) in self._runs.items()}
+        named = zip(*(table[c].to_pylist() for c in ("job_id", "sequence", "finished")), strict=True)
+        missing = [index for index, (job_id, *row) in enumerate(named) if shown.get(job_id) != stamp_of(*row)]
         for begin in range(0, len(missing), 100):  # rows hold per-example scores: not all at once as Python objects
             rows = table.take(pa.array(missing[begin : begin + 100], pa.int64())).to_pylist()
             self.show([RunData.of(row) for row in rows])
@@ -173,7 +173,7 @@ class Projection:
             )
             for run in page:
                 job_id = run.data.tags["isoflop.job_id"]
-                shown = int(run.data.tags.get(SEQUENCE_TAG, 0))
+                shown = int(run.data.tags.get(STAMP_TAG, 0))
                 kept = self._runs.get(job_id)
                 if kept is not None:
                     loser, winner = (run.info.run_id, kept) if kept[1] >= shown else (kept[0], (run.info.run_id, shown))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import math
 import re
@@ -22,10 +23,10 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class RunData:
-    """One MLflow run. Times are milliseconds since the epoch."""
+    """One MLflow run. Times are milliseconds since the epoch; ``stamp`` names the row (:func:`stamp_of`)."""
 
     job_id: str
-    sequence: int
+    stamp: int
     name: str
     status: str
     start_ms: int
@@ -42,7 +43,7 @@ class RunData:
         end = int(row["finished"].timestamp() * 1000)
         return cls(
             job_id=row["job_id"],
-            sequence=int(row["sequence"]),
+            stamp=stamp_of(row["sequence"], row["finished"]),
             name=_run_name(row),
             status=_STATUS[row["status"]],
             start_ms=start,
@@ -52,6 +53,14 @@ class RunData:
             steps=_steps(row),
             tags=_tags(row),
         )
+
+
+def stamp_of(sequence: int, finished: dt.datetime) -> int:
+    """Names a row: later rows of a ledger have larger stamps, and rows of another ledger have others.
+
+    The sequence number alone would not do: it begins anew when a store is emptied, and two stores may share a server.
+    """
+    return int(sequence) * 10**13 + int(finished.timestamp() * 1000)
 
 
 def _run_name(row: Mapping[str, Any]) -> str:
