@@ -80,7 +80,8 @@ class HuggingFace(ModelFamily):
     def info(self, ref: str, options: Mapping[str, Any]) -> VlmInfo:
         """Describe a checkpoint from its config, without loading weights."""
         checked = check_knobs(Options, options, f"model {ref}")
-        return _describe(ref, tuple(sorted(checked.items())))
+        source = locate(ref, Options(**checked).revision, weights=False)  # type: ignore[arg-type]
+        return _describe(ref, tuple(sorted(checked.items())), source, _content(source))
 
     def load(self, info: ModelInfo, weights: Stage | None, ctx: StageContext) -> Model:
         """The checkpoint on the worker's device in evaluation mode."""
@@ -127,11 +128,13 @@ def locate(ref: str, revision: str, weights: bool) -> Path:
 
 
 @lru_cache(maxsize=256)
-def _describe(ref: str, options: tuple[tuple[str, Any], ...]) -> VlmInfo:
+def _describe(
+    ref: str, options: tuple[tuple[str, Any], ...], source: Path, content: tuple[tuple[str, str], ...]
+) -> VlmInfo:
+    # The content is an argument, so that a folder whose files changed in this process is described anew.
     chosen = Options(**dict(options))
-    source = locate(ref, chosen.revision, weights=False)
     config = _config(ref, source, chosen)
-    version = content_hash({"files": _content(source), "dtype": chosen.dtype}, 16)
+    version = content_hash({"files": [list(pair) for pair in content], "dtype": chosen.dtype}, 16)
     text, vision = config.text_config, config.vision_config
     layers = int(vision.num_hidden_layers)
     if not isinstance(config.vision_feature_layer, int):
@@ -212,12 +215,12 @@ def _read(source: Path, options: Options) -> Any:
         )
 
 
-def _content(source: Path) -> list[list[str]]:
+def _content(source: Path) -> tuple[tuple[str, str], ...]:
     """What names the files: the commit for a hub snapshot, else hashes of config and weights."""
     if source.parent.name == "snapshots":
-        return [["commit", source.name]]
+        return (("commit", source.name),)
     files = [source / name for name in CONFIG_FILES if (source / name).exists()] + sorted(source.glob("*.safetensors"))
-    return [[f.name, _file_hash(f, f.stat().st_size, f.stat().st_mtime_ns)] for f in files]
+    return tuple((f.name, _file_hash(f, f.stat().st_size, f.stat().st_mtime_ns)) for f in files)
 
 
 @lru_cache(maxsize=1024)
