@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from pathlib import Path
@@ -15,6 +16,7 @@ from helpers import Lines, one_bad, run_local, scores, toy
 
 import isoflop
 from isoflop.core.errors import UserError
+from isoflop.jobs.runner import Runner, VersionMismatch
 from isoflop.sweep.api import RunOptions
 from isoflop.sweep.driver import Driver
 from isoflop.sweep.progress import Quiet
@@ -350,6 +352,51 @@ def test_a_pruner_knows_the_trials_of_earlier_sessions(tmp_path: Path) -> None:
 def test_a_random_search_can_be_pruned(tmp_path: Path) -> None:
     opened = run_local(_pruned_sweep("median", "random", n_startup_trials=1), tmp_path)
     assert opened.summary.ran == 7
+
+
+# what a worker runs is what the job's id says
+
+
+@pytest.mark.parametrize("part", ["model", "task", "method"])
+def test_a_worker_with_another_version_fails_the_job_and_says_so(
+    tmp_path: Path, toy_parts: ModuleType, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    sweep = resolve(toy(models=["toy/s"], tasks=["toy-task"]))
+    job = sweep.jobs_of(next(iter(sweep.space.grid())))[0]
+    runner = Runner(tmp_path)
+    assert runner.run_job(job).status == "ok"
+    if part == "model":
+        info = toy_parts.ToyFamily.info
+        monkeypatch.setattr(
+            toy_parts.ToyFamily, "info", lambda *given: dataclasses.replace(info(*given), version="other")
+        )
+    else:
+        monkeypatch.setattr({"task": toy_parts.ToyTask, "method": toy_parts.ToyTokens}[part], "version", "other")
+    outcome = runner.run_job(job)
+    assert (outcome.status, outcome.error_type) == ("failed", "VersionMismatch")
+    name = {"model": "model toy/s", "task": "task toy-task", "method": "method toy-tokens"}[part]
+    assert f"{name} has version other" in outcome.error_text
+    assert "started with version 1" in outcome.error_text
+
+
+def test_a_stage_that_a_worker_does_not_know_is_named(tmp_path: Path) -> None:
+    sweep = resolve(toy())
+    job = sweep.jobs_of(next(iter(sweep.space.grid())))[0]
+    runner = Runner(tmp_path)
+    told = runner.run_stage(job, "toy-weights-0")
+    assert told["error_type"] == "VersionMismatch"
+    assert "no stage toy-weights-0" in told["error_text"]
+    for call in (lambda: runner.stage_files(job, "other"), lambda: runner.install_stage(job, "other", {})):
+        with pytest.raises(VersionMismatch, match="no stage other"):
+            call()
+
+
+def test_the_peak_of_the_process_is_called_the_workers(tmp_path: Path) -> None:
+    """The system gives the maximum since the process began, not that of a job."""
+    for row in run_local(toy(tasks=["toy-task"]), tmp_path).results().to_pylist():
+        footprint = dict(row["footprint"])
+        assert footprint["worker_peak_bytes"] > 0
+        assert "process_peak_bytes" not in footprint
 
 
 # the clock and the queue

@@ -18,7 +18,8 @@ from typing import Any, Literal
 import numpy as np
 
 from isoflop.core.errors import Infeasible
-from isoflop.jobs.job import Job, ResolvedJob
+from isoflop.core.stage import Stage
+from isoflop.jobs.job import Job, ResolvedJob, versions_of
 from isoflop.models.base import Model
 from isoflop.stages import StageCache
 
@@ -92,7 +93,7 @@ class Runner:
         computed_before = len(self.cache.computed)
         fresh, self._used = not self._used, True
         try:
-            self._run(ResolvedJob.of(job), out, on_shard)
+            self._run(_resolve(job), out, on_shard)
         except Infeasible as error:
             out.status, out.error_type, out.error_text = "infeasible", "Infeasible", str(error)
         except (Exception, SystemExit) as error:
@@ -107,7 +108,7 @@ class Runner:
         """Compute the stage ``key`` of ``job``: ``{"ok": True, "seconds": …, "bytes": …}`` or the error as text."""
         fresh, self._used = not self._used, True
         try:
-            stage = next(s for s in ResolvedJob.of(job).stages() if s.key == key)
+            stage = _stage(job, key)
             seconds = self.cache.ensure(stage)
             return {"ok": True, "seconds": seconds, "bytes": self.cache.size(stage)}
         except (Exception, SystemExit) as error:
@@ -120,11 +121,11 @@ class Runner:
 
     def stage_files(self, job: Job, key: str) -> dict[str, bytes]:
         """The files of a computed stage, to be sent to another host."""
-        return self.cache.files(next(s for s in ResolvedJob.of(job).stages() if s.key == key))
+        return self.cache.files(_stage(job, key))
 
     def install_stage(self, job: Job, key: str, files: dict[str, bytes] | Path) -> None:
         """Store a stage that another host computed: its files, or a folder that holds them."""
-        self.cache.install(next(s for s in ResolvedJob.of(job).stages() if s.key == key), files)
+        self.cache.install(_stage(job, key), files)
 
     def _run(self, resolved: ResolvedJob, out: Outcome, on_shard: OnShard | None) -> None:
         model = self._model(resolved, out)
@@ -157,7 +158,8 @@ class Runner:
             raise ArithmeticError(f"{int((~np.isfinite(scores)).sum())} of {len(scores)} scores are not finite")
         out.errors, out.shard_sizes = scores.tolist(), [len(e) for e in errors]
         out.metrics = {name: float(np.concatenate(parts).mean()) for name, parts in metrics.items()}
-        out.footprint["process_peak_bytes"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        # of the worker since it started, earlier jobs included: the system keeps no peak per job
+        out.footprint["worker_peak_bytes"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         out.axes = _axes(resolved, out.footprint)
         out.status = "pruned" if stopped else "ok"
 
@@ -181,6 +183,35 @@ class Runner:
 
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+class VersionMismatch(RuntimeError):
+    """This process would compute something else than the job's id names."""
+
+
+def _resolve(job: Job) -> ResolvedJob:
+    """The job's objects, if they are here what they were where the job was made."""
+    here = versions_of(job.model, dict(job.model_options), tuple(m.name for m in job.methods), job.task)
+    for part, wanted in job.versions:
+        found = here.get(part, "none")
+        if found != wanted:
+            name = {"model": f"model {job.model}", "task": f"task {job.task}"}.get(part, part.replace(":", " "))
+            raise VersionMismatch(
+                f"{name} has version {found} on {socket.gethostname()}, but the sweep was started with version {wanted}; "
+                "every host needs the same code and the same checkpoint files"
+            )
+    return ResolvedJob.of(job)
+
+
+def _stage(job: Job, key: str) -> Stage:
+    """The stage of a job by its key."""
+    stages = {stage.key: stage for stage in _resolve(job).stages()}
+    if key not in stages:
+        raise VersionMismatch(
+            f"job {job.id} has no stage {key} on {socket.gethostname()} (it has: {', '.join(stages) or 'none'}); "
+            "every host needs the same code"
+        )
+    return stages[key]
 
 
 def _axes(resolved: ResolvedJob, footprint: dict[str, float]) -> dict[str, float]:
