@@ -198,3 +198,47 @@ def test_methods_report_the_extra_compute_of_the_losers() -> None:
     assert found.extra_compute[found.best(0)][0] == 0
     loser = next(m for m in found.methods if m != found.best(1))
     assert found.extra_compute[loser][1] > 0
+
+
+def small_models() -> object:
+    """20 rows of models that a limit on N can bind."""
+    n, v = (a.ravel() for a in np.meshgrid([1e6, 4e6, 16e6, 64e6], [1.0, 4, 9, 16, 36], indexing="ij"))
+    return fit({"N": n, "V": v, "error": 0.05 + 3.0 * n**-0.3 * v**-0.1}, bootstrap=0, profile=False)
+
+
+@pytest.mark.parametrize("q, limits", [(0, (1e5, 1e6)), (50, (1e5, 1e6)), (0, (2e6, 3e6)), (50, (8e6, 2e7))])
+def test_a_limit_on_the_size_moves_the_optimum(q: float, limits: tuple[float, float]) -> None:
+    fitted, budget = small_models(), 1e9
+    point = frontier(fitted, q=q, budget=budget, limits={"N": limits})[0]
+    n, v = (a.ravel() for a in np.meshgrid(np.geomspace(*limits, 500), np.geomspace(1, 36, 500)))
+    brute = np.min(fitted.predict(N=n, V=v)[2 * n * (q + v) <= budget])
+    assert point.error.value == pytest.approx(brute, rel=2e-4)
+    assert point.error.value <= brute * (1 + 1e-9)
+    assert limits[0] <= point.continuous["N"].value <= limits[1] * (1 + 1e-12)
+    assert all(limits[0] <= c.x["N"] <= limits[1] for c in point.discrete)
+    assert not any("flat" in note for note in point.notes)
+
+
+def test_a_budget_that_no_allowed_configuration_meets_is_refused() -> None:
+    with pytest.raises(UserError, match=r"no configuration within the limits \(N: 1e\+08 … 1e\+09\)"):
+        frontier(small_models(), q=50, budget=1e9, limits={"N": (1e8, 1e9)})
+    with pytest.raises(UserError, match="no configuration within the limits"):
+        extra_compute(small_models(), {"V": 36}, 1e9, q=50, limits={"N": (1e8, 1e9)})
+
+
+@pytest.mark.parametrize("options", [{"cost": "1e12/N*V", "budget": 1e12}, {"budget": 1e40}])
+def test_a_budget_that_is_never_used_up_is_refused(options: dict) -> None:
+    with pytest.raises(UserError, match="does not use it up"):
+        frontier(small_models(), **options)
+
+
+def test_no_budget_at_all_is_refused() -> None:
+    with pytest.raises(UserError, match="at least one budget"):
+        frontier(small_models(), budget=[])
+
+
+def test_a_wrong_choice_under_limits_has_no_negative_price() -> None:
+    fitted, limits = small_models(), {"N": (1e5, 1e6)}
+    assert extra_compute(fitted, {"V": 36}, 1e9, limits=limits).value == 0.0
+    # N cannot make up for the tokens that are missing
+    assert extra_compute(fitted, {"V": 4}, 1e9, limits=limits).value == math.inf

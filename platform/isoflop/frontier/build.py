@@ -10,12 +10,22 @@ import numpy as np
 
 from isoflop.core.errors import UserError
 from isoflop.core.expressions import Array
-from isoflop.frontier.optimum import CostModel, Space, at_points, closed_form, make_space, numeric, refine
+from isoflop.frontier.optimum import (
+    CostModel,
+    Space,
+    at_points,
+    check_spent,
+    make_space,
+    numeric,
+    optimum,
+    refine,
+    spend,
+)
 from isoflop.frontier.result import Choice, Frontier, FrontierPoint, Frontiers
 from isoflop.laws.allocation import looks_rounded
 from isoflop.laws.fitting import fit as fit_law
-from isoflop.laws.inference import estimate_from_draws
-from isoflop.laws.result import Estimate, Fit, GroupedFit
+from isoflop.laws.inference import estimate_from_rows, parameter_rows
+from isoflop.laws.result import Fit, GroupedFit
 from isoflop.laws.table import Tabular
 
 _RUNNERS_UP = 4
@@ -79,6 +89,9 @@ def _frontier(
     menu = _menu(fit, space, sizes, tokens)
     prices = model(menu)
     budgets = _budgets(budget, prices)
+    for v, (low, high) in (limits or {}).items():
+        inside = (menu[v] >= low) & (menu[v] <= high) | (v in space.held)
+        menu, prices = {name: a[inside] for name, a in menu.items()}, prices[inside]
     points = [_point(fit, model, space, menu, prices, b) for b in budgets]
     return Frontier(fit.law, cost, dict(model.constants), points, dict(fit.key), fit.data_hash)
 
@@ -91,6 +104,8 @@ def _budgets(budget: float | Sequence[float] | None, prices: Array) -> list[floa
     if budget is None:
         return [float(b) for b in np.geomspace(cheapest, float(np.max(prices)), 7)]
     asked = [float(b) for b in np.atleast_1d(np.asarray(budget, dtype=np.float64))]
+    if not asked:
+        raise UserError("budget = []: at least one budget is needed, or leave it out")
     for b in asked:
         if not math.isfinite(b) or b < cheapest * (1 - 1e-12):
             raise UserError(f"budget = {b:g} is below the cheapest configuration at hand, which costs {cheapest:.6g}")
@@ -122,48 +137,45 @@ def _menu(fit: Fit, space: Space, sizes: Sequence[float] | None, tokens: Sequenc
 def _point(
     fit: Fit, cost: CostModel, space: Space, menu: dict[str, Array], prices: Array, budget: float
 ) -> FrontierPoint:
-    p = fit.p[None] if fit.samples is None else np.concatenate([fit.p[None], fit.samples.p])
-    search = numeric(fit, cost, space, budget, p)
-    formula = closed_form(fit, cost, space, budget, p)
-    spender, searched = search if formula is None else formula
-    check = None
+    p = parameter_rows(fit)
+    spender, searched, by_formula = optimum(fit, cost, space, budget, p)
+    check_spent(cost, space, budget, float(spender[0]))
+    check, formula_holds = None, bool(by_formula[0])
     if space.searched is not None:
-        exact = refine(fit, cost, space, budget, float(search[1][0]))
-        if formula is None:
-            searched = np.concatenate([[exact], searched[1:]])
-            spender = np.concatenate([_spend_one(cost, space, budget, exact), spender[1:]])
-        else:
-            check = abs(float(searched[0]) / exact - 1)
+        guess = numeric(fit, cost, space, budget, p[:1])[1]
+        exact_S = np.array([refine(fit, cost, space, budget, float(guess[0]))])
+        exact_N = spend(cost, space, budget, exact_S)
+        if formula_holds:
+            check = abs(float(searched[0] / exact_S[0]) - 1)
+            ours, theirs = (
+                at_points(fit, space, *at, p[:1])[0] for at in ((spender[:1], searched[:1]), (exact_N, exact_S))
+            )
+            formula_holds = bool(ours <= theirs * (1 + 1e-6))
+        if not formula_holds:
+            spender, searched = np.append(exact_N, spender[1:]), np.append(exact_S, searched[1:])
     error = at_points(fit, space, spender, searched, p)
     values = {space.spender: spender} | ({} if space.searched is None else {space.searched: searched})
-    notes = _notes(fit, values, space, check)
+    notes = _notes(fit, values, space, check if formula_holds else None)
+    choices = _choices(fit, menu, prices, budget, p)
+    if not choices:
+        notes.append("no configuration at hand lies within limits and budget")
     ranges = fit.record["data"]["ranges"]
     return FrontierPoint(
         budget=budget,
-        continuous={v: _estimate(fit, values[v]) for v in fit.form.variable_names if v in values},
-        error=_estimate(fit, error),
-        closed_form=formula is not None,
+        continuous={v: estimate_from_rows(fit, values[v]) for v in fit.form.variable_names if v in values},
+        error=estimate_from_rows(fit, error),
+        closed_form=formula_holds,
         check=check,
-        discrete=_choices(fit, menu, prices, budget, p),
+        discrete=choices,
         extrapolation={v: _decades(float(values[v][0]), *ranges[v]) for v in values},
         notes=notes,
     )
 
 
-def _spend_one(cost: CostModel, space: Space, budget: float, value: float) -> Array:
-    from isoflop.frontier.optimum import spend
-
-    return spend(cost, space, budget, np.array([value]))
-
-
-def _estimate(fit: Fit, values: Array) -> Estimate:
-    if fit.samples is None:
-        return Estimate(float(values[0]), verdict="no interval: the fit has no bootstrap")
-    return estimate_from_draws(float(values[0]), values[1:], fit.samples, fit.level)
-
-
 def _choices(fit: Fit, menu: dict[str, Array], prices: Array, budget: float, p: Array) -> list[Choice]:
     affordable = np.flatnonzero(prices <= budget * (1 + 1e-12))
+    if not len(affordable):
+        return []
     x = {v: a[affordable] for v, a in menu.items()}
     y_RC = fit.form.evaluate(x, p)
     order = np.argsort(y_RC[0], kind="stable")[: 1 + _RUNNERS_UP]
@@ -172,7 +184,7 @@ def _choices(fit: Fit, menu: dict[str, Array], prices: Array, budget: float, p: 
         Choice(
             x={v: float(a[i]) for v, a in x.items()},
             cost=float(prices[affordable[i]]),
-            error=_estimate(fit, y_RC[:, i]),
+            error=estimate_from_rows(fit, y_RC[:, i]),
             probability=float(wins[i]) if len(p) > 1 else None,
         )
         for i in order
@@ -194,11 +206,10 @@ def _notes(fit: Fit, values: dict[str, Array], space: Space, check: float | None
             notes.append(
                 f"{v} = {a[0]:.4g} lies {far:.2g} decades outside the data ({low:g} … {high:g}): an extrapolation"
             )
-    if space.searched is not None:
-        low, high = space.limits[space.searched]
-        value = float(values[space.searched][0])
-        if value <= low * (1 + 1e-9) or value >= high * (1 - 1e-9):
-            notes.append(f"{space.searched} = {value:.4g} is the end of its allowed range")
+    for v, a in values.items():
+        low, high = space.limits[v]
+        if a[0] <= low * (1 + 1e-9) or a[0] >= high * (1 - 1e-9):
+            notes.append(f"{v} = {a[0]:.4g} is the end of its allowed range")
     if check is not None and check > 1e-3:
         notes.append(f"closed form and numeric search differ by {check:.2g}: the optimum is flat")
     shape = [float(fit.p[i]) for i in fit.form.nonlinear if fit.box.free[i] and fit.p[i] != 0]

@@ -17,8 +17,8 @@ import pyarrow as pa
 
 from isoflop.core.errors import UserError
 from isoflop.core.expressions import Array
-from isoflop.frontier.optimum import CostModel, Space, at_points, closed_form, make_space, numeric
-from isoflop.laws.inference import estimate_from_draws
+from isoflop.frontier.optimum import CostModel, Space, at_points, check_spent, make_space, optimum
+from isoflop.laws.inference import estimate_from_draws, estimate_from_rows, parameter_rows
 from isoflop.laws.render import number, span
 from isoflop.laws.result import Estimate, Fit, GroupedFit
 
@@ -140,7 +140,7 @@ def compare_methods(
     asked = np.asarray(budgets, dtype=np.float64) if budgets is not None else _common_budgets(named, setups, points)
     curves = {m: _curve(f, *setups[m], asked) for m, f in named.items()}
     methods = list(named)
-    error = {m: [_estimate(named[m], curves[m][:, i]) for i in range(len(asked))] for m in methods}
+    error = {m: [estimate_from_rows(named[m], curves[m][:, i]) for i in range(len(asked))] for m in methods}
     return MethodComparison(
         budgets=[float(b) for b in asked],
         methods=methods,
@@ -167,16 +167,14 @@ def extra_compute(
     this choice never gets there.
     """
     model, space = _setup(fit, cost, q, limits, None, constants)
-    _, wrong = _setup(fit, cost, q, None, choice, constants)
-    p = fit.p[None] if fit.samples is None else np.concatenate([fit.p[None], fit.samples.p])
+    _, wrong = _setup(fit, cost, q, limits, choice, constants)
+    p = parameter_rows(fit)
+    check_spent(model, space, budget, float(optimum(fit, model, space, budget, p[:1])[0][0]))
     target = _best_error(fit, model, space, budget, p)
     grid = np.geomspace(budget * 1e-3, budget * 1e6, 400)
     reached = np.stack([_best_error(fit, model, wrong, b, p) for b in grid], axis=1)
     needed = np.array([_first_below(grid, row, t) for row, t in zip(reached, target, strict=True)])
-    values = needed / budget - 1
-    if fit.samples is None:
-        return Estimate(float(values[0]), verdict="no interval: the fit has no bootstrap")
-    return estimate_from_draws(float(values[0]), values[1:], fit.samples, fit.level)
+    return estimate_from_rows(fit, np.maximum(needed / budget - 1, 0.0))  # less is no price: the budget was not spent
 
 
 def _setup(
@@ -191,18 +189,14 @@ def _setup(
     return model, make_space(fit, model, limits, held)
 
 
-def _samples(fit: Fit) -> Array:
-    return fit.p[None] if fit.samples is None else np.concatenate([fit.p[None], fit.samples.p])
-
-
 def _best_error(fit: Fit, cost: CostModel, space: Space, budget: float, p: Array) -> Array:
-    found = closed_form(fit, cost, space, budget, p) or numeric(fit, cost, space, budget, p)
-    return np.nan_to_num(at_points(fit, space, found[0], found[1], p), nan=np.inf)
+    spender, searched, _ = optimum(fit, cost, space, budget, p)
+    return np.nan_to_num(at_points(fit, space, spender, searched, p), nan=np.inf)
 
 
 def _curve(fit: Fit, cost: CostModel, space: Space, budgets: Array) -> Array:
     """(1 + R, K): the estimate first, then the bootstrap samples."""
-    p = _samples(fit)
+    p = parameter_rows(fit)
     return np.stack([_best_error(fit, cost, space, float(b), p) for b in budgets], axis=1)
 
 
@@ -216,12 +210,6 @@ def _common_budgets(named: Mapping[str, Fit], setups: Mapping[str, tuple[CostMod
     if not low < high:
         raise UserError("compare_methods: the methods' data span no common range of budgets; give budgets=")
     return np.geomspace(low, high, points)
-
-
-def _estimate(fit: Fit, values: Array) -> Estimate:
-    if fit.samples is None:
-        return Estimate(float(values[0]), verdict="no interval: the fit has no bootstrap")
-    return estimate_from_draws(float(values[0]), values[1:], fit.samples, fit.level)
 
 
 def _paired(curves: Mapping[str, Array], methods: Sequence[str]) -> Array:

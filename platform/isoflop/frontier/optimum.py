@@ -21,6 +21,7 @@ from isoflop.core.expressions import Array, Expression, parse
 from isoflop.laws.result import Fit
 
 _CURVE = 512
+_SMALLEST, _LARGEST = 1e-12, 1e30  # of the spender, unless limits say otherwise
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def make_space(
     ranges = fit.record["data"]["ranges"]
     chosen = {}
     for v in free:
-        low, high = (limits or {}).get(v, (1e-12, 1e30) if v == spender else tuple(ranges[v]))
+        low, high = (limits or {}).get(v, (_SMALLEST, _LARGEST) if v == spender else tuple(ranges[v]))
         if not 0 < low <= high:
             raise UserError(f"limits of {v}: {low:g} … {high:g}; allowed: 0 < low <= high")
         chosen[v] = (float(low), float(high))
@@ -118,6 +119,37 @@ def spend(cost: CostModel, space: Space, budget: float, other_K: Array) -> Array
         z = np.where(linear, z, 0.5 * (a + b))
     possible = (below <= budget) & (budget <= above)
     return np.where(possible, np.exp(z), np.where(budget > above, high, np.nan))
+
+
+def optimum(fit: Fit, cost: CostModel, space: Space, budget: float, p_RP: Array) -> tuple[Array, Array, np.ndarray]:
+    """(spender, searched, by_formula) (R,): the closed form wherever it holds, the numeric search elsewhere.
+
+    The formulas know no limits of the spender: a row whose spender would leave them is searched.
+    """
+    formula = closed_form(fit, cost, space, budget, p_RP)
+    low, high = space.limits[space.spender]
+    nowhere = np.zeros(len(p_RP), dtype=bool)
+    holds = nowhere if formula is None else (formula[0] > low * (1 + 1e-9)) & (formula[0] < high * (1 - 1e-9))
+    if formula is not None and holds.all():
+        return *formula, holds
+    search = numeric(fit, cost, space, budget, p_RP)
+    if formula is None:
+        return *search, holds
+    return np.where(holds, formula[0], search[0]), np.where(holds, formula[1], search[1]), holds
+
+
+def check_spent(cost: CostModel, space: Space, budget: float, spender: float) -> None:
+    """Refuse an optimum that does not exist: nothing allowed is affordable, or the cost never uses the budget up."""
+    low, high = space.limits[space.spender]
+    if not math.isfinite(spender):
+        raise UserError(
+            f"budget = {budget:g}: no configuration within the limits ({space.spender}: {low:g} … {high:g}) is affordable"
+        )
+    if (low, high) == (_SMALLEST, _LARGEST) and spender >= high:
+        raise UserError(
+            f"budget = {budget:g}: cost {cost.expression.text!r} does not use it up at any {space.spender} below {high:g}; "
+            "the cost must grow with it; check cost, budget and units, or give limits"
+        )
 
 
 def closed_form(fit: Fit, cost: CostModel, space: Space, budget: float, p_RP: Array) -> tuple[Array, Array] | None:

@@ -122,6 +122,18 @@ def quantity(fit: Fit, text: str) -> Estimate:
     )
 
 
+def parameter_rows(fit: Fit) -> Array:
+    """(1 + R, P): the estimate, then the bootstrap samples when there are any."""
+    return fit.p[None] if fit.samples is None else np.concatenate([fit.p[None], fit.samples.p])
+
+
+def estimate_from_rows(fit: Fit, values: Array) -> Estimate:
+    """An estimate of a quantity (1 + R,) that was evaluated on ``parameter_rows``."""
+    if fit.samples is None:
+        return Estimate(float(values[0]), verdict="no interval: the fit has no bootstrap")
+    return estimate_from_draws(float(values[0]), values[1:], fit.samples, fit.level)
+
+
 def estimate_from_draws(value: float, draws: Array, samples: Resamples, level: float, unit: str = "") -> Estimate:
     """An estimate whose interval and verdict come from bootstrap draws of the quantity."""
     ends = samples.interval(draws, level)
