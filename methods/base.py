@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from isoflop.methods.probe import Probe
 
 
+ADDITIVE_COSTS = frozenset({"method_params", "method_bytes"})
+"""Keys of footprints that the methods of a composition share: parameters, and bytes of everything that a method keeps."""
+
+
 @dataclass(frozen=True)
 class Method:
     """Base class of methods: a frozen dataclass whose ``Knob`` fields are the method's hyper-parameters.
@@ -82,7 +86,12 @@ class Method:
         yield
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
-        """Costs only the method knows of (bytes of scales, indices, masks; extra parameters), measured while applied."""
+        """Costs only the method knows of (bytes of scales, indices, masks; extra parameters), measured while applied.
+
+        In a composition the keys in ``ADDITIVE_COSTS`` are summed over the methods; of every other key a trial may hold
+        one, and none that the task measures (``flops``, ``seconds`` …). ``ratio`` is the cost without the method over
+        the cost with it; where the task measures V, a row's ratio comes from that measurement instead.
+        """
         return {}
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import Method
 from isoflop.methods.probe import Probe
 from isoflop.methods.visual_tokens.base import VisualTokenMethod
@@ -20,7 +21,6 @@ from isoflop.models.tiny_config import SIZES, initialise, llava_config
 from isoflop.models.tiny_llava import tiny_info
 from isoflop.models.training import Recipe
 from isoflop.models.vlm import VlmBatch, VlmModel
-from isoflop.core.folder_context import FolderContext
 
 
 def untrained_model(size: str = "d24", seed: int = 0) -> VlmModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import threading
 from pathlib import Path
 from types import ModuleType
@@ -397,6 +398,63 @@ def test_the_peak_of_the_process_is_called_the_workers(tmp_path: Path) -> None:
         footprint = dict(row["footprint"])
         assert footprint["worker_peak_bytes"] > 0
         assert "process_peak_bytes" not in footprint
+
+
+# costs of a composition
+
+
+def _report(
+    monkeypatch: pytest.MonkeyPatch, parts: ModuleType, tokens: dict[str, float], kept: dict[str, float]
+) -> None:
+    monkeypatch.setattr(parts.ToyTokens, "footprint", lambda *_: tokens)
+    monkeypatch.setattr(parts.ToyPrepared, "footprint", lambda *_: kept)
+
+
+_COMPOSED = toy(
+    models=["toy/s"], tasks=["toy-task"], methods=[[{"toy-tokens": {"tokens": [16]}}, {"toy-prepared": {"k": [8]}}]]
+)
+
+
+def test_costs_of_composed_methods_add_up_and_the_ratio_is_measured(
+    tmp_path: Path, toy_parts: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = {"method_params": 5.0, "method_bytes": 20.0}
+    more = {"method_params": 10.0, "method_bytes": 40.0, "index_bytes": 3.0}
+    _report(monkeypatch, toy_parts, {"ratio": 4.0, **costs}, more)
+    (row,) = run_local(_COMPOSED, tmp_path).results().to_pylist()
+    assert (row["status"], row["V"], row["ratio"]) == ("ok", 8, 8)
+    footprint = dict(row["footprint"])
+    assert (footprint["method_params"], footprint["method_bytes"], footprint["index_bytes"]) == (15, 60, 3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kept", "told"),
+    [
+        ({"flops": 1.0}, {}, "method toy-tokens: its footprint gives flops = 1.0, which the task gave already"),
+        ({"bits": 4.0}, {"bits": 8.0}, "method toy-prepared: .* bits = 8.0, which method toy-tokens gave already"),
+    ],
+)
+def test_no_cost_replaces_another(
+    tmp_path: Path,
+    toy_parts: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: dict[str, float],
+    kept: dict[str, float],
+    told: str,
+) -> None:
+    _report(monkeypatch, toy_parts, tokens, kept)
+    (row,) = run_local(_COMPOSED, tmp_path).results().to_pylist()
+    assert row["status"] == "failed"
+    assert re.search(told, row["error_text"])
+
+
+def test_the_ratio_is_the_methods_where_no_tokens_are_measured(
+    tmp_path: Path, toy_parts: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _report(monkeypatch, toy_parts, {"ratio": 4.0}, {})
+    monkeypatch.setattr(toy_parts.ToyTask, "measure", lambda *_: {"flops": 1.0})
+    (row,) = run_local(_COMPOSED, tmp_path).results().to_pylist()
+    assert (row["V"], row["ratio"]) == (None, 4)
 
 
 # the clock and the queue

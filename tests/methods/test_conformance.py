@@ -13,6 +13,7 @@ from torch import nn
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
+from isoflop.core.stage import StageContext
 from isoflop.methods.base import METHODS, Method
 from isoflop.methods.visual_tokens.base import VisualTokenMethod
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
@@ -104,6 +105,14 @@ class IgnoresItsRatio(First):
 
 
 @dataclass(frozen=True)
+class ClaimsAnotherRatio(First):
+    """Says that it keeps half of the tokens that it keeps."""
+
+    def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
+        return {"ratio": 2 * super().footprint(model, ctx)["ratio"]}
+
+
+@dataclass(frozen=True)
 class FailsLate(First):
     """Finds an impossible knob out only when it runs."""
 
@@ -131,6 +140,7 @@ class NoIdentity(First):
         (LooksAtTheBatch, conformance.check_batching),
         (IgnoresAKnob, conformance.check_knobs_honoured),
         (IgnoresItsRatio, conformance.check_monotone_cost),
+        (ClaimsAnotherRatio, conformance.check_footprint),
         (FailsLate, conformance.check_impossible_knobs),
         (NoIdentity, conformance.check_identity),
     ],

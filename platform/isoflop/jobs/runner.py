@@ -9,7 +9,7 @@ import socket
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 from isoflop.core.errors import Infeasible
 from isoflop.core.stage import Stage
 from isoflop.jobs.job import Job, ResolvedJob, versions_of
+from isoflop.methods.base import ADDITIVE_COSTS
 from isoflop.models.base import Model
 from isoflop.stages import StageCache
 
@@ -144,12 +145,12 @@ class Runner:
                 if on_shard is not None and on_shard(index, float(so_far.mean()), len(so_far)):
                     stopped = True
                     break
-            footprint: dict[str, Any] = {
+            measured: dict[str, Any] = {
                 "eval_seconds": time.monotonic() - clock,
                 **resolved.task.measure(model, self.cache),
             }
-            for method, _ in resolved.in_order:
-                footprint.update(method.footprint(model, self.cache))
+            reports = [(method.name, method.footprint(model, self.cache)) for method, _ in resolved.in_order]
+            footprint = merge_footprints(measured, reports)
         if not errors:
             raise ValueError(f"task {resolved.job.task} yielded no examples")
         out.footprint = {name: float(value) for name, value in footprint.items()}
@@ -214,16 +215,43 @@ def _stage(job: Job, key: str) -> Stage:
     return stages[key]
 
 
+def merge_footprints(measured: Mapping[str, Any], reports: Sequence[tuple[str, Mapping[str, float]]]) -> dict[str, Any]:
+    """What the task measured together with what each method adds to it.
+
+    Args:
+        measured: from the task; holds for all methods together and is never replaced.
+        reports: name and footprint of each method. Keys in ``ADDITIVE_COSTS`` are summed over the methods. ``ratio`` is
+            left out where V was measured, from which the row's ratio follows.
+
+    Raises:
+        ValueError: a method reports what the task measured, or two report the same key that cannot be summed.
+    """
+    merged = dict(measured)
+    owner = dict.fromkeys(measured, "the task")
+    for name, report in reports:
+        for key, value in report.items():
+            if key == "ratio" and "visual_tokens" in measured:
+                continue
+            if key in owner and (key not in ADDITIVE_COSTS or key in measured):
+                raise ValueError(
+                    f"method {name}: its footprint gives {key} = {value}, which {owner[key]} gave already; "
+                    "report it under a name of its own"
+                )
+            owner[key] = f"method {name}"
+            merged[key] = merged[key] + value if key in merged else value
+    return merged
+
+
 def _axes(resolved: ResolvedJob, footprint: dict[str, float]) -> dict[str, float]:
     axes = {"N": float(resolved.info.n_params)}
     for axis, key in (("V", "visual_tokens"), ("Q", "text_tokens"), ("bits", "bits")):
         if key in footprint:
             axes[axis] = footprint[key]
     full = resolved.info.geometry.get("visual_tokens")
-    if "ratio" in footprint:
-        axes["ratio"] = footprint["ratio"]
-    elif full and axes.get("V"):
+    if full and axes.get("V"):
         axes["ratio"] = float(full) / axes["V"]
+    elif "ratio" in footprint:
+        axes["ratio"] = footprint["ratio"]
     return axes
 
 

@@ -114,7 +114,7 @@ def check_monotone_cost(cls: type[Method], probe: Probe) -> None:
     ratio = _ratio_knob(cls)
     if ratio is None:
         return
-    ladder = [m for m in (_with(cls, {ratio.name: v}) for v in _candidates(ratio)) if _feasible(m, probe)]
+    ladder = _ladder(cls, probe)
     assert len(ladder) > 1, f"only {len(ladder)} value of {ratio.name} works on the probe's model"
     costs = []
     for method in ladder:
@@ -126,13 +126,18 @@ def check_monotone_cost(cls: type[Method], probe: Probe) -> None:
 
 
 def check_footprint(cls: type[Method], probe: Probe) -> None:
-    """``footprint`` gives finite numbers by name while the method is applied."""
-    method = _default(cls, probe)
-    with method.apply(probe.model, probe.prepared(method, 0)):
-        costs = method.footprint(probe.model, probe.ctx)
-    for name, value in costs.items():
-        assert isinstance(value, (int, float)), f"footprint {name} is a {type(value).__name__}"
-        assert math.isfinite(value), f"footprint {name} = {value}"
+    """``footprint`` gives finite numbers by name, and its ``ratio`` is the measured cost without the method over that with it."""
+    bare = probe.cost()
+    for method in _ladder(cls, probe) or [_default(cls, probe)]:
+        with method.apply(probe.model, probe.prepared(method, 0)):
+            costs, cost = method.footprint(probe.model, probe.ctx), probe.cost()
+        for name, value in costs.items():
+            assert isinstance(value, (int, float)), f"footprint {name} is a {type(value).__name__}"
+            assert math.isfinite(value), f"footprint {name} = {value}"
+        if "ratio" in costs:
+            assert math.isclose(costs["ratio"], bare / cost, rel_tol=1e-6), (
+                f"{method} claims ratio {costs['ratio']:g}; measured are {bare:g} without and {cost:g} with it"
+            )
 
 
 def check_restored(cls: type[Method], probe: Probe) -> None:
@@ -259,6 +264,14 @@ def _structure(model: Any) -> dict[str, Any]:
 
 def _ratio_knob(cls: type[Method]) -> KnobSpec | None:
     return next((spec for spec in knob_specs(cls).values() if spec.knob.ratio), None)
+
+
+def _ladder(cls: type[Method], probe: Probe) -> list[Method]:
+    """The method at every value of its ratio knob that works on the probe's model; empty without such a knob."""
+    ratio = _ratio_knob(cls)
+    if ratio is None:
+        return []
+    return [m for m in (_with(cls, {ratio.name: v}) for v in _candidates(ratio)) if _feasible(m, probe)]
 
 
 def _candidates(spec: KnobSpec) -> list[KnobValue]:
