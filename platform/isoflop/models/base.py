@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
+from isoflop.core.knobs import check_knobs, knob_specs
 from isoflop.core.registry import Registry
 from isoflop.core.stage import Stage, StageContext
 
@@ -58,6 +59,13 @@ class ModelFamily(ABC):
     def info(self, ref: str, options: Mapping[str, Any]) -> ModelInfo:
         """Describe ``ref`` without loading weights. Raises UserError for a reference that does not exist."""
 
+    def canonical_options(self, ref: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """``options`` as they enter a job's id: equal for options that give the same model.
+
+        Override it to leave defaults out, so that writing one down runs nothing again (see :func:`without_defaults`).
+        """
+        return dict(options)
+
     def weights(self, info: ModelInfo, methods: tuple[Method, ...], seed: int) -> Stage | None:
         """The stage that trains the weights, or None when they lie on disk already.
 
@@ -68,6 +76,17 @@ class ModelFamily(ABC):
     @abstractmethod
     def load(self, info: ModelInfo, weights: Stage | None, ctx: StageContext) -> Model:
         """The model on ``ctx.device`` in evaluation mode."""
+
+
+def without_defaults(cls: type, options: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """The options, in their types, that differ from the defaults of ``cls``, a dataclass with knobs.
+
+    Args:
+        kind: what to call the owner in a UserError ("model tiny-llava/d24").
+    """
+    specs = knob_specs(cls)
+    checked = check_knobs(cls, options, kind)
+    return {name: checked[name] for name in options if checked[name] != specs[name].default}
 
 
 FAMILIES: Registry[ModelFamily] = Registry("model family", ("isoflop.models",), group="isoflop.models")

@@ -21,7 +21,7 @@ from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.hashing import content_hash
 from isoflop.core.knobs import Knob, check_knobs
 from isoflop.core.stage import Stage, StageContext
-from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo
+from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo, without_defaults
 from isoflop.models.features import TowerSource, Vision, vision_of
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.vlm import VlmInfo, VlmModel
@@ -82,6 +82,10 @@ class HuggingFace(ModelFamily):
         checked = check_knobs(Options, options, f"model {ref}")
         source = locate(ref, Options(**checked).revision, weights=False)  # type: ignore[arg-type]
         return _describe(ref, tuple(sorted(checked.items())), source, _content(source))
+
+    def canonical_options(self, ref: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of ``Options`` that differ from its defaults."""
+        return without_defaults(Options, options, f"model {ref}")
 
     def load(self, info: ModelInfo, weights: Stage | None, ctx: StageContext) -> Model:
         """The checkpoint on the worker's device in evaluation mode."""

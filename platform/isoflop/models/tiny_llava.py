@@ -11,7 +11,7 @@ from isoflop.core.errors import Infeasible, unknown
 from isoflop.core.hashing import content_hash
 from isoflop.core.knobs import check_knobs
 from isoflop.core.stage import Stage, StageContext
-from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo
+from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo, without_defaults
 from isoflop.models.digit_world import VOCABULARY
 from isoflop.models.features import TinyTowerStage, vision_of
 from isoflop.models.quiet import no_progress_bars
@@ -62,6 +62,10 @@ class TinyLlava(ModelFamily):
         if size not in SIZES:
             raise unknown("model", ref, self.members())
         return _info(size, tuple(sorted(check_knobs(Recipe, options, f"model {ref}").items())))
+
+    def canonical_options(self, ref: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of ``Recipe`` that differ from its defaults."""
+        return without_defaults(Recipe, options, f"model {ref}")
 
     def weights(self, info: ModelInfo, methods: tuple[Method, ...], seed: int) -> Stage:
         """The training stage of a cell: size, visual-token method, seed."""

@@ -58,7 +58,6 @@ class Sweep:
         ]
 
     def _job(self, model: str, methods: tuple[MethodSpec, ...], task: str, repeat: int) -> Job:
-        entry = next(m for m in self.spec.models if m.ref == model)
         names = tuple(m.name for m in methods)
         return Job(
             model=model,
@@ -66,7 +65,7 @@ class Sweep:
             task=task,
             repeat=repeat,
             seed=self.spec.seed + repeat,
-            model_options=tuple(sorted(entry.options.items())),
+            model_options=self._model_options[model],
             task_options=tuple(sorted(self.task_options[task].items())),
             versions=tuple(sorted(self._versions(model, names, task).items())),
         )
@@ -74,9 +73,15 @@ class Sweep:
     def _versions(self, model: str, methods: tuple[str, ...], task: str) -> dict[str, str]:
         key = (model, methods, task)
         if key not in self._version_cache:
-            options = next(m.options for m in self.spec.models if m.ref == model)
-            self._version_cache[key] = versions_of(model, options, methods, task)
+            self._version_cache[key] = versions_of(model, dict(self._model_options[model]), methods, task)
         return self._version_cache[key]
+
+    @cached_property
+    def _model_options(self) -> dict[str, tuple[tuple[str, Any], ...]]:
+        """Per model, its options as they enter the ids of jobs."""
+        return {
+            m.ref: tuple(sorted(family_of(m.ref).canonical_options(m.ref, m.options).items())) for m in self.spec.models
+        }
 
     @cached_property
     def _version_cache(self) -> dict[tuple[str, tuple[str, ...], str], dict[str, str]]:
