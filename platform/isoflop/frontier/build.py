@@ -143,16 +143,15 @@ def _point(
     check, formula_holds = None, bool(by_formula[0])
     if space.searched is not None:
         guess = numeric(fit, cost, space, budget, p[:1])[1]
-        exact_S = np.array([refine(fit, cost, space, budget, float(guess[0]))])
-        exact_N = spend(cost, space, budget, exact_S)
+        found = np.array([refine(fit, cost, space, budget, float(guess[0]))])
+        size = spend(cost, space, budget, found)
         if formula_holds:
-            check = abs(float(searched[0] / exact_S[0]) - 1)
-            ours, theirs = (
-                at_points(fit, space, *at, p[:1])[0] for at in ((spender[:1], searched[:1]), (exact_N, exact_S))
-            )
+            check = abs(float(searched[0] / found[0]) - 1)
+            ours = at_points(fit, space, spender[:1], searched[:1], p[:1])[0]
+            theirs = at_points(fit, space, size, found, p[:1])[0]
             formula_holds = bool(ours <= theirs * (1 + 1e-6))
         if not formula_holds:
-            spender, searched = np.append(exact_N, spender[1:]), np.append(exact_S, searched[1:])
+            spender, searched = np.append(size, spender[1:]), np.append(found, searched[1:])
     error = at_points(fit, space, spender, searched, p)
     values = {space.spender: spender} | ({} if space.searched is None else {space.searched: searched})
     notes = _notes(fit, values, space, check if formula_holds else None)
