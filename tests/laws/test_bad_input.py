@@ -15,6 +15,8 @@ from isoflop.core.errors import UserError
 from isoflop.core.expressions import Program, parse
 from isoflop.frontier import frontier
 from isoflop.laws import custom_form, fit
+from isoflop.laws.inference import _nearest_bound
+from isoflop.laws.table import query, where
 
 MAP = {"N": "params_b", "V": "visual_tokens"}
 
@@ -41,8 +43,8 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
         ({"by": "tsk"}, ["by: unknown column 'tsk'"]),
         ({"weights": "w"}, ["weights: unknown column 'w'"]),
         ({"where": "params_b > 100"}, ["no rows to fit after where 'params_b > 100'"]),
-        ({"where": "nonsense("}, ["sql:"]),
-        ({"where": "1=1; copy results to '/tmp/x.csv'"}, ["sql:"]),
+        ({"where": "nonsense("}, ["where:"]),
+        ({"where": "1=1; copy results to '/tmp/x.csv'"}, ["where:"]),
         ({"scheme": "jackknife", "bootstrap": 10}, ["unknown bootstrap scheme 'jackknife'"]),
         ({"scheme": "cluster", "bootstrap": 10}, ["needs cluster=<column>"]),
         ({"law": "E + f(N)"}, ["unknown function in 'E + f(N)' 'f'"]),
@@ -213,3 +215,38 @@ def test_many_rows_are_fitted_without_many_copies() -> None:
     fitted = fit(table, "chinchilla", y="loss", objective="squared-log", bootstrap=0, profile=False)
     assert fitted["alpha"] == pytest.approx(0.35, rel=0.02)
     assert fitted["beta"] == pytest.approx(0.365, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "1=1 union all select * from results",
+        "1=1) union all select * from results where (1=1",
+        "1=0; select * from results",
+        "1=1, 2=2",
+        "V > 1 limit 3",
+        "--",
+    ],
+)
+def test_a_condition_can_only_choose_rows(condition: str) -> None:
+    with pytest.raises(UserError, match="where: ") as error:
+        where(pa.table({"V": [1.0, 2.0]}), condition)
+    one_line(error)
+
+
+def test_a_condition_may_hold_subqueries_and_comments() -> None:
+    table = pa.table({"V": [1.0, 2.0, 6.0]})
+    assert where(table, "V > (select avg(results.V) from results)").num_rows == 1
+    assert where(table, "results.V < 3 -- small").num_rows == 2
+
+
+@pytest.mark.parametrize("text", ["", "  ", "-- nothing", "select 1; select 2", "set threads = 1"])
+def test_a_query_is_one_statement_that_returns_rows(text: str) -> None:
+    with pytest.raises(UserError, match="sql: "):
+        query(text, pa.table({"V": [1.0]}))
+
+
+def test_the_verdict_names_the_bound_itself() -> None:
+    fitted = fit(published(), map=MAP, bounds={"E": (0.02, 1.0)}, bootstrap=0)
+    assert "on its bound 0.02;" in fitted.params["E"].verdict
+    assert _nearest_bound(fitted.box, 0, 0.02 + 1e-13) == 0.02

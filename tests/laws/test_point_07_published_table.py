@@ -52,6 +52,23 @@ def test_point_07_profile_intervals() -> None:
     assert fitted.params["alpha"].identified is True
 
 
+def test_point_07_resamples_on_a_bound_do_not_narrow_the_other_intervals() -> None:
+    fitted = run(bootstrap=400, profile=True)
+    assert fitted.samples.at_bound["E"] > 0.95 * 400
+    free, held = (run(profile=True, fixed=fixed) for fixed in ({}, {"E": 0.0}))
+    for name in ("A", "alpha", "beta"):
+        found = fitted.params[name]
+        assert found.interval == free.params[name].interval
+        assert found.method == "profile (resamples sit on the bound of E)"
+        assert np.ptp(found.interval) > 1.9 * np.ptp(held.params[name].interval)
+    # every floor that the profile admits comes with exponents inside the intervals
+    for floor in (0.05, 0.1, 0.14):
+        other = run(fixed={"E": floor})
+        for name in ("A", "alpha", "beta"):
+            low, high = fitted.params[name].interval
+            assert low <= other[name] <= high
+
+
 def test_point_07_without_bounds_the_fit_is_degenerate() -> None:
     fitted = run(bounds=FREE, profile=True)
     assert fitted.sse == pytest.approx(2.77117e-4, abs=5e-10)

@@ -17,6 +17,8 @@ from isoflop.laws.profile import ProfileInterval, profile
 from isoflop.laws.result import Estimate, Fit
 from isoflop.laws.table import GroupData
 
+_OFTEN = 0.05  # share of resamples on a bound from which the profile is preferred
+
 
 def parameter_estimates(
     form: LawForm,
@@ -29,10 +31,14 @@ def parameter_estimates(
     with_profile: bool,
     level: float,
 ) -> dict[str, Estimate]:
-    """Every parameter with its interval (bootstrap if drawn, else profile, else Wald) and its verdict."""
+    """Every parameter with its interval and its verdict.
+
+    The interval is the bootstrap's if drawn and no parameter sits on its bound, else the profile's, else Wald's.
+    """
     steps = np.sqrt(np.maximum(np.diag(cov), 0.0))
     ranges = profile(form, data, best.p, best.loss, box, objective, steps, level) if with_profile else {}
     dof = data.n - int(box.free.sum())
+    bound = _bounding(best, samples)
     estimates = {}
     for i, name in enumerate(form.names):
         unit = form.parameters[i].unit
@@ -40,8 +46,10 @@ def parameter_estimates(
         if not box.free[i]:
             estimates[name] = Estimate(value, unit, (value, value), "fixed", None, "held at this value")
             continue
-        if name in best.at_bound and name in ranges:  # resamples that all sit on the bound would suggest certainty
-            ends, method = (ranges[name].low, ranges[name].high), "profile"
+        if (
+            bound and name in ranges
+        ):  # resamples that sit on one bound know nothing of the room that it leaves the others
+            ends, method = (ranges[name].low, ranges[name].high), f"profile (resamples sit on the bound of {bound})"
         elif samples is not None:
             ends, method = samples.interval(samples.p[:, i], level), f"bootstrap ({samples.scheme})"
         elif name in ranges:
@@ -51,6 +59,12 @@ def parameter_estimates(
         identified, words = _verdict(form, i, best, box, ranges.get(name), data, level, samples)
         estimates[name] = Estimate(value, unit, ends, method, identified, words)
     return estimates
+
+
+def _bounding(best: Optimum, samples: Resamples | None) -> str:
+    """Parameters on a bound at the optimum, or in so many resamples that percentiles would be too narrow."""
+    often = {} if samples is None else {n for n, k in samples.at_bound.items() if k > _OFTEN * len(samples.p)}
+    return ", ".join(sorted({*best.at_bound, *often}))
 
 
 def _verdict(
@@ -65,10 +79,11 @@ def _verdict(
 ) -> tuple[bool | None, str]:
     """What the data say about one parameter: identified or not, and why."""
     name, percent = form.names[i], f"{100 * level:g}%"
-    others = [n for n in best.at_bound if n != name]
-    given = f" (given {', '.join(f'{n} on its bound {best.p[form.position(n)]:g}' for n in others)})" if others else ""
+    others = {n: form.position(n) for n in best.at_bound if n != name}
+    words = ", ".join(f"{n} on its bound {_nearest_bound(box, k, best.p[k]):g}" for n, k in others.items())
+    given = f" (given {words})" if words else ""
     if name in best.at_bound:
-        return False, f"not identified: on its bound {best.p[i]:g}{_limit(found, percent)}"
+        return False, f"not identified: on its bound {_nearest_bound(box, i, best.p[i]):g}{_limit(found, percent)}"
     if found is None:
         return None, "not examined (no profile)"
     walls = [w for w, closed in ((box.low[i], found.low_closed), (box.high[i], found.high_closed)) if not closed]
@@ -86,6 +101,11 @@ def _verdict(
     if form.parameters[i].linear and form.parameters[i].low >= 0 and found.low > 0 and found.high / found.low > 100:
         return False, f"not identified: known only to a factor of {found.high / found.low:.3g}{given}"
     return True, f"identified{given}"
+
+
+def _nearest_bound(box: Box, i: int, value: float) -> float:
+    """The bound itself: the value may be off by rounding."""
+    return float(min((box.low[i], box.high[i]), key=lambda end: abs(end - value)))
 
 
 def _limit(found: ProfileInterval | None, percent: str) -> str:

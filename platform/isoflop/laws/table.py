@@ -39,14 +39,18 @@ def as_table(data: Tabular) -> pa.Table:
 
 
 def query(sql: str, table: pa.Table, name: str = "results") -> pa.Table:
-    """Run SQL (DuckDB) on an Arrow table, without copying it; the query sees that one table and no files."""
+    """Run one SQL statement (DuckDB) on an Arrow table, without copying it; it sees that one table and no files."""
     import duckdb
 
     connection = duckdb.connect(config={"enable_external_access": "false"})
     try:
         connection.register(name, table)
         connection.execute("SET lock_configuration = true")
-        return connection.sql(sql).to_arrow_table()
+        statements = len(duckdb.extract_statements(sql))
+        found = connection.sql(sql) if statements == 1 else None
+        if found is None:
+            raise UserError(f"sql: {statements} statements in {sql!r}; allowed: one query that returns rows")
+        return found.to_arrow_table()
     except duckdb.Error as error:
         raise UserError(f"sql: {str(error).splitlines()[0]}") from None
     finally:
@@ -55,7 +59,15 @@ def query(sql: str, table: pa.Table, name: str = "results") -> pa.Table:
 
 def where(table: pa.Table, condition: str | None) -> pa.Table:
     """The rows for which an SQL condition holds."""
-    return table if not condition else query(f"select * from results where {condition}", table)
+    if not condition:
+        return table
+    import duckdb
+
+    try:
+        duckdb.SQLExpression(condition)  # one expression: nothing that could end the condition and add rows
+    except duckdb.Error as error:
+        raise UserError(f"where: {str(error).splitlines()[0]}; allowed: one condition on a row") from None
+    return query(f"select * from results where ({condition}\n)", table)
 
 
 def column(table: pa.Table, text: str, where_: str) -> Array:
