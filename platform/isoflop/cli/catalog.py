@@ -74,7 +74,7 @@ def methods_command(name: str | None, modules: tuple[str, ...], as_json: bool) -
 
 
 def _knob_line(knob: dict[str, Any]) -> str:
-    return f"{knob['name']}{'*' if knob['ratio'] else ''} = {knob['default']}  [{knob['allowed']}]".replace("[", r"\[")
+    return f"{knob['name']}{'*' if knob['ratio'] else ''} = {knob['default']}  [{knob['allowed']}]"
 
 
 def _document(name: str, cls: type, as_json: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 store_option = click.option(
@@ -53,7 +54,7 @@ def grid(headers: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequence[
     for header in headers:
         table.add_column(header, justify="right" if header in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*[show(v) for v in row])
+        table.add_row(*[escape(show(v)) for v in row])
     return table
 
 

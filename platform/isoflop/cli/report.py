@@ -41,7 +41,7 @@ def print_frontier(out: Console, frontier: Frontier) -> None:
     """One line per budget: the optimum that the law supports, with intervals, and the best of the models at hand."""
     group = ", ".join(f"{k} {v}" for k, v in frontier.key.items())
     names = list(frontier.points[0].continuous) if frontier.points else []
-    heads = ("budget", *(f"{n}*" for n in names), "error", "at hand", "its error", "sure")
+    heads = ("budget", *(f"{n}*" for n in names), "law's error", "best at hand", "predicted", "agree")
     rows, notes = [], []
     for point in frontier.points:
         best = point.discrete[0] if point.discrete else None
@@ -62,7 +62,9 @@ def print_frontier(out: Console, frontier: Frontier) -> None:
     title = f"frontier{' of ' + group if group else ''}: {frontier.law}, cost {frontier.cost}" + "".join(
         f", {k}={v:g}" for k, v in frontier.constants.items()
     )
-    out.print(grid(heads, rows, right=("budget", *(f"{n}*" for n in names), "error", "its error", "sure"), title=title))
+    out.print(
+        grid(heads, rows, right=("budget", *(f"{n}*" for n in names), "law's error", "predicted", "agree"), title=title)
+    )
     for note in dict.fromkeys(notes):
         out.print(Text(note, style="dim"))
 

@@ -34,6 +34,9 @@ _COLUMNS = (
     "seconds",
 )
 
+_NARROW = ("model", "method", "knobs", "task", "status", "V", "error", "error_se")
+_WIDE = 140  # columns of a terminal that shows every column
+
 
 @click.command("ls")
 @store_option
@@ -103,12 +106,13 @@ def show_command(name: str, store: str | None, rows: bool, failed: bool, as_json
     def human() -> None:
         out = console()
         if rows:
+            chosen = _COLUMNS if out.width >= _WIDE else _NARROW
             shown = [
-                [_knobs(r["knobs"]) if c == "knobs" else show(r[c]) for c in _COLUMNS]
-                for r in table.select(list(_COLUMNS)).to_pylist()
+                [_knobs(r["knobs"]) if c == "knobs" else show(r[c]) for c in chosen]
+                for r in table.select(list(chosen)).to_pylist()
             ]
             right = ("N", "V", "Q", "ratio", "bits", "error", "error_se", "flops", "seconds", "repeat")
-            out.print(grid(_COLUMNS, shown, right=right))
+            out.print(grid(chosen, shown, right=right))
             return
         if failed:
             _print_failures(bad)

@@ -21,6 +21,7 @@ from isoflop.ledger import schema as ledger_schema
 from isoflop.search import Proposer, make_proposer
 from isoflop.sweep import results as results_module
 from isoflop.sweep.driver import Driver, Summary
+from isoflop.sweep.metrics import MetricsProgress
 from isoflop.sweep.progress import LogFile, Progress, Quiet
 from isoflop.sweep.resolve import Sweep, resolve
 from isoflop.sweep.spec import SweepSpec, load_spec
@@ -80,13 +81,14 @@ def run_resolved(sweep: Sweep, options: RunOptions, progress: Progress) -> Sweep
     spec = sweep.spec
     store = Store.open(options.store or spec.store)
     tracker = make_tracker(store, spec.name, options.tracking_uri)
-    executor = make_executor(sweep, options)
+    executor = make_executor(sweep, options, store)
+    shown = MetricsProgress(progress, spec.name, options.executor == "ray")
     with ExitStack() as stack:
         ledger = Ledger(store, spec.name).lock()
         stack.callback(ledger.unlock)
         ledger.fold()
         save_spec(store, sweep, ledger)
-        log = LogFile(store.local / "sweeps" / spec.name / "log.txt" if store.local else None, progress)
+        log = LogFile(store.local / "sweeps" / spec.name / "log.txt" if store.local else None, shown)
         stack.callback(log.close)
         log.line(f"sweep {spec.name}: store {store.uri}")
         tracker.start(spec_text(sweep), {"spec": spec.digest, "store": store.uri})
@@ -140,7 +142,7 @@ def own_tracking_uri(store: Store) -> str | None:
     return f"sqlite:///{store.local / 'mlflow.db'}" if store.local else None
 
 
-def make_executor(sweep: Sweep, options: RunOptions) -> Executor:
+def make_executor(sweep: Sweep, options: RunOptions, store: Store | None = None) -> Executor:
     """The executor that the options ask for; not started."""
     block = sweep.spec.resources
     if options.executor == "local":
@@ -155,6 +157,7 @@ def make_executor(sweep: Sweep, options: RunOptions) -> Executor:
         sweep.spec.imports,
         options.node_ip,
         str(sweep.source.folder) if sweep.source.folder else None,
+        store.local / "stages" if store is not None and store.local else None,
     )
 
 
@@ -182,6 +185,8 @@ def save_spec(store: Store, sweep: Sweep, ledger: Ledger) -> None:
     stale = set(table["job_id"].to_pylist()) - set(sweep.current(table)["job_id"].to_pylist())
     store.write(store.path("sweeps", sweep.spec.name, "stale.json"), json.dumps(sorted(stale)).encode())
     store.write(store.path("sweeps", sweep.spec.name, "sweep.yaml"), spec_text(sweep).encode())
+    if sweep.spec.imports and sweep.source.folder is not None:
+        store.write(store.path("sweeps", sweep.spec.name, "folder.txt"), str(sweep.source.folder).encode())
 
 
 class SweepResults:
@@ -317,12 +322,17 @@ def sql(query: str, source: Any = None, store: str | None = None) -> pa.Table:
 
 
 def stored_source(store: Store, name: str) -> Source:
-    """The YAML that lies beside a sweep's results. Modules that it imports are looked for in the current folder."""
+    """The YAML that lies beside a sweep's results.
+
+    Modules that it imports are looked for where the YAML lay when it was run, or else in the current folder.
+    """
     path = store.path("sweeps", name, "sweep.yaml")
     data = store.read(path)
     if data is None:
         raise UserError(f"{path}: no such file; the sweep has no spec")
-    return replace(parse_yaml(data.decode(), path), folder=Path.cwd())
+    origin = store.read(store.path("sweeps", name, "folder.txt"))
+    folder = Path(origin.decode()) if origin else Path.cwd()
+    return replace(parse_yaml(data.decode(), path), folder=folder if folder.is_dir() else Path.cwd())
 
 
 def resolve_stored(store: Store, name: str) -> Sweep:
