@@ -62,6 +62,20 @@ def test_answers_are_right() -> None:
     assert np.array_equal(reading.suite().answers_N, world.FIRST_DIGIT + classes[np.arange(500), places])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_chance_is_what_the_best_blind_answerer_gets_wrong(name: str) -> None:
+    """For an entity the answer of most classes, for a place any digit; within four standard errors."""
+    task = make(name, examples=20_000)
+    suite = task.suite()
+    best = {}
+    if name == "visual-reasoning":
+        facts = world.FIRST_ANSWER + world.fact_table()
+        best = {world.FIRST_ENTITY + e: int(np.bincount(row).argmax()) for e, row in enumerate(facts)}
+    said = np.array([best.get(int(subject), world.FIRST_DIGIT) for subject in suite.questions_NQ[:, 1]])
+    wrong = said != suite.answers_N
+    assert task.chance == pytest.approx(wrong.mean(), abs=4 * wrong.std() / len(wrong) ** 0.5)
+
+
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.05, 100), (0.15, 300), (1.0, 2000)])
 def test_the_share_of_fine_reading_is_met(share: float, expected: int) -> None:
     task = make("visual-reasoning", fine_share=share)

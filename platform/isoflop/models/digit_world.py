@@ -84,6 +84,15 @@ def recall_questions(rng: np.random.Generator, classes_NP: np.ndarray) -> tuple[
     return questions_NQ, FIRST_ANSWER + fact_table()[entities_N, classes_NP[:, 0]]
 
 
+def blind_recall_error() -> float:
+    """Expected error on recall of the best answerer that knows the facts and the question but sees nothing.
+
+    It names the answer that most of the equally likely classes give for the entity.
+    """
+    best_E = [np.bincount(facts).max() / CLASSES for facts in fact_table()]
+    return 1.0 - float(entity_probabilities() @ best_E)
+
+
 @dataclass(frozen=True)
 class SceneSet:
     """A reproducible set of scenes, drawn when asked for.

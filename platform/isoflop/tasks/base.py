@@ -35,6 +35,7 @@ class Task(ABC):
     """Base class of tasks: a frozen dataclass whose ``Knob`` fields are the task's options.
 
     ``version`` is part of every job id: raise it whenever the same options would give other examples or another metric.
+    ``chance`` is the expected error of the best answerer that sees the question only, at the default options.
     """
 
     name: ClassVar[str] = ""

@@ -11,6 +11,9 @@ from isoflop.models import digit_world as world
 from isoflop.tasks.base import TASKS
 from isoflop.tasks.digit_scenes import DigitSceneTask, Examples
 
+BLIND_READING_ERROR = 1.0 - 1.0 / world.CLASSES
+"""Every class is equally likely at every place."""
+
 
 @TASKS.register("reading")
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Reading(DigitSceneTask):
     """
 
     version: ClassVar[str] = "1"
-    chance: ClassVar[float] = 0.9
+    chance: ClassVar[float] = BLIND_READING_ERROR
 
     @property
     def mix(self) -> tuple[float, ...]:
