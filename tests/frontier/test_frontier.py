@@ -15,6 +15,7 @@ from isoflop.core.errors import UserError
 from isoflop.frontier import Frontiers, compare_methods, extra_compute, frontier
 from isoflop.laws import fit
 from isoflop.laws.allocation import allocate
+from isoflop.laws.result import GroupedFit
 
 SIZES, TOKENS = (0.5e9, 1.8e9, 4e9, 7e9), (1, 4, 16, 36, 64, 144, 576)
 
@@ -242,3 +243,27 @@ def test_a_wrong_choice_under_limits_has_no_negative_price() -> None:
     assert extra_compute(fitted, {"V": 36}, 1e9, limits=limits).value == 0.0
     # N cannot make up for the tokens that are missing
     assert extra_compute(fitted, {"V": 4}, 1e9, limits=limits).value == math.inf
+
+
+def test_tables_name_the_rows_they_rest_on() -> None:
+    grouped = fit(methods(), by="method", bootstrap=0, profile=False)
+    hashes = [f.data_hash for f in grouped]
+    found = frontier(grouped, q=50, budget=[1e12, 1e13])
+    assert found.to_arrow()["data_hash"].to_pylist() == [hashes[0]] * 2 + [hashes[1]] * 2
+    assert hashes[0] not in found[0]._repr_html_()
+    law = json.loads(grouped.to_arrow().schema.metadata[b"isoflop.law"])
+    reloaded = GroupedFit.from_dict(law)
+    assert [f.data_hash for f in reloaded] == hashes
+    np.testing.assert_array_equal(reloaded["b"].p, grouped["b"].p)
+
+
+def test_a_ranking_says_when_overhead_is_not_in_the_cost() -> None:
+    grouped = fit(methods(), by="method", bootstrap=0, profile=False)
+    found = compare_methods(grouped, q=50, budgets=[1e11, 1e13])
+    assert "compute that a compressor itself needs is not in it" in found.notes[0]
+    assert found.to_dict()["notes"] == found.notes
+    assert "! every method is charged 2*N*(Q+V)" in str(found)
+    # charged for its own compute, the method that was best there is best no more
+    charged = compare_methods(grouped, q=50, budgets=[1e11, 1e13], costs={"b": "2*N*(Q+V)*1000"})
+    assert (found.best(1), charged.best(1)) == ("b", "a")
+    assert charged.notes == []

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import html
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,13 @@ from isoflop.core.errors import UserError
 from isoflop.core.expressions import Array
 from isoflop.frontier.optimum import CostModel, Space, at_points, check_spent, make_space, optimum
 from isoflop.laws.inference import estimate_from_draws, estimate_from_rows, parameter_rows
-from isoflop.laws.render import number, span
+from isoflop.laws.render import WIDTH, number, span
 from isoflop.laws.result import Estimate, Fit, GroupedFit
+
+_SAME_COST = (
+    "every method is charged {cost}: compute that a compressor itself needs is not in it, so one with overhead looks too good; "
+    "give costs={{method: formula}} (costs.measured_cost fits a formula to measured FLOPs or seconds)"
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class MethodComparison:
         budgets (K,); methods; error: per method K estimates; probability: per method, chance of being the best (K,).
         crossings: where the best of two methods changes; extra_compute: per method, budget needed for the best method's error,
             as a share on top of the budget (inf when out of reach).
+        notes: what a reader must know.
     """
 
     budgets: list[float]
@@ -59,6 +66,7 @@ class MethodComparison:
     crossings: list[Crossing]
     extra_compute: dict[str, list[float]]
     cost: str
+    notes: list[str] = field(default_factory=list)
 
     def best(self, i: int) -> str:
         """The method of least predicted error at budget i."""
@@ -79,6 +87,7 @@ class MethodComparison:
                 for m in self.methods
             },
             "crossings": [c.to_dict() for c in self.crossings],
+            "notes": self.notes,
         }
 
     def to_arrow(self) -> pa.Table:
@@ -109,6 +118,8 @@ class MethodComparison:
             )
         for c in self.crossings:
             lines.append(f"{c.below} is better below {number(c.budget.value)} {span(c.budget)}, {c.above} above")
+        for note in self.notes:
+            lines += textwrap.wrap(f"! {note}", WIDTH, subsequent_indent="  ")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -130,7 +141,8 @@ def compare_methods(
 
     Args:
         grouped: laws per method (``fit(table, by="method")``).
-        cost: formula for all; ``costs``: per method, when a method costs extra.
+        cost: formula for all; ``costs``: per method, when a method costs extra (the ranking carries a note
+            when none is given: a compressor's own compute is then in nobody's cost).
         budgets: default: ``points`` of them across the budgets that all methods' data span.
     """
     named = {" / ".join(str(v) for v in f.key.values()): f for f in grouped}
@@ -149,6 +161,7 @@ def compare_methods(
         crossings=_crossings(named, curves, asked, methods),
         extra_compute=_prices(named, setups, curves, asked, methods),
         cost=cost,
+        notes=[] if costs else [_SAME_COST.format(cost=cost)],
     )
 
 

@@ -105,7 +105,7 @@ class Frontier:
         }
 
     def to_arrow(self) -> pa.Table:
-        """One row per budget: optimum, interval ends, error, discrete choice."""
+        """One row per budget: optimum, interval ends, error, discrete choice, and the hash of the rows it rests on."""
         rows = []
         for point in self.points:
             row: dict[str, Any] = {**self.key, "budget": point.budget}
@@ -120,7 +120,7 @@ class Frontier:
                     "choice_error": best.error.value,
                     "choice_probability": best.probability,
                 }
-            rows.append(row)
+            rows.append({**row, "data_hash": self.data_hash})
         return pa.Table.from_pylist(rows)
 
     def plot(self) -> go.Figure:
@@ -159,7 +159,7 @@ class Frontier:
         )
 
     def _repr_html_(self) -> str:
-        table = self.to_arrow()
+        table = self.to_arrow().drop_columns("data_hash")
         head = "".join(f"<th>{html.escape(c)}</th>" for c in table.column_names)
         body = "".join(
             "<tr>"

@@ -318,10 +318,9 @@ class GroupedFit:
         return cls(tuple(data["by"]), [Fit.from_dict(f) for f in data["groups"]], refused)
 
     def to_arrow(self) -> pa.Table:
-        """One row per group and parameter."""
-        return pa.concat_tables(
-            [f.to_arrow().replace_schema_metadata(None) for f in self.fits], promote_options="permissive"
-        )
+        """One row per group and parameter; the metadata hold the whole grouped fit, as ``from_dict`` reads it."""
+        table = pa.concat_tables([f.to_arrow() for f in self.fits], promote_options="permissive")
+        return table.replace_schema_metadata({"isoflop.law": json.dumps(self.to_dict())})
 
     def plot(self) -> go.Figure:
         """All groups in one figure."""
