@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import re
+import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ from isoflop.stages import LARGE_STAGE, SharedStages
 
 log = logging.getLogger(__name__)
 INFRASTRUCTURE = (RayActorError, OutOfMemoryError, WorkerCrashedError, ObjectLostError, RaySystemError)
+_KNOCK_SECONDS = 10.0
 _START_SECONDS = 120.0
 _NODE_CHECK_SECONDS = 5.0
 _PROGRESS_SECONDS = 0.3
@@ -142,6 +144,7 @@ class RayExecutor(Executor):
             if self._address is None:
                 start_private_ray(**common)
             else:
+                _knock(self._address)
                 if self._node_ip:
                     common["_node_ip_address"] = self._node_ip
                 ray.init(address=self._address, **common)
@@ -417,6 +420,16 @@ def _live_nodes() -> set[str]:
 
 def _gone(info: WorkerInfo) -> str:
     return f"its node {info.node[:8]} on {info.host} is gone"
+
+
+def _knock(address: str) -> None:
+    """Raise ConnectionError when nothing listens at ``host:port``; Ray itself would go on trying for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
+        except OSError as error:
+            raise ConnectionError(f"nothing answers there ({error.strerror or error})") from None
 
 
 def _slots_on(have: dict[str, float], want: Resources) -> int:
