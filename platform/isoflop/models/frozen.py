@@ -21,7 +21,7 @@ from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import family_of
 from isoflop.models.digit_world import VOCABULARY
 from isoflop.models.features import FeaturesStage
-from isoflop.models.training import MethodSpec, Recipe, Step, build_visual, lessons, method_spec, schedule
+from isoflop.models.training import MethodSpec, Recipe, Step, build_visual, descend, lessons, method_spec
 from isoflop.models.vlm import Checkpoint, CompressedTokens, VisualInput, VlmBatch, VlmInfo, VlmModel
 
 if TYPE_CHECKING:
@@ -132,15 +132,11 @@ class CompressorStage(Stage):
             method.fit_inputs(module, slot.seen)
         parameters = [*module.parameters(), *projector.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0, betas=(0.9, 0.98))
-        losses: list[Tensor] = []
-        for number, step in enumerate(lessons(recipe, (reading, coarse), derive_seed("compressor", self.seed))):
-            optimizer.param_groups[0]["lr"] = recipe.lr * schedule(number, recipe)
+
+        def loss(step: Step) -> Tensor:
             prompts = batch(step)
             logits_BW = model.prefill(model.project(model.compress(prompts).tokens_BVD), prompts).logits[:, -1]
-            loss = F.cross_entropy(logits_BW.float(), step.answers_B.to(model.device))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, recipe.clip)
-            optimizer.step()
-            losses.append(loss.detach())
-        return torch.stack(losses).tolist()
+            return F.cross_entropy(logits_BW.float(), step.answers_B.to(model.device))
+
+        steps = lessons(recipe, (reading, coarse), derive_seed("compressor", self.seed))
+        return descend(optimizer, recipe, steps, loss)

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -155,20 +155,12 @@ class CellTrainer:
     def run(self, steps: Iterator[Step], bank: Bank) -> list[float]:
         """All steps; returns the loss of every step."""
         optimizer = torch.optim.AdamW(self.groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-        peaks = [group["lr"] for group in optimizer.param_groups]
-        parameters = [p for group in self.groups for p in group["params"]]
-        losses: list[Tensor] = []
-        for number, step in enumerate(steps):
-            scale = schedule(number, self.recipe)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * scale
-            loss = F.cross_entropy(self.logits(bank.rows(step.rows_B), step.questions_BQ, step.rows_B), step.answers_B)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
-            optimizer.step()
-            losses.append(loss.detach())
-        return torch.stack(losses).tolist()
+
+        def loss(step: Step) -> Tensor:
+            logits_BW = self.logits(bank.rows(step.rows_B), step.questions_BQ, step.rows_B)
+            return F.cross_entropy(logits_BW, step.answers_B)
+
+        return descend(optimizer, self.recipe, steps, loss)
 
     def logits(self, hidden: Mapping[int, Tensor], questions_BQ: Tensor, ids_B: Tensor) -> Tensor:
         """Logits of the answer, (B, vocabulary), with gradients."""
@@ -215,6 +207,31 @@ class CellTrainer:
             {"params": flat, "lr": self.recipe.vector_lr},
             {"params": embeddings, "lr": self.recipe.embedding_lr / width},
         ]
+
+
+def descend(
+    optimizer: torch.optim.Optimizer, recipe: Recipe, steps: Iterable[Step], loss_of: Callable[[Step], Tensor]
+) -> list[float]:
+    """Train on every step with the recipe's schedule and clipping; returns the losses.
+
+    Args:
+        optimizer: each group's learning rate is its peak.
+        loss_of: the scalar loss of a step, with gradients.
+    """
+    groups = optimizer.param_groups
+    peaks = [group["lr"] for group in groups]
+    parameters = [p for group in groups for p in group["params"]]
+    losses: list[Tensor] = []
+    for number, step in enumerate(steps):
+        for group, peak in zip(groups, peaks, strict=True):
+            group["lr"] = peak * schedule(number, recipe)
+        loss = loss_of(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, recipe.clip)
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses).tolist()
 
 
 def schedule(step: int, recipe: Recipe) -> float:
