@@ -66,7 +66,7 @@ class Estimate:
         )
 
 
-@dataclass
+@dataclass(repr=False)
 class Fit:
     """One fitted law.
 
@@ -276,8 +276,10 @@ class Fit:
 
         return fit_text(self)
 
+    __repr__ = __str__  # at a prompt, people want the law and not its thousand resamples
 
-@dataclass
+
+@dataclass(repr=False)
 class GroupedFit:
     """Fits of one law to every group of a table, and the groups that it could not be fitted to (with the reason)."""
 
@@ -334,6 +336,8 @@ class GroupedFit:
     def __str__(self) -> str:
         lines = [str(f) for f in self.fits] + [f"refused {k}: {reason}" for k, reason in self.refused]
         return "\n\n".join(lines)
+
+    __repr__ = __str__
 
 
 def plain(value: Any) -> Any:

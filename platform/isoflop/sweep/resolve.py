@@ -15,6 +15,7 @@ from isoflop.core.knobs import KnobSpec, check_knobs
 from isoflop.core.yaml_source import KeyPath, Source
 from isoflop.jobs import Job, MethodSpec, ResolvedJob
 from isoflop.jobs.job import versions_of
+from isoflop.ledger import SCHEMA
 from isoflop.methods.base import METHODS, method_knobs
 from isoflop.models.base import family_of
 from isoflop.search import Branch, Config, Param, Space, Zip, make_pruner, make_sampler
@@ -304,13 +305,24 @@ def _check_laws(spec: SweepSpec, source: Source) -> None:
         for key in ("y", "weights"):
             text = getattr(block, key)
             if text is not None:
-                parse(text, source.where(("laws", index, key)))
+                _check_columns(text, source.where(("laws", index, key)))
         for variable, text in block.x.items():
-            parse(text, source.where(("laws", index, "x", variable)))
+            _check_columns(text, source.where(("laws", index, "x", variable)))
+        for place, column in enumerate(block.by):
+            if column not in SCHEMA.names:
+                raise unknown("column of results", column, SCHEMA.names, source.where(("laws", index, "by", place)))
     for index, frontier in enumerate(spec.frontiers):
         described = next((b for b in spec.laws if b.law == frontier.law), None)
         _check_law(frontier.law, described.x if described else {}, source.where(("frontiers", index, "law")))
         parse(frontier.cost, source.where(("frontiers", index, "cost")))
+
+
+def _check_columns(text: str, where: str) -> None:
+    """An expression of columns that rows have."""
+    expression = parse(text, where)
+    for name in sorted(expression.graph.names(expression.root)):
+        if name not in SCHEMA.names:
+            raise unknown("column of results", name, SCHEMA.names, where)
 
 
 def _check_law(law: str, variables: Mapping[str, str], where: str) -> None:
