@@ -31,7 +31,7 @@ SAMPLERS = ("grid", "random", "qmc", "tpe", "gp", "cmaes", "nsga2")
 PRUNERS = ("none", "median", "hyperband", "wilcoxon")
 Outcome = Literal["complete", "pruned", "failed"]
 
-# Samplers whose cost per ask grows with the study or that repeat themselves within a batch (FACTS: GP costs seconds at
+# Samplers whose cost per ask grows with the study or that repeat themselves within a batch (GP costs seconds at
 # a few hundred trials; its parallel asks are near-duplicates).
 _MAX_TRIALS = {"gp": 500}
 _PATIENCE = 20  # repeated points in a row before random draws take over
