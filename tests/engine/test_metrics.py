@@ -144,9 +144,8 @@ def scrape(endpoint: str, sweep: str) -> dict[str, float]:
 def test_prometheus_reads_a_sweep_from_ray(endpoint: str, tmp_path: Path, toy_parts: Any) -> None:
     methods = [{"toy-tokens": {"tokens": [1, 4, 16]}}, {"toy-bad": {"how": "raise"}}]
     spec = toy(methods=methods, limits={"retries": 0})
-    progress = MetricsProgress(Lines(), "toy", True)
     options = {"tracking_uri": "none", "store": str(tmp_path / "store"), "cache_dir": tmp_path / "cache"}
-    isoflop.run(spec, progress=progress, **options)
+    isoflop.run(spec, **options)
     expected = {
         "ray_isoflop_jobs_total{ok}": 12,
         "ray_isoflop_jobs_total{failed}": 4,
