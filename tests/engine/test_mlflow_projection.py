@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from helpers import one_bad, run_local, toy
 from isoflop.ledger.schema import SCHEMA, to_table
 from isoflop.track import MlflowTracker
 from isoflop.track.run_data import RunData
-from isoflop.track.tracker import wait_until_idle
 
 pytestmark = pytest.mark.usefixtures("toy_parts")
 
@@ -183,3 +183,11 @@ def test_rows_keep_within_mlflows_limits() -> None:
         ("shard_error", 1, 0.75),
         ("running_error", 1, 0.5),
     )
+
+
+def wait_until_idle(tracker: Any, seconds: float) -> bool:
+    """Wait until MLflow shows everything that was pushed; False when time ran out."""
+    deadline = time.monotonic() + seconds
+    while tracker.backlog() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return tracker.backlog() == 0

@@ -11,7 +11,6 @@ import logging
 import os
 import queue
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -241,11 +240,3 @@ def _hopeless(error: Exception) -> bool:
     return getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE" or isinstance(
         error, (LookupError, TypeError, ValueError)
     )
-
-
-def wait_until_idle(tracker: Tracker, seconds: float) -> bool:
-    """Wait until MLflow shows everything that was pushed; False when time ran out."""
-    deadline = time.monotonic() + seconds
-    while tracker.backlog() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return tracker.backlog() == 0
