@@ -1,10 +1,10 @@
-"""isoflop.methods: a folder per family, a file per method. Importing it registers the built-in methods."""
+"""isoflop.methods: a folder per family, a file per method. Importing it registers every method found there."""
 
 if __name__ != "isoflop.methods":
     raise ImportError(
         f"import isoflop.methods, not {__name__}: a second copy of the package would hold different classes"
     )
 
-from isoflop.methods import visual_tokens
+from isoflop.core.registry import import_all
 
-__all__ = ["visual_tokens"]
+import_all(__name__, __path__)

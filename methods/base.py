@@ -31,7 +31,8 @@ class Method:
         version: part of every job id; raise it when the same knobs would compute something else.
         paper: reference, e.g. "arXiv 2411.03312".
         needs: hook points and capabilities that the model must offer (``ModelInfo.hooks``).
-        order: methods of one trial are applied in ascending order.
+        order: methods of one trial are applied in ascending order: weights 0, tokens inside the vision tower 5,
+            visual tokens 10, tokens between decoder layers 20, KV cache and attention 30.
         trains_model: takes part in training a model family that is trained here.
     """
 
@@ -71,8 +72,17 @@ class Method:
                 f"method {self.name} needs {', '.join(sorted(missing))}, which model {info.ref} does not offer (it offers: {', '.join(sorted(info.hooks)) or 'nothing'})"
             )
 
-    def prepare(self, info: ModelInfo, weights: Stage | None, seed: int) -> Stage | None:
-        """The stage that trains or calibrates this method for a model, or None when nothing is needed."""
+    def prepare(
+        self, info: ModelInfo, weights: Stage | None, seed: int, trained_with: tuple[Method, ...] = ()
+    ) -> Stage | None:
+        """The stage that trains or calibrates this method for a model, or None when nothing is needed.
+
+        Args:
+            weights: the stage that trains the model, or None for a checkpoint.
+            trained_with: methods of the trial with ``trains_model``: what calibrates on the model applies them first
+                (see ``isoflop.methods.calibration``). Other methods of a composition are not seen here, so that
+                one calibration serves every combination.
+        """
         return None
 
     @contextmanager
@@ -90,7 +100,8 @@ class Method:
 
         In a composition the keys in ``ADDITIVE_COSTS`` are summed over the methods; of every other key a trial may hold
         one, and none that the task measures (``flops``, ``seconds`` …). ``ratio`` is the cost without the method over
-        the cost with it; where the task measures V, a row's ratio comes from that measurement instead.
+        the cost with it. In a composition each family's ratio has a name of its own (``ratio_kv_cache`` …), and the
+        row's ratio is that of all bytes (weights and cache), dense over compressed.
         """
         return {}
 

@@ -23,7 +23,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import derive_seed
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Method
-from isoflop.models.base import Model, ModelInfo
+from isoflop.models.base import Model, ModelInfo, tensor_bytes
 from isoflop.models.vlm import Checkpoint, CompressedTokens, VisualInput, VlmInfo, VlmModel
 
 if TYPE_CHECKING:
@@ -83,7 +83,9 @@ class VisualTokenMethod(Method):
         super().check(info)
         self.tokens_left(vlm_info(info).geometry["grid"])
 
-    def prepare(self, info: ModelInfo, weights: Stage | None, seed: int) -> Stage | None:
+    def prepare(
+        self, info: ModelInfo, weights: Stage | None, seed: int, trained_with: tuple[Method, ...] = ()
+    ) -> Stage | None:
         """The model's own training stage (tiny family), a training stage of the compressor, or None."""
         self.check(info)
         if weights is not None:
@@ -121,7 +123,7 @@ class VisualTokenMethod(Method):
         return {
             "ratio": patches / self.tokens_left(vlm.info.geometry["grid"]),
             "method_params": float(sum(t.numel() for t in tensors)),
-            "method_bytes": float(sum(t.numel() * t.element_size() for t in tensors)),
+            "method_bytes": sum(tensor_bytes(t, vlm.info.dense_bits) for t in tensors),
         }
 
     @classmethod

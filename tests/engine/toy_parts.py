@@ -213,7 +213,9 @@ class ToyPrepared(ToyMethod):
 
     k: Annotated[int, Knob(low=1, high=8, ratio=True)] = 2
 
-    def prepare(self, info: ModelInfo, weights: Stage | None, seed: int) -> Stage:
+    def prepare(
+        self, info: ModelInfo, weights: Stage | None, seed: int, trained_with: tuple[Method, ...] = ()
+    ) -> Stage:
         return ToyCalibration(info.ref, self.k)
 
     def change(self, model: ToyModel, prepared: Any) -> None:
@@ -240,7 +242,9 @@ class ToyBad(ToyMethod):
     how: Annotated[str, Knob()] = "fine"
     n: Annotated[int, Knob(low=0, high=1000)] = 0
 
-    def prepare(self, info: ModelInfo, weights: Stage | None, seed: int) -> Stage:
+    def prepare(
+        self, info: ModelInfo, weights: Stage | None, seed: int, trained_with: tuple[Method, ...] = ()
+    ) -> Stage:
         return ToyPlace()
 
     def change(self, model: ToyModel, prepared: Any) -> None:

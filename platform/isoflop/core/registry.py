@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import logging
+import pkgutil
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
@@ -99,3 +100,14 @@ class Registry(Generic[T]):
 
 def _origin(entry: object) -> str:
     return f"{getattr(entry, '__module__', '?')}.{getattr(entry, '__qualname__', type(entry).__qualname__)}"
+
+
+def import_all(package: str, path: Iterable[str]) -> None:
+    """Import every module below a package, so that a file put there registers itself.
+
+    Args:
+        package: the package's ``__name__``.
+        path: the package's ``__path__``.
+    """
+    for module in pkgutil.walk_packages(path, prefix=f"{package}."):
+        importlib.import_module(module.name)

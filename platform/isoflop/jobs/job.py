@@ -151,7 +151,8 @@ class ResolvedJob:
         built = task(**options)
         built.check(info)
         weights = family.weights(info, methods, job.seed)
-        prepared = tuple(method.prepare(info, weights, job.seed) for method in methods)
+        trained_with = tuple(method for method in methods if method.trains_model)
+        prepared = tuple(method.prepare(info, weights, job.seed, trained_with) for method in methods)
         return cls(job, family, info, methods, built, weights, prepared)
 
     @property

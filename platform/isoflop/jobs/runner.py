@@ -20,7 +20,7 @@ import numpy as np
 from isoflop.core.errors import Infeasible
 from isoflop.core.stage import Stage
 from isoflop.jobs.job import Job, ResolvedJob, versions_of
-from isoflop.methods.base import ADDITIVE_COSTS
+from isoflop.methods.base import ADDITIVE_COSTS, Method
 from isoflop.models.base import Model
 from isoflop.stages import StageCache
 
@@ -149,7 +149,7 @@ class Runner:
                 "eval_seconds": time.monotonic() - clock,
                 **resolved.task.measure(model, self.cache),
             }
-            reports = [(method.name, method.footprint(model, self.cache)) for method, _ in resolved.in_order]
+            reports = [(method, method.footprint(model, self.cache)) for method, _ in resolved.in_order]
             footprint = merge_footprints(measured, reports)
         if not errors:
             raise ValueError(f"task {resolved.job.task} yielded no examples")
@@ -215,29 +215,30 @@ def _stage(job: Job, key: str) -> Stage:
     return stages[key]
 
 
-def merge_footprints(measured: Mapping[str, Any], reports: Sequence[tuple[str, Mapping[str, float]]]) -> dict[str, Any]:
+def merge_footprints(
+    measured: Mapping[str, Any], reports: Sequence[tuple[Method, Mapping[str, float]]]
+) -> dict[str, Any]:
     """What the task measured together with what each method adds to it.
 
     Args:
         measured: from the task; holds for all methods together and is never replaced.
-        reports: name and footprint of each method. Keys in ``ADDITIVE_COSTS`` are summed over the methods. ``ratio`` is
-            left out where V was measured, from which the row's ratio follows.
+        reports: footprint of each method. Keys in ``ADDITIVE_COSTS`` are summed over the methods; ``ratio`` becomes
+            ``ratio_<family>``.
 
     Raises:
         ValueError: a method reports what the task measured, or two report the same key that cannot be summed.
     """
     merged = dict(measured)
     owner = dict.fromkeys(measured, "the task")
-    for name, report in reports:
-        for key, value in report.items():
-            if key == "ratio" and "visual_tokens" in measured:
-                continue
+    for method, report in reports:
+        for name, value in report.items():
+            key = f"ratio_{method.family.replace('-', '_')}" if name == "ratio" else name
             if key in owner and (key not in ADDITIVE_COSTS or key in measured):
                 raise ValueError(
-                    f"method {name}: its footprint gives {key} = {value}, which {owner[key]} gave already; "
+                    f"method {method.name}: its footprint gives {key} = {value}, which {owner[key]} gave already; "
                     "report it under a name of its own"
                 )
-            owner[key] = f"method {name}"
+            owner[key] = f"method {method.name}"
             merged[key] = merged[key] + value if key in merged else value
     return merged
 
@@ -247,12 +248,26 @@ def _axes(resolved: ResolvedJob, footprint: dict[str, float]) -> dict[str, float
     for axis, key in (("V", "visual_tokens"), ("Q", "text_tokens"), ("bits", "bits")):
         if key in footprint:
             axes[axis] = footprint[key]
-    full = resolved.info.geometry.get("visual_tokens")
-    if full and axes.get("V"):
-        axes["ratio"] = float(full) / axes["V"]
-    elif "ratio" in footprint:
-        axes["ratio"] = footprint["ratio"]
+    ratio = _ratio(resolved, footprint)
+    if ratio is not None:
+        axes["ratio"] = ratio
     return axes
+
+
+def _ratio(resolved: ResolvedJob, footprint: dict[str, float]) -> float | None:
+    """The ratio of the one method that compresses; of all bytes, dense over compressed, when several do."""
+    ratios = {key: value for key, value in footprint.items() if key.startswith("ratio_")}
+    full = resolved.info.geometry.get("visual_tokens")
+    if full and footprint.get("visual_tokens"):
+        ratios["ratio_visual_tokens"] = float(full) / footprint["visual_tokens"]  # measured, not claimed
+    compressing = [value for value in ratios.values() if value != 1.0]
+    if len(compressing) > 1:
+        if footprint.get("bytes"):
+            return footprint["bytes_dense"] / footprint["bytes"]
+        return ratios.get("ratio_visual_tokens")
+    if len(compressing) == 1:
+        return compressing[0]
+    return 1.0 if ratios and not compressing else None
 
 
 def _pick_device() -> str:

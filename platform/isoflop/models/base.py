@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import check_knobs, knob_specs
 from isoflop.core.registry import Registry
 from isoflop.core.stage import Stage, StageContext
@@ -29,6 +32,9 @@ class ModelInfo:
             excluded; input and output embeddings excluded).
         hooks: hook points that it offers: ``visual-tokens``, ``kv-cache``, ``weights``, …
         geometry: sizes that methods check against: ``grid`` (patches per side), ``visual_tokens``, ``hidden``, ``layers``…
+        dense_bits: what an element of a weight or of a cache counts where nothing compresses it. Families trained here
+            compute in float32, because CPUs do, and count 16 bits, as they would be served; checkpoints count what
+            they are loaded in.
     """
 
     ref: str
@@ -37,13 +43,74 @@ class ModelInfo:
     n_params: int
     hooks: frozenset[str]
     geometry: Mapping[str, Any] = field(default_factory=dict)
+    dense_bits: int = 16
 
 
 class Model(ABC):
-    """A loaded model, held warm by a worker. Methods change it only inside their ``apply`` and restore it exactly."""
+    """A loaded model, held warm by a worker. Methods change it only inside their ``apply`` and restore it exactly.
+
+    Attributes:
+        info: its description.
+        module: the Hugging Face model, in evaluation mode.
+        stored: bytes of the weights that a method holds in a compressed form, by parameter name in ``module``; every
+            other tensor counts ``info.dense_bits`` per element (see ``weight_bytes``).
+    """
 
     info: ModelInfo
     module: nn.Module
+    stored: Mapping[str, float] = {}  # noqa: RUF012: replaced, never changed in place
+
+    def calibration(self, ctx: StageContext, examples: int, seed: int) -> Iterator[Any]:
+        """Batches of training examples (never test examples), about ``examples`` rows in all, for ``supervised``.
+
+        Methods must be applied that took part in the model's training (``Method.trains_model``).
+        """
+        raise NotImplementedError(f"model {self.info.ref} has no calibration examples")
+
+    def supervised(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """A forward pass as the model is now: logits (S, classes) and targets (S,) of every scored position.
+
+        Gradients flow when they are enabled.
+        """
+        raise NotImplementedError(f"model {self.info.ref} has no supervised forward pass")
+
+    def weight_bytes(self) -> float:
+        """Bytes of all weights and buffers as they would be stored, those of compressed ones as their methods hold them."""
+        named = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        dense = {name: t for name, t in named.items() if name not in self.stored}
+        distinct = {id(t): t for t in dense.values()}.values()
+        return sum(tensor_bytes(t, self.info.dense_bits) for t in distinct) + sum(self.stored.values())
+
+    def dense_weight_bytes(self) -> float:
+        """Bytes of all weights and buffers where nothing is compressed."""
+        distinct = {id(t): t for t in [*self.module.parameters(), *self.module.buffers()]}.values()
+        return sum(tensor_bytes(t, self.info.dense_bits) for t in distinct)
+
+    @contextmanager
+    def storing(self, stored: Mapping[str, float]) -> Iterator[None]:
+        """Inside the ``with`` block these parameters count the given bytes.
+
+        Raises:
+            Infeasible: another method holds one of them in a compressed form already.
+        """
+        twice = sorted(self.stored.keys() & stored.keys())
+        if twice:
+            raise Infeasible(f"{twice[0]} is compressed twice: a trial takes one weight method per matrix")
+        before = vars(self).get("stored")
+        self.stored = {**self.stored, **stored}
+        try:
+            yield
+        finally:
+            if before is None:
+                del self.stored
+            else:
+                self.stored = before
+
+
+def tensor_bytes(tensor: Tensor, dense_bits: int) -> float:
+    """Bytes of a dense tensor: float32 counts ``dense_bits`` per element, every other type what it takes."""
+    bits = dense_bits if tensor.dtype is torch.float32 else 8 * tensor.element_size()
+    return tensor.numel() * bits / 8
 
 
 class ModelFamily(ABC):
@@ -72,6 +139,10 @@ class ModelFamily(ABC):
         ``methods`` are the trial's methods, of which those with ``trains_model`` take part in the training.
         """
         return None
+
+    def calibration_stages(self, info: ModelInfo, methods: tuple[Method, ...]) -> tuple[Stage, ...]:
+        """Stages that ``Model.calibration`` asks for; ``methods`` are those that took part in the training."""
+        return ()
 
     @abstractmethod
     def load(self, info: ModelInfo, weights: Stage | None, ctx: StageContext) -> Model:

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from isoflop.models.base import Model, ModelInfo
+from isoflop.models.base import ModelInfo
+from isoflop.models.decoder_model import DecoderModel
 from isoflop.models.features import TowerSource, Vision
 
 TextEncoder = Callable[[Tensor, Tensor | None], Tensor]
@@ -115,7 +116,7 @@ class VlmBatch:
     question_mask_BQ: Tensor | None = None
 
 
-class VlmModel(Model):
+class VlmModel(DecoderModel):
     """A loaded LLaVA-style model (``LlavaForConditionalGeneration``).
 
     Attributes:
@@ -136,9 +137,9 @@ class VlmModel(Model):
         self.live_vision = False
 
     @property
-    def device(self) -> torch.device:
-        """Where the weights lie."""
-        return next(self.module.parameters()).device
+    def decoder(self) -> Any:
+        """The language model without its head."""
+        return self.module.model.language_model
 
     @property
     def dtype(self) -> torch.dtype:
@@ -178,7 +179,11 @@ class VlmModel(Model):
         return (own if own is not None else self.module.model.multi_modal_projector)(tokens_BVD)
 
     def prefill(self, visual_BVd: Tensor, batch: VlmBatch, use_cache: bool = False) -> Any:
-        """The language model on the whole prompt; Hugging Face's output with logits (B, 1, vocabulary)."""
+        """The language model on the whole prompt; Hugging Face's output with logits (B, 1, vocabulary).
+
+        A method on the KV cache compresses everything up to the last visual token, before the question is seen: the
+        image is encoded once and asked many questions.
+        """
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         ids_BL, mask_BL = expand_placeholders(
@@ -186,14 +191,16 @@ class VlmModel(Model):
         )
         positions_BL = None if mask_BL is None else (mask_BL.cumsum(-1) - 1).clamp(min=0)
         image = BaseModelOutputWithPooling(pooler_output=list(visual_BVd))
-        return self.module(
-            input_ids=ids_BL,
-            attention_mask=mask_BL,
-            position_ids=positions_BL,
-            mm_encoder_outputs={"image": image},
-            logits_to_keep=1,
-            use_cache=use_cache,
-        )
+        prefix = 0 if self.attention is None else _image_end(ids_BL, self.info.geometry["image_token"])
+        with self.compressing_prefix(prefix):
+            return self.module(
+                input_ids=ids_BL,
+                attention_mask=mask_BL,
+                position_ids=positions_BL,
+                mm_encoder_outputs={"image": image},
+                logits_to_keep=1,
+                use_cache=use_cache,
+            )
 
     @torch.no_grad()
     def answer_logits(self, batch: VlmBatch) -> Tensor:
@@ -204,8 +211,7 @@ class VlmModel(Model):
     def encode_text(self, ids_BQ: Tensor, mask_BQ: Tensor | None = None) -> Tensor:
         """The language model's last hidden states on text alone, (B, Q, d); touches no cache."""
         positions_BQ = None if mask_BQ is None else (mask_BQ.cumsum(-1) - 1).clamp(min=0)
-        decoder = self.module.model.language_model
-        return decoder(
+        return self.decoder(
             input_ids=ids_BQ, attention_mask=mask_BQ, position_ids=positions_BQ, use_cache=False
         ).last_hidden_state
 
@@ -232,6 +238,19 @@ def expand_placeholders(
     if mask_BT is None:
         return ids_BL, None
     return ids_BL, mask_BT.flatten().repeat_interleave(repeats).view(-1, length)
+
+
+def _image_end(ids_BL: Tensor, image_token: int) -> int:
+    """Column behind the last image placeholder, the same in every row.
+
+    Raises:
+        ValueError: the rows disagree.
+    """
+    places_L = torch.arange(1, ids_BL.shape[1] + 1, device=ids_BL.device)
+    ends_B = ((ids_BL == image_token) * places_L).amax(-1)
+    if not bool((ends_B == ends_B[0]).all()):
+        raise ValueError("the images of a batch must end in the same column for a method on the KV cache")
+    return int(ends_B[0])
 
 
 @dataclass(frozen=True)

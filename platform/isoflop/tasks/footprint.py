@@ -3,7 +3,8 @@
 Counted is one image and one question, batch of one, from pixels to the answer's logits: vision tower, compressor with
 projector, and the language model's prefill of V + Q tokens. Nothing is taken from a formula: FLOPs come from
 ``torch.utils.flop_counter`` (matrix products, convolutions and attention; element-wise work is not counted), bytes from
-the tensors themselves, seconds from a clock.
+the tensors themselves, seconds from a clock. Bytes of weights and cache count 16 bits per element of a model that
+merely computes in float32 (``ModelInfo.dense_bits``); ``peak_bytes`` counts what this process really held.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from isoflop.methods.kv_cache.base import CompressedCache
+from isoflop.methods.kv_cache.full_cache import FullCache
+from isoflop.models.attention import CacheReport
+from isoflop.models.base import tensor_bytes
+from isoflop.models.decoder_model import DecoderModel
 from isoflop.models.vlm import VlmBatch, VlmModel
 
 REPEATS = 5
@@ -36,57 +42,81 @@ def measure_answer(model: VlmModel, image_BCHW: Tensor, make: MakeBatch) -> dict
         make: the batch of one for given tower features.
     """
     image_BCHW = image_BCHW.to(model.device)
-    vision, hidden = _flops(lambda: model.look(image_BCHW))
+    vision, hidden = flops_of(lambda: model.look(image_BCHW))
     batch = make(hidden)
-    method, tokens = _flops(lambda: model.compress(batch).tokens_BVD)
-    projector, visual_BVd = _flops(lambda: model.project(tokens))
-    language, _ = _flops(lambda: model.prefill(visual_BVd, batch))
-    cache = model.prefill(visual_BVd, batch, use_cache=True).past_key_values
+    method, tokens = flops_of(lambda: model.compress(batch).tokens_BVD)
+    projector, visual_BVd = flops_of(lambda: model.project(tokens))
+    language, _ = flops_of(lambda: model.prefill(visual_BVd, batch))
 
     def answer() -> Tensor:
         return model.answer_logits(make(model.look(image_BCHW)))
 
     own = model.compression.module if model.compression is not None else None
-    weight_bytes = module_bytes(model.module) + (module_bytes(own) if own is not None else 0)
+    weights = byte_costs(model, decoder_cache(model, lambda: model.prefill(visual_BVd, batch)), own)
+    text = batch.prompt_BT.shape[1] - 1
+    dense_tokens = (model.info.geometry["visual_tokens"] + text) / (visual_BVd.shape[1] + text)
     return {
         "visual_tokens": float(visual_BVd.shape[1]),
-        "text_tokens": float(batch.prompt_BT.shape[1] - 1),
+        "text_tokens": float(text),
         "flops": float(vision + method + projector + language),
         "flops_llm": float(language),
         "flops_vision": float(vision),
         "flops_projector": float(projector),
         "flops_method": float(method),
-        "weight_bytes": float(weight_bytes),
-        "kv_bytes": float(cache_bytes(cache)),
-        "seconds": _seconds(answer, model.device),
-        "peak_bytes": float(weight_bytes + _peak_bytes(answer, model.device)),
+        **weights,
+        "kv_bytes_dense": weights["kv_bytes_dense"] * dense_tokens,
+        "bytes_dense": weights["bytes_dense"] + weights["kv_bytes_dense"] * (dense_tokens - 1),
+        "seconds": seconds_of(answer, model.device),
+        "peak_bytes": float(module_bytes(model.module, own) + peak_bytes_of(answer, model.device)),
     }
 
 
-def module_bytes(module: torch.nn.Module) -> int:
-    """Bytes of all distinct parameters and buffers."""
-    tensors = {id(t): t for t in [*module.parameters(), *module.buffers()]}
+def byte_costs(model: DecoderModel, cache: CacheReport, own: torch.nn.Module | None = None) -> dict[str, float]:
+    """Bytes of weights and cache, as compressed and dense; ``bytes`` is their sum, what serving one request holds.
+
+    Args:
+        own: weights of a method that are not part of the model; counted as compressed only.
+    """
+    extra = 0.0 if own is None else sum(tensor_bytes(t, model.info.dense_bits) for t in own.state_dict().values())
+    weight_bytes, dense = model.weight_bytes() + extra, model.dense_weight_bytes()
+    return {
+        "weight_bytes": weight_bytes,
+        "weight_bytes_dense": dense,
+        "kv_bytes": cache.stored,
+        "kv_bytes_dense": cache.dense,
+        "kv_read_bytes": cache.read,
+        "bytes": weight_bytes + cache.stored,
+        "bytes_dense": dense + cache.dense,
+    }
+
+
+def decoder_cache(model: DecoderModel, forward: Callable[[], Any]) -> CacheReport:
+    """The key-value cache that one forward pass leaves behind, batch of one; the whole cache where no method acts on it."""
+    if model.attention is not None:
+        forward()
+        return model.attention.report()
+    whole = CompressedCache(FullCache(), None, model.info.dense_bits)
+    with model.attending(whole):
+        forward()
+        return whole.report()
+
+
+def module_bytes(*modules: torch.nn.Module | None) -> int:
+    """Bytes of all distinct parameters and buffers as they lie in memory."""
+    tensors = {id(t): t for m in modules if m is not None for t in [*m.parameters(), *m.buffers()]}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def cache_bytes(cache: Any) -> int:
-    """Bytes of the tensors that a Hugging Face cache holds after the prefill."""
-    seen: dict[int, Tensor] = {}
-    for layer in cache.layers:
-        for value in vars(layer).values():
-            if isinstance(value, Tensor):
-                seen[id(value)] = value
-    return sum(t.numel() * t.element_size() for t in seen.values())
-
-
-def _flops(call: Callable[[], Any]) -> tuple[int, Any]:
+def flops_of(call: Callable[[], Any]) -> tuple[int, Any]:
+    """FLOPs of a call by ``torch.utils.flop_counter``, and its value."""
     # The counter knows matrix products; the math backend expresses attention as such on every device.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         value = call()
     return counter.get_total_flops(), value
 
 
-def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    """Median wall seconds of a call after one warm-up."""
     call()
     times = []
     for _ in range(REPEATS):
@@ -98,7 +128,7 @@ def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
     return median(times)
 
 
-def _peak_bytes(call: Callable[[], Tensor], device: torch.device) -> int:
+def peak_bytes_of(call: Callable[[], Any], device: torch.device) -> int:
     """Most bytes of activations alive at once during ``call``."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -100,13 +100,21 @@ def check_impossible_knobs(cls: type[Method], probe: Probe) -> None:
 
 
 def check_identity(cls: type[Method], probe: Probe) -> None:
-    """At ratio 1 the outputs are those of the bare model, bit for bit (where the method has such a configuration)."""
+    """At ratio 1 the outputs are those of the bare model (where the method has such a configuration).
+
+    Bit for bit, or within ``TOLERANCE`` where the family replaces an operator by one that adds up in another order.
+    """
     method = cls.identity(probe.model.info)
     if method is None:
         return
     rows = range(probe.examples)
     bare = probe.outputs(rows)
-    assert torch.equal(_outputs(method, probe, rows), bare), f"{method} changes the outputs"
+    outputs = _outputs(method, probe, rows)
+    if probe.exact:
+        assert torch.equal(outputs, bare), f"{method} changes the outputs"
+    else:
+        difference = float((outputs - bare).abs().max() / bare.abs().max())
+        assert difference <= TOLERANCE, f"{method} changes the outputs by {difference:.1e} of the largest"
 
 
 def check_monotone_cost(cls: type[Method], probe: Probe) -> None:
@@ -130,7 +138,8 @@ def check_footprint(cls: type[Method], probe: Probe) -> None:
     bare = probe.cost()
     for method in _ladder(cls, probe) or [_default(cls, probe)]:
         with method.apply(probe.model, probe.prepared(method, 0)):
-            costs, cost = method.footprint(probe.model, probe.ctx), probe.cost()
+            cost = probe.cost()  # a pass first: what a method measures, it measures on the last one
+            costs = method.footprint(probe.model, probe.ctx)
         for name, value in costs.items():
             assert isinstance(value, (int, float)), f"footprint {name} is a {type(value).__name__}"
             assert math.isfinite(value), f"footprint {name} = {value}"

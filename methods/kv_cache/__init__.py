@@ -1,0 +1,1 @@
+"""Compression of the key-value cache, and attention that reads a part of it."""

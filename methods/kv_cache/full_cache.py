@@ -1,0 +1,28 @@
+"""The whole cache, exact: the baseline of the family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from isoflop.methods.base import METHODS
+from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, key_positions, padding_bias
+from isoflop.models.attention import AttentionCall
+from isoflop.models.base import ModelInfo
+from isoflop.models.segments import DenseSegment, LayerStore
+
+
+@METHODS.register("full-cache")
+@dataclass(frozen=True)
+class FullCache(KvCacheMethod):
+    """Keep every key and value as it is: ratio 1."""
+
+    @classmethod
+    def identity(cls, info: ModelInfo) -> FullCache:
+        """Always."""
+        return cls()
+
+    def compress(self, prompt: AttentionCall, prepared: Any) -> LayerStore:
+        """One dense segment with everything."""
+        whole = DenseSegment(key_positions(prompt), padding_bias(prompt), prompt.k_BGTD, prompt.v_BGTD)
+        return LayerStore([whole], empty_recent(prompt))

@@ -1,0 +1,118 @@
+"""The conformance suite's model for methods on the KV cache: an untrained decoder with grouped queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isoflop.core.folder_context import FolderContext
+from isoflop.methods.base import Method
+from isoflop.methods.probe import Probe
+from isoflop.models.calibration import CalibrationText
+from isoflop.models.lm import NOT_SCORED, LmBatch, LmInfo, LmModel
+
+VOCABULARY, PROMPT, TAIL = 48, 40, 8
+
+
+@dataclass(frozen=True)
+class RandomTokens(CalibrationText):
+    """Uniform token ids, for models without weights worth calibrating on."""
+
+    vocabulary: int
+    length: int
+
+    def batches(self, examples: int, seed: int) -> list[Tensor]:  # type: ignore[override]
+        """One batch."""
+        rng = np.random.default_rng(seed)
+        return [torch.from_numpy(rng.integers(0, self.vocabulary, (examples, self.length)))]
+
+
+def untrained_decoder(seed: int = 0, layers: int = 2) -> LmModel:
+    """A Llama with 4 query heads on 2 key-value heads, width 64, and weights large enough to attend unevenly."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.15,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = LlamaForCausalLM(config).eval().requires_grad_(False)
+    info = LmInfo(
+        ref="probe/llama",
+        family="probe",
+        version="1",
+        n_params=sum(p.numel() for p in module.model.layers.parameters()),
+        hooks=frozenset({"kv-cache", "attention", "weights"}),
+        geometry={
+            "width": 64, "layers": layers, "heads": 4, "kv_heads": 2, "head_width": 16, "vocab_size": VOCABULARY, "positions": 256,
+        },
+        text=RandomTokens(VOCABULARY, PROMPT + TAIL),
+        vocabulary="probe",
+    )  # fmt: skip
+    return LmModel(info, module)
+
+
+class KvCacheProbe(Probe):
+    """Logits behind a compressed prompt; the cost is what a method's ratio knob is there to change.
+
+    Args:
+        cost: ``stored`` bytes of the compressed prompt, or ``read`` bytes of one step.
+    """
+
+    def __init__(self, cost: str = "stored", examples: int = 4) -> None:
+        self.model: LmModel = untrained_decoder()
+        self.ctx = FolderContext(Path(mkdtemp(prefix="isoflop-probe-")))
+        self.examples = examples
+        self.exact = False
+        self._cost = cost
+        rng = np.random.default_rng(1)
+        self._ids = torch.from_numpy(rng.integers(0, VOCABULARY, (examples, PROMPT + TAIL)))
+
+    def prepared(self, method: Method, seed: int) -> Any:
+        """The value of the method's own calibration on this model."""
+        return method.calibrate(self.model, self.ctx, seed) if hasattr(method, "calibrate") else None
+
+    def batch(self, rows: Sequence[int]) -> LmBatch:
+        """Some examples."""
+        ids_BT = self._ids[list(rows)]
+        return LmBatch(ids_BT, torch.full_like(ids_BT, NOT_SCORED), PROMPT)
+
+    @torch.no_grad()
+    def outputs(self, rows: Sequence[int]) -> Tensor:
+        """Logits of the tail, (B, tail · vocabulary)."""
+        return self.model.logits(self.batch(rows))[:, PROMPT:].flatten(1)
+
+    @torch.no_grad()
+    def cost(self) -> float:
+        """Bytes of the prompt's cache per example, or bytes read by a step."""
+        from isoflop.methods.base import build
+        from isoflop.methods.kv_cache.base import KvCacheMethod
+
+        bare = nullcontext()
+        if self.model.attention is None:
+            dense = build("full-cache", {})
+            assert isinstance(dense, KvCacheMethod)
+            bare = dense.apply(self.model, None)  # type: ignore[assignment]
+        with bare:
+            self.outputs([0])
+            assert self.model.attention is not None
+            report = self.model.attention.report()
+        return report.prompt_stored if self._cost == "stored" else report.read

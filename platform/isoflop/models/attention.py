@@ -1,0 +1,148 @@
+"""The attention slot: run one's own attention inside a Hugging Face decoder, whose other code stays as it is.
+
+A function registered with transformers' attention interface, together with a mask builder of the same name, sees the
+queries and keys after RoPE, which is all that KV-cache and sparse-attention methods need. The builder hands the padding
+mask through, so that exact masks are built from positions, also over caches from which tokens are gone.
+
+Shape suffixes: B batch, H query heads, G key-value heads, T tokens of this call, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IMPLEMENTATION = "isoflop"
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One layer's attention in one forward pass.
+
+    Attributes:
+        layer: number of the decoder layer.
+        q_BHTD, k_BGTD, v_BGTD: of the tokens in this pass, after RoPE.
+        scaling: factor on the logits.
+        positions_BT: positions in the sequence, as RoPE used them; batch dimension 1 when all rows agree.
+        valid_BT: False for padding; None when nothing is padded.
+    """
+
+    layer: int
+    q_BHTD: Tensor
+    k_BGTD: Tensor
+    v_BGTD: Tensor
+    scaling: float
+    positions_BT: Tensor
+    valid_BT: Tensor | None
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What the key-value cache of the last forward pass took: bytes per example, summed over layers.
+
+    Attributes:
+        stored, dense: everything resident at the end of the pass (codes, scales, indices, labels, exact tokens, scores
+            kept for later steps), and the same tokens kept whole.
+        prompt_stored, prompt_dense: the same of the compressed prompt alone.
+        read: fetched by one decoding step at the end of the pass.
+    """
+
+    stored: float
+    dense: float
+    prompt_stored: float
+    prompt_dense: float
+    read: float
+
+
+class AttentionPolicy(Protocol):
+    """What a method puts into ``DecoderModel.attention``."""
+
+    prefix: int | None
+    """Tokens of the prompt in a one-pass evaluation, at the layer that runs next; None for plain causal passes."""
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """The layer's output, (B, T, H, D)."""
+
+    def session(self) -> AbstractContextManager[None]:
+        """A step-by-step run: the first pass inside the block is the prompt, later ones continue it."""
+
+    def report(self) -> CacheReport:
+        """Bytes of the last one-pass evaluation, or of the session so far."""
+
+
+Attend = Callable[[AttentionCall], Tensor]
+_ACTIVE: dict[int, Attend] = {}
+
+
+@contextmanager
+def replaced_attention(decoder: Any, attend: Attend) -> Iterator[None]:
+    """Every attention layer of ``decoder`` calls ``attend`` inside the ``with`` block."""
+    _register()
+    config = decoder.config
+    before = config._attn_implementation
+    if id(config) in _ACTIVE:
+        raise RuntimeError("another method has replaced the attention of this model already")
+    _ACTIVE[id(config)] = attend
+    config._attn_implementation = IMPLEMENTATION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        del _ACTIVE[id(config)]
+
+
+def causal_attention(call: AttentionCall) -> Tensor:
+    """Plain causal attention over the tokens of the call, (B, T, H, D)."""
+    mask = None
+    if call.valid_BT is not None:
+        length = call.valid_BT.shape[1]
+        causal_TT = torch.ones(length, length, dtype=torch.bool, device=call.q_BHTD.device).tril()
+        diagonal_TT = torch.eye(length, dtype=torch.bool, device=call.q_BHTD.device)  # padding rows see themselves
+        mask = (causal_TT & call.valid_BT[:, None, None, :]) | diagonal_TT
+    out_BHTD = F.scaled_dot_product_attention(
+        call.q_BHTD,
+        call.k_BGTD,
+        call.v_BGTD,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=call.scaling,
+        enable_gqa=call.q_BHTD.shape[1] != call.k_BGTD.shape[1],
+    )
+    return out_BHTD.transpose(1, 2)
+
+
+def supports_attention(module: Any) -> bool:
+    """Whether a Hugging Face model dispatches through the attention interface (Falcon and Bloom do not)."""
+    return bool(getattr(module, "_supports_attention_backend", False))
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs: Any
+) -> tuple[Tensor, None]:
+    if kwargs.get("softcap") is not None or kwargs.get("sliding_window") is not None:
+        raise NotImplementedError("logit soft-capping and sliding windows are not supported by this attention")
+    positions_BT = kwargs.get("position_ids")
+    if positions_BT is None:
+        positions_BT = torch.arange(query.shape[2], device=query.device)[None]
+    valid_BT = None if attention_mask is None else attention_mask.bool()
+    call = AttentionCall(module.layer_idx, query, key, value, scaling, positions_BT, valid_BT)
+    return _ACTIVE[id(module.config)](call).contiguous(), None
+
+
+def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    return attention_mask
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    if IMPLEMENTATION not in AttentionInterface._global_mapping:
+        AttentionInterface.register(IMPLEMENTATION, _attention)
+        AttentionMaskInterface.register(IMPLEMENTATION, _padding_mask)

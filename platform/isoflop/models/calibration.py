@@ -1,0 +1,18 @@
+"""Where the calibration examples of a language model come from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CalibrationText(ABC):
+    """Training sequences of a language model; a frozen dataclass of plain fields, so that it can name a stage."""
+
+    @abstractmethod
+    def batches(self, examples: int, seed: int) -> Iterator[Tensor]:
+        """Token ids (B, T) of training sequences, ``examples`` rows in all; never from a test split."""

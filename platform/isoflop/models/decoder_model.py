@@ -1,0 +1,79 @@
+"""Models with a decoder-only language model inside: what methods on its cache, attention and layers hold on to.
+
+Shape suffixes: B batch, T tokens, W vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from isoflop.core.errors import Infeasible
+from isoflop.models.attention import AttentionPolicy, replaced_attention
+from isoflop.models.base import Model
+
+
+class DecoderModel(Model):
+    """A language model, or a vision-language model with one inside.
+
+    Attributes:
+        attention: the attention policy in place (KV-cache and sparse-attention methods), or None for stock attention.
+    """
+
+    attention: AttentionPolicy | None = None
+
+    @property
+    @abstractmethod
+    def decoder(self) -> Any:
+        """The Hugging Face decoder: a module with ``layers``, ``embed_tokens``, ``norm`` and ``config``."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.module.parameters()).device
+
+    @contextmanager
+    def attending(self, policy: AttentionPolicy) -> Iterator[None]:
+        """Every attention layer of the decoder goes through ``policy`` inside the ``with`` block.
+
+        Raises:
+            Infeasible: another method has taken the place.
+        """
+        if self.attention is not None:
+            raise Infeasible("a trial takes one method on the KV cache or attention, not two")
+        self.attention = policy
+        try:
+            with replaced_attention(self.decoder, policy.attend):
+                yield
+        finally:
+            del self.attention
+
+    @contextmanager
+    def compressing_prefix(self, tokens: int) -> Iterator[None]:
+        """Inside the block the first ``tokens`` of a forward pass are the prompt that the policy compresses.
+
+        Queries inside the prefix attend to it exactly; queries behind it attend to its compressed form and exactly to
+        the tokens behind it. That equals compressing after the prompt and going on step by step, because the states
+        of a prefix never depend on what follows. Without a policy the block changes nothing.
+        """
+        policy = self.attention
+        if policy is None:
+            yield
+            return
+        before = policy.prefix
+        policy.prefix = tokens
+        try:
+            yield
+        finally:
+            policy.prefix = before
+
+
+def decoder_model(model: Model, method: str) -> DecoderModel:
+    """``model`` as one with a decoder; Infeasible otherwise."""
+    if not isinstance(model, DecoderModel):
+        raise Infeasible(f"method {method}: model {model.info.ref} has no language model inside")
+    return model

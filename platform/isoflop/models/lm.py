@@ -1,0 +1,131 @@
+"""Decoder-only language models: what is known of one, and the loaded model.
+
+Tiny models trained here and Hugging Face checkpoints run through this one class.
+
+Shape suffixes: B batch, T tokens, S scored positions, W vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isoflop.core.stage import StageContext
+from isoflop.models.base import ModelInfo
+from isoflop.models.calibration import CalibrationText
+from isoflop.models.decoder_model import DecoderModel
+
+NOT_SCORED = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class LmInfo(ModelInfo):
+    """What is known of a language model without loading its weights.
+
+    Attributes:
+        vocabulary: name of the raw vocabulary it was trained on, or None for one with a tokenizer.
+        text: where calibration examples come from.
+        options: the sweep's options for this model, checked, as (name, value) pairs.
+
+    ``geometry`` holds ``width``, ``layers``, ``heads``, ``kv_heads``, ``head_width``, ``vocab_size``, ``positions``.
+    """
+
+    text: CalibrationText
+    vocabulary: str | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class LmBatch:
+    """Sequences and what is scored in them.
+
+    Attributes:
+        ids_BT: token ids.
+        targets_BT: the token that follows each position, NOT_SCORED where nothing is asked.
+        prefix: tokens of the prompt that methods on the KV cache compress before the rest is seen; 0 for none.
+        valid_BT: False for padding, which is on the left; None when nothing is padded.
+    """
+
+    ids_BT: Tensor
+    targets_BT: Tensor
+    prefix: int = 0
+    valid_BT: Tensor | None = None
+
+    def to(self, device: torch.device) -> LmBatch:
+        """The batch on a device."""
+        valid = None if self.valid_BT is None else self.valid_BT.to(device)
+        return LmBatch(self.ids_BT.to(device), self.targets_BT.to(device), self.prefix, valid)
+
+
+class LmModel(DecoderModel):
+    """A loaded Hugging Face causal language model."""
+
+    info: LmInfo
+
+    def __init__(self, info: LmInfo, module: nn.Module) -> None:
+        self.info = info
+        self.module: Any = module
+
+    @property
+    def decoder(self) -> Any:
+        """The language model without its head."""
+        return self.module.get_decoder()
+
+    def logits(self, batch: LmBatch) -> Tensor:
+        """Logits (B, T, W) in one forward pass, the prompt compressed by whatever is applied."""
+        with self.compressing_prefix(batch.prefix) if batch.prefix else nullcontext():
+            return self.module(
+                input_ids=batch.ids_BT,
+                attention_mask=None if batch.valid_BT is None else batch.valid_BT.long(),
+                position_ids=positions_of(batch),
+                use_cache=False,
+            ).logits
+
+    @torch.no_grad()
+    def stepwise_logits(self, batch: LmBatch) -> Tensor:
+        """The same as ``logits``, computed as in serving: the prompt, then one token after the other."""
+        if self.attention is None or not batch.prefix:
+            raise ValueError("stepwise_logits needs a method on the KV cache and a prompt")
+        positions_BT = positions_of(batch)
+        parts = []
+        with self.attention.session():
+            bounds = [0, *range(batch.prefix, batch.ids_BT.shape[1] + 1)]
+            for start, stop in pairwise(bounds):
+                prompt = start == 0 and batch.valid_BT is not None
+                parts.append(
+                    self.module(
+                        input_ids=batch.ids_BT[:, start:stop],
+                        attention_mask=batch.valid_BT[:, :stop].long()
+                        if prompt and batch.valid_BT is not None
+                        else None,
+                        position_ids=positions_BT[:, start:stop],
+                        use_cache=False,
+                    ).logits
+                )
+        return torch.cat(parts, dim=1)
+
+    def supervised(self, batch: LmBatch) -> tuple[Tensor, Tensor]:
+        """Logits (S, W) and targets (S,) of the scored positions."""
+        batch = batch.to(self.device)
+        scored_BT = batch.targets_BT != NOT_SCORED
+        return self.logits(batch)[scored_BT], batch.targets_BT[scored_BT]
+
+    def calibration(self, ctx: StageContext, examples: int, seed: int) -> Iterator[LmBatch]:
+        """Batches of training sequences, every position scored."""
+        for ids_BT in self.info.text.batches(examples, seed):
+            targets_BT = torch.full_like(ids_BT, NOT_SCORED)
+            targets_BT[:, :-1] = ids_BT[:, 1:]
+            yield LmBatch(ids_BT, targets_BT).to(self.device)
+
+
+def positions_of(batch: LmBatch) -> Tensor:
+    """Positions (B or 1, T), counted over real tokens."""
+    if batch.valid_BT is None:
+        return torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device)[None]
+    return (batch.valid_BT.long().cumsum(-1) - 1).clamp(min=0)

@@ -1,0 +1,139 @@
+"""Segments: the pieces a compressed key-value cache consists of, read together as one softmax.
+
+Keys are stored after RoPE, so their order inside a segment does not matter and nothing is scattered back into place.
+Every tensor that must stay resident belongs to a segment, so that bytes are counted on what is really there.
+
+Shape suffixes: B batch, H query heads, G key-value heads, T queries, N tokens of a segment, D head width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isoflop.models.base import tensor_bytes
+
+
+@dataclass
+class Segment(ABC):
+    """Tokens of the cache in one representation.
+
+    Attributes:
+        positions_BGN: places in the sequence. They order queries against keys, and are stored only when a method says
+            so: softmax itself needs no positions, since keys carry theirs.
+        log_bias_BGN: added to the logits: -inf for an empty slot, log n for a slot that stands for n tokens; or None.
+    """
+
+    positions_BGN: Tensor
+    log_bias_BGN: Tensor | None
+
+    @abstractmethod
+    def keys(self) -> Tensor:
+        """k_BGND as attention reads them."""
+
+    @abstractmethod
+    def values(self) -> Tensor:
+        """v_BGND as attention reads them."""
+
+    @abstractmethod
+    def tensors(self) -> Iterable[Tensor]:
+        """Everything that must stay resident."""
+
+    def read_tensors(self) -> Iterable[Tensor]:
+        """What one decoding step fetches; by default everything."""
+        return self.tensors()
+
+
+@dataclass
+class DenseSegment(Segment):
+    """Keys and values as they are, (B, G, N, D)."""
+
+    k_BGND: Tensor
+    v_BGND: Tensor
+
+    def keys(self) -> Tensor:
+        """As stored."""
+        return self.k_BGND
+
+    def values(self) -> Tensor:
+        """As stored."""
+        return self.v_BGND
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Keys, values, and biases if there are any."""
+        return (self.k_BGND, self.v_BGND, *(() if self.log_bias_BGN is None else (self.log_bias_BGN,)))
+
+    def append(self, k_BGTD: Tensor, v_BGTD: Tensor, positions_BGT: Tensor) -> None:
+        """Add tokens at the end."""
+        self.k_BGND = torch.cat((self.k_BGND, k_BGTD), dim=2)
+        self.v_BGND = torch.cat((self.v_BGND, v_BGTD), dim=2)
+        self.positions_BGN = torch.cat((self.positions_BGN, positions_BGT), dim=2)
+        if self.log_bias_BGN is not None:
+            self.log_bias_BGN = torch.cat((self.log_bias_BGN, torch.zeros_like(k_BGTD[..., 0])), dim=2)
+
+
+@dataclass
+class LayerStore:
+    """One layer's cache in a step-by-step run.
+
+    Attributes:
+        segments: the compressed prompt, and whatever a method adds while decoding.
+        recent: exact tokens since the prompt.
+        state: what a method keeps between steps (running scores, label caches); resident tensors belong to ``extra``.
+        extra: resident tensors outside the segments.
+    """
+
+    segments: list[Segment]
+    recent: DenseSegment
+    state: dict[str, Any] = field(default_factory=dict)
+    extra: list[Tensor] = field(default_factory=list)
+
+    def all(self) -> list[Segment]:
+        """Segments with the recent tokens last."""
+        return [*self.segments, self.recent]
+
+
+def attend_segments(
+    q_BHTD: Tensor, segments: Sequence[Segment], scaling: float, positions_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the union of segments; a query sees keys at its own position and before.
+
+    Args:
+        positions_BT: of the queries.
+
+    Returns:
+        out_BTHD, and the probabilities p_BHTN over the segments' tokens in their order (float32).
+    """
+    logits = [segment_logits(q_BHTD, s, scaling, positions_BT) for s in segments]
+    p_BHTN = torch.cat(logits, dim=-1).softmax(-1)
+    out_BHTD = torch.zeros_like(q_BHTD)
+    for segment, p in zip(segments, p_BHTN.split([part.shape[-1] for part in logits], dim=-1), strict=True):
+        v_BGND = segment.values()
+        p_BGRN = p.to(v_BGND.dtype).reshape(p.shape[0], v_BGND.shape[1], -1, p.shape[-1])
+        out_BHTD += (p_BGRN @ v_BGND).reshape(out_BHTD.shape)
+    return out_BHTD.transpose(1, 2), p_BHTN
+
+
+def segment_logits(q_BHTD: Tensor, segment: Segment, scaling: float, positions_BT: Tensor) -> Tensor:
+    """Masked logits (B, H, T, N) in float32 of queries against one segment."""
+    k_BGND = segment.keys()
+    batch, heads, length, width = q_BHTD.shape
+    groups = k_BGND.shape[1]
+    q_BGRD = q_BHTD.reshape(batch, groups, -1, width)  # a key-value head's query heads one after the other
+    logits = (q_BGRD.float() @ k_BGND.float().transpose(-1, -2)) * scaling
+    logits = logits.reshape(batch, groups, heads // groups, length, -1)
+    if segment.log_bias_BGN is not None:
+        logits = logits + segment.log_bias_BGN[:, :, None, None, :].float()
+    later = segment.positions_BGN[:, :, None, None, :] > positions_BT[:, None, None, :, None]
+    return logits.masked_fill(later, float("-inf")).reshape(batch, heads, length, -1)
+
+
+def stored_bytes(tensors: Iterable[Tensor], dense_bits: int) -> float:
+    """Bytes of tensors, each storage once; see ``ModelInfo.dense_bits``."""
+    seen = {t.data_ptr(): t for t in tensors if t.numel()}
+    return sum(tensor_bytes(t, dense_bits) for t in seen.values())
