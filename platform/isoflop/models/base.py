@@ -35,6 +35,7 @@ class ModelInfo:
         dense_bits: what an element of a weight or of a cache counts where nothing compresses it. Families trained here
             compute in float32, because CPUs do, and count 16 bits, as they would be served; checkpoints count what
             they are loaded in.
+        options: the sweep's options for this model, checked, as sorted (name, value) pairs.
     """
 
     ref: str
@@ -44,6 +45,7 @@ class ModelInfo:
     hooks: frozenset[str]
     geometry: Mapping[str, Any] = field(default_factory=dict)
     dense_bits: int = 16
+    options: tuple[tuple[str, Any], ...] = ()
 
 
 class Model(ABC):

@@ -31,14 +31,12 @@ class LmInfo(ModelInfo):
     Attributes:
         vocabulary: name of the raw vocabulary it was trained on, or None for one with a tokenizer.
         text: where calibration examples come from.
-        options: the sweep's options for this model, checked, as (name, value) pairs.
 
     ``geometry`` holds ``width``, ``layers``, ``heads``, ``kv_heads``, ``head_width``, ``vocab_size``, ``positions``.
     """
 
     text: CalibrationText
     vocabulary: str | None = None
-    options: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ class VlmInfo(ModelInfo):
         tower: the stage whose value is the model's vision tower.
         feature_layer: hidden state that feeds the projector, counted from 0 (the embedding) to the number of layers.
         vocabulary: name of the raw vocabulary the checkpoint declares, or None for one with a tokenizer.
-        options: the sweep's options for this model, checked, as (name, value) pairs.
 
     ``geometry`` holds ``grid`` (patches per side), ``visual_tokens`` (P), ``vision_width``, ``vision_layers``,
     ``width``, ``layers``, ``heads``, ``kv_heads``, ``vocab_size``, ``image_token``.
@@ -40,7 +39,6 @@ class VlmInfo(ModelInfo):
     tower: TowerSource
     feature_layer: int
     vocabulary: str | None = None
-    options: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,74 @@
+"""Stages that run a model: calibration statistics, decompositions, sensitivity measurements.
+
+A stage of this kind names the model as it was trained, with the methods that took part in its training, and nothing
+else of the trial, so that one calibration serves every combination of methods and every value of a ratio knob.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from isoflop.core.stage import Stage, StageContext
+from isoflop.methods.base import Method, build
+from isoflop.models.base import Model, ModelInfo, family_of
+
+Spec = tuple[str, str, tuple[tuple[str, Any], ...]]
+
+
+@dataclass(frozen=True)
+class OnModel(Stage):
+    """Base class of stages that need the loaded model; subclasses add the knobs that their result depends on.
+
+    Attributes:
+        ref, options, model_version: of the model.
+        weights: the stage that trained it, or None for a checkpoint.
+        trained_with, prepared: methods that took part in the training (name, version, knobs), and their stages.
+        examples: stages that the model's calibration examples come from.
+        seed: of the job.
+    """
+
+    ref: str
+    options: tuple[tuple[str, Any], ...]
+    model_version: str
+    weights: Stage | None
+    trained_with: tuple[Spec, ...]
+    prepared: tuple[Stage | None, ...]
+    examples: tuple[Stage, ...]
+    seed: int
+
+    @staticmethod
+    def source(
+        info: ModelInfo, weights: Stage | None, seed: int, trained_with: tuple[Method, ...] = ()
+    ) -> dict[str, Any]:
+        """The fields of this class for the arguments of ``Method.prepare``."""
+        family = family_of(info.ref)
+        return {
+            "ref": info.ref,
+            "options": info.options,
+            "model_version": info.version,
+            "weights": weights,
+            "trained_with": tuple((m.name, m.version, tuple(sorted(m.knobs().items()))) for m in trained_with),
+            "prepared": tuple(m.prepare(info, weights, seed, trained_with) for m in trained_with),
+            "examples": family.calibration_stages(info, trained_with),
+            "seed": seed,
+        }
+
+    def deps(self) -> tuple[Stage, ...]:
+        """Weights, the stages of the methods, and the examples."""
+        found = (self.weights, *self.prepared, *self.examples)
+        return tuple(stage for stage in found if stage is not None)
+
+    @contextmanager
+    def model(self, ctx: StageContext) -> Iterator[Model]:
+        """The loaded model with the methods it was trained with, to be measured; changed copies are the caller's."""
+        family = family_of(self.ref)
+        info = family.info(self.ref, dict(self.options))
+        model = family.load(info, self.weights, ctx)
+        with ExitStack() as stack:
+            for (name, _, knobs), stage in zip(self.trained_with, self.prepared, strict=True):
+                method = build(name, dict(knobs))
+                stack.enter_context(method.apply(model, ctx.get(stage) if stage is not None else None))
+            yield model
