@@ -96,7 +96,7 @@ def grid_of(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Float16 (scale, zero) of a grid that spans ``low`` to ``high`` (float32).
 
     Constant groups get scale 0 and the nearest float16. Beyond float16 the grid stays finite, and values saturate at its
-    ends. NaN makes its group's grid NaN.
+    ends.
     """
     zero = _half_below(low)
     scale = -_half_below(-(high - zero.float()) / (2**bits - 1))
@@ -136,7 +136,7 @@ def unpack_bits(packed: Tensor, bits: int, length: int) -> Tensor:
 def _pack_supported(x: Tensor, bits: int, axis: int = -1, group: int | None = None) -> bool:
     axis, group = _check(x, bits, axis, group)
     whole_units = axis == -2 or group % unit(bits)[0] == 0 or group == x.shape[-1]
-    fits = axis == -2 or group <= 8192
+    fits = group <= 8192 if axis == -1 else math.prod(x.shape[:-2]) <= 65535  # a tile, a CUDA grid's third dimension
     return axis >= -2 and x.is_floating_point() and x.dtype != torch.float64 and x.numel() > 0 and whole_units and fits
 
 
@@ -147,7 +147,7 @@ def quant_pack(x: Tensor, bits: int, axis: int = -1, group: int | None = None) -
     The grid is asymmetric min-max, codes are rounded to nearest (halves up) and clamped.
 
     Args:
-        x: any shape of at least one dimension; computed in float32.
+        x: any shape of at least one dimension, without NaN; computed in float32.
         bits: 1 to 8.
         axis: values of a group lie along it.
         group: values that share a grid; None for the whole axis. Where it does not divide the axis, the last is shorter.
