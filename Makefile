@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup quickstart test test-all lint format schema pictures clean
+.PHONY: help setup quickstart test test-all lint format schema pictures outcomes clean
 
 help:
 	@echo "make quickstart  set up, run the laptop sweep, show its law and frontier"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-all    the slow ones too: clusters, many kills, whole trainings"
 	@echo "make lint        ruff and mypy"
 	@echo "make schema      write sweeps/sweep.schema.json anew"
+	@echo "make outcomes    run every method's sweep (hours), test its claims, write dashboards/outcomes anew"
 	@echo "make pictures    draw the README's pictures from the quickstart's results (needs Chromium)"
 
 setup: $(READY)
@@ -46,6 +47,9 @@ schema: $(READY)
 
 pictures: $(READY)
 	$(BIN)/python -m isoflop.dashboards.pictures
+
+outcomes: $(READY)
+	$(BIN)/python -m isoflop.dashboards.outcomes
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,163 @@
+"""Two kinds of runs compared example by example: the difference of their errors, with an interval.
+
+Runs of the same task, options and seed score the same examples in the same order, so that the noise of examples cancels
+in the difference. Rows are paired where the columns in ``match`` agree; each pair gives one mean difference, and pairs
+of the same repeat share a seed. The interval resamples repeats where there are at least two, and examples inside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from isoflop.core.errors import UserError
+from isoflop.frontier.query import sql
+
+DRAWS = 2000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Mean of ``error(a) - error(b)`` over all pairs; negative where a is better.
+
+    Attributes:
+        a, b: mean errors.
+        difference, low, high: the mean difference with its 95 % interval.
+        pairs: row pairs; ``repeats``: different repeats among them.
+        cells: one entry per value of the matched columns: those values, ``a``, ``b``, ``difference``, ``pairs``.
+    """
+
+    a: float
+    b: float
+    difference: float
+    low: float
+    high: float
+    pairs: int
+    repeats: int
+    cells: list[dict[str, Any]]
+
+    @property
+    def verdict(self) -> str:
+        """``better`` when the whole interval lies below 0, ``worse`` above, else ``not separated``."""
+        return "better" if self.high < 0 else "worse" if self.low > 0 else "not separated"
+
+
+def paired(
+    table: pa.Table, a: str, b: str, match: Mapping[str, float] | Sequence[str] = ("model", "task"), seed: int = 0
+) -> Paired:
+    """Compare the rows that fulfil the SQL condition ``a`` with those that fulfil ``b``.
+
+    Args:
+        table: ledger rows with ``scores``; only finished ones count.
+        match: columns that must agree besides ``task`` and ``repeat``; with a number, numeric columns may differ by that
+            share, and the nearest row is taken.
+
+    Raises:
+        UserError: a condition is wrong, or nothing can be paired.
+    """
+    tolerances = dict(match) if isinstance(match, Mapping) else dict.fromkeys(match, 0.0)
+    left, right = _rows(table, a), _rows(table, b)
+    pairs = [(row, other) for row in left if (other := _partner(row, right, tolerances)) is not None]
+    if not pairs:
+        raise UserError(
+            f"nothing to compare: {len(left)} rows where {a}, {len(right)} where {b}, and none agree in task, repeat, {', '.join(tolerances)}"
+        )
+    differences = [(row["repeat"], _difference(row, other)) for row, other in pairs]
+    low, high = _interval(differences, seed)
+    return Paired(
+        a=float(np.mean([row["error"] for row, _ in pairs])),
+        b=float(np.mean([other["error"] for _, other in pairs])),
+        difference=float(np.mean([d.mean() for _, d in differences])),
+        low=low,
+        high=high,
+        pairs=len(pairs),
+        repeats=len({repeat for repeat, _ in differences}),
+        cells=_cells(pairs, list(tolerances)),
+    )
+
+
+def _rows(table: pa.Table, condition: str) -> list[dict[str, Any]]:
+    return sql(f"SELECT * FROM results WHERE status = 'ok' AND ({condition})", table).to_pylist()
+
+
+def _partner(
+    row: Mapping[str, Any], others: Sequence[Mapping[str, Any]], tolerances: Mapping[str, float]
+) -> Mapping[str, Any] | None:
+    best, least = None, math.inf
+    for other in others:
+        if other["task"] != row["task"] or other["repeat"] != row["repeat"] or other["job_id"] == row["job_id"]:
+            continue
+        distance = 0.0
+        for column, tolerance in tolerances.items():
+            mine, theirs = _value(row, column), _value(other, column)
+            if mine == theirs:
+                continue
+            if not tolerance or not isinstance(mine, (int, float)) or not isinstance(theirs, (int, float)):
+                distance = math.inf
+                break
+            gap = abs(mine - theirs) / max(abs(mine), abs(theirs))
+            distance = math.inf if gap > tolerance else distance + gap
+        if distance < least:
+            best, least = other, distance
+    return best
+
+
+def _value(row: Mapping[str, Any], column: str) -> Any:
+    """A column, or an entry of the footprint or of the metrics."""
+    if column in row:
+        return row[column]
+    for name in ("footprint", "metrics"):
+        found = dict(row.get(name) or ())
+        if column in found:
+            return found[column]
+    raise UserError(f"no column {column!r}, neither among the rows' columns nor in their footprint or metrics")
+
+
+def _difference(row: Mapping[str, Any], other: Mapping[str, Any]) -> np.ndarray:
+    mine, theirs = np.asarray(row["scores"], dtype=float), np.asarray(other["scores"], dtype=float)
+    if mine.shape != theirs.shape or not len(mine):  # no pairing by example: the means alone
+        return np.array([row["error"] - other["error"]])
+    return mine - theirs
+
+
+def _interval(differences: Sequence[tuple[int, np.ndarray]], seed: int) -> tuple[float, float]:
+    """Percentile interval of the mean: repeats are drawn, then the examples of each repeat, the same for all its pairs."""
+    rng = np.random.default_rng(seed)
+    repeats = sorted({repeat for repeat, _ in differences})
+    groups = {repeat: [d for r, d in differences if r == repeat] for repeat in repeats}
+    means = np.empty(DRAWS)
+    for draw in range(DRAWS):
+        chosen = rng.choice(repeats, len(repeats)) if len(repeats) > 1 else np.array(repeats)
+        parts = []
+        for repeat in chosen.tolist():
+            sizes = {len(d) for d in groups[repeat]}
+            index = {size: rng.integers(0, size, size) for size in sorted(sizes)}
+            parts += [d[index[len(d)]].mean() for d in groups[repeat]]
+        means[draw] = np.mean(parts)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def _cells(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], columns: list[str]) -> list[dict[str, Any]]:
+    found: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+    for row, other in pairs:
+        key = (row["task"], *(_rounded(_value(row, c)) for c in columns))
+        found.setdefault(key, []).append((row["error"], other["error"]))
+    cells = []
+    for key, errors in sorted(found.items(), key=lambda item: tuple(map(str, item[0]))):
+        mine, theirs = np.mean(errors, axis=0)
+        cells.append(
+            dict(zip(("task", *columns), key, strict=True))
+            | {"a": float(mine), "b": float(theirs), "difference": float(mine - theirs), "pairs": len(errors)}
+        )
+    return cells
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.3g}") if isinstance(value, float) else value

@@ -1,0 +1,69 @@
+"""Paired comparison of runs: matching, intervals, refusals."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from isoflop.core.errors import UserError
+from isoflop.frontier.paired import paired
+from isoflop.ledger.schema import to_table
+
+
+def rows(gain: float, noise: float = 0.3, repeats: int = 3, examples: int = 200) -> pa.Table:
+    rng = np.random.default_rng(0)
+    found = []
+    for repeat in range(repeats):
+        for budget in (10.0, 20.0):
+            hard = rng.uniform(0.2, 0.8, examples)
+            for name, shift in (("old", 0.0), ("new", -gain)):
+                scores = hard + shift + noise * rng.normal(size=examples) * 0.1
+                found.append(
+                    {
+                        "job_id": f"{name}{repeat}{budget}",
+                        "model": "m",
+                        "task": "t",
+                        "method": name,
+                        "knobs": json.dumps({"budget": budget}),
+                        "repeat": repeat,
+                        "status": "ok",
+                        "error": float(scores.mean()),
+                        "scores": scores.tolist(),
+                        "footprint": [("kv", budget * (1.02 if name == "new" else 1.0))],
+                    }
+                )
+    return to_table(found)
+
+
+def test_a_planted_gain_is_found_and_its_interval_covers_it() -> None:
+    result = paired(rows(0.02), "method = 'new'", "method = 'old'", {"model": 0, "kv": 0.05})
+    assert result.verdict == "better"
+    assert result.low <= -0.02 <= result.high
+    assert (result.pairs, result.repeats) == (6, 3)
+    assert [cell["kv"] for cell in result.cells] == [10.2, 20.4]
+    assert result.difference == pytest.approx(result.a - result.b)
+
+
+def test_no_gain_is_not_separated_and_roles_swap_the_sign() -> None:
+    table = rows(0.0)
+    result = paired(table, "method = 'new'", "method = 'old'", {"model": 0, "kv": 0.05})
+    assert result.verdict == "not separated"
+    back = paired(table, "method = 'old'", "method = 'new'", {"model": 0, "kv": 0.05})
+    assert back.difference == pytest.approx(-result.difference)
+
+
+def test_examples_of_one_repeat_pair_exactly() -> None:
+    table = rows(0.01, noise=0.0, repeats=1)
+    result = paired(table, "method = 'new'", "method = 'old'", {"kv": 0.05})
+    assert result.low == pytest.approx(-0.01, abs=1e-6)  # the examples' own spread cancels
+    assert result.high == pytest.approx(-0.01, abs=1e-6)
+
+
+def test_nothing_to_pair_and_unknown_columns_are_told() -> None:
+    with pytest.raises(UserError, match="nothing to compare: 6 rows"):
+        paired(rows(0.0), "method = 'new'", "method = 'old'", ["kv"])
+    with pytest.raises(UserError, match="no column 'kvs'"):
+        paired(rows(0.0), "method = 'new'", "method = 'old'", {"kvs": 0.1})
+    with pytest.raises(UserError, match="Binder Error"):
+        paired(rows(0.0), "methods = 'new'", "method = 'old'")
