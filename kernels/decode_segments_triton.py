@@ -24,7 +24,7 @@ from isoflop.kernels.quant import Packed, unit
 from isoflop.kernels.quant_triton import load_codes
 
 _LOG2_E = 1.4426950408889634  # logits are in bits: exp2 is what the hardware has
-_BLOCK_N = 64
+_BLOCK_DENSE, _BLOCK_PACKED = 64, 32  # tokens of a tile; dequantised ones take twice the registers
 _WAVES = 4  # programs per multiprocessor
 
 # how the grids of a packed tensor lie over a tile of tokens by channels
@@ -97,10 +97,6 @@ def _segment_kernel(
             k_ptr, k_scale_ptr, k_zero_ptr, head, k_stride_b, k_stride_g, k_stride_n, groups, start, tokens, width,
             k_group, K_LAYOUT, K_PER_ROW, K_BITS, K_U, K_BYTES, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        v = _load_tile(
-            v_ptr, v_scale_ptr, v_zero_ptr, head, v_stride_b, v_stride_g, v_stride_n, groups, start, tokens, v_width,
-            v_group, V_LAYOUT, V_PER_ROW, V_BITS, V_U, V_BYTES, BLOCK_N, BLOCK_DV,
-        )  # fmt: skip
         n = start + tl.arange(0, BLOCK_N)
         logits = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32x3") * scaling
         if HAS_BIAS:
@@ -112,6 +108,10 @@ def _segment_kernel(
         p = tl.exp2(logits - base[:, None])
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(p, 1)
+        v = _load_tile(
+            v_ptr, v_scale_ptr, v_zero_ptr, head, v_stride_b, v_stride_g, v_stride_n, groups, start, tokens, v_width,
+            v_group, V_LAYOUT, V_PER_ROW, V_BITS, V_U, V_BYTES, BLOCK_N, BLOCK_DV,
+        )  # fmt: skip
         out = out * shrink[:, None] + tl.dot(p.to(q.dtype), v.to(q.dtype), input_precision="tf32x3")
         top = higher
     out = out / tl.where(total > 0, total, 1.0)[:, None]
@@ -167,7 +167,7 @@ def decode_segments(q_BHTD: Tensor, segments: Sequence[SegmentPart], scaling: fl
     lse = torch.full((batch, heads, queries), float("-inf"), dtype=torch.float32, device=q.device)
     if not filled:
         return out, lse
-    counts = _splits([part.tokens for part in filled], all_groups, q.device)
+    counts = _splits(filled, all_groups, q.device)
     splits = sum(counts)
     part_out = torch.empty(all_groups, splits, rows, v_width, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(all_groups, splits, rows, dtype=torch.float32, device=q.device)
@@ -182,14 +182,19 @@ def decode_segments(q_BHTD: Tensor, segments: Sequence[SegmentPart], scaling: fl
     return out, lse
 
 
-def _splits(tokens: Sequence[int], all_groups: int, device: torch.device) -> list[int]:
-    """Programs per key-value head for each segment: enough to fill the GPU, in proportion to tokens, without empty ones."""
+def _block(part: SegmentPart) -> int:
+    return _BLOCK_PACKED if isinstance(part.k, Packed) or isinstance(part.v, Packed) else _BLOCK_DENSE
+
+
+def _splits(parts: Sequence[SegmentPart], all_groups: int, device: torch.device) -> list[int]:
+    """Programs per key-value head for each segment: enough to fill the GPU, in proportion to tokens, none without work."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     wanted = _WAVES * processors / all_groups
+    tokens = sum(part.tokens for part in parts)
     found = []
-    for n in tokens:
-        blocks = math.ceil(n / _BLOCK_N)
-        count = max(1, min(blocks, round(wanted * n / sum(tokens))))
+    for part in parts:
+        blocks = math.ceil(part.tokens / _block(part))
+        count = max(1, min(blocks, round(wanted * part.tokens / tokens)))
         found.append(math.ceil(blocks / math.ceil(blocks / count)))
     return found
 
@@ -197,18 +202,19 @@ def _splits(tokens: Sequence[int], all_groups: int, device: torch.device) -> lis
 def _launch(q: Tensor, part: SegmentPart, scaling: float, out: Tensor, lse: Tensor, first: int, count: int) -> None:
     """Attend to one segment; writes ``count`` partial results from ``first`` on."""
     all_groups, splits, rows, v_width = out.shape
-    k_tensors, k_strides, k_constants = _operand(part.k, "K")
-    v_tensors, v_strides, v_constants = _operand(part.v, "V")
+    block = _block(part)
+    k_tensors, k_strides, k_constants = _operand(part.k, "K", block)
+    v_tensors, v_strides, v_constants = _operand(part.v, "V", block)
     width, groups = q.shape[-1], part.k.shape[1]
     extras = [part.log_bias_BGN, part.k_channel_scale_BGD, part.v_channel_scale_BGD]
     given = [q if x is None else x.float().contiguous() for x in extras]  # a pointer that is not read stands for None
-    chunk = math.ceil(math.ceil(part.tokens / _BLOCK_N) / count) * _BLOCK_N
+    chunk = math.ceil(math.ceil(part.tokens / block) / count) * block
     _segment_kernel[(count, all_groups)](
         q, *k_tensors, *v_tensors, *given, out, lse, *k_strides, *v_strides,
         scaling * _LOG2_E, groups, rows, part.tokens, width, v_width, _group(part.k), _group(part.v), chunk, first, splits,
         **k_constants, **v_constants,
         HAS_BIAS=extras[0] is not None, HAS_K_CHANNEL=extras[1] is not None, HAS_V_CHANNEL=extras[2] is not None,
-        BLOCK_M=max(16, triton.next_power_of_2(rows)), BLOCK_N=_BLOCK_N,
+        BLOCK_M=max(16, triton.next_power_of_2(rows)), BLOCK_N=block,
         BLOCK_D=max(16, triton.next_power_of_2(width)), BLOCK_DV=max(16, triton.next_power_of_2(v_width)),
         num_warps=4, num_stages=3,
     )  # fmt: skip
@@ -218,11 +224,13 @@ def _group(x: Tensor | Packed) -> int:
     return x.group if isinstance(x, Packed) else 1
 
 
-def _operand(x: Tensor | Packed, side: str) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...], dict[str, Any]]:
+def _operand(
+    x: Tensor | Packed, side: str, block: int
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...], dict[str, Any]]:
     """(data, scales, zeros), strides over batch, heads and tokens, and the kernel's constants for keys or values."""
     if isinstance(x, Packed):
         tensors = (x.codes.contiguous(), x.scale.contiguous(), x.zero.contiguous())
-        layout, bits, per_row = _layout(x), x.bits, x.axis == -1
+        layout, bits, per_row = _layout(x, block), x.bits, x.axis == -1
         strides: tuple[int, ...] = (0, 0, 0)
     else:
         dense = x if x.stride(-1) == 1 else x.contiguous()
@@ -232,7 +240,7 @@ def _operand(x: Tensor | Packed, side: str) -> tuple[tuple[Tensor, Tensor, Tenso
     return tensors, strides, {f"{side}_{name}": value for name, value in constants.items()}
 
 
-def _layout(x: Packed) -> int:
+def _layout(x: Packed, block: int) -> int:
     if x.axis == -1:
         return _BY_TOKEN if x.group == x.shape[-1] else _MIXED
-    return _BY_CHANNEL if x.group % _BLOCK_N == 0 or x.group >= x.shape[-2] else _MIXED
+    return _BY_CHANNEL if x.group % block == 0 or x.group >= x.shape[-2] else _MIXED
