@@ -62,7 +62,9 @@ def column_scores(
     q_BGRTD = q_BHTD.reshape(batch, groups, heads // groups, queries, width)
     keys_BG1DS = k_BGSD.float().transpose(-1, -2).unsqueeze(2)
     scores_BGWS = q_BHTD.new_zeros(batch, groups, weight_BWT.shape[1], keys, dtype=torch.float32)
-    for rows in torch.arange(queries, device=q_BHTD.device).split(max(1, _BLOCK_VALUES // max(1, batch * heads * keys))):
+    for rows in torch.arange(queries, device=q_BHTD.device).split(
+        max(1, _BLOCK_VALUES // max(1, batch * heads * keys))
+    ):
         seen_BTS = k_positions_BS[:, None, :] <= q_positions_BT[:, rows, None]
         if valid_BS is not None:
             seen_BTS = seen_BTS & valid_BS[:, None, :]

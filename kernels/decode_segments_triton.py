@@ -23,7 +23,8 @@ from isoflop.kernels.decode_segments import SegmentPart
 from isoflop.kernels.quant import Packed, unit
 from isoflop.kernels.quant_triton import load_codes
 
-_LOG2_E = 1.4426950408889634  # logits are in bits: exp2 is what the hardware has
+_LOG2_E = tl.constexpr(1.4426950408889634)  # logits are in bits: exp2 is what the hardware has
+_LN_2 = tl.constexpr(0.6931471805599453)
 _BLOCK_DENSE, _BLOCK_PACKED = 64, 32  # tokens of a tile; dequantised ones take twice the registers
 _WAVES = 4  # programs per multiprocessor
 
@@ -101,7 +102,7 @@ def _segment_kernel(
         logits = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32x3") * scaling
         if HAS_BIAS:
             bias = tl.load(bias_ptr + head * tokens + n, mask=n < tokens, other=0.0)
-            logits += bias[None, :] * 1.4426950408889634
+            logits += bias[None, :] * _LOG2_E
         logits = tl.where((n < tokens)[None, :], logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # only empty slots so far
@@ -148,7 +149,7 @@ def _join_kernel(
         total += tl.sum(weight, 0)
         out += tl.sum(weight[:, None] * part, 0)
     safe = tl.where(total > 0, total, 1.0)
-    lse = tl.where(total > 0, (base + tl.log2(safe)) * 0.6931471805599453, float("-inf"))
+    lse = tl.where(total > 0, (base + tl.log2(safe)) * _LN_2, float("-inf"))
     tl.store(lse_ptr + head * rows + row, lse)
     out_at = out_ptr + (head * rows + row) * v_width + dv
     tl.store(out_at, (out / safe).to(out_ptr.dtype.element_ty), mask=dv < v_width)
@@ -211,7 +212,7 @@ def _launch(q: Tensor, part: SegmentPart, scaling: float, out: Tensor, lse: Tens
     chunk = math.ceil(math.ceil(part.tokens / block) / count) * block
     _segment_kernel[(count, all_groups)](
         q, *k_tensors, *v_tensors, *given, out, lse, *k_strides, *v_strides,
-        scaling * _LOG2_E, groups, rows, part.tokens, width, v_width, _group(part.k), _group(part.v), chunk, first, splits,
+        scaling * _LOG2_E.value, groups, rows, part.tokens, width, v_width, _group(part.k), _group(part.v), chunk, first, splits,
         **k_constants, **v_constants,
         HAS_BIAS=extras[0] is not None, HAS_K_CHANNEL=extras[1] is not None, HAS_V_CHANNEL=extras[2] is not None,
         BLOCK_M=max(16, triton.next_power_of_2(rows)), BLOCK_N=block,
