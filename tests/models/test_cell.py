@@ -13,9 +13,10 @@ import torch
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.methods.base import Method, build
 from isoflop.models.base import family_of
+from isoflop.models.descent import schedule
 from isoflop.models.frozen import CompressorStage
 from isoflop.models.hf import locate
-from isoflop.models.training import CellStage, Recipe, schedule
+from isoflop.models.training import CellStage, Recipe
 from isoflop.models.vlm import Checkpoint, VlmInfo, VlmModel
 from isoflop.tasks.base import TASKS, Task
 from isoflop.testing import FolderContext

@@ -19,9 +19,10 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import derive_seed
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import family_of
+from isoflop.models.descent import descend
 from isoflop.models.digit_world import VOCABULARY
 from isoflop.models.features import FeaturesStage
-from isoflop.models.training import MethodSpec, Recipe, Step, build_visual, descend, lessons, method_spec
+from isoflop.models.training import MethodSpec, Recipe, Step, build_visual, lessons, method_spec
 from isoflop.models.vlm import Checkpoint, CompressedTokens, VisualInput, VlmBatch, VlmInfo, VlmModel
 
 if TYPE_CHECKING:

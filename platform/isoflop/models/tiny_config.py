@@ -8,10 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from isoflop.models import digit_world as world
+from isoflop.models.descent import draw_weights
 from isoflop.models.tiny_vision import LAYERS, WIDTH, tower_config
 
 if TYPE_CHECKING:
@@ -107,26 +105,8 @@ def llava_config(size: TinySize) -> LlavaConfig:
     )
 
 
-@torch.no_grad()
 def initialise(module: Any, seed: int) -> None:
-    """Draw the projector's and the language model's weights; the tower is left alone.
-
-    Embeddings N(0, 0.2²); matrices N(0, 1/fan_in); residual outputs also divided by √(2·layers); head N(0, 0.01/d);
-    norms 1, biases 0. Hugging Face's default (0.02 everywhere) leaves such narrow models at chance.
-    """
-    generator = torch.Generator().manual_seed(seed)
+    """Draw the projector's and the language model's weights (see ``draw_weights``); the tower is left alone."""
     decoder = module.model.language_model
-    layers = len(decoder.layers)
-
-    def draw(parameter: nn.Parameter, std: float) -> None:
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-
-    for name, parameter in [*module.model.multi_modal_projector.named_parameters(), *decoder.named_parameters()]:
-        if "embed_tokens" in name:
-            draw(parameter, EMBEDDING_STD)
-        elif parameter.ndim == 2:
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            draw(parameter, parameter.shape[1] ** -0.5 / ((2 * layers) ** 0.5 if residual else 1.0))
-        else:
-            parameter.fill_(1.0 if "norm" in name else 0.0)
-    draw(module.lm_head.weight, 0.1 * module.lm_head.weight.shape[1] ** -0.5)
+    named = [*module.model.multi_modal_projector.named_parameters(), *decoder.named_parameters()]
+    draw_weights(named, module.lm_head.weight, len(decoder.layers), EMBEDDING_STD, seed)

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -27,6 +27,7 @@ from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models import digit_world as world
 from isoflop.models.decoder import LastPosition
+from isoflop.models.descent import descend, rate_groups
 from isoflop.models.features import FeaturesStage, TowerSource, Vision
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.tiny_config import SIZES, initialise, llava_config
@@ -191,55 +192,18 @@ class CellTrainer:
 
     def _groups(self) -> list[dict[str, Any]]:
         projector, decoder = self.module.model.multi_modal_projector, self.module.model.language_model
-        width = self.info.geometry["width"]
-        embeddings, head = [self._embed.weight], [self.module.lm_head.weight]
-        flat = [
-            projector.linear_1.weight,
-            *(p for p in [*projector.parameters(), *decoder.parameters()] if p.ndim == 1),
-        ]
-        taken = {id(p) for p in [*embeddings, *flat]}
-        matrices = [p for p in [*projector.parameters(), *decoder.parameters()] if id(p) not in taken]
         own = [] if self.compressor is None else list(self.compressor.parameters())
         return [
             *([{"params": own, "lr": self.method.learning_rate}] if own else []),
-            {"params": matrices, "lr": self.recipe.lr * 64 / width},
-            {"params": head, "lr": self.recipe.vector_lr * 64 / width},
-            {"params": flat, "lr": self.recipe.vector_lr},
-            {"params": embeddings, "lr": self.recipe.embedding_lr / width},
+            *rate_groups(
+                [*projector.parameters(), *decoder.parameters()],
+                self._embed.weight,
+                self.module.lm_head.weight,
+                self.info.geometry["width"],
+                self.recipe,
+                fixed=[projector.linear_1.weight],
+            ),
         ]
-
-
-def descend(
-    optimizer: torch.optim.Optimizer, recipe: Recipe, steps: Iterable[Step], loss_of: Callable[[Step], Tensor]
-) -> list[float]:
-    """Train on every step with the recipe's schedule and clipping; returns the losses.
-
-    Args:
-        optimizer: each group's learning rate is its peak.
-        loss_of: the scalar loss of a step, with gradients.
-    """
-    groups = optimizer.param_groups
-    peaks = [group["lr"] for group in groups]
-    parameters = [p for group in groups for p in group["params"]]
-    losses: list[Tensor] = []
-    for number, step in enumerate(steps):
-        for group, peak in zip(groups, peaks, strict=True):
-            group["lr"] = peak * schedule(number, recipe)
-        loss = loss_of(step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, recipe.clip)
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses).tolist()
-
-
-def schedule(step: int, recipe: Recipe) -> float:
-    """Learning rate at a step as a share of its peak: linear warm-up, then linear decay to ``final``."""
-    warmup = max(1, round(recipe.warmup * recipe.steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 1 - (1 - recipe.final) * (step - warmup) / max(1, recipe.steps - warmup)
 
 
 @dataclass(frozen=True)
