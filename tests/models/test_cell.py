@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.methods.base import Method, build
+from isoflop.models import digit_world as world
 from isoflop.models.base import family_of
 from isoflop.models.descent import schedule
 from isoflop.models.frozen import CompressorStage
@@ -136,10 +138,9 @@ def test_a_compressor_is_trained_for_a_checkpoint_with_the_decoder_frozen(
     stage = method.prepare(info, None, 0)
     assert isinstance(stage, CompressorStage)
     assert isinstance(info, VlmInfo)
-    tables = tuple(
-        t for n in (1, 0) for t in Recipe(reading_scenes=128, coarse_scenes=128).train_features(info.tower, n)
-    )
-    short = CompressorStage(stage.ref, stage.checkpoint, stage.options, stage.method, 0, tables, steps=30, batch=16)
+    lessons = Recipe(reading_scenes=128, coarse_scenes=128).lessons
+    tables = tuple(t for n in (1, 0) for t in lessons.tables(info.tower, n))
+    short = dataclasses.replace(stage, lessons=lessons.fields(), features=tables, steps=30, batch=16)
     assert short.key != stage.key
     prepared: Checkpoint = ctx.get(short)
     assert prepared.state("projector") is not None
@@ -152,6 +153,44 @@ def test_a_compressor_is_trained_for_a_checkpoint_with_the_decoder_frozen(
     assert scores(model, ctx, method, prepared).mean() < untrained.mean()
     assert all(torch.equal(p, before[name]) for name, p in model.module.named_parameters())
     np.testing.assert_array_equal(scores(model, ctx, plain, None), bare)
+
+
+def test_calibration_examples_are_training_scenes_through_the_model_as_it_is(ctx: FolderContext) -> None:
+    method = build("quecc", {"k": 3})
+    info, stage = cell(method)
+    model = load(ctx, method)
+    with method.apply(model, ctx.get(stage)):
+        batches = list(model.calibration(ctx, 40, seed=3))
+        logits, answers = model.supervised(batches[0])
+        with torch.no_grad():
+            torch.testing.assert_close(logits, model.answer_logits(batches[0]))
+    assert [len(b.ids_B) for b in batches] == [32, 8]
+    assert logits.shape == (32, info.geometry["vocab_size"])
+    assert set(batches[0].hidden) == {0, 1}
+    assert answers.tolist() == batches[0].answers_B.tolist()  # type: ignore[union-attr]
+    for batch in batches:  # every kind of question, also in a cut batch
+        assert {int(q) for q in batch.question_BQ[:, 0]} == {world.READ, world.PAD}  # type: ignore[index]
+    stages = family_of(info.ref).calibration_stages(info, (method,))
+    assert info.lessons is not None
+    rows = batches[1].ids_B
+    for layer in (0, 1):
+        table = np.concatenate([ctx.get(s) for s in stages if s.layer == layer])  # type: ignore[attr-defined]
+        np.testing.assert_array_equal(batches[1].hidden[layer], table[rows])
+    classes = np.concatenate([s.classes() for s in info.lessons.scenes()])
+    for row, question, answer in zip(rows, batches[1].question_BQ, batches[1].answers_B, strict=True):  # type: ignore[arg-type]
+        if int(question[0]) == world.READ:
+            assert int(answer) == world.FIRST_DIGIT + classes[row, int(question[1]) - world.FIRST_PLACE]
+    again = list(model.calibration(ctx, 40, seed=3))
+    assert torch.equal(again[0].prompt_BT, batches[0].prompt_BT)
+    assert not torch.equal(next(model.calibration(ctx, 40, seed=4)).prompt_BT, batches[0].prompt_BT)
+
+
+def test_gradients_reach_the_decoder_through_supervised(ctx: FolderContext) -> None:
+    model = load(ctx, build("none", {}))
+    weight = model.decoder.layers[0].mlp.down_proj.weight.requires_grad_(True)
+    logits, answers = model.supervised(next(model.calibration(ctx, 8, seed=0)))
+    torch.nn.functional.cross_entropy(logits, answers).backward()
+    assert float(weight.grad.abs().sum()) > 0
 
 
 def broken(ctx: FolderContext, tmp_path: Path) -> Path:

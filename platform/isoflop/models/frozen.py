@@ -22,7 +22,8 @@ from isoflop.models.base import family_of
 from isoflop.models.descent import descend
 from isoflop.models.digit_world import VOCABULARY
 from isoflop.models.features import FeaturesStage
-from isoflop.models.training import MethodSpec, Recipe, Step, build_visual, lessons, method_spec
+from isoflop.models.lessons import Lessons, Step
+from isoflop.models.training import MethodSpec, Recipe, build_visual, method_spec
 from isoflop.models.vlm import Checkpoint, CompressedTokens, VisualInput, VlmBatch, VlmInfo, VlmModel
 
 if TYPE_CHECKING:
@@ -61,33 +62,41 @@ class CompressorStage(Stage):
     options: tuple[tuple[str, Any], ...]
     method: MethodSpec
     seed: int
+    lessons: tuple[tuple[str, Any], ...]
     features: tuple[FeaturesStage, ...]
+    weights: Stage | None = None
     steps: int = STEPS
     batch: int = BATCH
 
     @classmethod
-    def of(cls, info: VlmInfo, method: VisualTokenMethod, seed: int) -> CompressorStage:
-        """The stage of a method on a checkpoint. Raises Infeasible when there are no training scenes for it."""
-        if info.vocabulary != VOCABULARY:
+    def of(cls, info: VlmInfo, method: VisualTokenMethod, seed: int, weights: Stage | None = None) -> CompressorStage:
+        """The stage of a method on a checkpoint, or on the model that ``weights`` trains with all tokens.
+
+        Raises:
+            Infeasible: there are no training scenes for the model.
+        """
+        lessons = info.known_lessons
+        if lessons is None:
             raise Infeasible(
                 f"method {method.name} must be trained for {info.ref}, and there are training scenes only for checkpoints that declare the vocabulary {VOCABULARY}"
             )
         layers = [info.feature_layer, *(n for n in method.layers(info) if n != info.feature_layer)]
-        features = tuple(stage for n in layers for stage in Recipe().train_features(info.tower, n))
-        return cls(info.ref, info.version, info.options, method_spec(method), seed, features)
+        features = tuple(stage for n in layers for stage in lessons.tables(info.tower, n))
+        return cls(info.ref, info.version, info.options, method_spec(method), seed, lessons.fields(), features, weights)
 
     def deps(self) -> tuple[Stage, ...]:
-        """Training features."""
-        return self.features
+        """Training features, and the model's weights if they are trained here."""
+        return (*self.features, *(() if self.weights is None else (self.weights,)))
 
     def compute(self, ctx: StageContext, folder: Path) -> None:
         """Train, save."""
         from safetensors.torch import save_file
 
         family = family_of(self.ref)
-        # In float32, whatever the type at evaluation: small steps vanish in 16 bits.
-        info = family.info(self.ref, {**dict(self.options), "dtype": "float32"})
-        model = family.load(info, None, ctx)
+        options = dict(self.options)
+        if "dtype" in options:  # float32, whatever the type at evaluation: small steps vanish in 16 bits
+            options["dtype"] = "float32"
+        model = family.load(family.info(self.ref, options), self.weights, ctx)
         method = build_visual(self.method)
         if not isinstance(model, VlmModel):
             raise TypeError(f"{self.ref} is no vision-language model")
@@ -116,15 +125,13 @@ class CompressorStage(Stage):
         recipe = Recipe(steps=self.steps, batch=self.batch, lr=method.learning_rate)
         slot = _Learning(method, module, projector, method.layers(model.info))
         model.compression = slot
-        tables = {a.layer: (a, b) for a, b in zip(self.features[::2], self.features[1::2], strict=True)}
-        reading, coarse = tables[model.info.feature_layer]
-        hidden = {n: torch.cat([torch.from_numpy(ctx.get(s).copy()) for s in pair]) for n, pair in tables.items()}
+        tables: dict[int, list[Tensor]] = {}
+        for stage in self.features:
+            tables.setdefault(stage.layer, []).append(torch.from_numpy(ctx.get(stage).copy()))
+        hidden = {layer: torch.cat(parts) for layer, parts in tables.items()}
 
         def batch(step: Step) -> VlmBatch:
-            rows = {n: table.index_select(0, step.rows_B).to(model.device) for n, table in hidden.items()}
-            image_B1 = torch.full((len(step.rows_B), 1), model.info.geometry["image_token"])
-            prompt_BT = torch.cat((image_B1, step.questions_BQ), dim=1).to(model.device)
-            return VlmBatch(rows, prompt_BT, step.questions_BQ.to(model.device), step.rows_B.to(model.device))
+            return model.lesson(step, {n: table.index_select(0, step.rows_B) for n, table in hidden.items()})
 
         sample = torch.arange(0, len(hidden[model.info.feature_layer]), 8)
         with torch.no_grad():
@@ -135,9 +142,9 @@ class CompressorStage(Stage):
         optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0, betas=(0.9, 0.98))
 
         def loss(step: Step) -> Tensor:
-            prompts = batch(step)
-            logits_BW = model.prefill(model.project(model.compress(prompts).tokens_BVD), prompts).logits[:, -1]
-            return F.cross_entropy(logits_BW.float(), step.answers_B.to(model.device))
+            logits_BW, answers_B = model.supervised(batch(step))
+            return F.cross_entropy(logits_BW.float(), answers_B)
 
-        steps = lessons(recipe, (reading, coarse), derive_seed("compressor", self.seed))
+        lessons = Lessons(**dict(self.lessons))
+        steps = lessons.steps(self.steps, self.batch, derive_seed("compressor", self.seed))
         return descend(optimizer, recipe, steps, loss)

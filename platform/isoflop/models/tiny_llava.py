@@ -13,7 +13,7 @@ from isoflop.core.knobs import check_knobs
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo, without_defaults
 from isoflop.models.digit_world import VOCABULARY
-from isoflop.models.features import TinyTowerStage, vision_of
+from isoflop.models.features import FeaturesStage, TinyTowerStage, vision_of
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.tiny_config import SIZES
 from isoflop.models.training import CellStage, Recipe, method_spec, recipe_fields
@@ -40,6 +40,7 @@ def tiny_info(size: str, recipe: Recipe) -> VlmInfo:
         tower=TinyTowerStage(steps=recipe.tower_steps),
         feature_layer=shape.geometry["vision_layers"],
         vocabulary=VOCABULARY,
+        lessons=recipe.lessons,
         options=fields,
     )
 
@@ -88,10 +89,12 @@ class TinyLlava(ModelFamily):
         if not isinstance(method, VisualTokenMethod):
             raise TypeError("the method 'none' must be a visual-token method")
         method.check(vlm)
-        recipe = Recipe(**dict(vlm.options))
-        layers = [vlm.feature_layer, *(n for n in method.layers(vlm) if n != vlm.feature_layer)]
-        features = tuple(stage for n in layers for stage in recipe.train_features(vlm.tower, n))
+        features = _features(vlm, (method,))
         return CellStage(vlm.ref.partition("/")[2], method_spec(method), seed, vlm.options, vlm.tower, features)
+
+    def calibration_stages(self, info: ModelInfo, methods: tuple[Method, ...]) -> tuple[Stage, ...]:
+        """Training features of the layers that the model reads with the methods in place."""
+        return _features(_own(info), methods)
 
     def load(self, info: ModelInfo, weights: Stage | None, ctx: StageContext) -> Model:
         """The trained model on the worker's device."""
@@ -112,6 +115,20 @@ class TinyLlava(ModelFamily):
 @lru_cache(maxsize=256)
 def _info(size: str, options: tuple[tuple[str, Any], ...]) -> VlmInfo:
     return tiny_info(size, dataclasses.replace(Recipe(), **dict(options)))
+
+
+def _features(info: VlmInfo, methods: tuple[Method, ...]) -> tuple[FeaturesStage, ...]:
+    """Training features of the layer that feeds the projector, and of those that the methods read besides."""
+    from isoflop.methods.visual_tokens.base import VisualTokenMethod
+
+    lessons = info.known_lessons
+    if lessons is None:
+        raise TypeError(f"{info.ref} was not described by this family")
+    layers = [info.feature_layer]
+    for method in methods:
+        if isinstance(method, VisualTokenMethod):
+            layers += [n for n in method.layers(info) if n not in layers]
+    return tuple(stage for layer in layers for stage in lessons.tables(info.tower, layer))
 
 
 def _own(info: ModelInfo) -> VlmInfo:

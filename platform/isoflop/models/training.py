@@ -25,10 +25,10 @@ from torch.nn import functional as F
 from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
-from isoflop.models import digit_world as world
 from isoflop.models.decoder import LastPosition
 from isoflop.models.descent import descend, rate_groups
 from isoflop.models.features import FeaturesStage, TowerSource, Vision
+from isoflop.models.lessons import Lessons, Step
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.tiny_config import SIZES, initialise, llava_config
 from isoflop.models.tiny_vision import save_preprocessing
@@ -73,49 +73,18 @@ class Recipe:
     coarse_scenes: Annotated[int, Knob(low=32, high=1_000_000, doc="training scenes for recall")] = 2048
     tower_steps: Annotated[int, Knob(low=1, high=100_000, doc="optimiser steps of the vision tower")] = 150
 
-    def train_features(self, tower: TowerSource, layer: int) -> tuple[FeaturesStage, FeaturesStage]:
-        """The two feature tables of one tower layer: scenes for reading and coarse scenes for recall."""
-        reading = FeaturesStage(
-            tower, layer, "train", self.reading_scenes, world.TRAIN_READING_MIX, derive_seed("reading scenes")
-        )
-        coarse = FeaturesStage(
-            tower, layer, "train", self.coarse_scenes, world.COARSE_MIX, derive_seed("coarse scenes")
-        )
-        return reading, coarse
-
-
-@dataclass(frozen=True)
-class Step:
-    """One training batch: rows of the feature tables (reading scenes first), questions and answers."""
-
-    rows_B: Tensor
-    questions_BQ: Tensor
-    answers_B: Tensor
-
-
-def lessons(recipe: Recipe, tables: tuple[FeaturesStage, FeaturesStage], seed: int) -> Iterator[Step]:
-    """All batches in order: first half reading, second half recall. The same for every cell of a seed."""
-    rng = np.random.default_rng(derive_seed("lessons", seed))
-    reading_NP, coarse_NP = (stage.scenes.classes() for stage in tables)
-    count = recipe.steps * (recipe.batch // 2)
-    shape = (recipe.steps, recipe.batch // 2)
-    rows_r = rng.integers(0, len(reading_NP), count)
-    rows_c = rng.integers(0, len(coarse_NP), count)
-    questions_r, answers_r = world.reading_questions(rng, reading_NP[rows_r])
-    questions_c, answers_c = world.recall_questions(rng, coarse_NP[rows_c])
-    rows_SB = np.concatenate([rows_r.reshape(shape), len(reading_NP) + rows_c.reshape(shape)], axis=1)
-    questions_SBQ = np.concatenate([questions_r.reshape(*shape, -1), questions_c.reshape(*shape, -1)], axis=1)
-    answers_SB = np.concatenate([answers_r.reshape(shape), answers_c.reshape(shape)], axis=1)
-    for triple in zip(*(torch.from_numpy(a) for a in (rows_SB, questions_SBQ, answers_SB)), strict=True):
-        yield Step(*triple)
+    @property
+    def lessons(self) -> Lessons:
+        """Training scenes and questions."""
+        return Lessons(self.reading_scenes, self.coarse_scenes)
 
 
 class Bank:
     """Training features of several tower layers in memory, standardised when the compressor commutes with that."""
 
-    def __init__(self, tables: Mapping[int, tuple[np.ndarray, np.ndarray]], layer: int, standardise: bool) -> None:
+    def __init__(self, tables: Mapping[int, list[np.ndarray]], layer: int, standardise: bool) -> None:
         self.layer = layer
-        self.x = {number: torch.from_numpy(np.concatenate(pair)) for number, pair in tables.items()}
+        self.x = {number: torch.from_numpy(np.concatenate(parts)) for number, parts in tables.items()}
         x_ND = self.x[layer].flatten(0, 1)
         self.mean_D, self.std_D = x_ND.mean(0), x_ND.std(0)
         self.standardised = standardise
@@ -251,7 +220,7 @@ class CellStage(Stage):
             method.fit_inputs(
                 compressor, trainer.view(bank.rows(sample), torch.zeros(len(sample), 1, dtype=torch.long), sample)
             )
-        losses = trainer.run(lessons(recipe, (self.features[0], self.features[1]), self.seed), bank)
+        losses = trainer.run(recipe.lessons.steps(recipe.steps, recipe.batch, self.seed), bank)
         bank.fold(module.model.multi_modal_projector.linear_1)
         save_cell(folder, module, compressor)
         tail = losses[-max(1, len(losses) // 10) :]
@@ -275,9 +244,9 @@ class CellStage(Stage):
         return Checkpoint(folder, json.loads((folder / "training.json").read_text()))
 
     def _bank(self, ctx: StageContext, info: VlmInfo, standardise: bool) -> Bank:
-        tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        for reading, coarse in zip(self.features[::2], self.features[1::2], strict=True):
-            tables[reading.layer] = (ctx.get(reading), ctx.get(coarse))
+        tables: dict[int, list[np.ndarray]] = {}
+        for stage in self.features:
+            tables.setdefault(stage.layer, []).append(ctx.get(stage))
         return Bank(tables, info.feature_layer, standardise)
 
 

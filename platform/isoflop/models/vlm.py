@@ -9,17 +9,23 @@ Shape suffixes: B batch, P patches, V visual tokens that enter the language mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from isoflop.core.errors import Infeasible
+from isoflop.core.hashing import derive_seed
+from isoflop.core.stage import StageContext
 from isoflop.models.base import ModelInfo
 from isoflop.models.decoder_model import DecoderModel
+from isoflop.models.digit_world import VOCABULARY
 from isoflop.models.features import TowerSource, Vision
+from isoflop.models.lessons import Lessons, Step, table_rows
 
+CALIBRATION_BATCH = 32
 TextEncoder = Callable[[Tensor, Tensor | None], Tensor]
 
 
@@ -31,6 +37,7 @@ class VlmInfo(ModelInfo):
         tower: the stage whose value is the model's vision tower.
         feature_layer: hidden state that feeds the projector, counted from 0 (the embedding) to the number of layers.
         vocabulary: name of the raw vocabulary the checkpoint declares, or None for one with a tokenizer.
+        lessons: what the model was trained on, where it was trained here.
 
     ``geometry`` holds ``grid`` (patches per side), ``visual_tokens`` (P), ``vision_width``, ``vision_layers``,
     ``width``, ``layers``, ``heads``, ``kv_heads``, ``vocab_size``, ``image_token``.
@@ -39,6 +46,12 @@ class VlmInfo(ModelInfo):
     tower: TowerSource
     feature_layer: int
     vocabulary: str | None = None
+    lessons: Lessons | None = None
+
+    @property
+    def known_lessons(self) -> Lessons | None:
+        """Training examples for this model: its own, the usual ones for a checkpoint of the same vocabulary, or None."""
+        return self.lessons or (Lessons() if self.vocabulary == VOCABULARY else None)
 
 
 @dataclass(frozen=True)
@@ -104,6 +117,7 @@ class VlmBatch:
         question_BQ: the text after the placeholder, for query-conditioned compressors.
         ids_B: example numbers.
         prompt_mask_BT, question_mask_BQ: 1 for real tokens, 0 for padding; None when nothing is padded.
+        answers_B: the token that follows each prompt, where it is known (``supervised``).
     """
 
     hidden: Mapping[int, Tensor]
@@ -112,6 +126,7 @@ class VlmBatch:
     ids_B: Tensor
     prompt_mask_BT: Tensor | None = None
     question_mask_BQ: Tensor | None = None
+    answers_B: Tensor | None = None
 
 
 class VlmModel(DecoderModel):
@@ -204,6 +219,41 @@ class VlmModel(DecoderModel):
     def answer_logits(self, batch: VlmBatch) -> Tensor:
         """Logits of the token after the prompt, (B, vocabulary). Padding, if any, must be on the left."""
         return self.prefill(self.project(self.compress(batch).tokens_BVD), batch).logits[:, -1]
+
+    def supervised(self, batch: VlmBatch) -> tuple[Tensor, Tensor]:
+        """Logits (B, vocabulary) of the token after each prompt, and the answers (B,)."""
+        if batch.answers_B is None:
+            raise ValueError("the batch holds no answers")
+        logits_BW = self.prefill(self.project(self.compress(batch).tokens_BVD), batch).logits[:, -1]
+        return logits_BW, batch.answers_B
+
+    def calibration(self, ctx: StageContext, examples: int, seed: int) -> Iterator[VlmBatch]:
+        """Training scenes and questions with their answers, ``examples`` in all, through the model's cached features."""
+        lessons = self.info.known_lessons
+        if lessons is None:
+            raise Infeasible(
+                f"model {self.info.ref} has no calibration examples: there are some only for checkpoints that declare "
+                f"the vocabulary {VOCABULARY}"
+            )
+        tables = {layer: lessons.tables(self.info.tower, layer) for layer in self.layers_needed}
+        count = -(-examples // CALIBRATION_BATCH)
+        left = examples
+        for step in lessons.steps(count, CALIBRATION_BATCH, derive_seed("calibration", seed)):
+            # the last batch is cut from both ends, so that every kind of question keeps its share
+            chosen = torch.linspace(0, CALIBRATION_BATCH - 1, min(left, CALIBRATION_BATCH)).round().long()
+            left -= len(chosen)
+            yield self.lesson(step.chosen(chosen), table_rows(ctx, tables, step.rows_B[chosen]))
+
+    def lesson(self, step: Step, hidden: Mapping[int, Tensor]) -> VlmBatch:
+        """The prompts of training examples with the given features, on the model's device."""
+        image_B1 = torch.full((len(step.rows_B), 1), self.info.geometry["image_token"])
+        return VlmBatch(
+            {layer: h.to(self.device) for layer, h in hidden.items()},
+            torch.cat((image_B1, step.questions_BQ), dim=1).to(self.device),
+            step.questions_BQ.to(self.device),
+            step.rows_B.to(self.device),
+            answers_B=step.answers_B.to(self.device),
+        )
 
     @torch.no_grad()
     def encode_text(self, ids_BQ: Tensor, mask_BQ: Tensor | None = None) -> Tensor:
