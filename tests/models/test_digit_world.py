@@ -55,7 +55,7 @@ def test_tiles_are_the_handwritings_in_a_colour() -> None:
     """Without noise every tile is one of its class's writings of the split, times one of the colours."""
     scenes = world.SceneSet("train", 4, (0.0, 0.0, 0.0, 1.0), 5)
     images, colours = scenes.draw(0)
-    writings, by_class = world._writings("train")
+    writings, by_class = world.writings("train")
     classes = scenes.classes()
     for tile in (0, 7, 35):
         row, column = divmod(tile, world.GRID)
@@ -66,8 +66,8 @@ def test_tiles_are_the_handwritings_in_a_colour() -> None:
 
 
 def test_training_and_test_handwritings_are_disjoint() -> None:
-    train = np.concatenate(world._writings("train")[1])
-    test = np.concatenate(world._writings("test")[1])
+    train = np.concatenate(world.writings("train")[1])
+    test = np.concatenate(world.writings("test")[1])
     assert len(train) == world.TRAIN_WRITINGS
     assert len(test) == 397
     assert not set(train) & set(test)

@@ -5,6 +5,9 @@ one of six colours, with Gaussian noise. Granularity plays the part of font size
 36 equal regions, and all tiles of a region show the same class in different handwritings. Training and test images
 draw from disjoint sets of handwritings.
 
+In sparse scenes only some tiles carry a digit. Every other tile is empty or clutter (a handwriting whose pixels are
+shuffled, in a colour), so that neither brightness nor contrast tells where there is something to read.
+
 Shape suffixes: N scenes, P tiles of a scene (= patches), C colour channels, H height, W width.
 """
 
@@ -24,6 +27,12 @@ IMAGE_SIDE = GRID * TILE
 TILES = GRID * GRID
 LEVELS = (1, 4, 9, 36)
 CLASSES = 10
+BLANK = CLASSES
+"""Class of a tile without a digit."""
+SPARSE_DIGITS = 6
+"""Tiles with a digit in the sparse scenes of the training."""
+CLUTTER = 0.5
+"""Share of the tiles without a digit that are clutter."""
 NOISE = 0.08
 PIXEL_MEAN = 0.5
 PIXEL_STD = 0.5
@@ -36,6 +45,8 @@ COLOURS = np.array(
 VOCABULARY = "digit-scenes-1"
 """Name and version of this world: raise it whenever scenes, vocabulary or facts change. A checkpoint that was trained
 in it says so in ``config.json`` under ``isoflop``; stages that draw from it carry it as a field."""
+SPARSE_HOOK = "scenes:sparse-1"
+"""What a model offers that was trained on sparse scenes; raise it when they change."""
 PAD, IMAGE, READ = 0, 1, 2
 FIRST_DIGIT = 3
 FIRST_ANSWER = FIRST_DIGIT + CLASSES
@@ -48,6 +59,7 @@ QUESTION_TOKENS = 2
 
 TRAIN_READING_MIX = (0.2, 0.25, 0.25, 0.3)
 TEST_READING_MIX = (0.2, 0.3, 0.3, 0.2)
+FINE_MIX = (0.0, 0.0, 0.0, 1.0)
 COARSE_MIX = (1.0, 0.0, 0.0, 0.0)
 
 CHUNK = 256
@@ -74,6 +86,13 @@ def reading_questions(rng: np.random.Generator, classes_NP: np.ndarray) -> tuple
     places_N = rng.integers(0, TILES, count)
     questions_NQ = np.stack([np.full(count, READ), FIRST_PLACE + places_N], axis=1)
     return questions_NQ, FIRST_DIGIT + classes_NP[np.arange(count), places_N].astype(np.int64)
+
+
+def find_questions(rng: np.random.Generator, classes_NP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Questions ``[READ, place]`` about places that carry a digit: token ids (N, 2) and answers (N,)."""
+    places_N = np.where(classes_NP == BLANK, -1.0, rng.random(classes_NP.shape)).argmax(1)
+    questions_NQ = np.stack([np.full(len(classes_NP), READ), FIRST_PLACE + places_N], axis=1)
+    return questions_NQ, FIRST_DIGIT + classes_NP[np.arange(len(classes_NP)), places_N].astype(np.int64)
 
 
 def recall_questions(rng: np.random.Generator, classes_NP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -104,19 +123,21 @@ class SceneSet:
         count: number of scenes.
         mix: share of scenes with 1, 4, 9 and 36 regions. Shares are met evenly along the set, not by chance.
         seed: of classes, handwritings, colours and noise.
+        digits: tiles of a scene that carry a digit; 0 for all of them.
     """
 
     split: str
     count: int
     mix: tuple[float, ...]
     seed: int
+    digits: int = 0
 
     def regions(self) -> np.ndarray:
         """Number of regions of each scene, shape (N,), values from LEVELS."""
         return self._levels(0, self.count)
 
     def classes(self) -> np.ndarray:
-        """Digit class of every tile in raster order, uint8 (N, P)."""
+        """Digit class of every tile in raster order, BLANK where there is none, uint8 (N, P)."""
         parts = [self._classes(start) for start in range(0, self.count, CHUNK)]
         return np.concatenate(parts)[: self.count]
 
@@ -131,17 +152,30 @@ class SceneSet:
         """The 256 scenes from ``chunk`` (a multiple of 256) on: images (n, C, H, W) and colour numbers (n, P)."""
         rng = np.random.default_rng([derive_seed("pixels", self.split, self.seed), chunk])
         classes_NP = self._classes(chunk)
-        writings, by_class = _writings(self.split)
+        pixels, by_class = writings(self.split)
         counts = np.array([len(rows) for rows in by_class])
         first = np.concatenate([[0], np.cumsum(counts)[:-1]])
-        pick_NP = (rng.random(classes_NP.shape) * counts[classes_NP]).astype(np.int64) + first[classes_NP]
-        tiles = writings[np.concatenate(by_class)[pick_NP]]
+        drawn_NP = np.where(classes_NP == BLANK, 0, classes_NP)
+        pick_NP = (rng.random(classes_NP.shape) * counts[drawn_NP]).astype(np.int64) + first[drawn_NP]
+        tiles = pixels[np.concatenate(by_class)[pick_NP]]
+        if self.digits:
+            tiles = self._emptied(tiles, classes_NP == BLANK, chunk)
         colours_NP = rng.integers(0, len(COLOURS), classes_NP.shape)
         coloured = tiles[:, :, None] * COLOURS[colours_NP][:, :, :, None, None]
         images = coloured.reshape(-1, GRID, GRID, 3, TILE, TILE).transpose(0, 3, 1, 4, 2, 5)
         images_NCHW = images.reshape(-1, 3, IMAGE_SIDE, IMAGE_SIDE)
         images_NCHW = images_NCHW + NOISE * rng.standard_normal(images_NCHW.shape, dtype=np.float32)
         return np.clip(images_NCHW, 0.0, 1.0), colours_NP
+
+    def _emptied(self, tiles: np.ndarray, blank_NP: np.ndarray, chunk: int) -> np.ndarray:
+        """Tiles (n, P, 8, 8) with those without a digit empty, or clutter: some handwriting with its pixels shuffled."""
+        rng = np.random.default_rng([derive_seed("clutter", self.split, self.seed), chunk])
+        pixels, by_class = writings(self.split)
+        pool = pixels[np.concatenate(by_class)]
+        other = rng.permuted(pool[rng.integers(0, len(pool), blank_NP.shape)].reshape(*blank_NP.shape, -1), axis=-1)
+        clutter_NP = blank_NP & (rng.random(blank_NP.shape) < CLUTTER)
+        tiles = np.where(blank_NP[:, :, None, None], np.float32(0.0), tiles)
+        return np.where(clutter_NP[:, :, None, None], other.reshape(tiles.shape), tiles)
 
     def _levels(self, start: int, stop: int) -> np.ndarray:
         # A golden-ratio sequence meets the shares along the whole set, so that prefixes are as balanced as the whole.
@@ -153,7 +187,11 @@ class SceneSet:
         rng = np.random.default_rng([derive_seed("classes", self.split, self.seed), chunk])
         regions_NP = rng.integers(0, CLASSES, (CHUNK, TILES), dtype=np.uint8)
         levels_N = self._levels(chunk, chunk + CHUNK)
-        return np.take_along_axis(regions_NP, np.stack([_region_of_tile(int(g)) for g in levels_N]), axis=1)
+        classes_NP = np.take_along_axis(regions_NP, np.stack([_region_of_tile(int(g)) for g in levels_N]), axis=1)
+        if self.digits:
+            order = np.random.default_rng([derive_seed("places", self.split, self.seed), chunk]).random(classes_NP.shape)
+            np.put_along_axis(classes_NP, order.argsort(1)[:, self.digits :], BLANK, axis=1)
+        return classes_NP
 
 
 @lru_cache(maxsize=len(LEVELS))
@@ -166,7 +204,7 @@ def _region_of_tile(regions: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=2)
-def _writings(split: str) -> tuple[np.ndarray, list[np.ndarray]]:
+def writings(split: str) -> tuple[np.ndarray, list[np.ndarray]]:
     """All 1,797 handwritings, float32 (n, 8, 8) in [0, 1], and the rows of each class that belong to ``split``."""
     from sklearn.datasets import load_digits
 

@@ -1,0 +1,1 @@
+"""Token reduction inside vision transformers: merging and dropping between attention and MLP."""

@@ -1,0 +1,221 @@
+"""Vision-transformer token methods: the base class that owns the hook point between attention and MLP.
+
+A method says which tokens go and how they merge; the base class says how many: a schedule over the blocks, either in
+the paper's own terms or solved for a budget of MACs, so that methods compare at equal cost.
+
+Shape suffixes: B batch, N tokens of a block's input (prefix tokens first), T patches among them.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from isoflop.core.errors import Infeasible
+from isoflop.core.knobs import Knob
+from isoflop.core.stage import StageContext
+from isoflop.methods.base import Method
+from isoflop.methods.vit_tokens.schedule import SHAPES, largest_amount, model_macs, removals, within_budget
+from isoflop.models.base import Model, ModelInfo
+from isoflop.models.vit import TOKENS_HOOK, VitInfo, VitModel
+from isoflop.models.vit_blocks import Signals, TokenReduction, TokenState, log_sizes
+
+if TYPE_CHECKING:
+    from isoflop.methods.probe import Probe
+
+
+@dataclass(frozen=True)
+class VitTokenMethod(Method):
+    """Base class of methods that remove tokens in every block of a vision transformer, between attention and MLP.
+
+    ``macs`` is the ratio knob of the whole family: the share of the dense model's multiply-adds that an image may cost,
+    scoring included; the dearest schedule within it is taken. Instead of it a method may be given the number that its
+    paper uses: ``ratio``, the share of patches that a block keeps. The blocks' counts are the same for every image.
+    """
+
+    family: ClassVar[str] = "vit-tokens"
+    needs: ClassVar[frozenset[str]] = frozenset({TOKENS_HOOK})
+    order: ClassVar[int] = 5
+
+    macs: Annotated[
+        float, Knob(low=0.05, high=1.0, ratio=True, doc="share of the dense model's multiply-adds, scoring included")
+    ] = 0.7
+    ratio: Annotated[
+        float,
+        Knob(low=0.0, high=1.0, doc="share of the patches that the first block keeps; 0 leaves it to macs"),
+    ] = 0.0
+    schedule: Annotated[
+        str,
+        Knob(
+            choices=SHAPES,
+            doc="every block keeps the same share, removes the same number, or ever fewer down to none",
+        ),
+    ] = "ratio"
+
+    @classmethod
+    def identity(cls, info: ModelInfo) -> VitTokenMethod:
+        """All multiply-adds, nothing removed."""
+        return cls(macs=1.0)
+
+    @property
+    def proportional(self) -> bool:
+        """Whether later attention counts a token as often as it has members (log size added to the logits)."""
+        return False
+
+    @abstractmethod
+    def most(self, patches: int) -> int:
+        """The most tokens that a block may remove from so many patches."""
+
+    @abstractmethod
+    def scoring_macs(self, geometry: Any, patches: int, removed: int) -> int:
+        """MACs of scoring in a block that removes something (products with tensors only, as the counter counts)."""
+
+    @abstractmethod
+    def reduce(self, state: TokenState, signals: Signals, block: int, count: int, layers: int) -> TokenState:
+        """Remove ``count`` > 0 tokens from every image of the batch."""
+
+    def amount(self, patches: int, ref: str) -> float | None:
+        """The schedule's number in the paper's own terms (see ``removals``), or None to solve it for ``macs``.
+
+        Args:
+            patches: of the model, whose name for messages is ``ref``.
+
+        Raises:
+            Infeasible: more than a block may remove, or a number beside a budget.
+        """
+        if self.ratio == 0:
+            return None
+        lowest = 1 - largest_amount(self.schedule, patches, self.most) / patches
+        return self.native("ratio", self.ratio, patches * (1 - self.ratio), patches, ref, f"{lowest:.4g} … 1")
+
+    def native(self, knob: str, value: float, amount: float, patches: int, ref: str, allowed: str) -> float:
+        """``amount``, the meaning of a knob in the paper's own terms, when it can be done and no budget stands beside it."""
+        if self.macs != VitTokenMethod.macs:
+            raise Infeasible(
+                f"method {self.name}: macs = {self.macs:g} and {knob} = {value:g} both set the schedule; give one of them"
+            )
+        if amount > largest_amount(self.schedule, patches, self.most) + 1e-9:
+            raise Infeasible(
+                f"method {self.name}: {knob} = {value:g} removes more tokens than a block can on {ref} with schedule "
+                f"{self.schedule!r}; allowed: {allowed}, or 0 to leave it to macs"
+            )
+        return amount
+
+    def plan(self, info: VitInfo) -> tuple[int, ...]:
+        """Tokens removed in each block. Raises Infeasible, naming the knob and what would work."""
+        return _plan(self, info.ref, tuple(sorted(info.geometry.items())))
+
+    def check(self, info: ModelInfo) -> None:
+        """Refuse models without the hook point, and schedules that they rule out."""
+        super().check(info)
+        self.plan(vit_info(info))
+
+    @contextmanager
+    def apply(self, model: Model, prepared: Any) -> Iterator[None]:
+        """Reduce tokens in every forward pass of the model."""
+        vit = vit_model(model)
+        self.check(vit.info)
+        with vit.reducing(InPlace(self, self.plan(vit.info))):
+            yield
+
+    def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
+        """``ratio``: dense over counted FLOPs of one image; tokens left at the end; the share kept in the first block."""
+        vit = vit_model(model)
+        side, channels = vit.info.geometry["image_side"], vit.info.geometry["channels"]
+        counted = counted_macs(vit, torch.zeros(1, channels, side, side))
+        dense = model_macs(vit.info.geometry, (0,) * vit.info.geometry["layers"])
+        plan, patches = self.plan(vit.info), vit.info.geometry["patches"]
+        return {
+            "ratio": dense / counted,
+            "macs_share": counted / dense,
+            "scoring_macs": float(counted - model_macs(vit.info.geometry, plan)),
+            "patches_removed": float(sum(plan)),
+            "first_block_keeps": 1 - plan[0] / patches,
+        }
+
+    @classmethod
+    def probe(cls) -> Probe:
+        """An untrained tiny vision transformer on which the conformance suite runs."""
+        from isoflop.methods.vit_tokens.probe import VitProbe
+
+        return VitProbe()
+
+
+@dataclass
+class InPlace(TokenReduction):
+    """A method with its schedule inside a model.
+
+    Attributes:
+        tracked: follow which original tokens went into which (``TokenState.source_BNM``).
+    """
+
+    method: VitTokenMethod
+    plan: tuple[int, ...]
+    tracked: bool = False
+
+    def start(self, state: TokenState) -> TokenState:
+        """With sources when they are tracked."""
+        return state.tracked() if self.tracked else state
+
+    def attention_bias(self, state: TokenState, block: int) -> Tensor | None:
+        """Log sizes, when the method wants proportional attention and tokens have merged."""
+        return log_sizes(state) if self.method.proportional else None
+
+    def after_attention(self, state: TokenState, signals: Signals, block: int) -> TokenState:
+        """Remove the block's share; a block that removes nothing computes nothing."""
+        count = self.plan[block]
+        return self.method.reduce(state, signals, block, count, len(self.plan)) if count else state
+
+
+@torch.no_grad()
+def counted_macs(model: VitModel, images_BCHW: Tensor) -> float:
+    """MACs per image of the model as it is now, by ``torch.utils.flop_counter``."""
+    from isoflop.tasks.footprint import flops_of
+
+    flops, _ = flops_of(lambda: model.logits(images_BCHW))
+    return flops / 2 / len(images_BCHW)
+
+
+def vit_info(info: ModelInfo) -> VitInfo:
+    """``info`` as that of a vision transformer; Infeasible otherwise."""
+    if not isinstance(info, VitInfo):
+        raise Infeasible(
+            f"model {info.ref} is no vision transformer for classification: vit-tokens methods do not apply"
+        )
+    return info
+
+
+def vit_model(model: Model) -> VitModel:
+    """``model`` as a vision transformer; Infeasible otherwise."""
+    if not isinstance(model, VitModel):
+        raise Infeasible(
+            f"model {model.info.ref} is no vision transformer for classification: vit-tokens methods do not apply"
+        )
+    return model
+
+
+@lru_cache(maxsize=4096)
+def _plan(method: VitTokenMethod, ref: str, geometry_items: tuple[tuple[str, Any], ...]) -> tuple[int, ...]:
+    geometry = dict(geometry_items)
+    patches, layers = geometry["patches"], geometry["layers"]
+    amount = method.amount(patches, ref)
+    if amount is not None:
+        return removals(method.schedule, amount, patches, layers, method.most)
+
+    def scoring(left: int, removed: int) -> int:
+        return method.scoring_macs(geometry, left, removed)
+
+    removed, least = within_budget(geometry, method.schedule, method.macs, method.most, scoring)
+    if removed is None:
+        raise Infeasible(
+            f"method {method.name}: macs = {method.macs:g} is less than schedule {method.schedule!r} reaches on {ref}; "
+            f"allowed: {least + 5e-4:.3f} … 1"
+        )
+    return removed

@@ -1,0 +1,51 @@
+"""The conformance suite's model for token methods of vision transformers: an untrained tiny ViT and a few images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isoflop.core.folder_context import FolderContext
+from isoflop.methods.base import Method
+from isoflop.methods.probe import Probe
+from isoflop.methods.vit_tokens.base import counted_macs
+from isoflop.models.sprite_world import ImageSet
+from isoflop.models.tiny_vit import tiny_info
+from isoflop.models.tiny_vit_config import SIZES, untrained
+from isoflop.models.tiny_vit_training import Recipe
+from isoflop.models.vit import VitModel
+
+
+def untrained_model(size: str = "c48", seed: int = 0) -> VitModel:
+    """A member of the tiny family (on digits) as it is before training."""
+    module = untrained(SIZES[size], "digits", seed).eval().requires_grad_(False)
+    return VitModel(tiny_info(size, Recipe()), module)
+
+
+class VitProbe(Probe):
+    """Logits of an untrained ``tiny-vit`` on sprites; the cost is the counted multiply-adds of an image."""
+
+    def __init__(self, size: str = "c48", examples: int = 6) -> None:
+        self.model: VitModel = untrained_model(size)
+        self.ctx = FolderContext(Path(mkdtemp(prefix="isoflop-probe-")))
+        self.examples = examples
+        self._images = torch.from_numpy(next(ImageSet("sprites", "train", examples, 0.0, seed=0).images()))
+
+    def prepared(self, method: Method, seed: int) -> Any:
+        """Nothing: none of these methods has weights."""
+        return None
+
+    @torch.no_grad()
+    def outputs(self, rows: Sequence[int]) -> Tensor:
+        """Class logits, (B, K)."""
+        index = torch.tensor(list(rows))
+        return self.model.logits(self._images[index], index)
+
+    def cost(self) -> float:
+        """Multiply-adds of one image, counted."""
+        return counted_macs(self.model, self._images[:1])

@@ -1,0 +1,143 @@
+"""Training of a tiny vision transformer on labelled images, and the stage that keeps the result.
+
+Shape suffixes: B batch, N images, C width, P patches, H height, W width.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from isoflop.core.hashing import derive_seed
+from isoflop.core.knobs import Knob
+from isoflop.core.stage import Stage, StageContext
+from isoflop.models import sprite_world as world
+from isoflop.models.quiet import no_progress_bars
+from isoflop.models.tiny_vision import save_preprocessing
+from isoflop.models.tiny_vit_config import GRID, PATCH, SIZES, untrained
+
+log = logging.getLogger(__name__)
+COVERED = 0.3
+"""A patch shows the object when one of its pixels is at least so opaque."""
+BACKGROUND = world.CLASSES
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a tiny vision transformer is trained; the fields are options of the model in a sweep.
+
+    AdamW with a one-cycle schedule. Besides CLS, every patch is labelled with the class of the object that it shows, or
+    as background, by a linear head that is thrown away; the weight of that loss falls to 0 before the end. With the
+    loss of CLS alone such small transformers need several times as many steps to find the object.
+    """
+
+    steps: Annotated[int, Knob(low=1, high=100_000, doc="optimiser steps")] = 1200
+    batch: Annotated[int, Knob(choices=(8, 16, 32, 64, 128, 256), doc="images per step")] = 16
+    lr: Annotated[
+        float, Knob(low=1e-6, high=1.0, log=True, doc="peak learning rate at width 48; falls as the root of the width")
+    ] = 3e-3
+    patch_loss: Annotated[float, Knob(low=0.0, high=10.0, doc="weight of patch labelling at the start")] = 1.0
+    patch_until: Annotated[float, Knob(low=0.01, high=1.0, doc="share of the steps after which that weight is 0")] = 0.7
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training batch: pixel values, classes, and what every patch shows."""
+
+    pixels_BCHW: Tensor
+    labels_B: Tensor
+    patches_BP: Tensor
+
+
+def lessons(recipe: Recipe, data: str, seed: int) -> Iterator[Step]:
+    """All batches in order; the same for every size of a seed."""
+    images = world.ImageSet(data, "train", recipe.steps * recipe.batch, 0.0, derive_seed("vit lessons", seed))
+    for chunk in range(0, images.count, world.CHUNK):
+        images_NCHW, labels_N, opacity_NHW = images.draw(chunk)
+        pixels = torch.from_numpy((images_NCHW - world.PIXEL_MEAN) / world.PIXEL_STD)
+        labels, patches = torch.from_numpy(labels_N), torch.from_numpy(patch_labels(labels_N, opacity_NHW))
+        for start in range(0, min(world.CHUNK, images.count - chunk), recipe.batch):
+            part = slice(start, start + recipe.batch)
+            yield Step(pixels[part], labels[part], patches[part])
+
+
+def patch_labels(labels_N: np.ndarray, opacity_NHW: np.ndarray) -> np.ndarray:
+    """The image's class for patches that show the object, ``BACKGROUND`` for the others, int64 (N, P)."""
+    most_NGG = opacity_NHW.reshape(-1, GRID, PATCH, GRID, PATCH).max((2, 4))
+    return np.where(most_NGG.reshape(len(labels_N), -1) >= COVERED, labels_N[:, None], BACKGROUND)
+
+
+def train(module: Any, recipe: Recipe, data: str, seed: int) -> list[float]:
+    """Train a ``ViTForImageClassification`` in place; returns the loss of CLS at every step."""
+    width = module.config.hidden_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed("vit patch head", seed))
+        head = nn.Linear(width, world.CLASSES + 1)
+    parameters = [*module.parameters(), *head.parameters()]
+    lr = recipe.lr * (48 / width) ** 0.5
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=recipe.steps, pct_start=0.15)
+    losses: list[Tensor] = []
+    module.train()
+    for number, step in enumerate(lessons(recipe, data, seed)):
+        x_BNC = module.vit(step.pixels_BCHW).last_hidden_state
+        cls_loss = F.cross_entropy(module.classifier(x_BNC[:, 0]), step.labels_B)
+        weight = recipe.patch_loss * max(0.0, 1 - number / (recipe.patch_until * recipe.steps))
+        loss = cls_loss
+        if weight > 0:
+            loss = loss + weight * F.cross_entropy(head(x_BNC[:, 1:]).flatten(0, 1), step.patches_BP.flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        rate.step()
+        losses.append(cls_loss.detach())
+    module.eval()
+    return torch.stack(losses).tolist()
+
+
+@dataclass(frozen=True)
+class VitStage(Stage):
+    """A trained tiny vision transformer in ``save_pretrained`` form.
+
+    Trained on the CPU wherever it runs, so that the weights do not depend on the worker's device.
+    """
+
+    version: ClassVar[str] = "1"
+    kind: ClassVar[str] = "vit"
+
+    size: str
+    data: str
+    seed: int
+    recipe: tuple[tuple[str, Any], ...]
+    world: str
+
+    def compute(self, ctx: StageContext, folder: Path) -> None:
+        """Train and save."""
+        started = time.process_time()
+        module = untrained(SIZES[self.size], self.data, derive_seed("vit weights", self.seed))
+        losses = train(module, Recipe(**dict(self.recipe)), self.data, self.seed)
+        with no_progress_bars():
+            module.save_pretrained(folder)
+        save_preprocessing(folder, world.SIDE, "ViTImageProcessor")
+        tail = losses[-max(1, len(losses) // 10) :]
+        seconds = time.process_time() - started
+        figures = {"steps": len(losses), "final_loss": sum(tail) / len(tail), "cpu_seconds": seconds}
+        (folder / "training.json").write_text(json.dumps(figures) + "\n")
+        log.info(
+            "trained %s on %s, seed %d: loss %.3f, %.1f CPU seconds", self.size, self.data, self.seed, tail[-1], seconds
+        )
+
+    def load(self, ctx: StageContext, folder: Path) -> Path:
+        """Where the files are."""
+        return folder

@@ -1,0 +1,146 @@
+"""Image classifiers of the ViT type: what is known of one, and the loaded model with its hook point.
+
+Tiny models trained here and Hugging Face checkpoints run through this one class. A token reduction acts inside the
+blocks (see :mod:`isoflop.models.vit_blocks`); the model holds it in ``reduction`` while a method is applied.
+
+Shape suffixes: B batch, C channels, H height, W width, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from isoflop.core.errors import Infeasible
+from isoflop.core.hashing import derive_seed
+from isoflop.core.stage import StageContext
+from isoflop.models.base import Model, ModelInfo
+from isoflop.models.sprite_world import CHUNK, ImageSet
+from isoflop.models.vit_blocks import BlockRun, TokenReduction, blocks_of, reduced_blocks
+
+TOKENS_HOOK = "vit-tokens"
+"""Offered by models inside whose vision blocks tokens can be merged or dropped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitInfo(ModelInfo):
+    """What is known of a vision transformer for classification without loading its weights.
+
+    ``n_params`` (N) counts the transformer blocks; patch and position embeddings, the final norm and the classifier are
+    left out.
+
+    Attributes:
+        data: the built-in images it classifies (``digits``, ``sprites``), or None.
+        pixel_mean, pixel_std: normalisation of pixel values in [0, 1], one number per channel.
+        options: the sweep's options for this model, checked, as (name, value) pairs.
+
+    ``geometry`` holds ``layers``, ``width``, ``heads``, ``mlp``, ``patches``, ``prefix`` (CLS and distillation tokens),
+    ``patch_inputs`` (numbers per patch), ``image_side``, ``channels``, ``classes``.
+    """
+
+    data: str | None
+    pixel_mean: tuple[float, ...]
+    pixel_std: tuple[float, ...]
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class VitBatch:
+    """Labelled images.
+
+    Attributes:
+        images_BCHW: values in [0, 1].
+        labels_B: classes.
+        ids_B: example numbers.
+    """
+
+    images_BCHW: Tensor
+    labels_B: Tensor
+    ids_B: Tensor
+
+
+class VitModel(Model):
+    """A loaded classifier (``ViTForImageClassification``, ``DeiTForImageClassification`` …).
+
+    Attributes:
+        info: its description.
+        module: the Hugging Face model, in evaluation mode.
+        reduction: the token reduction at work, or None.
+    """
+
+    info: VitInfo
+
+    def __init__(self, info: VitInfo, module: nn.Module) -> None:
+        self.info = info
+        self.module: Any = module
+        self.reduction: BlockRun | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.module.parameters()).device
+
+    @contextmanager
+    def reducing(self, reduction: TokenReduction) -> Iterator[BlockRun]:
+        """Let ``reduction`` act inside the blocks within the ``with`` block.
+
+        Raises:
+            Infeasible: another one does already.
+        """
+        if self.reduction is not None:
+            raise Infeasible(f"model {self.info.ref}: tokens are reduced by another method already; a trial takes one")
+        with reduced_blocks(blocks_of(self.module), self.info.geometry["prefix"], reduction) as run:
+            self.reduction = run
+            try:
+                yield run
+            finally:
+                self.reduction = None
+
+    @contextmanager
+    def unreduced(self) -> Iterator[None]:
+        """All tokens within the ``with`` block, also while a reduction is at work."""
+        if self.reduction is None:
+            yield
+            return
+        reduction, self.reduction.reduction = self.reduction.reduction, TokenReduction()
+        try:
+            yield
+        finally:
+            self.reduction.reduction = reduction
+
+    def logits(self, images_BCHW: Tensor, ids_B: Tensor | None = None) -> Tensor:
+        """Class logits (B, K) of images in [0, 1], which are resized when their side differs; gradients flow when enabled.
+
+        Args:
+            ids_B: example numbers, for reductions that draw at random.
+        """
+        images_BCHW = images_BCHW.to(self.device)
+        side = self.info.geometry["image_side"]
+        if images_BCHW.shape[-1] != side:
+            images_BCHW = F.interpolate(images_BCHW, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        mean, std = (images_BCHW.new_tensor(v)[:, None, None] for v in (self.info.pixel_mean, self.info.pixel_std))
+        pixels_BCHW = ((images_BCHW - mean) / std).to(next(self.module.parameters()).dtype)
+        if self.reduction is None:
+            return self.module(pixels_BCHW).logits
+        self.reduction.ids_B = None if ids_B is None else ids_B.to(self.device)
+        return self.module(pixels_BCHW).logits
+
+    def supervised(self, batch: VitBatch) -> tuple[Tensor, Tensor]:
+        """Logits (B, K) and labels (B,), as the model is now."""
+        return self.logits(batch.images_BCHW, batch.ids_B), batch.labels_B.to(self.device)
+
+    def calibration(self, ctx: StageContext, examples: int, seed: int) -> Iterator[VitBatch]:
+        """Labelled training images of the model's own kind in batches of at most 256."""
+        if self.info.data is None:
+            raise Infeasible(f"model {self.info.ref} declares no built-in images that it could be calibrated on")
+        images = ImageSet(self.info.data, "train", examples, 0.0, derive_seed("vit calibration", seed))
+        labels = torch.from_numpy(images.labels())
+        for number, batch in enumerate(images.images()):
+            ids_B = torch.arange(number * CHUNK, number * CHUNK + len(batch))
+            yield VitBatch(torch.from_numpy(batch), labels[ids_B], ids_B)
