@@ -14,7 +14,7 @@ from torch import Tensor
 
 from isoflop.kernels.dispatch import operation
 
-_BLOCK_VALUES = 1 << 24
+_BLOCK_VALUES = 1 << 22
 """Probabilities that the twin holds at a time."""
 
 
@@ -59,18 +59,25 @@ def column_scores(
     """
     batch, heads, queries, width = q_BHTD.shape
     groups, keys = k_BGSD.shape[1], k_BGSD.shape[2]
-    q_BGRTD = q_BHTD.reshape(batch, groups, heads // groups, queries, width)
-    keys_BG1DS = k_BGSD.float().transpose(-1, -2).unsqueeze(2)
-    scores_BGWS = q_BHTD.new_zeros(batch, groups, weight_BWT.shape[1], keys, dtype=torch.float32)
-    for rows in torch.arange(queries, device=q_BHTD.device).split(
-        max(1, _BLOCK_VALUES // max(1, batch * heads * keys))
-    ):
-        seen_BTS = k_positions_BS[:, None, :] <= q_positions_BT[:, rows, None]
+    q_BGRTD = q_BHTD.float().reshape(batch, groups, heads // groups, queries, width) * scaling
+    k_BG1DS = k_BGSD.float().transpose(-1, -2).unsqueeze(2)
+    scores_BGWS = k_BG1DS.new_zeros(batch, groups, weight_BWT.shape[1], keys)
+    rows = max(1, _BLOCK_VALUES // max(1, batch * heads * keys))
+    for start, end in zip(range(0, queries, rows), _last_keys(q_positions_BT, k_positions_BS, rows), strict=True):
+        block = slice(start, start + rows)
+        seen_BTS = k_positions_BS[:, None, :end] <= q_positions_BT[:, block, None]
         if valid_BS is not None:
-            seen_BTS = seen_BTS & valid_BS[:, None, :]
-        seen_B11TS = seen_BTS[:, None, None]
-        logits_BGRTS = (q_BGRTD[:, :, :, rows].float() @ keys_BG1DS) * scaling
-        p_BGRTS = logits_BGRTS.masked_fill(~seen_B11TS, float("-inf")).softmax(-1)
-        p_BGTS = p_BGRTS.masked_fill(~seen_B11TS, 0.0).sum(2)  # rows that see nothing are NaN before this
-        scores_BGWS += weight_BWT[:, None, :, rows].float() @ p_BGTS
+            seen_BTS = seen_BTS & valid_BS[:, None, :end]
+        sees_BT1 = seen_BTS.any(-1, keepdim=True)  # other rows get an even softmax and the weight 0: no NaN arises
+        logits_BGRTS = q_BGRTD[:, :, :, block] @ k_BG1DS[..., :end]
+        p_BGRTS = logits_BGRTS.masked_fill_((sees_BT1 & ~seen_BTS)[:, None, None], float("-inf")).softmax(-1)
+        weight_B1WT = (weight_BWT[:, :, block].float() * sees_BT1.transpose(-1, -2))[:, None]
+        scores_BGWS[..., :end] += weight_B1WT @ p_BGRTS.sum(2)
     return scores_BGWS
+
+
+def _last_keys(q_positions_BT: Tensor, k_positions_BS: Tensor, rows: int) -> list[int]:
+    """For each block of query rows one past the last key that any of its queries may see, at least 1."""
+    latest = [part.max() for part in q_positions_BT.split(rows, dim=1)]
+    past = torch.arange(1, k_positions_BS.shape[1] + 1, device=k_positions_BS.device)
+    return [int(end) for end in torch.stack([torch.where(k_positions_BS <= p, past, 1).max() for p in latest]).tolist()]

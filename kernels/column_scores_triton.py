@@ -8,6 +8,9 @@ weight, cost nothing. Bounds of the loop rather than branches in it, so that its
 Shape suffixes: see ``isoflop.kernels.column_scores``.
 """
 
+# mypy: disallow-untyped-defs=False
+# (kernels are written in Triton's language, whose values have no Python types)
+
 from __future__ import annotations
 
 import torch

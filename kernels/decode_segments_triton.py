@@ -8,6 +8,9 @@ instead of on every token.
 Shape suffixes: see ``isoflop.kernels.decode_segments``.
 """
 
+# mypy: disallow-untyped-defs=False
+# (kernels are written in Triton's language, whose values have no Python types)
+
 from __future__ import annotations
 
 import math
@@ -159,7 +162,7 @@ def decode_segments(q_BHTD: Tensor, segments: Sequence[SegmentPart], scaling: fl
     """See ``isoflop.kernels.decode_segments.decode_segments``."""
     if not segments:
         raise ValueError("decode_segments needs at least one segment")
-    batch, heads, queries, width = q_BHTD.shape
+    batch, heads, queries = q_BHTD.shape[:3]
     groups, v_width = segments[0].k.shape[1], segments[0].v.shape[-1]
     rows, all_groups = heads // groups * queries, batch * groups
     q = q_BHTD.contiguous()

@@ -15,7 +15,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -26,6 +26,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 VARIABLE = "ISOFLOP_KERNELS"
+_MODULES = ("quant", "column_scores", "decode_segments", "merge")
 _OPERATIONS: dict[str, Operation[Any, Any]] = {}
 _CHOSEN: dict[str, bool] = {}
 
@@ -99,8 +100,7 @@ def use(name: str, on: bool | None = True) -> None:
     Raises:
         ValueError: no kernel has this name.
     """
-    if name not in _OPERATIONS:
-        raise ValueError(f"unknown kernel {name!r}; allowed: {', '.join(sorted(_OPERATIONS))}")
+    _check_name(name, "")
     if on is None:
         _CHOSEN.pop(name, None)
     else:
@@ -122,11 +122,28 @@ def leaves(value: Any) -> Iterator[Tensor]:
             yield from leaves(getattr(value, part.name))
 
 
+def operations() -> dict[str, Operation[Any, Any]]:
+    """Every operation with a kernel, by name."""
+    for module in _MODULES:
+        importlib.import_module(f"isoflop.kernels.{module}")
+    return dict(_OPERATIONS)
+
+
+def _check_name(name: str, where: str) -> None:
+    if name not in _OPERATIONS and name not in operations():
+        raise ValueError(f"{where}unknown kernel {name!r}; allowed: {', '.join(sorted(_OPERATIONS))}")
+
+
+@functools.lru_cache(maxsize=8)
 def _wishes(text: str) -> dict[str, bool]:
     """``all,-merge_tokens`` as ``{"all": True, "merge_tokens": False}``; ``none`` is ``-all``."""
-    words: Iterable[str] = (word.strip() for word in text.split(","))
-    named = ("-all" if word == "none" else word for word in words if word)
-    return {word.removeprefix("-"): not word.startswith("-") for word in named}
+    found = {}
+    for word in filter(None, (word.strip() for word in text.split(","))):
+        name = "all" if word == "none" else word.removeprefix("-")
+        if name != "all":
+            _check_name(name, f"{VARIABLE}={text}: ")
+        found[name] = not word.startswith("-") and word != "none"
+    return found
 
 
 def _on_cuda(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

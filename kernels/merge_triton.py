@@ -7,6 +7,9 @@ up one output row.
 Shape suffixes: see ``isoflop.kernels.merge``.
 """
 
+# mypy: disallow-untyped-defs=False
+# (kernels are written in Triton's language, whose values have no Python types)
+
 from __future__ import annotations
 
 import torch

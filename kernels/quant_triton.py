@@ -8,6 +8,9 @@ unit lie along the innermost dimension, so that a unit is packed by one sum and 
 - Long groups along rows do not fit a tile: their ends come from one pass of ``aminmax``, and a second pass encodes.
 """
 
+# mypy: disallow-untyped-defs=False
+# (kernels are written in Triton's language, whose values have no Python types)
+
 from __future__ import annotations
 
 import math

@@ -6,7 +6,11 @@ import importlib
 
 import click
 
-_BENCHES = {"laws": ("isoflop.bench.laws", "laws"), "engine": ("isoflop.bench.engine", "engine")}
+_BENCHES = {
+    "laws": ("isoflop.bench.laws", "laws"),
+    "engine": ("isoflop.bench.engine", "engine"),
+    "kernels": ("isoflop.bench.kernels", "kernels"),
+}
 
 
 class _BenchGroup(click.Group):
