@@ -2,7 +2,11 @@
 
 The base class owns the hook point, the attention slot of a decoder. A method turns the prompt of one layer into a store
 of segments (``compress``), may change how queries read it (``read``) and what happens while tokens are generated
-(``step``). Everything runs per layer, and per row of a batch: no row sees another.
+(``step`` and ``stride``). Everything runs per layer, and per row of a batch: no row sees another.
+
+A layer's cache after a token depends on that layer's tokens up to it and on nothing else. So a whole text can be scored
+in one pass also where a method changes the cache while decoding: each layer takes the tokens behind the prompt in
+turn, as many at once as the method allows, and the result is that of generating token by token through all layers.
 
 Shape suffixes: B batch, H query heads, G key-value heads, T tokens of a pass, N tokens of a segment, D head width.
 """
@@ -23,7 +27,7 @@ from isoflop.methods.base import Method
 from isoflop.models.attention import AttentionCall, CacheReport, causal_attention
 from isoflop.models.base import Model, tensor_bytes
 from isoflop.models.decoder_model import decoder_model
-from isoflop.models.segments import DenseSegment, LayerStore, attend_segments, stored_bytes
+from isoflop.models.segments import DenseSegment, LayerStore, attend_segments, decode_one, stored_bytes
 
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe
@@ -31,31 +35,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KvCacheMethod(Method):
-    """Base class of methods on the key-value cache.
-
-    Class attributes:
-        one_pass: an evaluation in one pass equals generating token by token. False for methods that change the cache
-            while tokens are generated; tasks then run step by step.
-    """
+    """Base class of methods on the key-value cache."""
 
     family: ClassVar[str] = "kv-cache"
     needs: ClassVar[frozenset[str]] = frozenset({"kv-cache"})
     order: ClassVar[int] = 30
-    one_pass: ClassVar[bool] = True
 
     @abstractmethod
     def compress(self, prompt: AttentionCall, prepared: Any) -> LayerStore:
         """The store of one layer after the prompt. Padding must get a log bias of -inf or be left out."""
+
+    def prefill(self, prompt: AttentionCall, prepared: Any) -> tuple[Tensor, LayerStore]:
+        """Attention inside the prompt, (B, T, H, D), and the store behind it; by default exact, then ``compress``."""
+        return causal_attention(prompt), self.compress(prompt, prepared)
 
     def read(self, query: AttentionCall, store: LayerStore, prepared: Any) -> Tensor:
         """Attention of the tokens in ``query`` (already in ``store.recent``) over the store, (B, T, H, D).
 
         Each query must be treated as if it came alone: in a one-pass evaluation there are many of them.
         """
+        if query.q_BHTD.shape[2] == 1:
+            return decode_one(query.q_BHTD, store.all(), query.scaling)
         return attend_segments(query.q_BHTD, store.all(), query.scaling, query.positions_BT)[0]
 
+    def stride(self, store: LayerStore) -> int | None:
+        """How many tokens may come before ``step`` has to run; None when it never changes what later tokens read."""
+        return None
+
     def step(self, query: AttentionCall, store: LayerStore, prepared: Any) -> Tensor:
-        """One step of generation: read, then change the store if the method does so; by default only read."""
+        """Read for at most ``stride`` tokens, then change the store if the method does so; by default only read."""
         return self.read(query, store, prepared)
 
     def read_bytes(self, store: LayerStore, fetched: list[Tensor], dense_bits: int) -> float:
@@ -67,7 +75,8 @@ class KvCacheMethod(Method):
         """Put the method into the decoder's attention."""
         decoder = decoder_model(model, self.name)
         self.check(model.info)
-        with decoder.attending(CompressedCache(self, prepared, model.info.dense_bits)):
+        cache = CompressedCache(self, prepared, model.info.dense_bits)
+        with decoder.attending(cache), cache.following(decoder.decoder.get_input_embeddings()):
             yield
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
@@ -75,15 +84,19 @@ class KvCacheMethod(Method):
 
         Both count everything that must stay resident, or that a step fetches: scales, indices, labels, exact tokens.
         """
-        policy = decoder_model(model, self.name).attention
-        if not isinstance(policy, CompressedCache):
-            raise ValueError(f"method {self.name} is not applied")
-        report = policy.report()
+        report = self.cache(model).report()
         return {
             "ratio": report.prompt_dense / report.prompt_stored,
             "kv_prompt_bytes": report.prompt_stored,
             "kv_read_ratio": report.dense / report.read,
         }
+
+    def cache(self, model: Model) -> CompressedCache:
+        """The method at work in ``model``. Raises ValueError when it is not applied."""
+        policy = decoder_model(model, self.name).attention
+        if not isinstance(policy, CompressedCache):
+            raise ValueError(f"method {self.name} is not applied")
+        return policy
 
     @classmethod
     def probe(cls) -> Probe:
@@ -108,15 +121,38 @@ class CompressedCache:
         self._prepared = prepared
         self._dense_bits = dense_bits
         self._stores: dict[int, LayerStore] | None = None
+        self._prompts: dict[int, tuple[float, float]] = {}
         self._reports: dict[int, CacheReport] = {}
+        self._ids_BT: Tensor | None = None
+
+    @contextmanager
+    def following(self, embedding: torch.nn.Module) -> Iterator[None]:
+        """Inside the block the token ids that enter ``embedding`` become known to the method."""
+
+        def note(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+            self._ids_BT = args[0] if args else None
+
+        handle = embedding.register_forward_pre_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Plain causal attention, the one-pass form, or a step of a session."""
+        if self._stores is None and self.prefix is None:
+            return causal_attention(call)
+        ids_BT = self._ids_BT
+        if ids_BT is not None and ids_BT.shape == (call.q_BHTD.shape[0], call.q_BHTD.shape[2]):
+            call = replace(call, ids_BT=ids_BT)
         if self._stores is not None:
             return self._in_session(call, self._stores)
-        if self.prefix is None:
-            return causal_attention(call)
-        return self._one_pass(call, self.prefix)
+        prompt = slice_call(call, 0, self.prefix)
+        out_BTHD, store = self._prefill(prompt)
+        rest = slice_call(call, prompt.q_BHTD.shape[2], call.q_BHTD.shape[2])
+        if rest.q_BHTD.shape[2]:
+            out_BTHD = torch.cat((out_BTHD, self._go_on(rest, store)), dim=1)
+        return out_BTHD
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -138,54 +174,53 @@ class CompressedCache:
         parts = list(self._reports.values())
         return CacheReport(*(sum(getattr(p, name) for p in parts) for name in CacheReport.__dataclass_fields__))
 
-    def _one_pass(self, call: AttentionCall, prefix: int) -> Tensor:
-        prompt = slice_call(call, 0, prefix)
-        out_BTHD = causal_attention(prompt)
-        store = self.method.compress(prompt, self._prepared)
-        rest = slice_call(call, prefix, call.q_BHTD.shape[2])
-        if rest.q_BHTD.shape[2] == 0:
-            self._note(call, store, prompt)
-            return out_BTHD
-        append_recent(store, rest)
-        out_BTHD = torch.cat((out_BTHD, self.method.read(rest, store, self._prepared)), dim=1)
-        self._note(call, store, prompt)
-        return out_BTHD
-
     def _in_session(self, call: AttentionCall, stores: dict[int, LayerStore]) -> Tensor:
-        if call.layer not in stores:
-            stores[call.layer] = self.method.compress(call, self._prepared)
-            self._note(call, stores[call.layer], call)
-            return causal_attention(call)
-        store = stores[call.layer]
-        append_recent(store, call)
-        out_BTHD = self.method.step(call, store, self._prepared)
-        self._note(call, store, None)
+        if call.layer in stores:
+            return self._go_on(call, stores[call.layer])
+        out_BTHD, stores[call.layer] = self._prefill(call)
         return out_BTHD
 
-    def _note(self, call: AttentionCall, store: LayerStore, prompt: AttentionCall | None) -> None:
-        """Count the layer's bytes; ``prompt`` when it was compressed in this pass."""
+    def _prefill(self, prompt: AttentionCall) -> tuple[Tensor, LayerStore]:
+        out_BTHD, store = self.method.prefill(prompt, self._prepared)
+        rows, length = prompt.k_BGTD.shape[0], prompt.k_BGTD.shape[2]
+        held = [*store.resident(), *store.recent.tensors()]
+        stored = stored_bytes(held, self._dense_bits) / rows
+        self._prompts[prompt.layer] = stored, length * self._token_bytes(prompt)
+        self._note(prompt, store)
+        return out_BTHD, store
+
+    def _go_on(self, tokens: AttentionCall, store: LayerStore) -> Tensor:
+        """Tokens behind the prompt, in pieces within which the store does not change."""
+        start, outs = 0, []
+        while start < tokens.q_BHTD.shape[2]:
+            stride = self.method.stride(store)
+            stop = tokens.q_BHTD.shape[2] if stride is None else start + stride
+            piece = slice_call(tokens, start, stop)
+            append_recent(store, piece)
+            outs.append(self.method.step(piece, store, self._prepared))
+            start += piece.q_BHTD.shape[2]
+        self._note(tokens, store)
+        return torch.cat(outs, dim=1)
+
+    def _note(self, call: AttentionCall, store: LayerStore) -> None:
+        """Count the layer's bytes as they are now."""
         rows = call.q_BHTD.shape[0]
         tokens = int(call.positions_BT.max()) + 1
-        row_bytes = 2 * tensor_bytes(call.k_BGTD[:1, :, :1], self._dense_bits)
-        compressed = [t for segment in store.segments for t in segment.tensors()]
-        everything = [*compressed, *store.extra, *store.recent.tensors()]
+        held = [*store.resident(), *store.recent.tensors()]
         fetched = [t for segment in store.all() for t in segment.read_tensors()]
-        if prompt is not None:
-            prompt_stored = stored_bytes([*compressed, *store.extra], self._dense_bits) / rows
-            prompt_dense = row_bytes * prompt.q_BHTD.shape[2]
-        else:
-            prompt_stored = self._reports[call.layer].prompt_stored
-            prompt_dense = self._reports[call.layer].prompt_dense
         self._reports[call.layer] = CacheReport(
-            stored_bytes(everything, self._dense_bits) / rows,
-            row_bytes * tokens,
-            prompt_stored,
-            prompt_dense,
+            stored_bytes(held, self._dense_bits) / rows,
+            tokens * self._token_bytes(call),
+            *self._prompts[call.layer],
             self.method.read_bytes(store, fetched, self._dense_bits) / rows,
         )
 
+    def _token_bytes(self, call: AttentionCall) -> float:
+        """Bytes of one token's keys and values, kept whole."""
+        return sum(tensor_bytes(t[:1, :, :1], self._dense_bits) for t in (call.k_BGTD, call.v_BGTD))
 
-def slice_call(call: AttentionCall, start: int, stop: int) -> AttentionCall:
+
+def slice_call(call: AttentionCall, start: int, stop: int | None) -> AttentionCall:
     """Tokens ``start`` to ``stop`` of a call."""
     return replace(
         call,
@@ -194,6 +229,7 @@ def slice_call(call: AttentionCall, start: int, stop: int) -> AttentionCall:
         v_BGTD=call.v_BGTD[:, :, start:stop],
         positions_BT=call.positions_BT[:, start:stop],
         valid_BT=None if call.valid_BT is None else call.valid_BT[:, start:stop],
+        ids_BT=None if call.ids_BT is None else call.ids_BT[:, start:stop],
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from isoflop.core.folder_context import FolderContext
+from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
 from isoflop.methods.probe import Probe
 from isoflop.models.calibration import CalibrationText
@@ -29,10 +30,10 @@ class RandomTokens(CalibrationText):
     vocabulary: int
     length: int
 
-    def batches(self, examples: int, seed: int) -> list[Tensor]:  # type: ignore[override]
+    def batches(self, ctx: StageContext, examples: int, seed: int) -> Iterator[Tensor]:
         """One batch."""
         rng = np.random.default_rng(seed)
-        return [torch.from_numpy(rng.integers(0, self.vocabulary, (examples, self.length)))]
+        yield torch.from_numpy(rng.integers(0, self.vocabulary, (examples, self.length)))
 
 
 def untrained_decoder(seed: int = 0, layers: int = 2) -> LmModel:

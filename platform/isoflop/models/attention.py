@@ -31,6 +31,8 @@ class AttentionCall:
         scaling: factor on the logits.
         positions_BT: positions in the sequence, as RoPE used them; batch dimension 1 when all rows agree.
         valid_BT: False for padding; None when nothing is padded.
+        ids_BT: token ids, where the policy follows them; what is random in a method depends on them and on nothing else
+            of the batch.
     """
 
     layer: int
@@ -40,6 +42,7 @@ class AttentionCall:
     scaling: float
     positions_BT: Tensor
     valid_BT: Tensor | None
+    ids_BT: Tensor | None = None
 
 
 @dataclass(frozen=True)

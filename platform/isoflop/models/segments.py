@@ -1,7 +1,8 @@
 """Segments: the pieces a compressed key-value cache consists of, read together as one softmax.
 
 Keys are stored after RoPE, so their order inside a segment does not matter and nothing is scattered back into place.
-Every tensor that must stay resident belongs to a segment, so that bytes are counted on what is really there.
+Every tensor that must stay resident belongs to a segment, so that bytes are counted on what is really there. Segments
+stand in ascending order of position, so that a slot's place tells whether its token is among the newest.
 
 Shape suffixes: B batch, H query heads, G key-value heads, T queries, N tokens of a segment, D head width.
 """
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isoflop.kernels.decode_segments import SegmentPart, decode_segments
+from isoflop.kernels.quant import Packed
 from isoflop.models.base import tensor_bytes
 
 
@@ -32,17 +35,30 @@ class Segment(ABC):
     positions_BGN: Tensor
     log_bias_BGN: Tensor | None
 
+    @property
+    def tokens(self) -> int:
+        """N, empty slots included."""
+        return self.positions_BGN.shape[2]
+
     @abstractmethod
+    def part(self) -> SegmentPart:
+        """What the decoding kernel reads: packed tensors stay packed."""
+
     def keys(self) -> Tensor:
         """k_BGND as attention reads them."""
+        return self.part().keys()
 
-    @abstractmethod
     def values(self) -> Tensor:
         """v_BGND as attention reads them."""
+        return self.part().values()
 
-    @abstractmethod
     def tensors(self) -> Iterable[Tensor]:
         """Everything that must stay resident."""
+        part = self.part()
+        for held in (part.k, part.v):
+            yield from held.tensors() if isinstance(held, Packed) else (held,)
+        rest = (self.log_bias_BGN, part.k_channel_scale_BGD, part.v_channel_scale_BGD)
+        yield from (t for t in rest if t is not None)
 
     def read_tensors(self) -> Iterable[Tensor]:
         """What one decoding step fetches; by default everything."""
@@ -64,9 +80,9 @@ class DenseSegment(Segment):
         """As stored."""
         return self.v_BGND
 
-    def tensors(self) -> Iterable[Tensor]:
-        """Keys, values, and biases if there are any."""
-        return (self.k_BGND, self.v_BGND, *(() if self.log_bias_BGN is None else (self.log_bias_BGN,)))
+    def part(self) -> SegmentPart:
+        """The tensors themselves."""
+        return SegmentPart(self.k_BGND, self.v_BGND, self.log_bias_BGN)
 
     def append(self, k_BGTD: Tensor, v_BGTD: Tensor, positions_BGT: Tensor) -> None:
         """Add tokens at the end."""
@@ -75,6 +91,25 @@ class DenseSegment(Segment):
         self.positions_BGN = torch.cat((self.positions_BGN, positions_BGT), dim=2)
         if self.log_bias_BGN is not None:
             self.log_bias_BGN = torch.cat((self.log_bias_BGN, torch.zeros_like(k_BGTD[..., 0])), dim=2)
+
+
+@dataclass
+class PackedSegment(Segment):
+    """Quantised keys and values, (B, G, N, D).
+
+    Attributes:
+        k, v: codes and grids; channelwise (axis -2) or per token (axis -1).
+        k_channel_scale_BGD, v_channel_scale_BGD: what the dequantised channels are multiplied by, or None.
+    """
+
+    k: Packed
+    v: Packed
+    k_channel_scale_BGD: Tensor | None = None
+    v_channel_scale_BGD: Tensor | None = None
+
+    def part(self) -> SegmentPart:
+        """Codes, grids and scales."""
+        return SegmentPart(self.k, self.v, self.log_bias_BGN, self.k_channel_scale_BGD, self.v_channel_scale_BGD)
 
 
 @dataclass
@@ -96,6 +131,19 @@ class LayerStore:
     def all(self) -> list[Segment]:
         """Segments with the recent tokens last."""
         return [*self.segments, self.recent]
+
+    def resident(self) -> list[Tensor]:
+        """Everything that must stay resident, without the recent tokens."""
+        return [*(t for segment in self.segments for t in segment.tensors()), *self.extra]
+
+
+def decode_one(q_BH1D: Tensor, segments: Sequence[Segment], scaling: float) -> Tensor:
+    """Softmax attention of one query per row, behind all tokens of the segments: (B, 1, H, D).
+
+    The same as ``attend_segments``, by the kernel that reads packed segments as codes.
+    """
+    out_BH1D, _ = decode_segments(q_BH1D, [s.part() for s in segments if s.tokens], scaling)
+    return out_BH1D.transpose(1, 2)
 
 
 def attend_segments(

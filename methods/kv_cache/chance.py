@@ -1,0 +1,55 @@
+"""Random numbers made of token ids: the same for an example whatever its batch, padding and device.
+
+No generator has a state that a neighbour in the batch, or a second pass, could move.
+
+Shape suffixes: B batch, G key-value heads, T tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from isoflop.core.hashing import derive_seed
+from isoflop.models.attention import AttentionCall
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
+_SECOND = 0x94D049BB133111EB - (1 << 64)
+
+
+def mix(x: Tensor) -> Tensor:
+    """A bijection of 64-bit integers whose outputs look independent (the finaliser of SplitMix64)."""
+    x = x + _GOLDEN
+    x = (x ^ _shifted(x, 30)) * _FIRST
+    x = (x ^ _shifted(x, 27)) * _SECOND
+    return x ^ _shifted(x, 31)
+
+
+def row_keys(call: AttentionCall) -> Tensor:
+    """A number for each row's sequence of token ids, (B,); padding does not count. Zeros where the ids are unknown."""
+    batch, device = call.k_BGTD.shape[0], call.k_BGTD.device
+    if call.ids_BT is None:
+        return torch.zeros(batch, dtype=torch.int64, device=device)
+    marks_BT = mix(mix(call.positions_BT.long()) + call.ids_BT.long())
+    if call.valid_BT is not None:
+        marks_BT = marks_BT.masked_fill(~call.valid_BT, 0)
+    return marks_BT.sum(-1)
+
+
+def uniform(call: AttentionCall, purpose: str) -> Tensor:
+    """Numbers in [0, 1) for every token of every key-value head, (B, G, T), float64.
+
+    Args:
+        purpose: draws for different purposes are independent, and so are those of different layers.
+    """
+    groups = call.k_BGTD.shape[1]
+    heads_G = torch.arange(groups, device=call.k_BGTD.device)
+    keys_BG = mix(row_keys(call)[:, None] + mix(heads_G + derive_seed(purpose, call.layer)))
+    numbers_BGT = mix(keys_BG[:, :, None] + mix(call.positions_BT.long())[:, None])
+    return _shifted(numbers_BGT, 11).double() / 2**53
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """``x`` shifted right, filled with zeros."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,181 @@
+"""Eviction: keep a share of the tokens exactly and forget the others.
+
+``Eviction`` owns budget, windows and choice; a method gives the scores. ``Rolling`` goes on while tokens are generated.
+Surviving keys keep the rotation of their own positions, and nothing is numbered anew.
+
+Shape suffixes: B batch, H query heads, G key-value heads (1 where all heads of a layer share their scores), T tokens,
+N candidates, D head width.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Self
+
+import torch
+from torch import Tensor
+
+from isoflop.core.knobs import Knob
+from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, key_positions, padding_bias, slice_call
+from isoflop.methods.kv_cache.scores import over_group
+from isoflop.methods.kv_cache.select import Selection, candidates, count_of, lengths, protect, select
+from isoflop.models.attention import AttentionCall
+from isoflop.models.base import ModelInfo
+from isoflop.models.segments import DenseSegment, LayerStore, attend_segments
+
+
+@dataclass(frozen=True)
+class Eviction(KvCacheMethod):
+    """Base class: each key-value head keeps its best tokens of the prompt. At least one token is always kept."""
+
+    keep: Annotated[
+        float, Knob(low=0.01, high=1.0, ratio=True, doc="share of the tokens kept: the nearest number, at least one")
+    ] = 0.5
+
+    @classmethod
+    def identity(cls, info: ModelInfo) -> Self:
+        """Everything kept."""
+        return cls(keep=1.0)
+
+    @abstractmethod
+    def score(self, prompt: AttentionCall) -> Tensor:
+        """How much each token of the prompt should stay, (B, G, T); (B, 1, T) where the heads of a layer choose alike."""
+
+    def windows(self, kept: int) -> tuple[int, int]:
+        """How many first and newest tokens a budget of ``kept`` protects whatever their score, (sinks, recent)."""
+        return 0, 0
+
+    def choose(
+        self, scores_BGN: Tensor, positions_BGN: Tensor, seen: list[int], counts: list[int], live_BGN: Tensor | None
+    ) -> Selection:
+        """``counts[b]`` tokens of each head of row b: the protected ones, then the highest scores."""
+        windows = [self.windows(count) for count in counts]
+        sinks, recent = [w[0] for w in windows], [w[1] for w in windows]
+        scored = protect(scores_BGN, positions_BGN[:, : scores_BGN.shape[1]], seen, sinks, recent)
+        chosen = select(scored, counts, None if live_BGN is None else live_BGN[:, : scores_BGN.shape[1]])
+        return chosen.of_heads(positions_BGN.shape[1])
+
+    def compress(self, prompt: AttentionCall, prepared: Any) -> LayerStore:
+        """One dense segment with the survivors."""
+        seen = lengths(prompt)
+        counts = [count_of(self.keep, length) for length in seen]
+        scores_BGT = self.score(prompt)
+        chosen = self.choose(scores_BGT, key_positions(prompt), seen, counts, candidates(prompt))
+        store = LayerStore([_kept(_whole(prompt), chosen)], empty_recent(prompt))
+        self.start_rolling(store, chosen.of_heads(scores_BGT.shape[1]).take(scores_BGT), seen, counts)
+        return store
+
+    def start_rolling(self, store: LayerStore, scores_BGN: Tensor, seen: list[int], held: list[int]) -> None:
+        """What a method needs to go on evicting while decoding; by default it does not."""
+
+
+@dataclass(frozen=True)
+class Rolling(Eviction):
+    """Base class of methods that can go on while decoding: each new token competes with the survivors."""
+
+    rolling: Annotated[
+        bool, Knob(doc="go on evicting while tokens are generated, so that the share holds for all tokens seen")
+    ] = True
+
+    @property
+    def remembers(self) -> bool:
+        """Whether scores live from one step to the next and so take memory."""
+        return True
+
+    @abstractmethod
+    def update(self, scores_BGN: Tensor, received_BGN: Tensor) -> Tensor:
+        """Scores after a step.
+
+        Args:
+            scores_BGN: before the step, 0 for the new token, which stands last.
+            received_BGN: attention in this step, added up over each group of query heads.
+        """
+
+    def start_rolling(self, store: LayerStore, scores_BGN: Tensor, seen: list[int], held: list[int]) -> None:
+        """Keep the survivors' scores, in float32."""
+        if self.rolling:
+            self._keep_scores(store, scores_BGN.float())
+            store.state |= {"seen": list(seen), "held": list(held), "prompt": list(seen)}
+
+    def stride(self, store: LayerStore) -> int | None:
+        """One token at a time, or no limit when nothing changes."""
+        return 1 if self.rolling else None
+
+    def step(self, query: AttentionCall, store: LayerStore, prepared: Any) -> Tensor:
+        """Attend, update the scores, and evict where a row is over its budget."""
+        if not self.rolling:
+            return self.read(query, store, prepared)
+        store.recent = empty_recent(query)
+        return self.advance(query, store)
+
+    def advance(self, query: AttentionCall, store: LayerStore) -> Tensor:
+        """Take in one token per row, (B, 1, H, D); rows for which it is padding stay as they are."""
+        kept = _appended(store.segments[0], query)
+        out_B1HD, p_BH1N = attend_segments(query.q_BHTD, [kept], query.scaling, query.positions_BT)
+        if query.valid_BT is not None:  # a padding query may see nothing at all
+            out_B1HD, p_BH1N = out_B1HD.nan_to_num(), p_BH1N.nan_to_num()
+        received_BGN = over_group(p_BH1N[:, :, 0], query.k_BGTD.shape[1])
+        old_BGN = store.state["scores"]
+        scores_BGN = self.update(torch.nn.functional.pad(old_BGN, (0, 1)), received_BGN)
+        real = [1] * query.q_BHTD.shape[0] if query.valid_BT is None else query.valid_BT[:, 0].long().tolist()
+        state = store.state
+        state["seen"] = [n + r for n, r in zip(state["seen"], real, strict=True)]
+        budgets = [count_of(self.keep, max(n, p)) for n, p in zip(state["seen"], state["prompt"], strict=True)]
+        state["held"] = [min(h + r, b) for h, r, b in zip(state["held"], real, budgets, strict=True)]
+        if kept.tokens > max(state["held"]):
+            live_BGN = None if kept.log_bias_BGN is None else kept.log_bias_BGN == 0
+            chosen = self.choose(scores_BGN, kept.positions_BGN, state["seen"], state["held"], live_BGN)
+            kept, scores_BGN = _kept(kept, chosen), chosen.of_heads(scores_BGN.shape[1]).take(scores_BGN)
+        store.segments = [kept]
+        self._keep_scores(store, scores_BGN)
+        return out_B1HD
+
+    def _keep_scores(self, store: LayerStore, scores_BGN: Tensor) -> None:
+        scores_BGN = scores_BGN.contiguous()
+        store.state["scores"] = scores_BGN
+        # seen as integers, so that they count their 4 bytes also where float32 stands for 16 bits
+        store.extra = [scores_BGN.view(torch.int32)] if self.remembers else []
+
+
+def sequential(method: Rolling, prompt: AttentionCall) -> tuple[Tensor, LayerStore]:
+    """A prompt under the budget from its first token on: as soon as it is full, each token evicts one.
+
+    Later tokens of the prompt do not see evicted ones, and their attention is a softmax over the survivors.
+    """
+    seen = lengths(prompt)
+    rows, _, length, _ = prompt.q_BHTD.shape
+    start = length - max(seen)
+    empty = _whole(slice_call(prompt, 0, 0))
+    store = LayerStore([empty], empty_recent(prompt))
+    nothing_BG0 = method.score(slice_call(prompt, 0, 1))[..., :0].float()
+    method._keep_scores(store, nothing_BG0)
+    store.state |= {"seen": [0] * rows, "held": [0] * rows, "prompt": seen}
+    outs = [torch.zeros_like(prompt.q_BHTD[:, :, :start]).transpose(1, 2)]
+    outs += [method.advance(slice_call(prompt, t, t + 1), store) for t in range(start, length)]
+    if not method.rolling:
+        store.extra = []
+    return torch.cat(outs, dim=1), store
+
+
+def _whole(call: AttentionCall) -> DenseSegment:
+    return DenseSegment(key_positions(call), padding_bias(call), call.k_BGTD, call.v_BGTD)
+
+
+def _kept(segment: DenseSegment, chosen: Selection) -> DenseSegment:
+    bias_BGN = chosen.bias(segment.k_BGND.dtype)
+    return DenseSegment(
+        chosen.take(segment.positions_BGN), bias_BGN, chosen.take(segment.k_BGND), chosen.take(segment.v_BGND)
+    )
+
+
+def _appended(segment: Any, query: AttentionCall) -> DenseSegment:
+    """The segment with one more token per row; padding gets a bias of -inf."""
+    bias_BGN = segment.log_bias_BGN
+    if bias_BGN is None and query.valid_BT is not None:
+        bias_BGN = torch.zeros_like(segment.k_BGND[..., 0])
+    joined = replace(segment, log_bias_BGN=bias_BGN)
+    joined.append(query.k_BGTD, query.v_BGTD, key_positions(query))
+    if query.valid_BT is not None:
+        joined.log_bias_BGN[:, :, -1].masked_fill_(~query.valid_BT, float("-inf"))
+    return joined

@@ -1,0 +1,51 @@
+"""Uniform low precision, as in KIVI (arXiv 2402.02750): keys per channel, values per token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+
+from isoflop.core.knobs import Knob
+from isoflop.methods.base import METHODS
+from isoflop.methods.kv_cache.quantised import Grids, Quantised
+from isoflop.methods.kv_cache.select import Selection, candidates, lengths, select
+from isoflop.models.attention import AttentionCall
+from isoflop.models.base import ModelInfo
+
+
+@METHODS.register("kv-rtn")
+@dataclass(frozen=True)
+class KvRtn(Quantised):
+    """Every token at the same bits, rounded to nearest.
+
+    KIVI keeps the newest tokens exactly; here those since the last block are (``streaming_gap``).
+    """
+
+    paper: ClassVar[str] = "arXiv 2402.02750"
+
+    bits: Annotated[
+        int, Knob(choices=(2, 3, 4, 8, 16), ratio=True, unit="bits", doc="per element; 16 keeps the cache")
+    ] = 4
+    keys: Annotated[
+        str, Knob(choices=("channel", "token"), doc="whether keys share grids along tokens or channels")
+    ] = "channel"
+    group: Annotated[
+        int, Knob(low=1, high=65536, log=True, unit="values", doc="tokens (keys per channel) or channels of one grid")
+    ] = 32
+
+    @classmethod
+    def identity(cls, info: ModelInfo) -> KvRtn:
+        """16 bits."""
+        return cls(bits=16)
+
+    def grids(self) -> Grids:
+        """One grid per ``group`` values."""
+        return Grids(-2 if self.keys == "channel" else -1, self.group, self.group)
+
+    def tiers(self, block: AttentionCall) -> Sequence[tuple[int, Selection]]:
+        """All tokens in one tier."""
+        everything_BGT = torch.zeros_like(block.k_BGTD[..., 0], dtype=torch.float32)
+        return [(self.bits, select(everything_BGT, lengths(block), candidates(block)))]

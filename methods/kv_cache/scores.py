@@ -1,0 +1,74 @@
+"""Scores of cached tokens by the attention they receive: weighted column sums over chosen queries.
+
+A method's score is a choice of queries and of their weights; ``isoflop.kernels.column_scores`` does the sums and never
+holds the attention matrix. The query heads of a key-value head are added up.
+
+Shape suffixes: B batch, H query heads, G key-value heads, T tokens, P chosen queries, N tokens of a segment, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isoflop.kernels.column_scores import column_scores
+from isoflop.models.attention import AttentionCall
+
+
+@dataclass(frozen=True, eq=False)
+class QueryWeights:
+    """Queries whose attention counts.
+
+    Attributes:
+        weight_BP: how much each counts; 0 for padding.
+        index_BP: their columns in the call; None for all of its last P columns.
+    """
+
+    weight_BP: Tensor
+    index_BP: Tensor | None = None
+
+
+def attention_scores(call: AttentionCall, queries: QueryWeights) -> Tensor:
+    """S_BGT = sum over the chosen queries and a head's group of weight times attention, float32."""
+    batch, heads, length, width = call.q_BHTD.shape
+    positions_BT = call.positions_BT.expand(batch, -1)
+    if queries.index_BP is None:
+        chosen = queries.weight_BP.shape[1]
+        q_BHPD, positions_BP = call.q_BHTD[:, :, length - chosen :], positions_BT[:, length - chosen :]
+    else:
+        index_BHPD = queries.index_BP[:, None, :, None].expand(batch, heads, -1, width)
+        q_BHPD, positions_BP = call.q_BHTD.gather(2, index_BHPD), positions_BT.gather(1, queries.index_BP)
+    scores_BG1T = column_scores(
+        q_BHPD, call.k_BGTD, call.scaling, queries.weight_BP[:, None], positions_BP, positions_BT, call.valid_BT
+    )
+    return scores_BG1T[:, :, 0]
+
+
+def forgetting(call: AttentionCall, alpha: float) -> QueryWeights:
+    """Every query, weighted by ``alpha`` to the power of its age (0 for the last); alpha 1 is H2O, alpha 0 the last query.
+
+    Ages are of queries, not of keys, and powers are taken in float32 (A2SF, arXiv 2407.20485).
+    """
+    positions_BT = call.positions_BT.expand(call.q_BHTD.shape[0], -1)
+    age_BT = positions_BT.amax(-1, keepdim=True) - positions_BT
+    return QueryWeights(real(call) * torch.tensor(alpha, dtype=torch.float32, device=age_BT.device) ** age_BT)
+
+
+def window(call: AttentionCall, size: int) -> QueryWeights:
+    """The last ``size`` queries, each with weight 1 (all of them in shorter prompts)."""
+    return QueryWeights(real(call)[:, -size:])
+
+
+def real(call: AttentionCall) -> Tensor:
+    """1 at real tokens and 0 at padding, (B, T), float32."""
+    if call.valid_BT is None:
+        return torch.ones(call.q_BHTD.shape[0], call.q_BHTD.shape[2], device=call.q_BHTD.device)
+    return call.valid_BT.float()
+
+
+def over_group(p_BHN: Tensor, groups: int) -> Tensor:
+    """Attention of one query per row added up over the query heads of each key-value head, (B, G, N)."""
+    batch, heads, length = p_BHN.shape
+    return p_BHN.reshape(batch, groups, heads // groups, length).sum(2)
