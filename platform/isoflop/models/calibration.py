@@ -8,11 +8,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from isoflop.core.stage import Stage, StageContext
+
 
 @dataclass(frozen=True)
 class CalibrationText(ABC):
-    """Training sequences of a language model; a frozen dataclass of plain fields, so that it can name a stage."""
+    """Training sequences of a language model; a frozen dataclass of plain fields and stages."""
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Stages that ``batches`` asks for."""
+        return ()
 
     @abstractmethod
-    def batches(self, examples: int, seed: int) -> Iterator[Tensor]:
+    def batches(self, ctx: StageContext, examples: int, seed: int) -> Iterator[Tensor]:
         """Token ids (B, T) of training sequences, ``examples`` rows in all; never from a test split."""

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isoflop.core.errors import Infeasible
 from isoflop.core.stage import StageContext
 from isoflop.models.base import ModelInfo
 from isoflop.models.calibration import CalibrationText
 from isoflop.models.decoder_model import DecoderModel
+from isoflop.models.lm_text import TokenizerSource
 
 NOT_SCORED = -100
 
@@ -29,14 +31,16 @@ class LmInfo(ModelInfo):
     """What is known of a language model without loading its weights.
 
     Attributes:
+        text: where calibration examples come from; None when nothing is known of its training.
         vocabulary: name of the raw vocabulary it was trained on, or None for one with a tokenizer.
-        text: where calibration examples come from.
+        tokenizer: the stage whose value is its tokenizer, or None.
 
     ``geometry`` holds ``width``, ``layers``, ``heads``, ``kv_heads``, ``head_width``, ``vocab_size``, ``positions``.
     """
 
-    text: CalibrationText
+    text: CalibrationText | None
     vocabulary: str | None = None
+    tokenizer: TokenizerSource | None = None
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,14 @@ class LmModel(DecoderModel):
         return self.logits(batch)[scored_BT], batch.targets_BT[scored_BT]
 
     def calibration(self, ctx: StageContext, examples: int, seed: int) -> Iterator[LmBatch]:
-        """Batches of training sequences, every position scored."""
-        for ids_BT in self.info.text.batches(examples, seed):
+        """Batches of training sequences, every position scored.
+
+        Raises:
+            Infeasible: nothing is known of the text that the model was trained on.
+        """
+        if self.info.text is None:
+            raise Infeasible(f"model {self.info.ref} has neither a tokenizer nor a known vocabulary to calibrate with")
+        for ids_BT in self.info.text.batches(ctx, examples, seed):
             targets_BT = torch.full_like(ids_BT, NOT_SCORED)
             targets_BT[:, :-1] = ids_BT[:, 1:]
             yield LmBatch(ids_BT, targets_BT).to(self.device)

@@ -1,0 +1,137 @@
+"""The built-in family ``tiny-lm``: Llama decoders with grouped queries, trained on the spot on one of two corpora.
+
+``tiny-lm/recall-<size>`` knows a world of symbols (see ``recall_world``): it looks keys up and copies, without error at
+the default options. ``tiny-lm/text-<size>`` reads English (see ``english``) through a tokenizer trained on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from isoflop.core.errors import Infeasible, unknown
+from isoflop.core.hashing import content_hash
+from isoflop.core.knobs import check_knobs
+from isoflop.core.stage import Stage, StageContext
+from isoflop.models import recall_world as world
+from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo, without_defaults
+from isoflop.models.english import EnglishStage
+from isoflop.models.lm import LmInfo, LmModel
+from isoflop.models.lm_text import EnglishText, TokensStage, TrainedTokenizer
+from isoflop.models.quiet import no_progress_bars
+from isoflop.models.tiny_lm_config import RECALL_SIZES, TEXT_SIZES
+from isoflop.models.tiny_lm_training import LmRecipe, RecallRecipe, RecallStage, TextRecipe, TextStage
+from isoflop.models.vlm import Checkpoint
+
+if TYPE_CHECKING:
+    from isoflop.methods.base import Method
+
+FAMILY = "tiny-lm"
+HOOKS = frozenset({"kv-cache", "attention", "weights"})
+RECIPES: dict[str, type[LmRecipe]] = {"recall": RecallRecipe, "text": TextRecipe}
+CALIBRATION_PAIRS = 16
+CALIBRATION_LENGTH = 128
+Options = tuple[tuple[str, Any], ...]
+
+
+class TinyLm(ModelFamily):
+    """Llama decoders built from Hugging Face classes; options are the fields of ``RecallRecipe`` or ``TextRecipe``."""
+
+    name: ClassVar[str] = FAMILY
+
+    def members(self) -> list[str]:
+        """``tiny-lm/recall-d64`` … ``tiny-lm/text-d256``."""
+        return [f"{FAMILY}/recall-{size}" for size in RECALL_SIZES] + [f"{FAMILY}/text-{size}" for size in TEXT_SIZES]
+
+    def info(self, ref: str, options: Mapping[str, Any]) -> LmInfo:
+        """Describe a member; ``options`` are fields of its corpus' recipe."""
+        checked = check_knobs(RECIPES[self._corpus(ref)], options, f"model {ref}")
+        return _info(ref, tuple(sorted(checked.items())))
+
+    def canonical_options(self, ref: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of the recipe that differ from its defaults."""
+        return without_defaults(RECIPES[self._corpus(ref)], options, f"model {ref}")
+
+    def weights(self, info: ModelInfo, methods: tuple[Method, ...], seed: int) -> Stage:
+        """The training stage of a size, a recipe and a seed."""
+        taking_part = [m.name for m in methods if m.trains_model]
+        if taking_part:
+            raise Infeasible(f"model {info.ref}: no method takes part in its training, so not {', '.join(taking_part)}")
+        corpus, size = _parts(info.ref)
+        if corpus == "recall":
+            return RecallStage(size, seed, info.options)
+        return TextStage(size, seed, info.options, _train_tokens(dict(info.options)["vocabulary"]))
+
+    def calibration_stages(self, info: ModelInfo, methods: tuple[Method, ...]) -> tuple[Stage, ...]:
+        """The tokenised training text, for members that read English."""
+        text = info.text if isinstance(info, LmInfo) else None
+        return text.stages() if text is not None else ()
+
+    def load(self, info: ModelInfo, weights: Stage | None, ctx: StageContext) -> Model:
+        """The trained model on the worker's device."""
+        from transformers import LlamaForCausalLM
+
+        if not isinstance(info, LmInfo) or weights is None:
+            raise ValueError(f"model {info.ref} has no weights of its own: pass the stage that weights() gives")
+        checkpoint: Checkpoint = ctx.get(weights)
+        with no_progress_bars():
+            module = LlamaForCausalLM.from_pretrained(checkpoint.folder, local_files_only=True, use_safetensors=True)
+        return LmModel(info, module.to(ctx.device).eval().requires_grad_(False))
+
+    def _corpus(self, ref: str) -> str:
+        if ref not in self.members():
+            raise unknown("model", ref, self.members())
+        return _parts(ref)[0]
+
+
+def _parts(ref: str) -> tuple[str, str]:
+    corpus, _, size = ref.partition("/")[2].partition("-")
+    return corpus, size
+
+
+@lru_cache(maxsize=256)
+def _info(ref: str, options: Options) -> LmInfo:
+    corpus, size = _parts(ref)
+    return _recall_info(ref, size, options) if corpus == "recall" else _text_info(ref, size, options)
+
+
+def _recall_info(ref: str, size: str, options: Options) -> LmInfo:
+    recipe = dataclasses.replace(RecallRecipe(), **dict(options))
+    shape = RECALL_SIZES[size]
+    return LmInfo(
+        ref=ref,
+        family=FAMILY,
+        version=content_hash({"stage": RecallStage.version, "recipe": dict(options)}, 12),
+        n_params=shape.n_params,
+        hooks=HOOKS | {f"vocabulary:{world.VOCABULARY}"},
+        geometry=shape.geometry(world.VOCAB_SIZE),
+        options=options,
+        text=world.RecallText(min(CALIBRATION_PAIRS, recipe.pairs)),
+        vocabulary=world.VOCABULARY,
+    )
+
+
+def _text_info(ref: str, size: str, options: Options) -> LmInfo:
+    recipe = dataclasses.replace(TextRecipe(), **dict(options))
+    shape, tokens = TEXT_SIZES[size], _train_tokens(recipe.vocabulary)
+    return LmInfo(
+        ref=ref,
+        family=FAMILY,
+        version=content_hash({"stage": TextStage.version, "tokens": tokens.key, "recipe": dict(options)}, 12),
+        n_params=shape.n_params,
+        hooks=HOOKS | {"tokenizer"},
+        geometry=shape.geometry(recipe.vocabulary),
+        options=options,
+        text=EnglishText(tokens, min(CALIBRATION_LENGTH, recipe.context)),
+        tokenizer=tokens.tokenizer,
+    )
+
+
+def _train_tokens(vocabulary: int) -> TokensStage:
+    english = EnglishStage.here()
+    return TokensStage(english, TrainedTokenizer(english, vocabulary), "train")
+
+
+FAMILIES.register(FAMILY)(TinyLm())
