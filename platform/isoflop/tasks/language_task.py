@@ -1,0 +1,156 @@
+"""What the tasks on language models share: sequences with scored positions, errors per sequence, measuring.
+
+Shape suffixes: N examples, B batch, T tokens, W vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from isoflop.core.errors import Infeasible
+from isoflop.core.hashing import derive_seed
+from isoflop.core.knobs import Knob
+from isoflop.core.stage import StageContext
+from isoflop.models.base import Model, ModelInfo
+from isoflop.models.features import batches
+from isoflop.models.lm import NOT_SCORED, LmBatch, LmInfo, LmModel
+from isoflop.tasks.base import Shard, Task
+from isoflop.tasks.footprint import byte_costs, decoder_cache, flops_of, module_bytes, peak_bytes_of, seconds_of
+
+MOST_LOGITS = 2**24
+"""Logits of one forward pass, batch times tokens times vocabulary."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """All examples of a task, of one length.
+
+    Attributes:
+        sequences: ids and targets (N, T), and the tokens that are compressed before the rest is seen.
+        units_N: by what an example's costs are divided: scored positions, or bytes of text.
+    """
+
+    sequences: LmBatch
+    units_N: np.ndarray
+
+    def rows(self, ids_B: np.ndarray) -> LmBatch:
+        """Some examples."""
+        rows = torch.from_numpy(ids_B)
+        return replace(self.sequences, ids_BT=self.sequences.ids_BT[rows], targets_BT=self.sequences.targets_BT[rows])
+
+    def __len__(self) -> int:
+        return len(self.units_N)
+
+
+@dataclass(frozen=True)
+class LanguageTask(Task):
+    """Base class of tasks that score tokens of given sequences.
+
+    Everything is scored in one forward pass: tokens inside the prompt see each other exactly, later ones see it as the
+    methods on the cache have left it, which equals decoding token by token. The suite and its numbers depend on the
+    options only; the job's seed shuffles the order. A shorter suite is a prefix of a longer one.
+    """
+
+    examples: Annotated[int, Knob(low=1, high=100_000, doc="number of sequences")] = 256
+    shard: Annotated[
+        int, Knob(low=1, high=100_000, doc="sequences per shard; a pruner may stop a job between shards")
+    ] = 64
+
+    @abstractmethod
+    def suite(self, info: LmInfo, ctx: StageContext) -> Suite:
+        """All examples, in order of their numbers."""
+
+    @abstractmethod
+    def tokens_needed(self) -> int:
+        """Length of a sequence."""
+
+    @abstractmethod
+    def shard_of(
+        self, ids_B: np.ndarray, nll_B: np.ndarray, right_B: np.ndarray, scored_B: np.ndarray, units_B: np.ndarray
+    ) -> Shard:
+        """Errors and metrics of some examples.
+
+        Args:
+            nll_B, right_B, scored_B: of each example: summed negative log-likelihood in nats, tokens that the model
+                would have chosen, and tokens scored.
+            units_B: see ``Suite``.
+        """
+
+    def check(self, info: ModelInfo) -> None:
+        """The hooks that the task needs, and room for its sequences."""
+        super().check(info)
+        room = lm_info(info, self.name).geometry["positions"]
+        if self.tokens_needed() > room:
+            raise Infeasible(
+                f"task {self.name}: its sequences have {self.tokens_needed()} tokens; model {info.ref} has room for {room}"
+            )
+
+    def order(self, seed: int, count: int) -> np.ndarray:
+        """Example numbers in the order of ``evaluate``."""
+        return np.random.default_rng(derive_seed("order", self.name, seed)).permutation(count)
+
+    @torch.no_grad()
+    def evaluate(self, model: Model, ctx: StageContext, seed: int) -> Iterator[Shard]:
+        """Score the suite shard by shard."""
+        lm = lm_model(model, self.name)
+        suite = self.suite(lm.info, ctx)
+        order_N = self.order(seed, len(suite))
+        size = max(1, MOST_LOGITS // (suite.sequences.ids_BT.shape[1] * lm.info.geometry["vocab_size"]))
+        for part in batches(len(order_N), self.shard):
+            ids = order_N[part]
+            pieces = [score(lm, suite.rows(ids[piece])) for piece in batches(len(ids), size)]
+            nll_B, right_B, scored_B = (np.concatenate(column) for column in zip(*pieces, strict=True))
+            yield self.shard_of(ids, nll_B, right_B, scored_B, suite.units_N[ids])
+
+    @torch.no_grad()
+    def measure(self, model: Model, ctx: StageContext) -> dict[str, float]:
+        """Footprint of example 0, batch of one: one forward pass over the sequence, its cache at the end."""
+        lm = lm_model(model, self.name)
+        batch = self.suite(lm.info, ctx).rows(np.zeros(1, dtype=np.int64)).to(lm.device)
+        length = batch.ids_BT.shape[1]
+        whole = (
+            batch if batch.prefix else replace(batch, prefix=length)
+        )  # the cache of all tokens, where none is a prompt
+        flops, _ = flops_of(lambda: lm.logits(batch))
+        return {
+            "visual_tokens": 0.0,
+            "text_tokens": float(length),
+            "prompt_tokens": float(batch.prefix),
+            "flops": float(flops),
+            "flops_llm": float(flops),
+            **byte_costs(lm, decoder_cache(lm, lambda: lm.logits(whole))),
+            "seconds": seconds_of(lambda: lm.logits(batch), lm.device),
+            "peak_bytes": float(module_bytes(lm.module) + peak_bytes_of(lambda: lm.logits(batch), lm.device)),
+        }
+
+
+def score(model: LmModel, batch: LmBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each sequence: summed negative log-likelihood in nats, right tokens, scored tokens; each (B,)."""
+    batch = batch.to(model.device)
+    logits_BTW = model.logits(batch).float()
+    nll_BT = F.cross_entropy(logits_BTW.transpose(1, 2), batch.targets_BT, reduction="none", ignore_index=NOT_SCORED)
+    scored_BT = batch.targets_BT != NOT_SCORED
+    right_BT = (logits_BTW.argmax(-1) == batch.targets_BT) & scored_BT
+    columns = nll_BT.double().sum(1), right_BT.sum(1).double(), scored_BT.sum(1).double()
+    return tuple(column.cpu().numpy() for column in columns)  # type: ignore[return-value]
+
+
+def lm_model(model: Model, task: str) -> LmModel:
+    """``model`` as a language model; Infeasible otherwise."""
+    if not isinstance(model, LmModel):
+        raise Infeasible(f"task {task} needs a language model, which {model.info.ref} is not")
+    return model
+
+
+def lm_info(info: ModelInfo, task: str) -> LmInfo:
+    """``info`` as that of a language model; Infeasible otherwise."""
+    if not isinstance(info, LmInfo):
+        raise Infeasible(f"task {task} needs a language model, which {info.ref} is not")
+    return info
