@@ -2,8 +2,8 @@
 
 The base class owns the hook point. A method says how many tokens it leaves and how it computes them; a method with
 weights also builds a module. In the tiny family the model is trained with the compressor in the loop. On a Hugging
-Face checkpoint a method without weights is applied as it is, and one with weights is trained together with the
-projector while the language model stays frozen.
+Face checkpoint, and on a tiny model with ``joint: false``, a method without weights is applied as it is, and one with
+weights is trained together with the projector while the language model stays frozen.
 
 Shape suffixes: B batch, P patches, V visual tokens, D vision width.
 """
@@ -24,6 +24,7 @@ from isoflop.core.hashing import derive_seed
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Method
 from isoflop.models.base import Model, ModelInfo, tensor_bytes
+from isoflop.models.features import LayerKey
 from isoflop.models.vlm import Checkpoint, CompressedTokens, VisualInput, VlmInfo, VlmModel
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ class VisualTokenMethod(Method):
     def compress(self, view: VisualInput, module: nn.Module | None) -> CompressedTokens:
         """Compress a batch; ``module`` is what ``build`` returned. Gradients flow when they are enabled."""
 
-    def layers(self, info: VlmInfo) -> tuple[int, ...]:
-        """Hidden states of the tower that ``compress`` reads besides the one that feeds the projector."""
+    def layers(self, info: VlmInfo) -> tuple[LayerKey, ...]:
+        """What ``compress`` reads of the tower besides the features that feed the projector: ``VisualInput.hidden``."""
         return ()
 
     def build(self, info: VlmInfo) -> nn.Module | None:
@@ -86,16 +87,16 @@ class VisualTokenMethod(Method):
     def prepare(
         self, info: ModelInfo, weights: Stage | None, seed: int, trained_with: tuple[Method, ...] = ()
     ) -> Stage | None:
-        """The model's own training stage (tiny family), a training stage of the compressor, or None."""
+        """The model's own training stage if the method took part in it, a stage that trains the method, or None."""
         self.check(info)
-        if weights is not None:
-            return weights
         vlm = vlm_info(info)
+        if weights is not None and self.trains_model and vlm.joint:
+            return weights
         if self.untrained(vlm, 0) is None:
             return None
         from isoflop.models.frozen import CompressorStage
 
-        return CompressorStage.of(vlm, self, seed)
+        return CompressorStage.of(vlm, self, seed, weights)
 
     @contextmanager
     def apply(self, model: Model, prepared: Any) -> Iterator[None]:
@@ -161,7 +162,7 @@ class InPlace:
     method: VisualTokenMethod
     module: nn.Module | None
     projector: nn.Module | None
-    layers: tuple[int, ...]
+    layers: tuple[LayerKey, ...]
 
     def __call__(self, view: VisualInput) -> CompressedTokens:
         """Compress a batch."""

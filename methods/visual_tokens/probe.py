@@ -23,25 +23,25 @@ from isoflop.models.training import Recipe
 from isoflop.models.vlm import VlmBatch, VlmModel
 
 
-def untrained_model(size: str = "d24", seed: int = 0) -> VlmModel:
+def untrained_model(size: str = "d24", seed: int = 0, tower: str = "dense") -> VlmModel:
     """A member of the tiny family as it is before training: random tower, projector and language model."""
     from transformers import LlavaForConditionalGeneration
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = LlavaForConditionalGeneration(llava_config(SIZES[size]))
+        module = LlavaForConditionalGeneration(llava_config(SIZES[size], tower))
     initialise(module, seed)
     with torch.no_grad():  # Hugging Face's default of .02 would leave the patch features almost constant
         module.model.vision_tower.embeddings.patch_embedding.weight.mul_(10)
     module = module.eval().requires_grad_(False)
-    return VlmModel(tiny_info(size, Recipe()), module, vision_of(module.model.vision_tower, None))
+    return VlmModel(tiny_info(size, Recipe(tower=tower)), module, vision_of(module.model.vision_tower, None))
 
 
 class VisualTokenProbe(Probe):
     """Logits of an untrained ``tiny-llava`` on reading questions; the cost is V, the tokens that enter the decoder."""
 
-    def __init__(self, size: str = "d24", examples: int = 6) -> None:
-        self.model: VlmModel = untrained_model(size)
+    def __init__(self, size: str = "d24", examples: int = 6, tower: str = "dense") -> None:
+        self.model: VlmModel = untrained_model(size, tower=tower)
         self.ctx = FolderContext(Path(mkdtemp(prefix="isoflop-probe-")))
         self.examples = examples
         scenes = world.SceneSet("train", examples, world.TRAIN_READING_MIX, seed=0)

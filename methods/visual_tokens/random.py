@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
-from isoflop.methods.visual_tokens.base import VisualTokenMethod, vlm_info
+from isoflop.methods.visual_tokens.base import vlm_info
+from isoflop.methods.visual_tokens.select import Selection
 from isoflop.models.base import ModelInfo
-from isoflop.models.vlm import CompressedTokens, VisualInput
+from isoflop.models.vlm import VisualInput
 
 
 @METHODS.register("random")
 @dataclass(frozen=True)
-class RandomTokens(VisualTokenMethod):
+class RandomTokens(Selection):
     """``tokens`` patches of each image in raster order, drawn anew per image. No weights.
 
     The subset depends on ``draw`` and on the example's number (which carries the job's seed), not on the rest of the
@@ -40,17 +40,11 @@ class RandomTokens(VisualTokenMethod):
 
     def tokens_left(self, grid: int) -> int:
         """``tokens``, when there are as many patches."""
-        if self.tokens > grid * grid:
-            raise Infeasible(
-                f"method random: tokens = {self.tokens} exceeds the {grid * grid} patches of a {grid}x{grid} grid; allowed: 1 … {grid * grid}"
-            )
-        return self.tokens
+        return self.at_most_all("tokens", self.tokens, grid)
 
-    def compress(self, view: VisualInput, module: nn.Module | None) -> CompressedTokens:
-        """Gather the patches with the smallest hashes."""
-        kept_BV = random_subset(view.ids_B, view.x_BPD.shape[1], self.tokens_left(view.grid), self.draw)
-        index_BVD = kept_BV[:, :, None].expand(-1, -1, view.x_BPD.shape[2])
-        return CompressedTokens(view.x_BPD.gather(1, index_BVD), kept_BV)
+    def kept(self, view: VisualInput, count: int) -> Tensor:
+        """The patches with the smallest hashes."""
+        return random_subset(view.ids_B, view.x_BPD.shape[1], count, self.draw)
 
 
 def random_subset(ids_B: Tensor, patches: int, count: int, draw: int) -> Tensor:

@@ -189,7 +189,9 @@ class SceneSet:
         levels_N = self._levels(chunk, chunk + CHUNK)
         classes_NP = np.take_along_axis(regions_NP, np.stack([_region_of_tile(int(g)) for g in levels_N]), axis=1)
         if self.digits:
-            order = np.random.default_rng([derive_seed("places", self.split, self.seed), chunk]).random(classes_NP.shape)
+            order = np.random.default_rng([derive_seed("places", self.split, self.seed), chunk]).random(
+                classes_NP.shape
+            )
             np.put_along_axis(classes_NP, order.argsort(1)[:, self.digits :], BLANK, axis=1)
         return classes_NP
 

@@ -6,7 +6,8 @@ Shape suffixes: N scenes, B batch, P patches, D vision width, C channels, H heig
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,16 @@ from torch.nn import functional as F
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.digit_world import VOCABULARY, SceneSet
 from isoflop.models.quiet import no_progress_bars
+from isoflop.models.taps import Tap
+
+LayerKey = int | str
+"""What is read of a tower: a hidden state by its number, or attention by ``attention_in(layer)``."""
+_ATTENTION = "attention-"
+
+
+def attention_in(layer: int) -> str:
+    """The key of the attention that patches get in a layer of the tower, counted from 0; see ``Vision.read``."""
+    return f"{_ATTENTION}{layer}"
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,27 @@ class Vision:
         outputs = self.tower(pixels_BCHW, output_hidden_states=True)
         return tuple(h[:, self.prefix :] for h in outputs.hidden_states)
 
+    def read(self, images_BCHW: Tensor, keys: Iterable[LayerKey]) -> dict[LayerKey, Tensor]:
+        """What ``keys`` name: patch features (B, P, D), and attention (B, P) in float32, by key.
+
+        Attention is the class token's softmax row, averaged over the heads, without its own column. A tower that has no
+        class token gives the mean over all patches' rows instead: the attention that each patch receives.
+        """
+        keys = list(keys)
+        layers = {key: int(key.removeprefix(_ATTENTION)) for key in keys if isinstance(key, str)}
+        with ExitStack() as stack:
+            taps = {key: stack.enter_context(Tap(self._attention(n)).listening()) for key, n in layers.items()}
+            states = self.hidden_states(images_BCHW)
+            found: dict[LayerKey, Tensor] = {key: states[key] for key in keys if isinstance(key, int)}
+            for key, tap in taps.items():
+                rows = slice(0, 1) if self.prefix else slice(None)
+                found[key] = tap.vision_rows(rows).mean((1, 2))[:, self.prefix :]
+        return found
+
+    def _attention(self, layer: int) -> nn.Module:
+        body: Any = getattr(self.tower, "vision_model", self.tower)
+        return body.encoder.layers[layer].self_attn
+
 
 def vision_of(tower: nn.Module, folder: Path | None) -> Vision:
     """Wrap a tower; ``folder`` may hold a ``preprocessor_config.json`` with its normalisation and image size."""
@@ -72,22 +104,26 @@ class TowerSource(Stage):
 
 @dataclass(frozen=True)
 class FeaturesStage(Stage):
-    """Features of a scene set from one layer of a tower: ``features.npy``, float32 (N, P, D), memory-mapped."""
+    """Features of a scene set from one layer of a tower: ``features.npy``, float32 (N, P, D), memory-mapped.
+
+    ``layer`` may also name the attention in a layer, (N, P).
+    """
 
     kind: ClassVar[str] = "features"
 
     tower: TowerSource
-    layer: int
+    layer: LayerKey
     split: str
     count: int
     mix: tuple[float, ...]
     seed: int
+    digits: int = 0
     world: str = VOCABULARY
 
     @property
     def scenes(self) -> SceneSet:
         """The scenes these features belong to."""
-        return SceneSet(self.split, self.count, self.mix, self.seed)
+        return SceneSet(self.split, self.count, self.mix, self.seed, self.digits)
 
     @torch.no_grad()
     def compute(self, ctx: StageContext, folder: Path) -> None:
@@ -97,7 +133,8 @@ class FeaturesStage(Stage):
         table: np.memmap | None = None
         done = 0
         for images_BCHW in self.scenes.images():
-            x_BPD = vision.hidden_states(torch.from_numpy(images_BCHW).to(device))[self.layer].float().cpu().numpy()
+            read = vision.read(torch.from_numpy(images_BCHW).to(device), [self.layer])[self.layer]
+            x_BPD = read.float().cpu().numpy()
             if table is None:
                 shape = (self.count, *x_BPD.shape[1:])
                 table = np.lib.format.open_memmap(folder / "features.npy", mode="w+", dtype=np.float32, shape=shape)
@@ -125,13 +162,14 @@ class TinyTowerStage(TowerSource):
     batch: int = 64
     lr: float = 3e-3
     seed: int = 0
+    tower: str = "dense"
     world: str = VOCABULARY
 
     def compute(self, ctx: StageContext, folder: Path) -> None:
         """Train and save in ``save_pretrained`` form with a ``preprocessor_config.json``."""
         from isoflop.models.tiny_vision import save_tower, train_tower
 
-        save_tower(train_tower(self.steps, self.batch, self.lr, self.seed), folder)
+        save_tower(train_tower(self.steps, self.batch, self.lr, self.seed, self.tower), folder)
 
     def load(self, ctx: StageContext, folder: Path) -> Vision:
         """The tower in evaluation mode on the worker's device, without gradients."""

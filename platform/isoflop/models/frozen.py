@@ -21,7 +21,7 @@ from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import family_of
 from isoflop.models.descent import descend
 from isoflop.models.digit_world import VOCABULARY
-from isoflop.models.features import FeaturesStage
+from isoflop.models.features import FeaturesStage, LayerKey
 from isoflop.models.lessons import Lessons, Step
 from isoflop.models.training import MethodSpec, Recipe, build_visual, method_spec
 from isoflop.models.vlm import Checkpoint, CompressedTokens, VisualInput, VlmBatch, VlmInfo, VlmModel
@@ -40,7 +40,7 @@ class _Learning:
     method: VisualTokenMethod
     module: nn.Module | None
     projector: nn.Module | None
-    layers: tuple[int, ...]
+    layers: tuple[LayerKey, ...]
     seen: VisualInput | None = None
 
     def __call__(self, view: VisualInput) -> CompressedTokens:
@@ -80,7 +80,7 @@ class CompressorStage(Stage):
             raise Infeasible(
                 f"method {method.name} must be trained for {info.ref}, and there are training scenes only for checkpoints that declare the vocabulary {VOCABULARY}"
             )
-        layers = [info.feature_layer, *(n for n in method.layers(info) if n != info.feature_layer)]
+        layers: list[LayerKey] = [info.feature_layer, *(n for n in method.layers(info) if n != info.feature_layer)]
         features = tuple(stage for n in layers for stage in lessons.tables(info.tower, n))
         return cls(info.ref, info.version, info.options, method_spec(method), seed, lessons.fields(), features, weights)
 
@@ -125,7 +125,7 @@ class CompressorStage(Stage):
         recipe = Recipe(steps=self.steps, batch=self.batch, lr=method.learning_rate)
         slot = _Learning(method, module, projector, method.layers(model.info))
         model.compression = slot
-        tables: dict[int, list[Tensor]] = {}
+        tables: dict[LayerKey, list[Tensor]] = {}
         for stage in self.features:
             tables.setdefault(stage.layer, []).append(torch.from_numpy(ctx.get(stage).copy()))
         hidden = {layer: torch.cat(parts) for layer, parts in tables.items()}

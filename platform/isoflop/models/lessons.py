@@ -17,7 +17,7 @@ from torch import Tensor
 from isoflop.core.hashing import derive_seed
 from isoflop.core.stage import StageContext
 from isoflop.models import digit_world as world
-from isoflop.models.features import FeaturesStage, TowerSource
+from isoflop.models.features import FeaturesStage, LayerKey, TowerSource
 
 Ask = Callable[[np.random.Generator, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -42,24 +42,32 @@ class Lessons:
     Attributes:
         reading_scenes: scenes of every granularity, for reading.
         coarse_scenes: scenes of one class, for recall.
+        sparse_scenes: scenes in which few tiles carry a digit, for finding them.
     """
 
     reading_scenes: int = 6144
     coarse_scenes: int = 2048
+    sparse_scenes: int = 0
 
     def scenes(self) -> tuple[world.SceneSet, ...]:
         """The sets of scenes; rows of the feature tables are counted through all of them."""
+        reading = world.SceneSet("train", self.reading_scenes, world.TRAIN_READING_MIX, derive_seed("reading scenes"))
+        coarse = world.SceneSet("train", self.coarse_scenes, world.COARSE_MIX, derive_seed("coarse scenes"))
+        if not self.sparse_scenes:
+            return reading, coarse
+        seed = derive_seed("sparse scenes")
         return (
-            world.SceneSet("train", self.reading_scenes, world.TRAIN_READING_MIX, derive_seed("reading scenes")),
-            world.SceneSet("train", self.coarse_scenes, world.COARSE_MIX, derive_seed("coarse scenes")),
+            reading,
+            coarse,
+            world.SceneSet("train", self.sparse_scenes, world.FINE_MIX, seed, digits=world.SPARSE_DIGITS),
         )
 
-    def tables(self, tower: TowerSource, layer: int) -> tuple[FeaturesStage, ...]:
+    def tables(self, tower: TowerSource, layer: LayerKey) -> tuple[FeaturesStage, ...]:
         """The feature tables of one tower layer, one per set of scenes."""
-        return tuple(FeaturesStage(tower, layer, s.split, s.count, s.mix, s.seed) for s in self.scenes())
+        return tuple(FeaturesStage(tower, layer, s.split, s.count, s.mix, s.seed, s.digits) for s in self.scenes())
 
     def steps(self, count: int, batch: int, seed: int) -> Iterator[Step]:
-        """``count`` batches, half reading and half recall. The same for every model of a seed."""
+        """``count`` batches: half reading and half recall, or a quarter each and half finding. The same at every size."""
         rng = np.random.default_rng(derive_seed("lessons", seed))
         classes = [scenes.classes() for scenes in self.scenes()]
         sizes, asks = self._parts(batch)
@@ -78,12 +86,18 @@ class Lessons:
 
     def _parts(self, batch: int) -> tuple[Sequence[int], Sequence[Ask]]:
         """Examples per batch and kind of question for each set of scenes."""
-        return (batch // 2, batch // 2), (world.reading_questions, world.recall_questions)
+        if not self.sparse_scenes:
+            return (batch // 2, batch // 2), (world.reading_questions, world.recall_questions)
+        quarter = batch // 4
+        sizes = (quarter, quarter, batch - 2 * quarter)
+        return sizes, (world.reading_questions, world.recall_questions, world.find_questions)
 
 
-def table_rows(ctx: StageContext, tables: Mapping[int, Sequence[FeaturesStage]], rows_B: Tensor) -> dict[int, Tensor]:
+def table_rows(
+    ctx: StageContext, tables: Mapping[LayerKey, Sequence[FeaturesStage]], rows_B: Tensor
+) -> dict[LayerKey, Tensor]:
     """Rows of feature tables, counted through each layer's tables, by layer; read from disk as they are needed."""
-    found: dict[int, Tensor] = {}
+    found: dict[LayerKey, Tensor] = {}
     for layer, stages in tables.items():
         first = np.cumsum([0, *(stage.count for stage in stages)])
         table_B = np.searchsorted(first, rows_B.numpy(), side="right") - 1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from isoflop.models import digit_world as world
 from isoflop.models.descent import draw_weights
-from isoflop.models.tiny_vision import LAYERS, WIDTH, tower_config
+from isoflop.models.tiny_vision import KINDS, WIDTH, tower_config
 
 if TYPE_CHECKING:
     from transformers import LlavaConfig
@@ -40,14 +40,13 @@ class TinySize:
         per_layer = 4 * self.width**2 + 3 * self.width * self.mlp + 2 * self.width + qkv_bias
         return self.layers * per_layer
 
-    @property
-    def geometry(self) -> dict[str, Any]:
+    def geometry(self, tower: str = "dense") -> dict[str, Any]:
         """Sizes that methods check against (see ``VlmInfo``)."""
         return {
             "grid": world.GRID,
             "visual_tokens": world.TILES,
             "vision_width": WIDTH,
-            "vision_layers": LAYERS,
+            "vision_layers": KINDS[tower].layers,
             "width": self.width,
             "layers": self.layers,
             "heads": self.heads,
@@ -70,8 +69,8 @@ SIZES: dict[str, TinySize] = {
 }
 
 
-def llava_config(size: TinySize) -> LlavaConfig:
-    """The Hugging Face config; declares the raw vocabulary under ``isoflop``."""
+def llava_config(size: TinySize, tower: str = "dense") -> LlavaConfig:
+    """The Hugging Face config; declares the raw vocabulary under ``isoflop``, and what a tower of kind ``cls`` adds."""
     from transformers import LlamaConfig, LlavaConfig, Qwen2Config
 
     text_class = {"llama": LlamaConfig, "qwen2": Qwen2Config}[size.decoder]
@@ -90,11 +89,11 @@ def llava_config(size: TinySize) -> LlavaConfig:
         pad_token_id=None,
     )
     return LlavaConfig(
-        vision_config=tower_config(),
+        vision_config=tower_config(tower),
         text_config=text,
         image_token_id=world.IMAGE,
         image_seq_length=world.TILES,
-        vision_feature_layer=-1,
+        vision_feature_layer=KINDS[tower].feature_layer - KINDS[tower].layers - 1,
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",
         tie_word_embeddings=False,

@@ -11,11 +11,12 @@ from isoflop.core.errors import Infeasible, unknown
 from isoflop.core.hashing import content_hash
 from isoflop.core.knobs import check_knobs
 from isoflop.core.stage import Stage, StageContext
+from isoflop.models import digit_world as world
 from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo, without_defaults
-from isoflop.models.digit_world import VOCABULARY
-from isoflop.models.features import FeaturesStage, TinyTowerStage, vision_of
+from isoflop.models.features import FeaturesStage, LayerKey, TinyTowerStage, vision_of
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.tiny_config import SIZES
+from isoflop.models.tiny_vision import KINDS
 from isoflop.models.training import CellStage, Recipe, method_spec, recipe_fields
 from isoflop.models.vlm import Checkpoint, VlmInfo, VlmModel
 
@@ -23,24 +24,25 @@ if TYPE_CHECKING:
     from isoflop.methods.base import Method
 
 FAMILY = "tiny-llava"
-HOOKS = frozenset({"visual-tokens", "kv-cache", "attention", "weights", f"vocabulary:{VOCABULARY}"})
+HOOKS = frozenset({"visual-tokens", "kv-cache", "attention", "weights", f"vocabulary:{world.VOCABULARY}"})
 
 
 def tiny_info(size: str, recipe: Recipe) -> VlmInfo:
     """Describe a member under a recipe."""
-    shape = SIZES[size]
+    shape, kind = SIZES[size], KINDS[recipe.tower]
     fields = recipe_fields(recipe)
     return VlmInfo(
         ref=f"{FAMILY}/{size}",
         family=FAMILY,
         version=content_hash({"stage": CellStage.version, "tower": TinyTowerStage.version, "recipe": dict(fields)}, 12),
         n_params=shape.n_params,
-        hooks=HOOKS,
-        geometry=shape.geometry,
-        tower=TinyTowerStage(steps=recipe.tower_steps),
-        feature_layer=shape.geometry["vision_layers"],
-        vocabulary=VOCABULARY,
+        hooks=HOOKS | ({world.SPARSE_HOOK} if recipe.tower == "cls" else set()),
+        geometry=shape.geometry(recipe.tower),
+        tower=TinyTowerStage(steps=recipe.tower_steps, tower=recipe.tower),
+        feature_layer=kind.feature_layer,
+        vocabulary=world.VOCABULARY,
         lessons=recipe.lessons,
+        joint=recipe.joint,
         options=fields,
     )
 
@@ -69,13 +71,13 @@ class TinyLlava(ModelFamily):
         return without_defaults(Recipe, options, f"model {ref}")
 
     def weights(self, info: ModelInfo, methods: tuple[Method, ...], seed: int) -> Stage:
-        """The training stage of a cell: size, visual-token method, seed."""
+        """The training stage of a cell: size, visual-token method (unless ``joint`` is off), seed."""
         from isoflop.methods.base import build
         from isoflop.methods.visual_tokens.base import VisualTokenMethod
 
         vlm = _own(info)
         taking_part = [m for m in methods if m.trains_model]
-        visual = [m for m in taking_part if isinstance(m, VisualTokenMethod)]
+        visual = [m for m in taking_part if isinstance(m, VisualTokenMethod) and vlm.joint]
         other = [m.name for m in taking_part if not isinstance(m, VisualTokenMethod)]
         if other:
             raise Infeasible(
@@ -124,7 +126,7 @@ def _features(info: VlmInfo, methods: tuple[Method, ...]) -> tuple[FeaturesStage
     lessons = info.known_lessons
     if lessons is None:
         raise TypeError(f"{info.ref} was not described by this family")
-    layers = [info.feature_layer]
+    layers: list[LayerKey] = [info.feature_layer]
     for method in methods:
         if isinstance(method, VisualTokenMethod):
             layers += [n for n in method.layers(info) if n not in layers]

@@ -27,11 +27,11 @@ from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.decoder import LastPosition
 from isoflop.models.descent import descend, rate_groups
-from isoflop.models.features import FeaturesStage, TowerSource, Vision
+from isoflop.models.features import FeaturesStage, LayerKey, TowerSource, Vision
 from isoflop.models.lessons import Lessons, Step
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.tiny_config import SIZES, initialise, llava_config
-from isoflop.models.tiny_vision import save_preprocessing
+from isoflop.models.tiny_vision import KINDS, save_preprocessing
 from isoflop.models.vlm import Checkpoint, VisualInput, VlmInfo
 
 if TYPE_CHECKING:
@@ -72,17 +72,33 @@ class Recipe:
     reading_scenes: Annotated[int, Knob(low=32, high=1_000_000, doc="training scenes for reading")] = 6144
     coarse_scenes: Annotated[int, Knob(low=32, high=1_000_000, doc="training scenes for recall")] = 2048
     tower_steps: Annotated[int, Knob(low=1, high=100_000, doc="optimiser steps of the vision tower")] = 150
+    tower: Annotated[
+        str,
+        Knob(
+            choices=tuple(KINDS),
+            doc="dense: one layer, patches only; cls: four layers, a class token trained on the whole image, sparse scenes",
+        ),
+    ] = "dense"
+    joint: Annotated[
+        bool,
+        Knob(doc="train with the visual-token method in place; false: with all tokens, methods are applied afterwards"),
+    ] = True
 
     @property
     def lessons(self) -> Lessons:
         """Training scenes and questions."""
-        return Lessons(self.reading_scenes, self.coarse_scenes)
+        return Lessons(self.reading_scenes, self.coarse_scenes, self.reading_scenes if self.tower == "cls" else 0)
+
+
+LATER = (("tower", "dense"), ("joint", True))
+"""Options that came after the first results, with their defaults: left out of a model's version, so that models that do
+without them keep their names."""
 
 
 class Bank:
     """Training features of several tower layers in memory, standardised when the compressor commutes with that."""
 
-    def __init__(self, tables: Mapping[int, list[np.ndarray]], layer: int, standardise: bool) -> None:
+    def __init__(self, tables: Mapping[LayerKey, list[np.ndarray]], layer: int, standardise: bool) -> None:
         self.layer = layer
         self.x = {number: torch.from_numpy(np.concatenate(parts)) for number, parts in tables.items()}
         x_ND = self.x[layer].flatten(0, 1)
@@ -91,8 +107,8 @@ class Bank:
         if standardise:
             self.x[layer] = (self.x[layer] - self.mean_D) / self.std_D
 
-    def rows(self, rows_B: Tensor) -> dict[int, Tensor]:
-        """Features of some scenes by layer, each (B, P, D)."""
+    def rows(self, rows_B: Tensor) -> dict[LayerKey, Tensor]:
+        """What was read of the tower for some scenes, by key."""
         return {number: table.index_select(0, rows_B) for number, table in self.x.items()}
 
     @torch.no_grad()
@@ -132,13 +148,13 @@ class CellTrainer:
 
         return descend(optimizer, self.recipe, steps, loss)
 
-    def logits(self, hidden: Mapping[int, Tensor], questions_BQ: Tensor, ids_B: Tensor) -> Tensor:
+    def logits(self, hidden: Mapping[LayerKey, Tensor], questions_BQ: Tensor, ids_B: Tensor) -> Tensor:
         """Logits of the answer, (B, vocabulary), with gradients."""
         view = self.view(hidden, questions_BQ, ids_B)
         visual_BVd = self.module.model.multi_modal_projector(self.method.compress(view, self.compressor).tokens_BVD)
         return self.module.lm_head(self._last_position(torch.cat((visual_BVd, self._embed(questions_BQ)), dim=1)))
 
-    def view(self, hidden: Mapping[int, Tensor], questions_BQ: Tensor, ids_B: Tensor) -> VisualInput:
+    def view(self, hidden: Mapping[LayerKey, Tensor], questions_BQ: Tensor, ids_B: Tensor) -> VisualInput:
         """The compressor's input for a training batch."""
         return VisualInput(
             x_BPD=hidden[self.info.feature_layer],
@@ -208,7 +224,7 @@ class CellStage(Stage):
         vision: Vision = ctx.get(self.tower)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            module = LlavaForConditionalGeneration(llava_config(SIZES[self.size]))
+            module = LlavaForConditionalGeneration(llava_config(SIZES[self.size], recipe.tower))
         module.model.vision_tower.load_state_dict(vision.tower.state_dict())
         module.model.vision_tower.requires_grad_(False)
         initialise(module, derive_seed("weights", self.seed))
@@ -244,7 +260,7 @@ class CellStage(Stage):
         return Checkpoint(folder, json.loads((folder / "training.json").read_text()))
 
     def _bank(self, ctx: StageContext, info: VlmInfo, standardise: bool) -> Bank:
-        tables: dict[int, list[np.ndarray]] = {}
+        tables: dict[LayerKey, list[np.ndarray]] = {}
         for stage in self.features:
             tables.setdefault(stage.layer, []).append(ctx.get(stage))
         return Bank(tables, info.feature_layer, standardise)
@@ -268,8 +284,8 @@ def method_spec(method: VisualTokenMethod) -> MethodSpec:
 
 
 def recipe_fields(recipe: Recipe) -> tuple[tuple[str, Any], ...]:
-    """The recipe as plain (name, value) pairs."""
-    return tuple(dataclasses.asdict(recipe).items())
+    """The recipe as plain (name, value) pairs, without the options in ``LATER`` at their defaults."""
+    return tuple(pair for pair in dataclasses.asdict(recipe).items() if pair not in LATER)
 
 
 def save_cell(folder: Path, module: Any, compressor: nn.Module | None) -> None:

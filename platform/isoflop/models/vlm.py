@@ -22,7 +22,7 @@ from isoflop.core.stage import StageContext
 from isoflop.models.base import ModelInfo
 from isoflop.models.decoder_model import DecoderModel
 from isoflop.models.digit_world import VOCABULARY
-from isoflop.models.features import TowerSource, Vision
+from isoflop.models.features import LayerKey, TowerSource, Vision
 from isoflop.models.lessons import Lessons, Step, table_rows
 
 CALIBRATION_BATCH = 32
@@ -38,6 +38,7 @@ class VlmInfo(ModelInfo):
         feature_layer: hidden state that feeds the projector, counted from 0 (the embedding) to the number of layers.
         vocabulary: name of the raw vocabulary the checkpoint declares, or None for one with a tokenizer.
         lessons: what the model was trained on, where it was trained here.
+        joint: a model that is trained here is trained with its visual-token method in place.
 
     ``geometry`` holds ``grid`` (patches per side), ``visual_tokens`` (P), ``vision_width``, ``vision_layers``,
     ``width``, ``layers``, ``heads``, ``kv_heads``, ``vocab_size``, ``image_token``.
@@ -47,6 +48,7 @@ class VlmInfo(ModelInfo):
     feature_layer: int
     vocabulary: str | None = None
     lessons: Lessons | None = None
+    joint: bool = True
 
     @property
     def known_lessons(self) -> Lessons | None:
@@ -60,7 +62,8 @@ class VisualInput:
 
     Attributes:
         x_BPD: patch features of the layer that feeds the projector, in raster order, without prefix tokens.
-        hidden: the same of the other layers that the compressor asked for, by layer number.
+        hidden: what the compressor asked for besides: the same of other layers, by their numbers, and attention (B, P)
+            by ``attention_in(layer)``.
         grid: patches per side; P = grid².
         question_BQ: token ids of the question, the text after the last image marker; None when there is none.
         question_mask_BQ: 1 for real tokens and 0 for padding (either side); None when nothing is padded.
@@ -71,7 +74,7 @@ class VisualInput:
     """
 
     x_BPD: Tensor
-    hidden: Mapping[int, Tensor]
+    hidden: Mapping[LayerKey, Tensor]
     grid: int
     question_BQ: Tensor | None
     question_mask_BQ: Tensor | None
@@ -87,17 +90,20 @@ class CompressedTokens:
     Attributes:
         tokens_BVD: input of the projector.
         kept_BV: numbers of the patches that were kept, sorted, for methods that select; None for those that mix.
+        places_BV: places that the tokens take among the P places of the image in the prompt, text behind it staying
+            where it was; None for V places in a row.
     """
 
     tokens_BVD: Tensor
     kept_BV: Tensor | None = None
+    places_BV: Tensor | None = None
 
 
 class Compression(Protocol):
     """A compressor in place: what a method puts into ``VlmModel.compression``."""
 
-    layers: tuple[int, ...]
-    """Hidden states it reads besides the model's own feature layer."""
+    layers: tuple[LayerKey, ...]
+    """What it reads of the tower besides the model's own feature layer."""
     module: nn.Module | None
     """Its own weights."""
     projector: nn.Module | None
@@ -112,7 +118,7 @@ class VlmBatch:
     """Prompts about images, one image each.
 
     Attributes:
-        hidden: patch features (B, P, D) by layer number; holds at least the feature layer and ``compression.layers``.
+        hidden: what was read of the tower by key; holds at least the feature layer and ``compression.layers``.
         prompt_BT: token ids with exactly one image placeholder per row.
         question_BQ: the text after the placeholder, for query-conditioned compressors.
         ids_B: example numbers.
@@ -120,7 +126,7 @@ class VlmBatch:
         answers_B: the token that follows each prompt, where it is known (``supervised``).
     """
 
-    hidden: Mapping[int, Tensor]
+    hidden: Mapping[LayerKey, Tensor]
     prompt_BT: Tensor
     question_BQ: Tensor | None
     ids_B: Tensor
@@ -160,15 +166,14 @@ class VlmModel(DecoderModel):
         return self.module.lm_head.weight.dtype
 
     @property
-    def layers_needed(self) -> tuple[int, ...]:
-        """Hidden states of the tower that the model, as it is now, reads."""
+    def layers_needed(self) -> tuple[LayerKey, ...]:
+        """What the model, as it is now, reads of the tower."""
         extra = self.compression.layers if self.compression is not None else ()
-        return tuple(sorted({self.info.feature_layer, *extra}))
+        return tuple(sorted({self.info.feature_layer, *extra}, key=str))
 
-    def look(self, images_BCHW: Tensor) -> dict[int, Tensor]:
-        """Run the tower on images in [0, 1]; the hidden states that are needed, by layer number."""
-        states = self.vision.hidden_states(images_BCHW.to(self.device))
-        return {layer: states[layer] for layer in self.layers_needed}
+    def look(self, images_BCHW: Tensor) -> dict[LayerKey, Tensor]:
+        """Run the tower on images in [0, 1]; what is needed of it, by key."""
+        return self.vision.read(images_BCHW.to(self.device), self.layers_needed)
 
     def compress(self, batch: VlmBatch) -> CompressedTokens:
         """What enters the projector: the compressor's output, or every patch."""
@@ -176,7 +181,7 @@ class VlmModel(DecoderModel):
             return CompressedTokens(batch.hidden[self.info.feature_layer].to(self.dtype))
         view = VisualInput(
             x_BPD=batch.hidden[self.info.feature_layer].to(self.dtype),
-            hidden={layer: h.to(self.dtype) for layer, h in batch.hidden.items()},
+            hidden={key: h if isinstance(key, str) else h.to(self.dtype) for key, h in batch.hidden.items()},
             grid=self.info.geometry["grid"],
             question_BQ=batch.question_BQ,
             question_mask_BQ=batch.question_mask_BQ,
@@ -191,8 +196,12 @@ class VlmModel(DecoderModel):
         own = self.compression.projector if self.compression is not None else None
         return (own if own is not None else self.module.model.multi_modal_projector)(tokens_BVD)
 
-    def prefill(self, visual_BVd: Tensor, batch: VlmBatch, use_cache: bool = False) -> Any:
+    def prefill(
+        self, visual_BVd: Tensor, batch: VlmBatch, places_BV: Tensor | None = None, use_cache: bool = False
+    ) -> Any:
         """The language model on the whole prompt; Hugging Face's output with logits (B, 1, vocabulary).
+
+        ``places_BV``: see ``CompressedTokens``.
 
         A method on the KV cache compresses everything up to the last visual token, before the question is seen: the
         image is encoded once and asked many questions.
@@ -203,6 +212,9 @@ class VlmModel(DecoderModel):
             batch.prompt_BT, batch.prompt_mask_BT, self.info.geometry["image_token"], visual_BVd.shape[1]
         )
         positions_BL = None if mask_BL is None else (mask_BL.cumsum(-1) - 1).clamp(min=0)
+        if places_BV is not None:
+            image_BL = ids_BL == self.info.geometry["image_token"]
+            positions_BL = places_kept(positions_BL, image_BL, places_BV, self.info.geometry["visual_tokens"])
         image = BaseModelOutputWithPooling(pooler_output=list(visual_BVd))
         prefix = 0 if self.attention is None else _image_end(ids_BL, self.info.geometry["image_token"])
         with self.compressing_prefix(prefix):
@@ -218,14 +230,13 @@ class VlmModel(DecoderModel):
     @torch.no_grad()
     def answer_logits(self, batch: VlmBatch) -> Tensor:
         """Logits of the token after the prompt, (B, vocabulary). Padding, if any, must be on the left."""
-        return self.prefill(self.project(self.compress(batch).tokens_BVD), batch).logits[:, -1]
+        return self._answer(batch)
 
     def supervised(self, batch: VlmBatch) -> tuple[Tensor, Tensor]:
         """Logits (B, vocabulary) of the token after each prompt, and the answers (B,)."""
         if batch.answers_B is None:
             raise ValueError("the batch holds no answers")
-        logits_BW = self.prefill(self.project(self.compress(batch).tokens_BVD), batch).logits[:, -1]
-        return logits_BW, batch.answers_B
+        return self._answer(batch), batch.answers_B
 
     def calibration(self, ctx: StageContext, examples: int, seed: int) -> Iterator[VlmBatch]:
         """Training scenes and questions with their answers, ``examples`` in all, through the model's cached features."""
@@ -244,7 +255,11 @@ class VlmModel(DecoderModel):
             left -= len(chosen)
             yield self.lesson(step.chosen(chosen), table_rows(ctx, tables, step.rows_B[chosen]))
 
-    def lesson(self, step: Step, hidden: Mapping[int, Tensor]) -> VlmBatch:
+    def _answer(self, batch: VlmBatch) -> Tensor:
+        found = self.compress(batch)
+        return self.prefill(self.project(found.tokens_BVD), batch, found.places_BV).logits[:, -1]
+
+    def lesson(self, step: Step, hidden: Mapping[LayerKey, Tensor]) -> VlmBatch:
         """The prompts of training examples with the given features, on the model's device."""
         image_B1 = torch.full((len(step.rows_B), 1), self.info.geometry["image_token"])
         return VlmBatch(
@@ -286,6 +301,22 @@ def expand_placeholders(
     if mask_BT is None:
         return ids_BL, None
     return ids_BL, mask_BT.flatten().repeat_interleave(repeats).view(-1, length)
+
+
+def places_kept(positions_BL: Tensor | None, image_BL: Tensor, places_BV: Tensor, patches: int) -> Tensor:
+    """Positions (B, L) that the tokens would have had with all ``patches`` visual tokens in the prompt.
+
+    Args:
+        positions_BL: positions with the tokens in a row, None for 0 … L-1.
+        image_BL: True at visual tokens, which lie side by side.
+        places_BV: place of each visual token among the patches.
+    """
+    if positions_BL is None:
+        positions_BL = torch.arange(image_BL.shape[1], device=image_BL.device).expand(image_BL.shape)
+    first_B1 = image_BL.int().argmax(-1, keepdim=True)
+    behind_BL = (image_BL.cumsum(-1) == places_BV.shape[1]) & ~image_BL
+    moved_BL = positions_BL + behind_BL * (patches - places_BV.shape[1])
+    return moved_BL.masked_scatter(image_BL, positions_BL.gather(1, first_B1) + places_BV)
 
 
 def _image_end(ids_BL: Tensor, image_token: int) -> int:

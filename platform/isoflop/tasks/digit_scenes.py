@@ -22,7 +22,7 @@ from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models import digit_world as world
 from isoflop.models.base import Model, ModelInfo
-from isoflop.models.features import FeaturesStage, batches
+from isoflop.models.features import FeaturesStage, LayerKey, batches
 from isoflop.models.vlm import VlmBatch, VlmInfo, VlmModel
 from isoflop.tasks.base import Shard, Task
 from isoflop.tasks.footprint import measure_answer
@@ -68,9 +68,14 @@ class DigitSceneTask(Task):
         """Seed of the test scenes; another version of the task has other scenes."""
         return derive_seed("test scenes", self.name, self.version)
 
-    def features(self, info: VlmInfo, layer: int) -> FeaturesStage:
+    def features(self, info: VlmInfo, layer: LayerKey) -> FeaturesStage:
         """The stage with the test images' features from one layer of the model's tower."""
-        return FeaturesStage(info.tower, layer, "test", self.examples, self.mix, self.scenes_seed)
+        s = self.scenes()
+        return FeaturesStage(info.tower, layer, s.split, s.count, s.mix, s.seed, s.digits)
+
+    def scenes(self) -> world.SceneSet:
+        """The test scenes."""
+        return world.SceneSet("test", self.examples, self.mix, self.scenes_seed)
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         """Features of the test images from the layer that feeds the projector."""
@@ -111,7 +116,7 @@ class DigitSceneTask(Task):
         image_BCHW = self._images(np.zeros(1, dtype=np.int64))
         return measure_answer(vlm, image_BCHW, lambda hidden: self.batch(vlm, np.zeros(1, dtype=np.int64), hidden, 0))
 
-    def batch(self, model: VlmModel, ids_B: np.ndarray, hidden: dict[int, Tensor], seed: int) -> VlmBatch:
+    def batch(self, model: VlmModel, ids_B: np.ndarray, hidden: dict[LayerKey, Tensor], seed: int) -> VlmBatch:
         """The prompts ``[image] question`` of some examples with the given features."""
         questions_BQ = torch.from_numpy(self.suite().questions_NQ[ids_B]).to(model.device)
         image_B1 = torch.full(
@@ -120,13 +125,13 @@ class DigitSceneTask(Task):
         numbers_B = torch.from_numpy(ids_B + self.examples * seed).to(model.device)
         return VlmBatch(hidden, torch.cat((image_B1, questions_BQ), dim=1), questions_BQ, numbers_B)
 
-    def _hidden(self, model: VlmModel, tables: dict[int, np.ndarray], ids_B: np.ndarray) -> dict[int, Tensor]:
+    def _hidden(self, model: VlmModel, tables: dict[LayerKey, np.ndarray], ids_B: np.ndarray) -> dict[LayerKey, Tensor]:
         if model.live_vision:
             return model.look(self._images(ids_B))
         return {layer: torch.from_numpy(table[ids_B]).to(model.device) for layer, table in tables.items()}
 
     def _images(self, ids_B: np.ndarray) -> Tensor:
-        scenes = world.SceneSet("test", self.examples, self.mix, self.scenes_seed)
+        scenes = self.scenes()
         return torch.from_numpy(np.stack([_draw(scenes, i - i % world.CHUNK)[i % world.CHUNK] for i in ids_B.tolist()]))
 
 
@@ -137,7 +142,7 @@ def _draw(scenes: world.SceneSet, chunk: int) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _suite(task: DigitSceneTask) -> Examples:
-    scenes = world.SceneSet("test", task.examples, task.mix, task.scenes_seed)
+    scenes = task.scenes()
     regions_N, classes_NP = scenes.regions(), scenes.classes()
     parts = []
     for start in range(0, task.examples, BATCH):  # a generator per block, so that a shorter suite is a prefix

@@ -27,10 +27,11 @@ from isoflop.methods.kv_cache.full_cache import FullCache
 from isoflop.models.attention import CacheReport
 from isoflop.models.base import tensor_bytes
 from isoflop.models.decoder_model import DecoderModel
+from isoflop.models.features import LayerKey
 from isoflop.models.vlm import VlmBatch, VlmModel
 
 REPEATS = 5
-MakeBatch = Callable[[dict[int, Tensor]], VlmBatch]
+MakeBatch = Callable[[dict[LayerKey, Tensor]], VlmBatch]
 
 
 @torch.no_grad()

@@ -1,0 +1,61 @@
+"""Methods that keep some patches as they are and drop the others.
+
+Shape suffixes: B batch, P patches, V visual tokens, D vision width.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+
+from isoflop.core.errors import Infeasible
+from isoflop.core.knobs import Knob
+from isoflop.methods.visual_tokens.base import VisualTokenMethod
+from isoflop.models.vlm import CompressedTokens, VisualInput
+
+
+@dataclass(frozen=True)
+class Selection(VisualTokenMethod):
+    """Base class of selections: says which patches stay; they enter the language model in raster order."""
+
+    keep_positions: Annotated[
+        str,
+        Knob(
+            choices=("contiguous", "original"),
+            doc="positions in the language model: V places in a row, or those of the kept patches among all P",
+        ),
+    ] = "contiguous"
+
+    @abstractmethod
+    def kept(self, view: VisualInput, count: int) -> Tensor:
+        """Numbers of the ``count`` patches that stay, ascending, (B, V)."""
+
+    def compress(self, view: VisualInput, module: nn.Module | None) -> CompressedTokens:
+        """Gather the kept patches."""
+        kept_BV = self.kept(view, self.tokens_left(view.grid))
+        tokens_BVD = view.x_BPD.gather(1, kept_BV[:, :, None].expand(-1, -1, view.x_BPD.shape[2]))
+        return CompressedTokens(tokens_BVD, kept_BV, kept_BV if self.keep_positions == "original" else None)
+
+    def at_most_all(self, knob: str, count: int, grid: int) -> int:
+        """``count``, unless the image has fewer patches."""
+        if count > grid * grid:
+            raise Infeasible(
+                f"method {self.name}: {knob} = {count} exceeds the {grid * grid} patches of a {grid}x{grid} grid; "
+                f"allowed: 1 … {grid * grid}"
+            )
+        return count
+
+
+def top_places(score_BP: Tensor, count: int) -> Tensor:
+    """Places of the ``count`` largest scores, ascending, (B, V); of equal scores the earlier place wins."""
+    return score_BP.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(dim=-1).values
+
+
+def lattice(grid: int, side: int) -> Tensor:
+    """Numbers of ``side`` x ``side`` patches spread evenly over a ``grid`` x ``grid`` image, ascending, (side²,)."""
+    line = ((torch.arange(side) + 0.5) * grid / side).long()
+    return (line[:, None] * grid + line).flatten()
