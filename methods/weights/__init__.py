@@ -1,0 +1,1 @@
+"""Compression of a model's weight matrices."""

@@ -1,0 +1,40 @@
+"""Round-to-nearest: the floor that every weight quantiser is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from torch import Tensor
+
+from isoflop.core.knobs import Knob
+from isoflop.methods.base import METHODS
+from isoflop.methods.weights.base import CodecMethod
+from isoflop.methods.weights.payloads import DensePayload, GridPayload, Payload
+from isoflop.methods.weights.statistics import ViewStats
+from isoflop.models.base import ModelInfo
+
+BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
+
+
+@METHODS.register("rtn")
+@dataclass(frozen=True)
+class RoundToNearest(CodecMethod):
+    """Asymmetric min-max grids of ``2^bits`` values, one per ``group`` weights of a row, with float16 scale and zero.
+
+    Stored bits per weight: ``bits + 32/group``.
+    """
+
+    bits: Annotated[int, Knob(choices=BITS, ratio=True, unit="bits", doc="per weight; 16 leaves weights as they are")] = 4  # fmt: skip
+    group: Annotated[int, Knob(low=8, high=65536, log=True, unit="weights", doc="of a row that share a grid")] = 32
+
+    @classmethod
+    def identity(cls, info: ModelInfo) -> RoundToNearest:
+        """16 bits."""
+        return cls(bits=16)
+
+    def encode(self, weight_OI: Tensor, stats: ViewStats | None = None) -> Payload:
+        """Codes and grids."""
+        if self.bits == 16:
+            return DensePayload.of(weight_OI)
+        return GridPayload.round(weight_OI, self.bits, self.group)

@@ -1,0 +1,87 @@
+"""What the pruners share: sparsity, patterns, and their stored forms.
+
+Shape suffixes: O outputs (rows), I inputs (columns).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from isoflop.core.errors import Infeasible
+from isoflop.core.knobs import Knob
+from isoflop.methods.weights.base import CalibratedMethod, CodecMethod
+from isoflop.methods.weights.payloads import BitmapPayload, DensePayload, PatternPayload, Payload
+from isoflop.methods.weights.rules import PATTERNS, UNSTRUCTURED, keep_highest, keep_pattern, pattern_of
+
+GROUPS = ("matrix", "row")
+
+
+@dataclass(frozen=True)
+class Pruner(CodecMethod):
+    """Base class of methods that set weights to zero.
+
+    Unstructured masks are stored as a bitmap, 16·(1 - sparsity) + 1 bits per weight, or dense where that is smaller; N:M
+    patterns as kept weights with their places, 16·N/M + log2(M)·N/M bits.
+    """
+
+    sparsity: Annotated[float, Knob(low=0.0, high=0.95, ratio=True, doc="share of zeros; a pattern has its own")] = 0.5
+    pattern: Annotated[str, Knob(choices=PATTERNS, doc="N:M keeps N of every M inputs of a row")] = UNSTRUCTURED
+
+    def check_shape(self, rows: int, cols: int) -> None:
+        """A pattern fixes the sparsity and divides the inputs; otherwise at least one weight stays and one goes."""
+        pattern = pattern_of(self.pattern)
+        if pattern is None:
+            return
+        n, m = pattern
+        if abs(self.sparsity - (1 - n / m)) > 1e-9:
+            raise Infeasible(
+                f"method {self.name}: sparsity = {self.sparsity:g} does not fit pattern = {self.pattern}, "
+                f"which prunes {1 - n / m:g}; allowed: sparsity {1 - n / m:g}, or pattern {UNSTRUCTURED}"
+            )
+        if cols % m:
+            raise Infeasible(
+                f"method {self.name}: pattern = {self.pattern} needs inputs in multiples of {m}, and a matrix of the "
+                f"model has {cols}; allowed: {', '.join(_dividing(cols))}"
+            )
+
+    def stored(self, weight_OI: Tensor, keep_OI: Tensor) -> Payload:
+        """The smallest form of what is kept."""
+        pattern = pattern_of(self.pattern)
+        if pattern is not None:
+            return PatternPayload.of(weight_OI, keep_OI, pattern)
+        bitmap = BitmapPayload.of(weight_OI, keep_OI)
+        dense = DensePayload.of(weight_OI * keep_OI)
+        return bitmap if bitmap.nbytes(16) < dense.nbytes(16) else dense
+
+
+@dataclass(frozen=True)
+class ScorePruner(Pruner):
+    """Base class of pruners that keep the highest scores and leave the kept weights as they are."""
+
+    compare: Annotated[str, Knob(choices=GROUPS, doc="scores are compared within the matrix or within a row")] = "matrix"  # fmt: skip
+
+    def keep(self, score_OI: Tensor) -> Tensor:
+        """Mask of the kept weights."""
+        pattern = pattern_of(self.pattern)
+        if pattern is not None:
+            return keep_pattern(score_OI, pattern)
+        return keep_highest(score_OI, self.sparsity, by_row=self.compare == "row")
+
+
+@dataclass(frozen=True)
+class CalibratedPruner(CalibratedMethod, Pruner):
+    """Base class of pruners that know the inputs."""
+
+
+def _dividing(cols: int) -> list[str]:
+    """Patterns that fit ``cols`` inputs."""
+    return [name for name in PATTERNS if (p := pattern_of(name)) is None or cols % p[1] == 0]
+
+
+def as_float(weight_OI: Tensor) -> Tensor:
+    """At least float32, for scores."""
+    return weight_OI if weight_OI.dtype == torch.float64 else weight_OI.float()

@@ -1,0 +1,184 @@
+"""Calibration: what the inputs of each matrix look like on training examples.
+
+One pass over the examples serves every method: the Hessian of the layer-wise squared error (GPTQ, SparseGPT), norms of
+the input channels (Wanda) and their mean over samples (BitStack). The pass runs through the uncompressed model, so that
+one stage serves every method and ratio. Matrices that read the same tensor share their statistics.
+
+Shape suffixes: O outputs, I inputs, N tokens, B samples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isoflop.core.hashing import derive_seed
+from isoflop.core.stage import StageContext
+from isoflop.methods.calibration import OnModel
+from isoflop.methods.weights.views import LinearView, linear_views, observed
+from isoflop.models.base import Model
+
+_TENSORS = "statistics.safetensors"
+_INDEX = "statistics.json"
+
+
+@dataclass(frozen=True, eq=False)
+class ViewStats:
+    """Statistics of the inputs of one view.
+
+    Attributes:
+        tokens: N, inputs seen; 0 for an expert that no token was routed to.
+        hessian_II: 2/N · XᵀX in float32; zeros without tokens.
+        norms_I: ‖X_j‖₂ over all tokens.
+        scales_I: mean over samples of the L2 norm over a sample's tokens (BitStack's s, without its epsilon). The tokens
+            of a batch that are routed to one expert count as one sample.
+    """
+
+    tokens: int
+    hessian_II: Tensor
+    norms_I: Tensor
+    scales_I: Tensor
+
+
+@dataclass
+class _Sums:
+    gram_II: Tensor
+    norms_I: Tensor
+    tokens: int = 0
+    samples: int = 0
+
+    def add(self, x: Tensor) -> None:
+        x = x.detach().float()
+        x_BNI = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
+        x_NI = x_BNI.flatten(0, 1)
+        self.gram_II += x_NI.T @ x_NI
+        self.norms_I += x_BNI.norm(dim=1).sum(0)
+        self.tokens += x_NI.shape[0]
+        self.samples += x_BNI.shape[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            "hessian": self.gram_II * (2 / max(self.tokens, 1)),
+            "norms": self.gram_II.diagonal().clamp(min=0).sqrt(),
+            "scales": self.norms_I / max(self.samples, 1),
+        }
+
+
+@dataclass
+class _Collector:
+    """Adds up statistics; views that are given the same tensor object share one sum."""
+
+    sums: dict[str, _Sums] = field(default_factory=dict)
+    owner: dict[str, str] = field(default_factory=dict)
+    _seen: dict[int, tuple[str, Tensor]] = field(default_factory=dict)
+
+    def __call__(self, view: LinearView, x: Tensor) -> None:
+        if view.name not in self.owner:
+            first, _ = self._seen.setdefault(id(x), (view.name, x))  # holding x keeps its id from being used again
+            self.owner[view.name] = first
+        if self.owner[view.name] != view.name:
+            return
+        if view.name not in self.sums:
+            self.sums[view.name] = _Sums(x.new_zeros(view.cols, view.cols).float(), x.new_zeros(view.cols).float())
+        self.sums[view.name].add(x)
+
+    def end_batch(self) -> None:
+        self._seen.clear()
+
+
+@torch.no_grad()
+def collect(model: Model, ctx: StageContext, examples: int, seed: int) -> Statistics:
+    """Run ``examples`` calibration examples through the model as it is now."""
+    views = linear_views(model)
+    collector = _Collector()
+    with observed(views, collector):
+        for batch in model.calibration(ctx, examples, seed):
+            model.supervised(batch)
+            collector.end_batch()
+    for view in views:
+        if view.name not in collector.owner:
+            empty = view.weight().new_zeros
+            collector.owner[view.name] = view.name
+            collector.sums[view.name] = _Sums(empty(view.cols, view.cols).float(), empty(view.cols).float())
+    tensors = {f"{name}/{part}": t for name, sums in collector.sums.items() for part, t in sums.tensors().items()}
+    return Statistics(tensors, collector.owner, {name: sums.tokens for name, sums in collector.sums.items()})
+
+
+class Statistics:
+    """Statistics of every view of a model, by the view's name; read from disk one matrix at a time.
+
+    Args:
+        tensors: ``<view>/hessian`` … by name, or the folder to read them from.
+        owner: of each view, the view whose tensors it shares.
+        tokens: of each owner, the inputs seen.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor] | Path, owner: dict[str, str], tokens: dict[str, int]) -> None:
+        self._tensors = tensors
+        self.owner = owner
+        self._tokens = tokens
+
+    def of(self, view: LinearView) -> ViewStats:
+        """Statistics of one view, on the device of its weights."""
+        name = self.owner[view.name]
+        device = view.holder.device
+        with self._reader() as read:
+            hessian, norms, scales = (read(f"{name}/{part}").to(device) for part in ("hessian", "norms", "scales"))
+        return ViewStats(self._tokens[name], hessian, norms, scales)
+
+    def scales(self, view: LinearView) -> Tensor:
+        """``ViewStats.scales_I`` alone."""
+        with self._reader() as read:
+            return read(f"{self.owner[view.name]}/scales").to(view.holder.device)
+
+    def save(self, folder: Path) -> None:
+        """Write everything into a folder."""
+        from safetensors.torch import save_file
+
+        assert isinstance(self._tensors, dict)
+        save_file({name: t.cpu().contiguous() for name, t in self._tensors.items()}, folder / _TENSORS)
+        (folder / _INDEX).write_text(json.dumps({"owner": self.owner, "tokens": self._tokens}) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Statistics:
+        """The inverse of :meth:`save`; tensors are read when they are asked for."""
+        index = json.loads((folder / _INDEX).read_text())
+        return cls(folder, index["owner"], index["tokens"])
+
+    @contextmanager
+    def _reader(self) -> Iterator[Any]:
+        from safetensors import safe_open
+
+        if isinstance(self._tensors, dict):
+            yield self._tensors.__getitem__
+            return
+        with safe_open(self._tensors / _TENSORS, framework="pt") as file:
+            yield file.get_tensor
+
+
+@dataclass(frozen=True)
+class CalibrationStage(OnModel):
+    """Statistics of a model's linear views on ``n_calib`` training examples; one for all weight methods."""
+
+    n_calib: int
+
+    def compute(self, ctx: StageContext, folder: Path) -> None:
+        """One pass through the model."""
+        with self.model(ctx) as model:
+            collect(model, ctx, self.n_calib, calibration_seed(self.seed)).save(folder)
+
+    def load(self, ctx: StageContext, folder: Path) -> Statistics:
+        """The statistics, read lazily."""
+        return Statistics.load(folder)
+
+
+def calibration_seed(seed: int) -> int:
+    """Seed of the calibration examples of a job."""
+    return derive_seed("weight calibration", seed)

@@ -1,0 +1,41 @@
+"""Wanda: weights and activations decide what goes (arXiv 2306.11695).
+
+Shape suffixes: O outputs (rows), I inputs (columns).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from torch import Tensor
+
+from isoflop.core.knobs import Knob
+from isoflop.methods.base import METHODS
+from isoflop.methods.weights.payloads import Payload
+from isoflop.methods.weights.sparse import GROUPS, CalibratedPruner, ScorePruner, as_float
+from isoflop.methods.weights.statistics import ViewStats
+from isoflop.models.base import ModelInfo
+
+
+@METHODS.register("wanda")
+@dataclass(frozen=True)
+class Wanda(CalibratedPruner, ScorePruner):
+    """Remove the weights of smallest |W_ij|·‖X_j‖₂, compared within each output row (section 3 of the paper).
+
+    The kept weights stay as they are. Input norms are those of the uncompressed model.
+    """
+
+    paper: ClassVar[str] = "arXiv 2306.11695"
+
+    compare: Annotated[str, Knob(choices=GROUPS, doc="scores are compared within the matrix or within a row")] = "row"
+
+    @classmethod
+    def identity(cls, info: ModelInfo) -> Wanda:
+        """Nothing removed."""
+        return cls(sparsity=0.0)
+
+    def encode(self, weight_OI: Tensor, stats: ViewStats | None = None) -> Payload:
+        """The kept weights."""
+        assert stats is not None
+        return self.stored(weight_OI, self.keep(as_float(weight_OI).abs() * stats.norms_I))
