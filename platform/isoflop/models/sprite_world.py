@@ -34,13 +34,8 @@ PIXEL_STD = 0.5
 NOISE = 0.1
 CHUNK = 256
 """Images are drawn in chunks of this many, each with a generator of its own."""
-VERSIONS = {"digits": "1", "sprites": "1"}
+VERSION = "1"
 """Raised whenever the same fields of an ``ImageSet`` would give other images."""
-
-
-def hook(data: str) -> str:
-    """What a model offers that classifies these images, and a task on them needs."""
-    return f"images:{data}-{VERSIONS[data]}"
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def tiny_info(member: str, recipe: Recipe) -> VitInfo:
     """Describe a member under a recipe."""
     size, data = MEMBERS[member]
     fields = tuple(dataclasses.asdict(recipe).items())
-    version = content_hash({"stage": VitStage.version, "images": world.hook(data), "recipe": dict(fields)}, 12)
+    version = content_hash({"stage": VitStage.version, "images": world.VERSION, "recipe": dict(fields)}, 12)
     return vit_hf.describe(f"{FAMILY}/{member}", vit_config(SIZES[size], data), FAMILY, version, fields)
 
 
@@ -63,7 +63,7 @@ class TinyVit(ModelFamily):
         """The training stage: size, images, seed. No method takes part in it."""
         vit = _own(info)
         size, data = MEMBERS[vit.ref.partition("/")[2]]
-        return VitStage(size, data, seed, vit.options, world.hook(data))
+        return VitStage(size, data, seed, vit.options, world.VERSION)
 
     def load(self, info: ModelInfo, weights: Stage | None, ctx: StageContext) -> Model:
         """The trained model on the worker's device."""

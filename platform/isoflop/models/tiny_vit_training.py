@@ -22,6 +22,7 @@ from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models import sprite_world as world
+from isoflop.models.descent import descend
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.tiny_vision import save_preprocessing
 from isoflop.models.tiny_vit_config import GRID, PATCH, SIZES, untrained
@@ -36,7 +37,7 @@ BACKGROUND = world.CLASSES
 class Recipe:
     """How a tiny vision transformer is trained; the fields are options of the model in a sweep.
 
-    AdamW with a one-cycle schedule. Besides CLS, every patch is labelled with the class of the object that it shows, or
+    AdamW with warm-up and linear decay. Besides CLS, every patch is labelled with the class of the object that it shows, or
     as background, by a linear head that is thrown away; the weight of that loss falls to 0 before the end. With the
     loss of CLS alone such small transformers need several times as many steps to find the object.
     """
@@ -46,29 +47,35 @@ class Recipe:
     lr: Annotated[
         float, Knob(low=1e-6, high=1.0, log=True, doc="peak learning rate at width 48; falls as the root of the width")
     ] = 3e-3
+    warmup: Annotated[float, Knob(low=0.0, high=1.0, doc="share of the steps with a rising learning rate")] = 0.1
+    final: Annotated[float, Knob(low=0.0, high=1.0, doc="share of the learning rate left at the end")] = 0.02
+    clip: Annotated[float, Knob(low=1e-6, doc="gradient norm")] = 1.0
     patch_loss: Annotated[float, Knob(low=0.0, high=10.0, doc="weight of patch labelling at the start")] = 1.0
     patch_until: Annotated[float, Knob(low=0.01, high=1.0, doc="share of the steps after which that weight is 0")] = 0.7
 
 
 @dataclass(frozen=True)
 class Step:
-    """One training batch: pixel values, classes, and what every patch shows."""
+    """One training batch: pixel values, classes, what every patch shows, and how much that counts."""
 
     pixels_BCHW: Tensor
     labels_B: Tensor
     patches_BP: Tensor
+    patch_weight: float
 
 
 def lessons(recipe: Recipe, data: str, seed: int) -> Iterator[Step]:
     """All batches in order; the same for every size of a seed."""
     images = world.ImageSet(data, "train", recipe.steps * recipe.batch, 0.0, derive_seed("vit lessons", seed))
+    last = recipe.patch_until * recipe.steps
     for chunk in range(0, images.count, world.CHUNK):
         images_NCHW, labels_N, opacity_NHW = images.draw(chunk)
         pixels = torch.from_numpy((images_NCHW - world.PIXEL_MEAN) / world.PIXEL_STD)
         labels, patches = torch.from_numpy(labels_N), torch.from_numpy(patch_labels(labels_N, opacity_NHW))
         for start in range(0, min(world.CHUNK, images.count - chunk), recipe.batch):
             part = slice(start, start + recipe.batch)
-            yield Step(pixels[part], labels[part], patches[part])
+            weight = recipe.patch_loss * max(0.0, 1 - (chunk + start) / recipe.batch / last)
+            yield Step(pixels[part], labels[part], patches[part], weight)
 
 
 def patch_labels(labels_N: np.ndarray, opacity_NHW: np.ndarray) -> np.ndarray:
@@ -78,32 +85,26 @@ def patch_labels(labels_N: np.ndarray, opacity_NHW: np.ndarray) -> np.ndarray:
 
 
 def train(module: Any, recipe: Recipe, data: str, seed: int) -> list[float]:
-    """Train a ``ViTForImageClassification`` in place; returns the loss of CLS at every step."""
+    """Train a ``ViTForImageClassification`` in place; returns the loss of every step, patch labelling included."""
     width = module.config.hidden_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("vit patch head", seed))
         head = nn.Linear(width, world.CLASSES + 1)
-    parameters = [*module.parameters(), *head.parameters()]
-    lr = recipe.lr * (48 / width) ** 0.5
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=recipe.steps, pct_start=0.15)
-    losses: list[Tensor] = []
-    module.train()
-    for number, step in enumerate(lessons(recipe, data, seed)):
+
+    def loss_of(step: Step) -> Tensor:
         x_BNC = module.vit(step.pixels_BCHW).last_hidden_state
-        cls_loss = F.cross_entropy(module.classifier(x_BNC[:, 0]), step.labels_B)
-        weight = recipe.patch_loss * max(0.0, 1 - number / (recipe.patch_until * recipe.steps))
-        loss = cls_loss
-        if weight > 0:
-            loss = loss + weight * F.cross_entropy(head(x_BNC[:, 1:]).flatten(0, 1), step.patches_BP.flatten())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        rate.step()
-        losses.append(cls_loss.detach())
+        loss = F.cross_entropy(module.classifier(x_BNC[:, 0]), step.labels_B)
+        if step.patch_weight == 0:
+            return loss
+        return loss + step.patch_weight * F.cross_entropy(head(x_BNC[:, 1:]).flatten(0, 1), step.patches_BP.flatten())
+
+    lr = recipe.lr * (48 / width) ** 0.5
+    parameters = [*module.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
+    module.train()
+    losses = descend(optimizer, recipe, lessons(recipe, data, seed), loss_of)
     module.eval()
-    return torch.stack(losses).tolist()
+    return losses
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class VitStage(Stage):
     data: str
     seed: int
     recipe: tuple[tuple[str, Any], ...]
-    world: str
+    images: str
 
     def compute(self, ctx: StageContext, folder: Path) -> None:
         """Train and save."""

@@ -26,6 +26,8 @@ from isoflop.models.vit_blocks import BlockRun, TokenReduction, blocks_of, reduc
 
 TOKENS_HOOK = "vit-tokens"
 """Offered by models inside whose vision blocks tokens can be merged or dropped."""
+IMAGES_HOOK = "labelled-images"
+"""Offered by models that classify one of the built-in kinds of images (``VitInfo.data``)."""
 
 
 @dataclass(frozen=True, kw_only=True)

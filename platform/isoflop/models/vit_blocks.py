@@ -203,7 +203,7 @@ def reduced_blocks(blocks: Sequence[Block], prefix: int, reduction: TokenReducti
             for name in ("q_proj", "k_proj"):
                 handle = getattr(block.attention, name).register_forward_hook(_keeper(seen, name))
                 stack.callback(handle.remove)
-            block.module.forward = _forward(block, number, run, seen)  # type: ignore[method-assign, assignment]
+            block.module.forward = _forward(block, number, run, seen)
             stack.callback(delattr, block.module, "forward")
         yield run
 

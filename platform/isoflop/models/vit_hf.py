@@ -13,8 +13,8 @@ import torch
 
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.models.quiet import no_progress_bars
-from isoflop.models.sprite_world import DATA, hook
-from isoflop.models.vit import TOKENS_HOOK, VitInfo, VitModel
+from isoflop.models.sprite_world import DATA
+from isoflop.models.vit import IMAGES_HOOK, TOKENS_HOOK, VitInfo, VitModel
 from isoflop.models.vit_blocks import blocks_of
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def describe(
         family=family,
         version=version,
         n_params=count_encoder(architecture, config),
-        hooks=frozenset({TOKENS_HOOK, "weights", *([hook(data)] if data in DATA else [])}),
+        hooks=frozenset({TOKENS_HOOK, "weights", *([IMAGES_HOOK] if data in DATA else [])}),
         geometry={
             "layers": int(settings.num_hidden_layers),
             "width": int(settings.hidden_size),
