@@ -35,11 +35,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KvCacheMethod(Method):
-    """Base class of methods on the key-value cache."""
+    """Base class of methods on the key-value cache.
+
+    Class attributes:
+        cuts: which of the two measured ratios is the method's ``ratio``: ``kv_store_ratio`` or ``kv_read_ratio``.
+    """
 
     family: ClassVar[str] = "kv-cache"
     needs: ClassVar[frozenset[str]] = frozenset({"kv-cache"})
     order: ClassVar[int] = 30
+    cuts: ClassVar[str] = "kv_store_ratio"
 
     @abstractmethod
     def compress(self, prompt: AttentionCall, prepared: Any) -> LayerStore:
@@ -80,16 +85,17 @@ class KvCacheMethod(Method):
             yield
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
-        """``ratio``: bytes of the dense prompt over those of its store, from the last pass; ``kv_read_ratio`` likewise.
+        """Dense bytes over those of the last pass, everything included: scales, indices, labels, exact tokens.
 
-        Both count everything that must stay resident, or that a step fetches: scales, indices, labels, exact tokens.
+        ``kv_store_ratio``: of what must stay resident after the prompt (``kv_prompt_bytes``); ``kv_read_ratio``: of what a
+        step at the end of the pass fetches; ``ratio`` is the one that the family cuts.
         """
         report = self.cache(model).report()
-        return {
-            "ratio": report.prompt_dense / report.prompt_stored,
-            "kv_prompt_bytes": report.prompt_stored,
+        ratios = {
+            "kv_store_ratio": report.prompt_dense / report.prompt_stored,
             "kv_read_ratio": report.dense / report.read,
         }
+        return {"ratio": ratios[self.cuts], **ratios, "kv_prompt_bytes": report.prompt_stored}
 
     def cache(self, model: Model) -> CompressedCache:
         """The method at work in ``model``. Raises ValueError when it is not applied."""

@@ -76,10 +76,11 @@ class KvCacheProbe(Probe):
 
     Args:
         cost: ``stored`` bytes of the compressed prompt, or ``read`` bytes of one step.
+        layers: of the decoder.
     """
 
-    def __init__(self, cost: str = "stored", examples: int = 4) -> None:
-        self.model: LmModel = untrained_decoder()
+    def __init__(self, cost: str = "stored", examples: int = 4, layers: int = 2) -> None:
+        self.model: LmModel = untrained_decoder(layers=layers)
         self.ctx = FolderContext(Path(mkdtemp(prefix="isoflop-probe-")))
         self.examples = examples
         self.exact = False

@@ -157,6 +157,7 @@ def attend_segments(
     Returns:
         out_BTHD, and the probabilities p_BHTN over the segments' tokens in their order (float32).
     """
+    segments = [segment for segment in segments if segment.tokens]
     logits = [segment_logits(q_BHTD, s, scaling, positions_BT) for s in segments]
     p_BHTN = torch.cat(logits, dim=-1).softmax(-1)
     out_BHTD = torch.zeros_like(q_BHTD)

@@ -1,0 +1,171 @@
+"""Sparse decoding: the whole cache stays resident, and each query reads only some of its tokens.
+
+The base class owns the choice by score, the reading and the count of what is fetched; a method gives approximate scores.
+Prompts are read exactly. What a step fetches is counted on the sets that the last query chose: each token of a key-value
+head once, whichever of its query heads want it, and every table that the choice needs.
+
+Shape suffixes: B batch, H query heads, G key-value heads, R query heads of a key-value head, S heads that choose for
+themselves (H or G), C = S / G, T queries, N cached tokens, M chosen tokens, D head width.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from isoflop.core.knobs import Knob
+from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, key_positions, padding_bias, slice_call
+from isoflop.models.attention import AttentionCall
+from isoflop.models.base import ModelInfo
+from isoflop.models.segments import DenseSegment, LayerStore, decode_one, stored_bytes
+
+if TYPE_CHECKING:
+    from isoflop.methods.probe import Probe
+
+
+@dataclass(frozen=True)
+class SparseAttention(KvCacheMethod):
+    """Base class of methods that read a share of a cache which is kept whole: their ratio is that of bytes read."""
+
+    family: ClassVar[str] = "sparse-attention"
+    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    cuts: ClassVar[str] = "kv_read_ratio"
+
+    k_share: Annotated[
+        float,
+        Knob(
+            low=0.01, high=1.0, log=True, ratio=True, doc="share of the tokens so far that a query reads; at least one"
+        ),
+    ] = 0.0625
+
+    @classmethod
+    def identity(cls, info: ModelInfo) -> Self:
+        """Every token read."""
+        return cls(k_share=1.0)
+
+    @classmethod
+    def probe(cls) -> Probe:
+        """A decoder of four layers, judged by the bytes that a step reads."""
+        from isoflop.methods.kv_cache.probe import KvCacheProbe
+
+        return KvCacheProbe(cost="read", layers=4)
+
+    @abstractmethod
+    def index(self, tokens: AttentionCall, store: LayerStore, prepared: Any) -> None:
+        """Take new tokens into the tables of a layer (``store.state``); resident ones belong to ``store.extra``."""
+
+    @abstractmethod
+    def approximate(self, query: AttentionCall, store: LayerStore, prepared: Any) -> Tensor:
+        """Scores of every cached token for every query, (B, S, T, N) with S = H or G; higher is read first."""
+
+    def dense(self, layer: int) -> bool:
+        """Whether a layer reads everything."""
+        return False
+
+    def compress(self, prompt: AttentionCall, prepared: Any) -> LayerStore:
+        """The whole prompt, and its tables."""
+        whole = DenseSegment(key_positions(prompt), padding_bias(prompt), prompt.k_BGTD, prompt.v_BGTD)
+        store = LayerStore([whole], empty_recent(prompt))
+        if not self.dense(prompt.layer):
+            self.index(prompt, store, prepared)
+            last = slice_call(prompt, prompt.q_BHTD.shape[2] - 1, None)
+            self._note(self._choose(last, store, prepared), prompt.k_BGTD.shape[1], store)
+        return store
+
+    def step(self, query: AttentionCall, store: LayerStore, prepared: Any) -> Tensor:
+        """Join the new tokens to the others, and read."""
+        whole = store.segments[0]
+        assert isinstance(whole, DenseSegment)
+        whole.append(query.k_BGTD, query.v_BGTD, key_positions(query))
+        store.recent = empty_recent(query)
+        if not self.dense(query.layer):
+            self.index(query, store, prepared)
+        return self.read(query, store, prepared)
+
+    def read(self, query: AttentionCall, store: LayerStore, prepared: Any) -> Tensor:
+        """Exact attention over the chosen tokens: gathered for one query per row, masked for many."""
+        whole = store.segments[0]
+        assert isinstance(whole, DenseSegment)
+        if self.dense(query.layer):
+            return super().read(query, store, prepared)
+        chosen_BSTN = self._choose(query, store, prepared)
+        self._note(chosen_BSTN[:, :, -1:], whole.k_BGND.shape[1], store)
+        if query.q_BHTD.shape[2] == 1:
+            return gathered_attention(query.q_BHTD, whole, chosen_BSTN[:, :, 0], query.scaling)
+        return masked_attention(query.q_BHTD, whole, chosen_BSTN, query.scaling)
+
+    def read_bytes(self, store: LayerStore, fetched: list[Tensor], dense_bits: int) -> float:
+        """Tables, and the keys and values of the tokens that the last query chose."""
+        if "chosen" not in store.state:
+            return super().read_bytes(store, fetched, dense_bits)
+        whole = store.segments[0]
+        per_token = sum(stored_bytes([t[:1, :1, :1]], dense_bits) for t in (whole.keys(), whole.values()))
+        return stored_bytes(store.extra, dense_bits) + store.state["chosen"] * per_token
+
+    def _choose(self, query: AttentionCall, store: LayerStore, prepared: Any) -> Tensor:
+        """True at the tokens that each query reads, (B, S, T, N)."""
+        scores_BSTN = self.approximate(query, store, prepared)
+        return best(scores_BSTN.masked_fill(~visible(query, store.segments[0]), float("-inf")), self._counts(query))
+
+    def _counts(self, query: AttentionCall) -> Tensor:
+        """Tokens that each query reads, (B or 1, T): the nearest number to the share, halves up, at least one."""
+        seen_BT = query.positions_BT + 1
+        return (self.k_share * seen_BT.double() + 0.5 + 1e-9).floor().long().clamp(min=1).minimum(seen_BT)
+
+    def _note(self, chosen_BS1N: Tensor, groups: int, store: LayerStore) -> None:
+        """Remember how many tokens the last query of the batch's rows fetches, over all key-value heads."""
+        chosen_BGCN = chosen_BS1N[:, :, 0].unflatten(1, (groups, -1))
+        store.state["chosen"] = int(chosen_BGCN.any(2).sum())
+
+
+def visible(query: AttentionCall, cached: Any) -> Tensor:
+    """True where a query may read, (B, 1, T, N): its own position and before, no padding."""
+    positions_BN = cached.positions_BGN[:, 0]
+    seen_B1TN = (positions_BN[:, None] <= query.positions_BT[:, :, None])[:, None]
+    return seen_B1TN if cached.log_bias_BGN is None else seen_B1TN & (cached.log_bias_BGN[:, :1, None] == 0)
+
+
+def best(scores_BSTN: Tensor, counts_BT: Tensor) -> Tensor:
+    """True at the highest scores; among equal ones the lower index wins."""
+    order_BSTN = scores_BSTN.sort(dim=-1, descending=True, stable=True).indices
+    first_BSTN = torch.arange(scores_BSTN.shape[-1], device=scores_BSTN.device) < counts_BT[:, None, :, None]
+    chosen_BSTN = torch.zeros_like(scores_BSTN, dtype=torch.bool)
+    return chosen_BSTN.scatter(-1, order_BSTN, first_BSTN.expand_as(order_BSTN)) & (scores_BSTN > float("-inf"))
+
+
+def masked_attention(q_BHTD: Tensor, cached: DenseSegment, chosen_BSTN: Tensor, scaling: float) -> Tensor:
+    """Attention over the chosen tokens by a mask over all of them, (B, T, H, D)."""
+    heads = q_BHTD.shape[1]
+    mask_BHTN = chosen_BSTN.repeat_interleave(heads // chosen_BSTN.shape[1], dim=1)
+    out_BHTD = F.scaled_dot_product_attention(
+        q_BHTD,
+        cached.k_BGND,
+        cached.v_BGND,
+        attn_mask=mask_BHTN,
+        scale=scaling,
+        enable_gqa=heads != cached.k_BGND.shape[1],
+    )
+    return out_BHTD.transpose(1, 2)
+
+
+def gathered_attention(q_BH1D: Tensor, cached: DenseSegment, chosen_BSN: Tensor, scaling: float) -> Tensor:
+    """Attention of one query per row over the chosen tokens, which alone are read, (B, 1, H, D)."""
+    batch, groups, tokens, width = cached.k_BGND.shape
+    most = int(chosen_BSN.sum(-1).max())
+    places = torch.arange(tokens, device=q_BH1D.device).masked_fill(~chosen_BSN, tokens)
+    places_BSM = places.sort(dim=-1).values[..., :most]
+    index_BGM = places_BSM.clamp(max=tokens - 1).reshape(batch, groups, -1)
+    k_BSMD, v_BSMD = (
+        x.gather(2, index_BGM[..., None].expand(-1, -1, -1, width)).reshape(batch, -1, most, width)
+        for x in (cached.k_BGND, cached.v_BGND)
+    )
+    bias_BSM = torch.zeros(places_BSM.shape, dtype=k_BSMD.dtype, device=k_BSMD.device)
+    bias_BSM = bias_BSM.masked_fill(places_BSM == tokens, float("-inf"))
+    positions_BSM = torch.zeros_like(places_BSM)  # all of them lie before the query
+    return decode_one(q_BH1D, [DenseSegment(positions_BSM, bias_BSM, k_BSMD, v_BSMD)], scaling)
+
