@@ -105,32 +105,48 @@ def grid_of(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return torch.where(constant, torch.zeros_like(scale), scale), torch.where(constant, nearest, zero)
 
 
-def _over_groups(grid: Tensor, axis: int, group: int, length: int) -> Tensor:
-    """A grid's parameters repeated for each value along ``axis``."""
-    if grid.shape[axis] == 1 or length == 0:
-        return grid
-    return grid.repeat_interleave(group, dim=axis).narrow(axis, 0, length)
+def _grouped(x: Tensor, axis: int, group: int) -> Tensor:
+    """``x`` with ``axis`` split into (groups, group); a short last group repeats its last value, which moves no end."""
+    length = x.shape[axis]
+    groups = math.ceil(length / group)
+    if groups * group > length:
+        x = x.index_select(axis, torch.arange(groups * group, device=x.device).clamp(max=length - 1))
+    return x.unflatten(axis, (groups, group))
+
+
+def _ungrouped(x: Tensor, axis: int, length: int) -> Tensor:
+    """The inverse of ``_grouped``."""
+    return x.flatten(axis - 1, axis).narrow(axis, 0, length)
+
+
+def _word_type(size: int) -> torch.dtype:
+    """An integer type that holds the bytes of a unit (torch lacks shifts of the wider unsigned types)."""
+    return torch.uint8 if size == 1 else torch.int32 if size <= 3 else torch.int64
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Pack integer codes (..., n) along the last dimension into uint8 (..., bytes), padding with 0."""
+    """Pack uint8 codes (..., n) along the last dimension into uint8 (..., bytes), padding with 0."""
     count, size = unit(bits)
-    wide = torch.int32 if size * 8 <= 24 else torch.int64
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % count)).to(wide)
-    shifts = torch.arange(count, device=codes.device, dtype=wide) * bits
-    words = (padded.unflatten(-1, (-1, count)) << shifts).sum(-1, dtype=wide)
-    bytes_at = torch.arange(size, device=codes.device, dtype=wide) * 8
-    return ((words[..., None] >> bytes_at) & 255).to(torch.uint8).flatten(-2)
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % count))
+    units = padded.unflatten(-1, (padded.shape[-1] // count, count)).to(_word_type(size))
+    word = units[..., 0].clone()
+    for i in range(1, count):  # a reduction over so few elements would be slower
+        word |= units[..., i] << (bits * i)
+    if size == 1:
+        return word
+    return torch.stack([((word >> (8 * i)) & 255).to(torch.uint8) for i in range(size)], dim=-1).flatten(-2)
 
 
 def unpack_bits(packed: Tensor, bits: int, length: int) -> Tensor:
     """The first ``length`` codes (uint8) of each row of ``pack_bits``."""
     count, size = unit(bits)
-    wide = torch.int32 if size * 8 <= 24 else torch.int64
-    bytes_at = torch.arange(size, device=packed.device, dtype=wide) * 8
-    words = (packed.unflatten(-1, (-1, size)).to(wide) << bytes_at).sum(-1, dtype=wide)
-    shifts = torch.arange(count, device=packed.device, dtype=wide) * bits
-    return ((words[..., None] >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(-2)[..., :length]
+    units = packed.unflatten(-1, (packed.shape[-1] // size, size)).to(_word_type(size))
+    word = units[..., 0].clone()
+    for i in range(1, size):
+        word |= units[..., i] << (8 * i)
+    mask = 2**bits - 1
+    codes = torch.stack([((word >> (bits * i)) & mask).to(torch.uint8) for i in range(count)], dim=-1)
+    return codes.flatten(-2)[..., :length]
 
 
 def _pack_supported(x: Tensor, bits: int, axis: int = -1, group: int | None = None) -> bool:
@@ -156,22 +172,12 @@ def quant_pack(x: Tensor, bits: int, axis: int = -1, group: int | None = None) -
         ValueError: bits, axis or group out of range.
     """
     axis, group = _check(x, bits, axis, group)
-    length = x.shape[axis]
-    values = x.float()
-    groups = math.ceil(length / group)
-    if length == 0:
-        low = high = values.new_empty(values.shape)
-    else:  # a short last group repeats its last value, which changes neither end
-        padded = values.index_select(
-            axis, torch.arange(groups * group, device=x.device).clamp(max=length - 1)
-        ) if groups * group > length else values  # fmt: skip
-        low, high = padded.unflatten(axis, (groups, group)).aminmax(dim=axis)
+    values = _grouped(x.float(), axis, group)
+    low, high = values.aminmax(dim=axis) if values.numel() else (values.select(axis, 0),) * 2
     scale, zero = grid_of(low, high, bits)
-    step = _over_groups(scale, axis, group, length).float()
-    start = _over_groups(zero, axis, group, length).float()
-    steps = (values - start) / torch.where(step == 0, torch.ones_like(step), step)
-    codes = (steps + 0.5).floor().clamp(0, 2**bits - 1).to(torch.uint8)
-    codes = torch.where(step == 0, torch.zeros_like(codes), codes)
+    step = scale.float().masked_fill(scale == 0, torch.inf)  # constant groups get code 0, and no 0 / 0
+    steps = (values - zero.float().unsqueeze(axis)).div_(step.unsqueeze(axis)).add_(0.5).floor_()
+    codes = _ungrouped(steps.clamp_(0, 2**bits - 1).to(torch.uint8), axis, x.shape[axis])
     return Packed(pack_bits(codes, bits), scale, zero, bits, tuple(x.shape), axis, group)
 
 
@@ -182,11 +188,10 @@ def _unpack_supported(packed: Packed, dtype: torch.dtype = torch.float32) -> boo
 @operation("isoflop.kernels.quant_triton:unpack", supports=_unpack_supported)
 def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values on the grid, in the shape that was packed. Finite grids stay finite in float16 (they saturate)."""
+    axis = packed.axis
     codes = unpack_bits(packed.codes, packed.bits, packed.shape[-1])
-    length = packed.shape[packed.axis]
-    step = _over_groups(packed.scale, packed.axis, packed.group, length).float()
-    start = _over_groups(packed.zero, packed.axis, packed.group, length).float()
-    values = codes.float() * step + start
+    scale, zero = (grid.float().unsqueeze(axis) for grid in (packed.scale, packed.zero))
+    values = _grouped(codes, axis, packed.group).float().mul_(scale).add_(zero)
     if dtype == torch.float16:
-        values = values.clamp(-FP16_MAX, FP16_MAX)
-    return values.to(dtype)
+        values.clamp_(-FP16_MAX, FP16_MAX)
+    return _ungrouped(values, axis, packed.shape[axis]).to(dtype)
