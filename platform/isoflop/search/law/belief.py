@@ -1,0 +1,384 @@
+r"""What the rows say: a mixture over competing forms and over the basins of each fit.
+
+For hypothesis k (a form, a basin), in search coordinates u (logarithms of amplitudes, exponents as they are):
+
+    Sigma_k = (J_k^T V^-1 J_k + Lambda)^-1,    V = diag(sigma^2 q_i + tau^2),    Lambda = diag(1/sd^2)   (weak prior)
+
+* sigma^2 has an inverse-gamma posterior; q_i, the relative variance of a row, comes from standard errors where rows have
+  them, and from a shrunken regression of ln r^2 on ln cost (small, cheap runs are noisier).
+* tau^2 is what repeats show the form to miss: (cell scatter - pure scatter), zero unless the F test of lack of fit rejects.
+  With it, the hundredth repeat of a cheap cell stops counting: a wrong form is then fitted to places, not to rows.
+* weights are proportional to exp(-BIC/2), BIC = n ln(SSE/n) + p ln n, over the same rows.
+
+Shapes: n rows, C cells, M places, P parameters of all blocks, R parameter draws, K axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy import stats
+
+from isoflop.core.expressions import Array
+from isoflop.search.law.contenders import Block, Contender, make_blocks
+from isoflop.search.law.mapfit import distinct, map_fit, search_starts
+from isoflop.search.law.rows import Cells, RowTable, pool
+
+_GUESS = 0.02  # prior noise as a share of a typical y
+_STRENGTH = 1.0  # of that guess, in degrees of freedom / 2 (a0)
+_BASIN_MSE = 1.5  # basins up to this multiple of the best mean squared error are kept
+_REJECT_BEND = 0.002
+_REJECT = 0.01  # p-value of the lack-of-fit test from which tau^2 is used
+_MAX_HYPOTHESES = 6
+_GROWTH = 1.5  # a new global search when the rows have grown by this factor
+
+
+@dataclass
+class Hypothesis:
+    """One form in one basin, with its Gaussian posterior.
+
+    Attributes:
+        label: the form's name; basin: 0 for the best.
+        blocks: laws; u: coordinates (P,) of all blocks in order; cov: (P, P).
+        weight: posterior weight; bic, sse: over all rows.
+    """
+
+    label: str
+    basin: int
+    blocks: tuple[Block, ...]
+    u: Array
+    cov: Array = field(default_factory=lambda: np.empty((0, 0)))
+    weight: float = 1.0
+    bic: float = math.nan
+    sse: float = math.nan
+
+    def slices(self) -> list[slice]:
+        """Where each block's parameters stand in ``u``."""
+        ends = np.cumsum([0, *(len(b.form.names) for b in self.blocks)])
+        return [slice(int(a), int(b)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
+    def predict(self, u_RP: Array, x_MK: Array, group_M: np.ndarray) -> Array:
+        """Predictions (R, M) of parameter draws."""
+        out = np.empty((len(u_RP), len(x_MK)))
+        for block, part in zip(self.blocks, self.slices(), strict=True):
+            mine = np.isin(group_M, block.groups)
+            if mine.any():
+                out[:, mine] = block.predict(u_RP[:, part], x_MK[mine], group_M[mine])
+        return out
+
+    def jacobian(self, x_MK: Array, group_M: np.ndarray) -> Array:
+        """Sensitivities (M, P) at the posterior mode."""
+        out = np.zeros((len(x_MK), len(self.u)))
+        for block, part in zip(self.blocks, self.slices(), strict=True):
+            mine = np.flatnonzero(np.isin(group_M, block.groups))
+            if len(mine):
+                out[mine, part] = block.jacobian(self.u[part], x_MK[mine], group_M[mine])
+        return out
+
+    def clip(self, u_RP: Array) -> Array:
+        """Draws back into the bounds."""
+        low = np.concatenate([b.low for b in self.blocks])
+        high = np.concatenate([b.high for b in self.blocks])
+        return np.clip(u_RP, low, high)
+
+    @property
+    def prior_mean(self) -> Array:
+        """(P,)."""
+        return np.concatenate([b.prior_mean for b in self.blocks])
+
+    @property
+    def prior_sd(self) -> Array:
+        """(P,)."""
+        return np.concatenate([b.prior_sd for b in self.blocks])
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Variance of a new row: sigma^2 exp(level + slope (ln cost - centre)) + tau^2.
+
+    Attributes:
+        sigma2: posterior mean; dof: degrees of freedom behind it.
+        level, slope, centre: the relative variance q against ln cost.
+        tau2: variance of the form's misfit between places, 0 unless lack of fit is significant.
+    """
+
+    sigma2: float
+    dof: float
+    level: float = 0.0
+    slope: float = 0.0
+    centre: float = 0.0
+    tau2: float = 0.0
+
+    def relative(self, log_cost: Array) -> Array:
+        """q at given costs."""
+        return np.exp(self.level + self.slope * (log_cost - self.centre))
+
+
+@dataclass(frozen=True)
+class LackOfFit:
+    """Two F tests of the best form; nan where the rows do not allow one.
+
+    Attributes:
+        f, p: against the scatter between repeats of a place, with dof_model and dof_pure degrees of freedom.
+        bend_f, bend_p: against the form bent by squares and products of ln axes, which needs no repeats.
+    """
+
+    f: float = math.nan
+    p: float = math.nan
+    dof_model: int = 0
+    dof_pure: int = 0
+    bend_f: float = math.nan
+    bend_p: float = math.nan
+
+    @property
+    def rejected(self) -> bool:
+        """The form does not fit."""
+        return self.p < _REJECT or self.bend_p < _REJECT_BEND
+
+
+class Belief:
+    """Fits that follow a growing table of rows.
+
+    Args:
+        contenders: forms on common axes.
+        axes, scales: axes and what they are divided by (fixed, so that the prior does not move).
+        groups: number of laws; shared: names of parameters that the groups have in common, per contender.
+        noise: ``auto`` learns how noise depends on cost; ``constant`` does not.
+    """
+
+    def __init__(
+        self,
+        contenders: Sequence[Contender],
+        axes: Sequence[str],
+        scales: Sequence[float],
+        groups: int = 1,
+        shared: Sequence[Sequence[str]] = (),
+        noise: str = "auto",
+    ) -> None:
+        self.contenders = list(contenders)
+        self.axes, self.scales = tuple(axes), tuple(scales)
+        self.groups = groups
+        self.shared = [tuple(s) for s in shared] or [() for _ in contenders]
+        self._learn_noise = noise == "auto"
+        self._searched_at = 0
+        self._y_scale = math.nan
+        self.hypotheses: list[Hypothesis] = []
+        self.noise = Noise(math.nan, 0.0)
+        self.lack_of_fit = LackOfFit()
+        self.cells: Cells | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Free parameters of the largest contender, over all groups."""
+        return max(self._count(i) for i in range(len(self.contenders)))
+
+    def _count(self, i: int) -> int:
+        names = self.contenders[i].form.names
+        common = sum(n in self.shared[i] for n in names) if self.groups > 1 else 0
+        return common + (len(names) - common) * self.groups
+
+    def prior(self, y_scale: float) -> list[Hypothesis]:
+        """The contenders before any row."""
+        self._y_scale = y_scale
+        out = []
+        for contender, shared in zip(self.contenders, self.shared, strict=True):
+            blocks = make_blocks(contender, self.axes, self.scales, self.groups, shared, y_scale)
+            h = Hypothesis(contender.label, 0, blocks, np.concatenate([b.prior_mean for b in blocks]))
+            h.cov = np.diag(h.prior_sd**2)
+            h.weight = 1 / len(self.contenders)
+            out.append(h)
+        self.noise = Noise((_GUESS * y_scale) ** 2, _STRENGTH)
+        return out
+
+    @np.errstate(all="ignore")
+    def update(self, table: RowTable) -> None:
+        """Refit to all rows: from the last optima, and globally when the rows have grown much."""
+        x, group, y, se, cost = table.columns()
+        if math.isnan(self._y_scale):
+            self._y_scale = float(np.median(np.abs(y))) or 1.0
+        fresh = not self.hypotheses or len(y) >= _GROWTH * self._searched_at or len(y) < 3 * self.parameters
+        self._searched_at = len(y) if fresh else self._searched_at
+        log_cost = np.log(cost)
+        q = self._relative_variance(x, group, y, se, log_cost)
+        cells = self.cells = pool(x, group, y, q, log_cost)
+        self._fit(cells, fresh)
+        self._judge(cells)
+        if self.noise.tau2 > 0:
+            self._fit(cells, fresh=False)
+        self._covariances(cells)
+        self._weigh(cells)
+
+    # fits
+
+    def _variance(self, cells: Cells) -> Array:
+        noise = self.noise
+        sigma2 = noise.sigma2 if math.isfinite(noise.sigma2) else (_GUESS * self._y_scale) ** 2
+        return sigma2 * cells.q + noise.tau2
+
+    def _fit(self, cells: Cells, fresh: bool) -> None:
+        v = self._variance(cells)
+        found: list[Hypothesis] = []
+        for i, contender in enumerate(self.contenders):
+            old = [h for h in self.hypotheses if h.label == contender.label]
+            blocks = (
+                old[0].blocks
+                if old
+                else make_blocks(contender, self.axes, self.scales, self.groups, self.shared[i], self._y_scale)
+            )
+            found += self._fit_form(contender.label, blocks, old, cells, v, fresh or not old)
+        self.hypotheses = found
+
+    def _fit_form(
+        self, label: str, blocks: tuple[Block, ...], old: list[Hypothesis], cells: Cells, v: Array, fresh: bool
+    ) -> list[Hypothesis]:
+        """Optima of every block; the first hypothesis has each block's best, the others change one block's basin."""
+        per_block: list[list[Array]] = []
+        for b, block in enumerate(blocks):
+            mine = np.isin(cells.group, block.groups)
+            starts = [h.u[h.slices()[b]] for h in old] or [block.prior_mean]
+            if not mine.any():
+                per_block.append([starts[0]])
+                continue
+            x, g, y, vb = cells.x[mine], cells.group[mine], cells.y[mine], v[mine]
+            start = np.stack(starts)
+            if fresh:
+                start = np.concatenate([start, search_starts(block, x, g, y, 1 / vb, 6)])
+            u, loss = map_fit(block, x, g, y, vb, start)
+            predictions = block.predict(u, x, g)
+            noise = 0.25 * math.sqrt(float(np.median(vb)))
+            spread = max(float(loss.min()), float(len(y)))
+            keep = distinct(u, loss, predictions, noise, float(loss.min()) + (_BASIN_MSE - 1) * spread, 3)
+            per_block.append([u[i] for i in keep])
+        best = np.concatenate([basins[0] for basins in per_block])
+        out = [Hypothesis(label, 0, blocks, best)]
+        for b, basins in enumerate(per_block):
+            for u in basins[1:]:
+                other = Hypothesis(label, len(out), blocks, best.copy())
+                other.u[other.slices()[b]] = u
+                out.append(other)
+        return out[:_MAX_HYPOTHESES]
+
+    # noise
+
+    def _relative_variance(self, x: Array, group: np.ndarray, y: Array, se: Array, log_cost: Array) -> Array:
+        """q per row, mean about 1, from standard errors and from how residuals shrink with cost."""
+        known = np.isfinite(se) & (se > 0)
+        base = np.ones_like(y)
+        if known.sum() >= 3:
+            fill = float(np.median(se[known]))
+            base = np.where(known, se, fill) ** 2
+            base /= np.exp(np.mean(np.log(base)))
+        centre = float(np.mean(log_cost))
+        z = log_cost - centre
+        slope = 0.0
+        if self._learn_noise and self.hypotheses and len(y) >= 3 * self.parameters:
+            best = self.hypotheses[0]
+            r2 = (y - best.predict(best.u[None], x, group)[0]) ** 2 / base
+            ok = r2 > 0
+            if ok.sum() > 5 and float(np.var(z)) > 0:
+                log_r2 = np.log(r2[ok])
+                zz = z[ok] - z[ok].mean()
+                # ln chi^2_1 has variance pi^2/2: a prior of slope sd .3 on top
+                slope = float(zz @ (log_r2 - log_r2.mean()) / (zz @ zz + (math.pi**2 / 2) / 0.3**2))
+                slope = float(np.clip(slope, -1.0, 1.0))
+        q = base * np.exp(slope * z)
+        zz = float(z @ z)
+        total = float(z @ (np.log(q) - np.log(q).mean()) / zz) if zz > 0 else 0.0
+        self._shape = (float(np.log(q).mean()), total, centre)
+        return q
+
+    def _judge(self, cells: Cells) -> None:
+        """sigma^2 from the best hypothesis, lack of fit from repeats, tau^2 when it is significant."""
+        best = min(self.hypotheses, key=lambda h: self._sse(h, cells))
+        between = self._sse(best, cells)
+        k = self._count(next(i for i, c in enumerate(self.contenders) if c.label == best.label))
+        dof_model = len(cells.y) - k
+        self.lack_of_fit, clean = self._tests(best, cells, between, dof_model)
+        guess = (_GUESS * self._y_scale) ** 2
+        misfit = self.lack_of_fit.rejected
+        scatter, dof = (cells.pure + between, max(0, cells.n - k)) if not misfit else clean
+        sigma2 = (_STRENGTH * guess + 0.5 * scatter) / (_STRENGTH + 0.5 * dof)
+        tau2 = 0.0
+        if misfit:
+            residual2 = (cells.y - best.predict(best.u[None], cells.x, cells.group)[0]) ** 2
+            tau2 = max(0.0, float(np.sum(residual2 - sigma2 * cells.q)) / max(1, dof_model))
+        level, slope, centre = self._shape
+        self.noise = Noise(sigma2, 2 * _STRENGTH + dof, level, slope, centre, tau2)
+
+    def _tests(
+        self, best: Hypothesis, cells: Cells, between: float, dof_model: int
+    ) -> tuple[LackOfFit, tuple[float, float]]:
+        """Lack of fit, and (sum of squares, degrees of freedom) of a noise estimate that does not trust the form."""
+        f = p = math.nan
+        if cells.pure_dof >= 2 and dof_model >= 1 and cells.pure > 0:
+            f = (between / dof_model) / (cells.pure / cells.pure_dof)
+            p = float(stats.f.sf(f, dof_model, cells.pure_dof))
+        bend_f, bend_p, rest, rest_dof = self._bend(best, cells, between, dof_model)
+        test = LackOfFit(f, p, max(0, dof_model), cells.pure_dof, bend_f, bend_p)
+        return test, (cells.pure, cells.pure_dof) if cells.pure_dof >= 2 else (cells.pure + rest, cells.pure_dof + rest_dof)
+
+    def _bend(self, best: Hypothesis, cells: Cells, between: float, dof: int) -> tuple[float, float, float, float]:
+        """F test of extra terms (squares and products of ln axes) in the linearised law."""
+        z = np.log(np.maximum(cells.x, 1e-300))
+        z = z[:, np.ptp(z, axis=0) > 0]
+        if not z.shape[1]:
+            return math.nan, math.nan, between, dof
+        z = (z - z.mean(axis=0)) / z.std(axis=0)
+        pairs = [(a, b) for a in range(z.shape[1]) for b in range(a, z.shape[1])]
+        extra = np.stack([z[:, a] * z[:, b] for a, b in pairs], axis=1)
+        root = 1 / np.sqrt(cells.q)
+        r = (cells.y - best.predict(best.u[None], cells.x, cells.group)[0]) * root
+        base = best.jacobian(cells.x, cells.group) * root[:, None]
+        scale = np.maximum(np.linalg.norm(base, axis=0), 1e-300)
+        plain = np.linalg.lstsq(base / scale, r, rcond=1e-8)
+        bent = np.linalg.lstsq(np.column_stack([base / scale, extra * root[:, None]]), r, rcond=1e-8)
+        gained = int(bent[2] - plain[2])
+        before = float(np.sum((r - (base / scale) @ plain[0]) ** 2))
+        after = float(np.sum((r - np.column_stack([base / scale, extra * root[:, None]]) @ bent[0]) ** 2))
+        # repeats know the noise too: pool them into the denominator
+        pool_dof = len(r) - int(bent[2]) + cells.pure_dof
+        if gained < 1 or pool_dof < 4:
+            return math.nan, math.nan, between, dof
+        f = max(0.0, before - after) / gained / max((after + cells.pure) / pool_dof, 1e-300)
+        return f, float(stats.f.sf(f, gained, pool_dof)), after, len(r) - int(bent[2])
+
+    def _sse(self, h: Hypothesis, cells: Cells) -> float:
+        r = cells.y - h.predict(h.u[None], cells.x, cells.group)[0]
+        value = float(np.sum(r**2 / cells.q))
+        return value if math.isfinite(value) else math.inf
+
+    # posterior
+
+    def _covariances(self, cells: Cells) -> None:
+        v = self._variance(cells)
+        for h in self.hypotheses:
+            j = h.jacobian(cells.x, cells.group)
+            precision = (j / v[:, None]).T @ j + np.diag(h.prior_sd**-2.0)
+            h.cov = inverse(precision)
+
+    def _weigh(self, cells: Cells) -> None:
+        for h in self.hypotheses:
+            k = self._count(next(i for i, c in enumerate(self.contenders) if c.label == h.label))
+            n = cells.n if self.noise.tau2 == 0 else len(cells.y)
+            if self.noise.tau2 == 0:
+                h.sse = self._sse(h, cells) + cells.pure
+                h.bic = n * math.log(max(h.sse, 1e-300) / n) + k * math.log(max(n, 2))
+            else:
+                r = cells.y - h.predict(h.u[None], cells.x, cells.group)[0]
+                h.sse = float(np.sum(r**2 / (self.noise.sigma2 * cells.q + self.noise.tau2)))
+                h.bic = n * math.log(max(h.sse, 1e-300) / n) + k * math.log(max(n, 2))
+        least = min(h.bic for h in self.hypotheses)
+        raw = np.array([math.exp(-0.5 * min(h.bic - least, 700.0)) for h in self.hypotheses])
+        for h, weight in zip(self.hypotheses, raw / raw.sum(), strict=True):
+            h.weight = float(weight)
+        self.hypotheses.sort(key=lambda h: -h.weight)
+
+
+def inverse(precision_PP: Array) -> Array:
+    """Inverse of a positive definite matrix by Cholesky on a unit diagonal."""
+    d = np.sqrt(np.diag(precision_PP))
+    root = np.linalg.inv(np.linalg.cholesky(precision_PP / np.outer(d, d)))
+    return (root.T @ root) / np.outer(d, d)

@@ -1,0 +1,498 @@
+"""Which run next: pilot, check, disagreement, gain. Knows beliefs, targets and costs; knows no Optuna.
+
+The order of a search:
+
+1. **Pilot**: runs that identify every parameter of every contender: D-optimal on average over draws from the prior, per
+   cost, until there are ``pilot_factor`` times as many as parameters.
+2. **Check**: the largest run that ``check_share`` of the budget pays for. It is never fitted; its prediction, made before,
+   is reported beside it, and when it falls outside, the form is not believed.
+3. **Disagreement**: one run in ``1/explore`` goes where contenders predict differently, whatever their weights.
+4. **Gain**: all others, by the score of :mod:`isoflop.search.law.gains`.
+
+Shapes: M candidates, O observations per candidate, P parameters, T quantities, S draws, K axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+from isoflop.core.expressions import Array, Mask
+from isoflop.search.law.belief import Belief, Hypothesis
+from isoflop.search.law.gains import (
+    d_gains,
+    disagreement,
+    fantasise,
+    linearise,
+    normal_draws,
+    v_gains,
+)
+from isoflop.search.law.rows import Row, RowTable
+from isoflop.search.law.targets import BestMethod, Target
+
+_DRAWS = 64
+_PRIOR_DRAWS = 4
+_HELPS = 0.01
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Candidates: what they would observe and cost.
+
+    Attributes:
+        x: (M, O, K); group: (M, O); cost: (M,); keys: (M,) equal for equal places.
+        room: boolean (M,), may be run at all.
+    """
+
+    x: Array
+    group: np.ndarray
+    cost: Array
+    keys: list[Any]
+    room: Mask
+
+    def __len__(self) -> int:
+        return len(self.cost)
+
+    def take(self, rows: np.ndarray) -> Pool:
+        """Some candidates."""
+        return Pool(self.x[rows], self.group[rows], self.cost[rows], [self.keys[i] for i in rows], self.room[rows])
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Knobs of the planner.
+
+    Attributes:
+        gamma: power of the cost in the score; pilot_gamma: the same for the pilot.
+        pilot_factor: pilot runs per parameter; pilot_share: of the budget, at most.
+        explore: share of runs where forms disagree, when several compete.
+        check_share: of the budget for the never-fitted check; 0: none.
+        replicates: the same place may be run again.
+        criterion: ``V`` narrows the target; ``D`` the parameters' volume (a baseline).
+    """
+
+    gamma: float = 0.4
+    pilot_gamma: float = 0.4
+    pilot_factor: float = 2.5
+    pilot_share: float = 0.3
+    explore: float = 0.2
+    check_share: float = 0.2
+    replicates: bool = True
+    criterion: str = "V"
+
+
+@dataclass
+class Choice:
+    """A chosen candidate with the reason."""
+
+    index: int
+    role: str
+    score: float = math.nan
+
+
+@dataclass
+class _View:
+    """A hypothesis linearised at its mode: candidates' sensitivities and the target's covariance with the parameters."""
+
+    hypothesis: Hypothesis
+    h_MOP: Array
+    cov: Array
+    cross: Array
+    target_T: Array
+    mean_MO: Array
+
+
+@dataclass(frozen=True)
+class TargetState:
+    """What is known of the target.
+
+    Attributes:
+        labels, mean, sd: per quantity; low, high: 95 % interval; between: share of the variance between hypotheses.
+        log: quantities are logarithms.
+    """
+
+    labels: list[str]
+    mean: Array
+    sd: Array
+    low: Array
+    high: Array
+    between: Array
+    log: bool
+
+    @property
+    def half_width(self) -> float:
+        """The widest half interval."""
+        return float(np.max(0.5 * (self.high - self.low)))
+
+
+class Planner:
+    """Decides on runs from a belief.
+
+    Args:
+        belief: fits; target: bound target; policy: knobs.
+        budget: for the sum of costs, or None.
+        rng: for ties and the random share under misfit.
+    """
+
+    def __init__(
+        self, belief: Belief, target: Any, policy: Policy, budget: float | None, rng: np.random.Generator
+    ) -> None:
+        self.belief, self.target, self.policy, self.budget = belief, target, policy, budget
+        self.rng = rng
+        self.table = RowTable()  # what is fitted
+        self.check: Row | None = None
+        self.check_key: Any = None
+        self.spent = 0.0
+        self._since_explored = 0
+        self._fitted_rows = -1
+
+    # rows
+
+    @property
+    def pilot_runs(self) -> int:
+        """Observations that the pilot makes."""
+        return math.ceil(self.policy.pilot_factor * self.belief.parameters)
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Observations that came in; the check is kept aside."""
+        for row in rows:
+            self.spent += row.cost
+            if row.role == "check":
+                self.check = row
+            else:
+                self.table.rows.append(row)
+
+    def refresh(self) -> bool:
+        """Refit if rows are new; False while there are too few for a fit."""
+        if len(self.table) < 2:
+            return False
+        if len(self.table) != self._fitted_rows:
+            self.belief.update(self.table)
+            self._fitted_rows = len(self.table)
+        return True
+
+    # choosing
+
+    def choose(
+        self, pool: Pool, count: int = 1, pending: Sequence[tuple[Array, np.ndarray, float]] = (), aside: float = 0.0
+    ) -> list[Choice]:
+        """Up to ``count`` runs; fewer when nothing is affordable.
+
+        Args:
+            pending: runs under way as (x (O, K), group (O,), cost): fantasised.
+            aside: cost of a check under way.
+        """
+        waiting = list(pending)
+        left = self._left(aside + sum(c for _, _, c in waiting))
+        out: list[Choice] = []
+        while len(out) < count:
+            possible = pool.room & (pool.cost <= left * (1 + 1e-9))
+            if not self.policy.replicates:
+                possible &= ~np.isin(np.arange(len(pool)), [c.index for c in out])
+            if not possible.any():
+                break
+            choice = self._next(pool, possible, waiting)
+            if choice is None:
+                break
+            out.append(choice)
+            i = choice.index
+            left -= float(pool.cost[i])
+            if choice.role != "check":
+                waiting.append((pool.x[i], pool.group[i], float(pool.cost[i])))
+        return out
+
+    def _left(self, committed: float) -> float:
+        return math.inf if self.budget is None else self.budget - self.spent - committed
+
+    def _next(self, pool: Pool, possible: Mask, waiting: list[tuple[Array, np.ndarray, float]]) -> Choice | None:
+        seen = len(self.table) + sum(len(g) for _, g, _ in waiting)
+        if seen < self.pilot_runs:
+            cap = math.inf if self.budget is None else self.policy.pilot_share * self.budget
+            spent = sum(r.cost for r in self.table.rows) + sum(c for _, _, c in waiting)
+            within = possible & (spent + pool.cost <= cap)
+            if within.any():
+                return self._pilot(pool, within, waiting)
+        if (check := self._check(pool, possible)) is not None:
+            return check
+        if not self.refresh():
+            return self._pilot(pool, possible, waiting)
+        possible = possible & np.array([k != self.check_key for k in pool.keys])
+        if not possible.any():
+            return None
+        views = self.views(pool)
+        for x, group, cost in waiting:
+            self._imagine(views, x, group, cost)
+        noise = self._noise(pool, waiting)
+        if self._explores():
+            score = self._disagreement_score(views, pool, noise)
+            if np.max(np.where(possible, score, 0.0)) > 0:
+                self._since_explored = 0
+                best = int(np.argmax(np.where(possible, score, -np.inf)))
+                return Choice(best, "disagreement", float(score[best]))
+        self._since_explored += 1
+        score = self.score(views, pool, noise)
+        best = int(np.argmax(np.where(possible, score, -np.inf)))
+        return Choice(best, "gain", float(score[best]))
+
+    def _explores(self) -> bool:
+        forms = {h.label for h in self.belief.hypotheses}
+        return (
+            len(forms) > 1 and self.policy.explore > 0 and self._since_explored + 1 >= round(1 / self.policy.explore)
+        )
+
+    # pilot and check
+
+    def _pilot(self, pool: Pool, possible: Mask, waiting: list[tuple[Array, np.ndarray, float]]) -> Choice:
+        """D-optimal on average over the prior, given what is measured or under way."""
+        have = [(np.array([r.x]), np.array([r.group])) for r in self.table.rows] + [(x, g) for x, g, _ in waiting]
+        prior = Belief(
+            self.belief.contenders, self.belief.axes, self.belief.scales, self.belief.groups, self.belief.shared
+        ).prior(1.0)
+        noise = np.full(pool.group.shape, 0.02**2)
+        total = np.zeros(len(pool))
+        for h in prior:
+            for z in normal_draws(len(h.u), 8)[:_PRIOR_DRAWS]:
+                u = h.clip((h.prior_mean + 0.7 * z * h.prior_sd)[None])[0]
+                at = Hypothesis(h.label, 0, h.blocks, u, h.cov)
+                cov = h.cov
+                for x, g in have:
+                    cov, _ = fantasise(cov, np.zeros((0, len(u))), at.jacobian(x, g), np.full(len(g), 0.02**2))
+                total += np.nan_to_num(d_gains(cov, _stack(at, pool), noise))
+        score = total / pool.cost**self.policy.pilot_gamma
+        best = int(np.argmax(np.where(possible, score, -np.inf)))
+        return Choice(best, "pilot", float(score[best]))
+
+    def _check(self, pool: Pool, possible: Mask) -> Choice | None:
+        """The largest affordable run, once."""
+        if self.budget is None or self.policy.check_share <= 0 or self.check_key is not None:
+            return None
+        affordable = possible & (pool.cost <= self.policy.check_share * self.budget)
+        if not affordable.any():
+            return None
+        best = int(np.argmax(np.where(affordable, pool.cost, -np.inf)))
+        self.check_key = pool.keys[best]
+        return Choice(best, "check")
+
+    # gains
+
+    def views(self, pool: Pool) -> list[_View]:
+        """Every hypothesis linearised, with the target's contrasts applied."""
+        raw = []
+        for h in self.belief.hypotheses:
+            z = normal_draws(len(h.u), max(_DRAWS, 4 * len(h.u)))
+            root = np.linalg.cholesky(h.cov + 1e-14 * np.diag(np.diag(h.cov)))
+            draws = self.target.values(h, h.clip(h.u + z @ root.T))
+            at = self.target.values(h, h.u[None])[0]
+            raw.append((h, z, root, np.nan_to_num(draws, nan=0.0, posinf=30.0, neginf=-30.0), at))
+        contrast = self._contrast(raw)
+        out = []
+        for h, z, root, draws, at in raw:
+            cross = linearise(draws @ contrast.T, z, root)
+            at = np.where(np.isfinite(at), at, 0.0)
+            out.append(_View(h, _stack(h, pool), h.cov, cross, contrast @ at, _means(h, pool)))
+        return out
+
+    def _contrast(self, raw: list[Any]) -> Array:
+        mean = sum(r[0].weight * np.nan_to_num(r[4]) for r in raw)
+        if hasattr(self.target, "contrasts"):
+            return np.asarray(self.target.contrasts(mean))
+        return np.eye(len(mean))
+
+    def _importance(self, views: list[_View]) -> Array:
+        mean = sum(v.hypothesis.weight * v.target_T for v in views)
+        variance = sum(v.hypothesis.weight * self._target_variance(v) for v in views)
+        return np.asarray(self.target.weights(mean, np.sqrt(variance)))
+
+    @staticmethod
+    def _target_variance(view: _View) -> Array:
+        """diag(J Sigma J^T) from C = J Sigma."""
+        solved = np.linalg.solve(view.cov + 1e-14 * np.diag(np.diag(view.cov)), view.cross.T)
+        return np.maximum(np.einsum("tp,pt->t", view.cross, solved), 0.0)
+
+    def score(self, views: list[_View], pool: Pool, noise_MO: Array) -> Array:
+        """Gain per cost^gamma of every candidate (M,)."""
+        importance = self._importance(views)
+        gain = np.zeros(len(pool))
+        for v in views:
+            if v.hypothesis.weight < 1e-3:
+                continue
+            if self.policy.criterion == "D":
+                gain += v.hypothesis.weight * d_gains(v.cov, v.h_MOP, noise_MO)
+            else:
+                gain += v.hypothesis.weight * v_gains(v.cov, v.cross, v.h_MOP, noise_MO, importance)
+        if self.policy.criterion == "V":
+            gain += self._between(views, noise_MO, importance, np.array([v.hypothesis.weight for v in views]))
+        return np.nan_to_num(gain) / _price(pool) ** self.policy.gamma
+
+    def _disagreement_score(self, views: list[_View], pool: Pool, noise_MO: Array) -> Array:
+        """As the score's second part, with every form's best basin weighed alike: a doubt that weights cannot silence."""
+        best: dict[str, _View] = {}
+        for v in views:
+            best.setdefault(v.hypothesis.label, v)
+        chosen = list(best.values())
+        weight = np.full(len(chosen), 1 / len(chosen))
+        gain = self._between(chosen, noise_MO, self._importance(views), weight)
+        return np.nan_to_num(gain) / _price(pool) ** self.policy.gamma
+
+    @staticmethod
+    def _between(views: list[_View], noise_MO: Array, importance: Array, weight_K: Array) -> Array:
+        variances = [np.einsum("mop,pq,moq->mo", v.h_MOP, v.cov, v.h_MOP) + noise_MO for v in views]
+        return disagreement(
+            weight_K,
+            np.stack([v.target_T for v in views]),
+            importance,
+            np.stack([v.mean_MO for v in views]),
+            np.stack(variances),
+        )
+
+    def _noise(self, pool: Pool, waiting: list[tuple[Array, np.ndarray, float]]) -> Array:
+        """Variance R of each candidate's observations; a repeat of a place shares that place's misfit tau^2."""
+        noise = self.belief.noise
+        base = noise.sigma2 * noise.relative(np.log(pool.cost))
+        out = np.repeat(base[:, None], pool.group.shape[1], axis=1)
+        if noise.tau2 == 0:
+            return out
+        known: dict[Any, float] = {}
+        cells = self.belief.cells
+        assert cells is not None
+        for x, g, q in zip(cells.x, cells.group, cells.q, strict=True):
+            known[(int(g), *x)] = noise.sigma2 * q
+        for x, g, cost in waiting:
+            for xo, go in zip(x, g, strict=True):
+                new = noise.sigma2 * float(noise.relative(np.log(np.array(cost))))
+                key = (int(go), *xo)
+                known[key] = 1 / (1 / known[key] + 1 / new) if key in known else new
+        for m in range(len(pool)):
+            for o in range(pool.group.shape[1]):
+                before = known.get((int(pool.group[m, o]), *pool.x[m, o]))
+                out[m, o] = _repeat_noise(out[m, o], before, noise.tau2)
+        return out
+
+    def _imagine(self, views: list[_View], x: Array, group: np.ndarray, cost: float) -> None:
+        noise = self.belief.noise
+        r = noise.sigma2 * float(noise.relative(np.log(np.array(cost)))) + noise.tau2
+        for v in views:
+            h = v.hypothesis.jacobian(x, group)
+            v.cov, v.cross = fantasise(v.cov, v.cross, h, np.full(len(group), r))
+
+    # stopping
+
+    def stop_reason(self, pool: Pool, target: Target) -> str | None:
+        """Why no further run should be made, or None."""
+        if len(self.table) < self.pilot_runs or not self.refresh():
+            affordable = pool.room & (pool.cost <= self._left(0.0) * (1 + 1e-9))
+            return None if affordable.any() else f"budget: {self.spent:.4g} of {self.budget:.4g} spent"
+        affordable = pool.room & (pool.cost <= self._left(0.0) * (1 + 1e-9))
+        state = self.state()
+        assert state is not None
+        if isinstance(target, BestMethod):
+            draws, weight = self.draws()
+            choices = self.target.choice(draws, weight)
+            if all(p >= target.confidence for _, p in choices.values()) and self._believed:
+                return "known: " + ", ".join(f"{g} at {b} ({p:.1%})" for b, (g, p) in choices.items())
+        elif target.width is not None and state.half_width <= target.width and self._believed:
+            return f"known: half-width {state.half_width:.3g} of at most {target.width:g}"
+        if not affordable.any():
+            return f"budget: {self.spent:.4g} of {self.budget:.4g} spent, nothing affordable is left"
+        if self.budget is not None and self._hopeless(pool, affordable):
+            return f"nothing affordable helps: less than {_HELPS:.0%} of the target's variance with all that is left"
+        return None
+
+    @property
+    def _believed(self) -> bool:
+        """A narrow interval of a form that does not fit is no knowledge."""
+        return not self.belief.lack_of_fit.rejected
+
+    def _hopeless(self, pool: Pool, affordable: Mask) -> bool:
+        """Even the best run, repeated until the budget ends, would take nearly nothing off the target's variance."""
+        if self.policy.criterion != "V":
+            return False
+        views = self.views(pool)
+        importance = self._importance(views)
+        gain = np.zeros(len(pool))
+        for v in views:
+            gain += v.hypothesis.weight * v_gains(v.cov, v.cross, v.h_MOP, self._noise(pool, []), importance)
+        weights = np.array([v.hypothesis.weight for v in views])
+        gain += self._between(views, self._noise(pool, []), importance, weights)
+        variance = float(sum(v.hypothesis.weight * self._target_variance(v) for v in views) @ importance)
+        times = np.where(affordable, self._left(0.0) / pool.cost, 0.0)
+        return float(np.max(np.where(affordable, gain * times, 0.0))) < _HELPS * variance
+
+    # knowledge
+
+    def draws(self) -> tuple[Array, Array]:
+        """Draws of the target from the mixture (n, T) with weights (n,); heavier tails while the noise is uncertain."""
+        parts, weights = [], []
+        dof = max(2.0, self.belief.noise.dof)
+        for h in self.belief.hypotheses:
+            if h.weight < 1e-4:
+                continue
+            z = normal_draws(len(h.u), 512)
+            # the quantile of |z| that corresponds to Student's t with the noise's degrees of freedom, at 95 %
+            z = z * (special.stdtrit(dof, 0.975) / 1.959964)
+            root = np.linalg.cholesky(h.cov + 1e-14 * np.diag(np.diag(h.cov)))
+            parts.append(self.target.values(h, h.clip(h.u + z @ root.T)))
+            weights.append(np.full(len(z), h.weight / len(z)))
+        return np.concatenate(parts), np.concatenate(weights)
+
+    def state(self) -> TargetState | None:
+        """The target's estimate: the heaviest hypothesis' value, the mixture's interval."""
+        if not self.refresh():
+            return None
+        draws, weight = self.draws()
+        ok = np.isfinite(draws)
+        safe = np.where(ok, draws, 0.0)
+        total = np.maximum((ok * weight[:, None]).sum(0), 1e-300)
+        mean = (safe * weight[:, None]).sum(0) / total
+        low, high = (np.array([_quantile(c, weight, q) for c in draws.T]) for q in (0.025, 0.975))
+        modes = np.stack([self.target.values(h, h.u[None])[0] for h in self.belief.hypotheses])
+        p = np.array([h.weight for h in self.belief.hypotheses])[:, None] * np.isfinite(modes)
+        centre = (p * np.nan_to_num(modes)).sum(0) / np.maximum(p.sum(0), 1e-300)
+        between = (p * (np.nan_to_num(modes) - centre) ** 2).sum(0)
+        variance = (np.where(ok, draws - mean, 0.0) ** 2 * weight[:, None]).sum(0) / total
+        return TargetState(
+            list(self.target.labels),
+            centre,
+            np.sqrt(variance),
+            low,
+            high,
+            between / np.maximum(variance, 1e-300),
+            bool(self.target.log),
+        )
+
+
+def _stack(h: Hypothesis, pool: Pool) -> Array:
+    m, o, k = pool.x.shape
+    return h.jacobian(pool.x.reshape(m * o, k), pool.group.ravel()).reshape(m, o, -1)
+
+
+def _price(pool: Pool) -> Array:
+    """Costs in units of their median: only ratios matter."""
+    return pool.cost / float(np.median(pool.cost[np.isfinite(pool.cost)]))
+
+
+def _means(h: Hypothesis, pool: Pool) -> Array:
+    m, o, k = pool.x.shape
+    return h.predict(h.u[None], pool.x.reshape(m * o, k), pool.group.ravel())[0].reshape(m, o)
+
+
+def _repeat_noise(new: float, before: float | None, tau2: float) -> float:
+    """The noise of an independent observation that would teach as much as a repeat of a place known to ``before``."""
+    if before is None:
+        return new + tau2
+    after = 1 / (1 / before + 1 / new)
+    return 1 / max(1 / (after + tau2) - 1 / (before + tau2), 1e-300)
+
+
+def _quantile(values: Array, weight: Array, q: float) -> float:
+    ok = np.isfinite(values)
+    if not ok.any():
+        return math.nan
+    order = np.argsort(values[ok], kind="stable")
+    share = np.cumsum(weight[ok][order])
+    return float(values[ok][order][np.searchsorted(share, q * share[-1])])

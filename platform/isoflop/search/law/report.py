@@ -1,0 +1,187 @@
+"""What a search has found out: the target, the forms, whether they fit, the check, and what it took."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import special
+
+from isoflop.core.expressions import Array
+from isoflop.search.law.targets import BestMethod, Setting, Target
+
+if TYPE_CHECKING:
+    from isoflop.search.law.planner import Planner, Pool
+
+_OUTSIDE = 0.01  # p-value of the check below which the form is not believed
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One quantity of the target with its 95 % interval, in its own unit."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """The run that was never fitted: what was predicted for it and what came.
+
+    Attributes:
+        predicted, sd: mixture mean and standard deviation of a new run, parameter uncertainty and noise together.
+        p: two-sided probability of a result so far off, by Student's t.
+    """
+
+    place: dict[str, float]
+    observed: float
+    predicted: float
+    sd: float
+    p: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The answer so far.
+
+    Attributes:
+        quantities: the target; forms: weight per form; best_method: per budget (name, probability).
+        rows, spent, budget: what it took; half_width: of the widest quantity, relative for positive ones.
+        fits: False when a test says that no contender fits; verdict: why, in words.
+        check: the never-fitted run, or None; stop: why the search may end, or None.
+    """
+
+    quantities: list[Quantity]
+    forms: dict[str, float]
+    best_method: dict[str, tuple[str, float]]
+    rows: int
+    spent: float
+    budget: float | None
+    half_width: float
+    fits: bool
+    verdict: str
+    check: Check | None
+    stop: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "target": [vars(q) for q in self.quantities],
+            "forms": self.forms,
+            "best_method": {b: {"method": m, "probability": p} for b, (m, p) in self.best_method.items()},
+            "rows": self.rows,
+            "spent": self.spent,
+            "budget": self.budget,
+            "half_width": self.half_width,
+            "fits": self.fits,
+            "verdict": self.verdict,
+            "check": None if self.check is None else vars(self.check),
+            "stop": self.stop,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{q.label} = {q.value:.5g} [{q.low:.5g}, {q.high:.5g}]" for q in self.quantities]
+        lines += [f"best at {b}: {m} (probability {p:.3f})" for b, (m, p) in self.best_method.items()]
+        lines.append("forms: " + ", ".join(f"{f} {w:.3f}" for f, w in self.forms.items()))
+        lines.append(self.verdict)
+        if self.check is not None:
+            c = self.check
+            at = ", ".join(f"{a}={v:g}" for a, v in c.place.items())
+            lines.append(
+                f"check ({at}): predicted {c.predicted:.5g} ± {1.96 * c.sd:.2g}, observed {c.observed:.5g} (p = {c.p:.2g})"
+            )
+        of = "" if self.budget is None else f" of {self.budget:.4g}"
+        lines.append(f"{self.rows} rows, cost {self.spent:.4g}{of}, half-width {self.half_width:.3g}")
+        if self.stop:
+            lines.append(f"may stop: {self.stop}")
+        return "\n".join(lines)
+
+
+def make_report(planner: Planner, target: Target, setting: Setting, pool: Pool) -> Report:
+    """Everything known now. With too few rows for a fit, nothing but the spending."""
+    state = planner.state()
+    if state is None:
+        words = "too few rows for a fit"
+        return Report([], {}, {}, len(planner.table), planner.spent, planner.budget, math.inf, True, words, None, None)
+    out = _exp if state.log and not isinstance(target, BestMethod) else _same
+    quantities = [
+        Quantity(label, *(float(v) for v in out(np.array([m, lo, hi]))))
+        for label, m, lo, hi in zip(state.labels, state.mean, state.low, state.high, strict=True)
+    ]
+    best: dict[str, tuple[str, float]] = {}
+    if isinstance(target, BestMethod):
+        best = planner.target.choice(*planner.draws())
+    forms: dict[str, float] = {}
+    for h in planner.belief.hypotheses:
+        forms[h.label] = forms.get(h.label, 0.0) + h.weight
+    check = make_check(planner, setting)
+    fits, verdict = judge(planner, check)
+    return Report(
+        quantities,
+        forms,
+        best,
+        len(planner.table),
+        planner.spent,
+        planner.budget,
+        state.half_width,
+        fits,
+        verdict,
+        check,
+        planner.stop_reason(pool, target),
+    )
+
+
+def make_check(planner: Planner, setting: Setting) -> Check | None:
+    """The check's prediction from everything that was fitted."""
+    row = planner.check
+    if row is None or not planner.belief.hypotheses:
+        return None
+    x, group = np.array([row.x]), np.array([row.group])
+    noise = planner.belief.noise
+    new = noise.sigma2 * float(noise.relative(np.log(np.array(row.cost)))) + noise.tau2
+    means, variances, weights = [], [], []
+    for h in planner.belief.hypotheses:
+        j = h.jacobian(x, group)[0]
+        means.append(float(h.predict(h.u[None], x, group)[0, 0]))
+        variances.append(float(j @ h.cov @ j) + new)
+        weights.append(h.weight)
+    p, mean = np.array(weights), np.array(means)
+    centre = float(p @ mean)
+    sd = math.sqrt(float(p @ (np.array(variances) + (mean - centre) ** 2)))
+    z = abs(row.y - centre) / sd
+    tail = 2 * float(1 - special.stdtr(max(2.0, noise.dof), z))
+    place = dict(zip(setting.axes, row.x, strict=True))
+    return Check(place, row.y, centre, sd, tail, row.cost)
+
+
+def judge(planner: Planner, check: Check | None) -> tuple[bool, str]:
+    """Whether the best contender fits, in words."""
+    best, test = planner.belief.hypotheses[0].label, planner.belief.lack_of_fit
+    problems = []
+    if test.rejected and test.p < 0.01:
+        problems.append(f"misses places by more than their repeats scatter (F = {test.f:.3g}, p = {test.p:.2g})")
+    elif test.rejected:
+        problems.append(f"leaves residuals that bend along the axes (F = {test.bend_f:.3g}, p = {test.bend_p:.2g})")
+    if check is not None and check.p < _OUTSIDE:
+        problems.append(
+            f"misses the check: predicted {check.predicted:.4g}, observed {check.observed:.4g} (p = {check.p:.2g})"
+        )
+    if problems:
+        return False, f"the form {best} does not fit: it " + "; it ".join(problems)
+    if math.isnan(test.p) and math.isnan(test.bend_p):
+        return True, f"{best}: too few rows to test its fit"
+    repeats = "" if math.isnan(test.p) else f"repeats p = {test.p:.2g}, "
+    return True, f"{best}: no sign of lack of fit ({repeats}bend p = {test.bend_p:.2g})"
+
+
+def _exp(values: Array) -> Array:
+    return np.exp(values)
+
+
+def _same(values: Array) -> Array:
+    return values

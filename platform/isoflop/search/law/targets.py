@@ -1,0 +1,432 @@
+r"""What one wants to know, as functions of the law's parameters.
+
+A target turns parameter draws u (R, P) of a hypothesis into quantities t (R, T) and says how much each of them matters.
+Positive quantities (V*, N*, errors) are taken as logarithms: their standard deviation is a relative error.
+
+Budgets are inference budgets: along the curve cost(x) = budget one axis (the spender, a model's size) follows from the
+other, and the optimum is the least predicted error on that curve. Draws whose optimum lies on a limit stay there.
+
+Shapes: R parameter draws, T quantities, M places, S points of an iso-cost curve, K axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from scipy.special import ndtr
+
+from isoflop.core.errors import UserError, unknown
+from isoflop.core.expressions import Array
+from isoflop.frontier.optimum import CostModel, Space, spend
+
+_CURVE = 48  # points of an iso-cost curve; a parabola refines the best of them
+_EVEN = math.sqrt(2 * math.pi)
+
+
+class Predictor(Protocol):
+    """What a target needs of a hypothesis."""
+
+    def predict(self, u_RP: Array, x_MK: Array, group_M: np.ndarray) -> Array:
+        """Predictions (R, M)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What targets are asked about: axes with their ranges, names of groups.
+
+    Attributes:
+        axes: names; low, high: swept range per axis (K,).
+        groups: one name per law.
+    """
+
+    axes: tuple[str, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    groups: tuple[str, ...]
+
+    def group(self, name: str | None) -> list[int]:
+        """Positions of one group, or of all. Raises UserError for an unknown name."""
+        if name is None:
+            return list(range(len(self.groups)))
+        if name not in self.groups:
+            raise unknown("group", name, self.groups, "target")
+        return [self.groups.index(name)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Base of all targets; frozen, so that a study's question cannot drift.
+
+    Attributes:
+        width: half-width of the 95 % interval that is narrow enough: relative for logarithms, absolute otherwise; None
+            never stops by width.
+    """
+
+    kind: ClassVar[str] = ""
+    width: float | None = None
+
+    def bind(self, setting: Setting) -> BoundTarget:
+        """Resolve names and curves. Raises UserError for what the setting does not have."""
+        raise NotImplementedError
+
+
+class BoundTarget(Protocol):
+    """A target on known axes and groups.
+
+    Attributes:
+        labels: one per quantity; log: quantities are logarithms.
+    """
+
+    labels: list[str]
+    log: bool
+
+    def values(self, hypothesis: Predictor, u_RP: Array) -> Array:
+        """Quantities (R, T)."""
+        ...
+
+    def weights(self, mean_T: Array, sd_T: Array) -> Array:
+        """How much variance of each quantity counts (T,)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Budgeted(Target):
+    """Shared by targets along iso-cost curves.
+
+    Attributes:
+        cost: inference cost, an expression of axes and constants; constants: e.g. ``{"Q": 50}``.
+        spender: the axis that takes up the budget (default: the first axis in the cost).
+        limits: allowed range of the other axis (default: the swept range).
+    """
+
+    cost: str = "2*N*(Q+V)"
+    constants: Mapping[str, float] = field(default_factory=lambda: {"Q": 50.0})
+    spender: str | None = None
+    limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def curves(self, setting: Setting, budgets: Sequence[float]) -> list[Curve]:
+        """One iso-cost curve per budget."""
+        model = CostModel.build(self.cost, setting.axes, self.constants)
+        free = [a for a in setting.axes if a in model.expression.names]
+        spender = self.spender or free[0]
+        if spender not in free:
+            raise unknown("spender", spender, free, "target")
+        others = [a for a in setting.axes if a != spender]
+        if len(others) > 1:
+            raise UserError(
+                f"target: axes {', '.join(others)} are free beside {spender}; a budget leaves one axis to choose"
+            )
+        for name in self.limits:
+            if name not in setting.axes:
+                raise unknown("axis", name, setting.axes, "target: limits")
+        return [Curve.build(model, setting, spender, others[0] if others else None, b, self.limits) for b in budgets]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Places (S, K) of equal inference cost, with ln of the searched axis (S,)."""
+
+    budget: float
+    x: Array
+    z: Array
+    searched: int | None
+    spender: int
+
+    @classmethod
+    def build(
+        cls,
+        model: CostModel,
+        setting: Setting,
+        spender: str,
+        searched: str | None,
+        budget: float,
+        limits: Mapping[str, tuple[float, float]],
+    ) -> Curve:
+        """Refuses a budget that nothing meets."""
+        if not budget > 0:
+            raise UserError(f"target: budget = {budget!r} must be a positive number")
+        ranges = {a: (lo, hi) for a, lo, hi in zip(setting.axes, setting.low, setting.high, strict=True)}
+        low, high = limits.get(searched, ranges[searched]) if searched else (1.0, 1.0)
+        z = np.linspace(math.log(low), math.log(high), _CURVE if high > low else 1)
+        size = limits.get(spender, (1e-12, 1e30))
+        space = Space(spender, searched, {spender: size, **({searched: (low, high)} if searched else {})}, {})
+        spent = spend(model, space, budget, np.exp(z))
+        keep = np.isfinite(spent)
+        if not keep.any():
+            raise UserError(f"target: budget = {budget:g}: no configuration within the limits costs that much")
+        x = np.empty((int(keep.sum()), len(setting.axes)))
+        for k, axis in enumerate(setting.axes):
+            x[:, k] = spent[keep] if axis == spender else np.exp(z[keep])
+        place = setting.axes.index(searched) if searched else None
+        return cls(float(budget), x, z[keep], place, setting.axes.index(spender))
+
+    def optimum(self, hypothesis: Predictor, u_RP: Array, group: int) -> tuple[Array, Array]:
+        """ln of the searched axis at the least predicted error (R,), and that error (R,)."""
+        y = hypothesis.predict(u_RP, self.x, np.full(len(self.x), group))
+        y = np.nan_to_num(y, nan=np.inf)
+        best = np.argmin(y, axis=1)
+        rows = np.arange(len(y))
+        if len(self.z) < 3:
+            return self.z[best], y[rows, best]
+        inner = np.clip(best, 1, len(self.z) - 2)
+        left, mid, right = (y[rows, inner + k] for k in (-1, 0, 1))
+        bend = left - 2 * mid + right
+        with np.errstate(all="ignore"):
+            shift = 0.5 * (left - right) / bend
+        ok = (best == inner) & np.isfinite(shift) & (np.abs(shift) <= 1)
+        shift = np.where(ok, shift, 0.0)
+        value = np.where(ok, mid - 0.25 * (left - right) * shift, y[rows, best])
+        step = self.z[1] - self.z[0]
+        return self.z[best] + shift * step, value
+
+    def spent(self, z_R: Array) -> Array:
+        """ln of the spender at given ln of the searched axis (R,)."""
+        return np.interp(z_R, self.z, np.log(self.x[:, self.spender]))
+
+
+def _log(values: Array) -> Array:
+    return np.log(np.maximum(values, 1e-12))
+
+
+@dataclass
+class _Plain:
+    """A bound target from a function."""
+
+    labels: list[str]
+    log: bool
+    function: Any
+    importance: Array | None = None
+
+    def values(self, hypothesis: Predictor, u_RP: Array) -> Array:
+        out: Array = self.function(hypothesis, u_RP)
+        return out
+
+    def weights(self, mean_T: Array, sd_T: Array) -> Array:
+        return np.full(len(mean_T), 1.0 / len(mean_T)) if self.importance is None else self.importance
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimalAllocation(_Budgeted):
+    """The best choice at a budget: ``of`` = the searched axis (V*) or the spender (N*), in logarithms.
+
+    Attributes:
+        budget: inference cost; of: an axis; group: one group, or all (default).
+    """
+
+    kind: ClassVar[str] = "allocation"
+    budget: float
+    of: str | None = None
+    group: str | None = None
+
+    def bind(self, setting: Setting) -> BoundTarget:
+        curve = self.curves(setting, [self.budget])[0]
+        spender = setting.axes[curve.spender]
+        if curve.searched is None:
+            raise UserError(f"target: with {spender} alone there is nothing to allocate; give an axis that it trades against")
+        of = self.of or setting.axes[curve.searched]
+        if of not in setting.axes:
+            raise unknown("axis", of, setting.axes, "target: of")
+        groups = setting.group(self.group)
+
+        def values(h: Predictor, u_RP: Array) -> Array:
+            z = np.stack([curve.optimum(h, u_RP, g)[0] for g in groups], axis=1)
+            return np.stack([curve.spent(c) for c in z.T], axis=1) if of == spender else z
+
+        return _Plain([f"{of}*({self.budget:g}){_suffix(setting, g)}" for g in groups], True, values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frontier(_Budgeted):
+    """The least error over a range of budgets, in logarithms: ``points`` budgets from ``low`` to ``high``, log-spaced."""
+
+    kind: ClassVar[str] = "frontier"
+    low: float
+    high: float
+    points: int = 8
+    group: str | None = None
+
+    def bind(self, setting: Setting) -> BoundTarget:
+        if not 0 < self.low <= self.high:
+            raise UserError(f"target: low = {self.low:g}, high = {self.high:g}; allowed: 0 < low <= high")
+        if self.points < 1:
+            raise UserError(f"target: points = {self.points}; allowed: 1 or more")
+        budgets = np.geomspace(self.low, self.high, self.points)
+        curves = self.curves(setting, [float(b) for b in budgets])
+        groups = setting.group(self.group)
+        labels = [f"error*({c.budget:.3g}){_suffix(setting, g)}" for g in groups for c in curves]
+
+        def values(h: Predictor, u_RP: Array) -> Array:
+            return _log(np.stack([c.optimum(h, u_RP, g)[1] for g in groups for c in curves], axis=1))
+
+        return _Plain(labels, True, values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionAt(Target):
+    """The predicted error at given places, in logarithms; outside the swept range it is an extrapolation.
+
+    Attributes:
+        at: value, or values of equal number, per axis.
+    """
+
+    kind: ClassVar[str] = "prediction"
+    at: Mapping[str, float | Sequence[float]]
+    group: str | None = None
+
+    def bind(self, setting: Setting) -> BoundTarget:
+        for name in self.at:
+            if name not in setting.axes:
+                raise unknown("axis", name, setting.axes, "target: at")
+        for name in setting.axes:
+            if name not in self.at:
+                raise UserError(f"target: at: a value for {name} is needed")
+        columns = [np.atleast_1d(np.asarray(self.at[a], dtype=np.float64)) for a in setting.axes]
+        try:
+            x = np.stack(np.broadcast_arrays(*columns), axis=1)
+        except ValueError:
+            raise UserError("target: at: the axes have lists of different lengths") from None
+        groups = setting.group(self.group)
+        labels = [f"error({_place(setting, row)}){_suffix(setting, g)}" for g in groups for row in x]
+
+        def values(h: Predictor, u_RP: Array) -> Array:
+            return _log(np.concatenate([h.predict(u_RP, x, np.full(len(x), g)) for g in groups], axis=1))
+
+        return _Plain(labels, True, values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exponents(Target):
+    """The law's own numbers, by name (default: every exponent)."""
+
+    kind: ClassVar[str] = "exponents"
+    names: tuple[str, ...] = ()
+    group: str | None = None
+
+    def bind(self, setting: Setting) -> BoundTarget:
+        return _Exponents(self, setting)
+
+
+class _Exponents:
+    """Exponents live in hypotheses, which differ in what parameters they have; absent ones do not count."""
+
+    log = False
+
+    def __init__(self, target: Exponents, setting: Setting) -> None:
+        self._names = target.names or ("alpha", "beta")
+        self._groups = setting.group(target.group)
+        self.labels = [f"{n}{_suffix(setting, g)}" for g in self._groups for n in self._names]
+
+    def values(self, hypothesis: Any, u_RP: Array) -> Array:
+        columns = []
+        for g in self._groups:
+            for name in self._names:
+                columns.append(self._column(hypothesis, u_RP, g, name))
+        return np.stack(columns, axis=1)
+
+    def _column(self, hypothesis: Any, u_RP: Array, group: int, name: str) -> Array:
+        for block, part in zip(hypothesis.blocks, hypothesis.slices(), strict=True):
+            if group not in block.groups:
+                continue
+            natural = block.natural(u_RP[:, part])
+            for candidate in (name, f"{name}_{block.groups.index(group)}"):
+                if candidate in block.form.names:
+                    return np.asarray(natural[:, block.form.names.index(candidate)])
+        return np.full(len(u_RP), np.nan)
+
+    def weights(self, mean_T: Array, sd_T: Array) -> Array:
+        return np.full(len(mean_T), 1.0 / len(mean_T))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestMethod(_Budgeted):
+    r"""Which group is best at one budget, or at several (then also where they cross).
+
+    Quantities are ln error*_g - ln error*_best for every other group g. Their variances count by how much they can change
+    the choice: the expected opportunity cost of d ~ N(d, s^2) is s phi(d/s) - d Phi(-d/s), whose derivative with respect
+    to s^2 is phi(d/s)/(2 s).
+
+    Attributes:
+        budget: one or several; confidence: probability of the right choice at which the search may stop.
+    """
+
+    kind: ClassVar[str] = "best-method"
+    budget: float | tuple[float, ...]
+    confidence: float = 0.95
+
+    def bind(self, setting: Setting) -> BoundTarget:
+        if len(setting.groups) < 2:
+            raise UserError("target: the best of one method is known; give at least two groups")
+        budgets = self.budget if isinstance(self.budget, tuple) else (self.budget,)
+        return _Best(self, setting, self.curves(setting, budgets))
+
+
+class _Best:
+    log = True
+
+    def __init__(self, target: BestMethod, setting: Setting, curves: list[Curve]) -> None:
+        self._curves, self._setting = curves, setting
+        self._groups = range(len(setting.groups))
+        self.confidence = target.confidence
+        self.labels = [f"error*({c.budget:.3g}){_suffix(setting, g)}" for c in curves for g in self._groups]
+
+    def values(self, hypothesis: Predictor, u_RP: Array) -> Array:
+        """ln error* of every group minus the mean of the groups, per budget (R, budgets × groups)."""
+        parts = []
+        for curve in self._curves:
+            part = _log(np.stack([curve.optimum(hypothesis, u_RP, g)[1] for g in self._groups], axis=1))
+            parts.append(part)
+        return np.concatenate(parts, axis=1)
+
+    def contrasts(self, mean_T: Array) -> Array:
+        """(T', T): every other group minus the best, per budget."""
+        size = len(self._groups)
+        rows = []
+        for b in range(len(self._curves)):
+            best = int(np.argmin(mean_T[b * size : (b + 1) * size]))
+            for g in self._groups:
+                if g != best:
+                    row = np.zeros(len(mean_T))
+                    row[b * size + g], row[b * size + best] = 1.0, -1.0
+                    rows.append(row)
+        return np.array(rows)
+
+    def weights(self, mean_T: Array, sd_T: Array) -> Array:
+        """Of contrasts with these means and standard deviations."""
+        sd = np.maximum(sd_T, 1e-9)
+        ratio = np.minimum(np.abs(mean_T) / sd, 6.0)  # never quite nothing: estimates of sd err
+        raw = np.exp(-0.5 * ratio**2) / (2 * _EVEN * sd)
+        return raw / raw.sum()
+
+    def choice(self, draws_RT: Array, weight_R: Array) -> dict[str, tuple[str, float]]:
+        """Per budget: the group that is most probably best, and that probability."""
+        out, size = {}, len(self._groups)
+        for b, curve in enumerate(self._curves):
+            wins = np.bincount(np.argmin(draws_RT[:, b * size : (b + 1) * size], axis=1), weight_R, size)
+            best = int(np.argmax(wins))
+            out[f"{curve.budget:g}"] = (self._setting.groups[best], float(wins[best] / wins.sum()))
+        return out
+
+
+def opportunity_cost(mean: Array, sd: Array) -> Array:
+    """E max(0, -d) for d ~ N(mean, sd^2), mean >= 0: what choosing the apparently best one costs on average."""
+    s = np.maximum(sd, 1e-300)
+    ratio = mean / s
+    return s * np.exp(-0.5 * ratio**2) / _EVEN - mean * ndtr(-ratio)
+
+
+def _suffix(setting: Setting, group: int) -> str:
+    return f" {setting.groups[group]}" if len(setting.groups) > 1 else ""
+
+
+def _place(setting: Setting, row: Array) -> str:
+    return ", ".join(f"{a}={v:g}" for a, v in zip(setting.axes, row, strict=True))
+
+
+TARGETS: dict[str, type[Target]] = {
+    t.kind: t for t in (OptimalAllocation, Frontier, PredictionAt, BestMethod, Exponents)
+}
