@@ -52,6 +52,13 @@ class Method:
         """What names this method in a job id: name, version and every knob."""
         return {"name": self.name, "version": self.version, "knobs": self.knobs()}
 
+    def as_trained(self) -> Method:
+        """The configuration that takes part in training a model, and that other methods calibrate behind.
+
+        Equal for all values of a knob that acts at inference only, so that one training serves them all.
+        """
+        return self
+
     @classmethod
     def identity(cls, info: ModelInfo) -> Method | None:
         """The configuration that leaves the model's outputs exactly as they are (ratio 1), or None where there is none."""

@@ -45,6 +45,7 @@ class OnModel(Stage):
     ) -> dict[str, Any]:
         """The fields of this class for the arguments of ``Method.prepare``."""
         family = family_of(info.ref)
+        trained_with = tuple(method.as_trained() for method in trained_with)
         return {
             "ref": info.ref,
             "options": info.options,

@@ -62,6 +62,21 @@ class VisualTokenMethod(Method):
     def compress(self, view: VisualInput, module: nn.Module | None) -> CompressedTokens:
         """Compress a batch; ``module`` is what ``build`` returned. Gradients flow when they are enabled."""
 
+    def as_trained(self) -> VisualTokenMethod:
+        """See ``Method.as_trained``."""
+        return self
+
+    def at_step(self, step: int, seed: int) -> VisualTokenMethod:
+        """What compresses in one step of the training; elastic methods draw their budget here."""
+        return self
+
+    def projector(self, module: nn.Module | None) -> nn.Module | None:
+        """The part of ``module`` that takes the place of the model's projector; None where the model's stays.
+
+        ``module`` is None where the method has not been built.
+        """
+        return None
+
     def layers(self, info: VlmInfo) -> tuple[LayerKey, ...]:
         """What ``compress`` reads of the tower besides the features that feed the projector: ``VisualInput.hidden``."""
         return ()
@@ -109,9 +124,12 @@ class VisualTokenMethod(Method):
         self.check(vlm.info)
         if vlm.compression is not None:
             raise Infeasible(f"method {self.name}: another visual-token method is applied already; a trial takes one")
-        vlm.compression = self._in_place(vlm, prepared)
+        slot = self._in_place(vlm, prepared)
+        unused = dict.fromkeys(projector_names(vlm), 0.0) if self.projector(slot.module) is not None else {}
+        vlm.compression = slot
         try:
-            yield
+            with vlm.storing(unused):
+                yield
         finally:
             vlm.compression = None
 
@@ -138,13 +156,14 @@ class VisualTokenMethod(Method):
         module, projector = None, None
         if isinstance(prepared, Checkpoint):
             module = self._load(model, prepared)
-            projector = _load_projector(model, prepared)
+            projector = None if self.projector(module) is not None else _load_projector(model, prepared)
         elif isinstance(prepared, nn.Module):
             module = prepared
         if module is None and self.untrained(model.info, 0) is not None:
             raise ValueError(f"method {self.name} has weights: apply() needs the value of its prepare() stage")
         if module is not None:
             module = module.to(model.device, model.dtype).eval().requires_grad_(False)
+            projector = self.projector(module) or projector
         return InPlace(self, module, projector, self.layers(model.info))
 
     def _load(self, model: VlmModel, checkpoint: Checkpoint) -> nn.Module | None:
@@ -181,6 +200,12 @@ def vlm_model(model: Model) -> VlmModel:
     if not isinstance(model, VlmModel):
         raise Infeasible(f"model {model.info.ref} is no vision-language model: visual-token methods do not apply")
     return model
+
+
+def projector_names(model: VlmModel) -> list[str]:
+    """Parameters of the model's projector; nobody needs to store them where a method brings its own."""
+    own = {id(p) for p in model.module.model.multi_modal_projector.parameters()}
+    return [name for name, p in model.module.named_parameters() if id(p) in own]
 
 
 def _load_projector(model: VlmModel, checkpoint: Checkpoint) -> nn.Module | None:

@@ -50,7 +50,8 @@ class VtcCls(Selection):
         int, Knob(low=1, high=4096, log=True, ratio=True, unit="tokens", doc="V, at most the number of patches")
     ] = 4
     start_layer: Annotated[
-        int, Knob(low=0, high=63, doc="first vision layer that counts, from 0; the last one alone: one row, no ensemble")
+        int,
+        Knob(low=0, high=63, doc="first vision layer that counts, from 0; the last one alone: one row, no ensemble"),
     ] = 0
     reduce: Annotated[
         str, Knob(choices=("sum", "max", "min"), doc="how the layers' rows make one score; sum is the paper's")
@@ -104,4 +105,6 @@ class VtcCls(Selection):
 
 def combined(rows_LBP: Tensor, how: str) -> Tensor:
     """One score per patch from the rows of several layers, (B, P)."""
-    return {"sum": rows_LBP.sum, "max": rows_LBP.amax, "min": rows_LBP.amin}[how](0)
+    if how == "sum":
+        return rows_LBP.sum(0)
+    return rows_LBP.amax(0) if how == "max" else rows_LBP.amin(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -103,10 +104,14 @@ class CompressorStage(Stage):
         module = method.untrained(model.info, self.seed)
         if module is None:
             raise TypeError(f"method {method.name} has no weights to train")
-        projector = deepcopy(model.module.model.multi_modal_projector).requires_grad_(True)
         module = module.to(model.device)
+        parts = {"compressor": module}
+        projector = method.projector(module)
+        if projector is None:
+            projector = deepcopy(model.module.model.multi_modal_projector).requires_grad_(True)
+            parts["projector"] = projector
         losses = self._train(ctx, model, method, module, projector)
-        for name, trained in (("compressor", module), ("projector", projector)):
+        for name, trained in parts.items():
             save_file(
                 {key: t.contiguous().cpu() for key, t in trained.state_dict().items()}, folder / f"{name}.safetensors"
             )
@@ -138,10 +143,13 @@ class CompressorStage(Stage):
             model.compress(batch(Step(sample, torch.zeros(len(sample), 1, dtype=torch.long), sample)))
         if slot.seen is not None:
             method.fit_inputs(module, slot.seen)
-        parameters = [*module.parameters(), *projector.parameters()]
+        parameters = list({id(p): p for p in [*module.parameters(), *projector.parameters()]}.values())
         optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0, betas=(0.9, 0.98))
 
+        numbers = count()
+
         def loss(step: Step) -> Tensor:
+            slot.method = method.at_step(next(numbers), self.seed)
             logits_BW, answers_B = model.supervised(batch(step))
             return F.cross_entropy(logits_BW.float(), answers_B)
 

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -128,12 +129,21 @@ class CellTrainer:
         method: the compressor.
         compressor: what ``method.build`` returned.
         recipe: see ``Recipe``.
+        seed: of what the method draws at each step.
     """
 
     def __init__(
-        self, module: Any, info: VlmInfo, method: VisualTokenMethod, compressor: nn.Module | None, recipe: Recipe
+        self,
+        module: Any,
+        info: VlmInfo,
+        method: VisualTokenMethod,
+        compressor: nn.Module | None,
+        recipe: Recipe,
+        seed: int = 0,
     ) -> None:
         self.module, self.info, self.method, self.compressor, self.recipe = module, info, method, compressor, recipe
+        self.seed = seed
+        self._projector = method.projector(compressor) or module.model.multi_modal_projector
         self._last_position = LastPosition(module.model.language_model)
         self._embed = module.get_input_embeddings()
         self.groups = self._groups()
@@ -142,16 +152,18 @@ class CellTrainer:
         """All steps; returns the loss of every step."""
         optimizer = torch.optim.AdamW(self.groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
 
+        numbers = count()
+
         def loss(step: Step) -> Tensor:
-            logits_BW = self.logits(bank.rows(step.rows_B), step.questions_BQ, step.rows_B)
-            return F.cross_entropy(logits_BW, step.answers_B)
+            method = self.method.at_step(next(numbers), self.seed)
+            view = self.view(bank.rows(step.rows_B), step.questions_BQ, step.rows_B)
+            return F.cross_entropy(self.logits(method, view, step.questions_BQ), step.answers_B)
 
         return descend(optimizer, self.recipe, steps, loss)
 
-    def logits(self, hidden: Mapping[LayerKey, Tensor], questions_BQ: Tensor, ids_B: Tensor) -> Tensor:
+    def logits(self, method: VisualTokenMethod, view: VisualInput, questions_BQ: Tensor) -> Tensor:
         """Logits of the answer, (B, vocabulary), with gradients."""
-        view = self.view(hidden, questions_BQ, ids_B)
-        visual_BVd = self.module.model.multi_modal_projector(self.method.compress(view, self.compressor).tokens_BVD)
+        visual_BVd = self._projector(method.compress(view, self.compressor).tokens_BVD)
         return self.module.lm_head(self._last_position(torch.cat((visual_BVd, self._embed(questions_BQ)), dim=1)))
 
     def view(self, hidden: Mapping[LayerKey, Tensor], questions_BQ: Tensor, ids_B: Tensor) -> VisualInput:
@@ -230,7 +242,7 @@ class CellStage(Stage):
         initialise(module, derive_seed("weights", self.seed))
         compressor = method.untrained(info, self.seed)
         bank = self._bank(ctx, info, standardise=method.commutes)
-        trainer = CellTrainer(module, info, method, compressor, recipe)
+        trainer = CellTrainer(module, info, method, compressor, recipe, self.seed)
         if compressor is not None:
             sample = torch.arange(0, len(bank.x[info.feature_layer]), 8)
             method.fit_inputs(
@@ -279,8 +291,8 @@ def build_visual(spec: MethodSpec) -> VisualTokenMethod:
 
 
 def method_spec(method: VisualTokenMethod) -> MethodSpec:
-    """What names a method in a stage's fields."""
-    return (method.name, method.version, tuple(sorted(method.knobs().items())))
+    """What names a method in the fields of a stage that trains it."""
+    return (method.name, method.version, tuple(sorted(method.as_trained().knobs().items())))
 
 
 def recipe_fields(recipe: Recipe) -> tuple[tuple[str, Any], ...]:
