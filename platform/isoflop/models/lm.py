@@ -137,3 +137,8 @@ def positions_of(batch: LmBatch) -> Tensor:
     if batch.valid_BT is None:
         return torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device)[None]
     return (batch.valid_BT.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def decoder_layers(decoder: Any) -> nn.ModuleList:
+    """The layers of a Hugging Face decoder, which GPT-2 calls ``h``."""
+    return decoder.layers if hasattr(decoder, "layers") else decoder.h

@@ -1,0 +1,157 @@
+"""Checkpoints of decoder-only language models for the family ``hf``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from isoflop.core.errors import Infeasible
+from isoflop.core.stage import StageContext
+from isoflop.models import recall_world
+from isoflop.models.attention import supports_attention
+from isoflop.models.base import ModelInfo
+from isoflop.models.calibration import CalibrationText
+from isoflop.models.english import EnglishStage
+from isoflop.models.hf_source import FAMILY, Content, Options, content_of, locate, read_config, require_safetensors
+from isoflop.models.lm import LmInfo, LmModel, decoder_layers
+from isoflop.models.lm_text import EnglishText, TokenizerSource, TokensStage, has_tokenizer, read_tokenizer
+from isoflop.models.quiet import no_progress_bars
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+CALIBRATION_LENGTH = 512
+CALIBRATION_PAIRS = 16
+
+
+@dataclass(frozen=True)
+class CheckpointTokenizer(TokenizerSource):
+    """The tokenizer of a checkpoint; nothing is computed, the files are read where they lie.
+
+    Args:
+        ref: ``hf:…``.
+        revision: see ``Options``.
+        files: what names the tokenizer's files.
+    """
+
+    kind: ClassVar[str] = "hf-tokenizer"
+
+    ref: str
+    revision: str
+    files: Content
+
+    def compute(self, ctx: StageContext, folder: Path) -> None:
+        """Write down which checkpoint it is."""
+        (folder / "source.json").write_text(json.dumps({"ref": self.ref, "revision": self.revision}) + "\n")
+
+    def load(self, ctx: StageContext, folder: Path) -> Any:
+        """The tokenizer, read from the checkpoint."""
+        return read_tokenizer(locate(self.ref, self.revision, weights=False))
+
+
+def handles(architecture: str) -> bool:
+    """Whether an architecture is a causal language model by its name."""
+    return architecture.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, version: str) -> LmInfo:
+    """What is known of a checkpoint from its config.
+
+    Raises:
+        Infeasible: attention that methods on the cache could not take the place of.
+    """
+    chosen = Options(**dict(options))
+    config = read_config(source, chosen)
+    skeleton = _skeleton(config, chosen)
+    _refuse_other_attention(ref, config, skeleton)
+    vocabulary = (getattr(config, "isoflop", None) or {}).get("vocabulary")
+    tokenizer = _tokenizer(ref, source, chosen)
+    heads = int(config.num_attention_heads)
+    positions = int(config.max_position_embeddings)
+    named = {f"vocabulary:{vocabulary}"} if vocabulary else set()
+    return LmInfo(
+        ref=ref,
+        family=FAMILY,
+        version=version,
+        n_params=sum(p.numel() for p in decoder_layers(skeleton.get_decoder()).parameters()),
+        hooks=frozenset({"kv-cache", "attention", "weights", *named, *(["tokenizer"] if tokenizer else [])}),
+        geometry={
+            "width": int(config.hidden_size),
+            "layers": int(config.num_hidden_layers),
+            "heads": heads,
+            "kv_heads": int(getattr(config, "num_key_value_heads", None) or heads),
+            "head_width": int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+            "vocab_size": int(config.vocab_size),
+            "positions": positions,
+        },
+        dense_bits=chosen.bits,
+        options=options,
+        text=_calibration_text(tokenizer, vocabulary, positions),
+        vocabulary=vocabulary,
+        tokenizer=tokenizer,
+    )
+
+
+def load(info: ModelInfo, source: Path, options: Options, ctx: StageContext) -> LmModel:
+    """The checkpoint on the worker's device in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    if not isinstance(info, LmInfo):
+        raise TypeError(f"{info.ref} was not described as a language model")
+    require_safetensors(source)
+    with no_progress_bars():
+        module = AutoModelForCausalLM.from_pretrained(
+            source,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=options.trust_remote_code,
+            dtype=options.torch_dtype,
+        )
+    return LmModel(info, module.to(ctx.device).eval().requires_grad_(False))
+
+
+def _skeleton(config: Any, options: Options) -> Any:
+    """The module without memory for its weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
+
+
+def _refuse_other_attention(ref: str, config: Any, skeleton: Any) -> None:
+    name = type(skeleton).__name__
+    if not supports_attention(skeleton):
+        raise Infeasible(
+            f"model {ref}: {name} does not call its attention through transformers' attention interface, so nothing can act "
+            "on its cache; allowed: architectures that do (Llama, Qwen, Mistral, GPT-NeoX, OPT, …)"
+        )
+    kinds = set(getattr(config, "layer_types", None) or [])
+    window = getattr(config, "sliding_window", None)
+    if kinds - {"full_attention"} or (window is not None and not kinds):
+        raise Infeasible(
+            f"model {ref}: {name} attends within windows ({', '.join(sorted(kinds)) or f'sliding_window = {window}'}); "
+            "allowed: full attention in every layer"
+        )
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    if softcap is not None:
+        raise Infeasible(
+            f"model {ref}: {name} caps its attention logits at {softcap}; allowed: plain softmax attention"
+        )
+
+
+def _tokenizer(ref: str, source: Path, options: Options) -> CheckpointTokenizer | None:
+    if not has_tokenizer(source):
+        return None
+    return CheckpointTokenizer(ref, options.revision, content_of(source, TOKENIZER_FILES, weights=False))
+
+
+def _calibration_text(
+    tokenizer: TokenizerSource | None, vocabulary: str | None, positions: int
+) -> CalibrationText | None:
+    if vocabulary == recall_world.VOCABULARY:
+        return recall_world.RecallText(CALIBRATION_PAIRS)
+    if tokenizer is None:
+        return None
+    return EnglishText(TokensStage(EnglishStage.here(), tokenizer, "train"), min(CALIBRATION_LENGTH, positions))

@@ -1,0 +1,121 @@
+"""Where a checkpoint's files lie and what names them: offline first, safetensors only.
+
+Shared by the kinds of checkpoints that the family ``hf`` loads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+
+from isoflop.core.errors import UserError
+from isoflop.core.knobs import Knob
+
+FAMILY = "hf"
+CONFIG_FILES = ("config.json", "preprocessor_config.json")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Content = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of an ``hf:`` model in a sweep."""
+
+    revision: Annotated[str, Knob(doc="branch, tag or commit on the hub; ignored for a folder")] = "main"
+    dtype: Annotated[str, Knob(choices=tuple(DTYPES), doc="type of the weights in memory")] = "float32"
+    trust_remote_code: Annotated[bool, Knob(doc="run Python code from the repository")] = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """``dtype`` as torch names it."""
+        return DTYPES[self.dtype]
+
+    @property
+    def bits(self) -> int:
+        """Bits of an element in memory."""
+        return self.torch_dtype.itemsize * 8
+
+
+def locate(ref: str, revision: str, weights: bool) -> Path:
+    """The local folder with a checkpoint's files.
+
+    Args:
+        weights: False when the config is enough.
+
+    Raises:
+        UserError: no such folder, and neither the local cache nor the hub has such a repository.
+    """
+    name = ref.removeprefix("hf:")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if not name or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"model {ref}: no such folder; allowed: hf:<folder> or hf:<owner>/<repository>")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
+    try:
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True))
+        if (found / "config.json").exists() and (not weights or any(found.glob("*.safetensors"))):
+            return found
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"model {ref}: not a folder, not in the local cache, and the hub gives no revision {revision!r} of it ({reason})"
+        ) from error
+
+
+def architecture_of(ref: str, source: Path) -> str:
+    """The first architecture that ``config.json`` names; "unknown" where it names none.
+
+    Raises:
+        UserError: there is no such file, or it is no JSON.
+    """
+    path = source / "config.json"
+    if not path.exists():
+        raise UserError(f"model {ref}: {source} holds no config.json; allowed: a folder in save_pretrained form")
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"model {ref}: {path} is no valid JSON ({error})") from error
+    return str((stored.get("architectures") or ["unknown"])[0])
+
+
+def read_config(source: Path, options: Options) -> Any:
+    """The Hugging Face config in a folder."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=options.trust_remote_code)
+
+
+def require_safetensors(source: Path) -> None:
+    """Raise UserError when a folder's weights are missing or pickled."""
+    if not any(source.glob("*.safetensors")):
+        raise UserError(f"model folder {source}: no *.safetensors file; pickled weights are not loaded")
+
+
+def content_of(source: Path, names: Iterable[str] = CONFIG_FILES, weights: bool = True) -> Content:
+    """What names the files: the commit for a hub snapshot, else hashes of the named files and of the weights."""
+    if source.parent.name == "snapshots":
+        return (("commit", source.name),)
+    files = [source / name for name in names if (source / name).exists()]
+    files += sorted(source.glob("*.safetensors")) if weights else []
+    return tuple((f.name, _file_hash(f, f.stat().st_size, f.stat().st_mtime_ns)) for f in files)
+
+
+@lru_cache(maxsize=1024)
+def _file_hash(path: Path, size: int, changed_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,142 @@
+"""Language-model checkpoints of the family ``hf``: the attention slot gives stock logits; what it cannot serve is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from isoflop.core.errors import Infeasible, UserError
+from isoflop.core.folder_context import FolderContext
+from isoflop.methods.base import build
+from isoflop.models.base import family_of
+from isoflop.models.lm import LmBatch, LmInfo, LmModel
+
+LENGTH, PADS, PROMPT, WORDS = 24, 5, 14, 60
+SHAPE: dict[str, Any] = {
+    "vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+GQA = {**SHAPE, "intermediate_size": 48, "num_key_value_heads": 2, "initializer_range": 0.2}
+CONFIGS: dict[str, Any] = {
+    "Llama": lambda: transformers.LlamaConfig(**GQA),
+    "Qwen2": lambda: transformers.Qwen2Config(**GQA),
+    "Qwen3": lambda: transformers.Qwen3Config(**GQA, head_dim=8),
+    "Mistral": lambda: transformers.MistralConfig(**GQA, sliding_window=None),
+    "GPTNeoX": lambda: transformers.GPTNeoXConfig(**SHAPE, intermediate_size=48, initializer_range=0.2),
+    "OPT": lambda: transformers.OPTConfig(
+        **{**SHAPE, "pad_token_id": 1}, ffn_dim=48, word_embed_proj_dim=32, init_std=0.2
+    ),
+    "GPT2": lambda: transformers.GPT2Config(
+        **{**SHAPE, "n_positions": SHAPE["max_position_embeddings"]}, initializer_range=0.2
+    ),
+}
+
+
+def saved(config: Any, folder: Path) -> str:
+    """An untrained model of a config in a folder; its reference."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+def loaded(ref: str, folder: Path) -> LmModel:
+    family = family_of(ref)
+    info = family.info(ref, {})
+    assert isinstance(info, LmInfo)
+    model = family.load(info, None, FolderContext(folder))
+    assert isinstance(model, LmModel)
+    return model
+
+
+def padded() -> LmBatch:
+    """Two sequences with padding of different length on the left."""
+    ids = torch.randint(3, WORDS, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    valid = torch.arange(LENGTH)[None] >= torch.tensor([[0], [PADS]])
+    return LmBatch(ids * valid, torch.zeros_like(ids), PROMPT, valid)
+
+
+@pytest.fixture(scope="module", params=sorted(CONFIGS))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LmModel:
+    folder = tmp_path_factory.mktemp(request.param)
+    return loaded(saved(CONFIGS[request.param](), folder / "model"), folder)
+
+
+@torch.no_grad()
+def test_the_attention_slot_gives_stock_logits(model: LmModel) -> None:
+    batch = padded()
+    stock = model.logits(batch)
+    scale = stock.abs().max()
+    with build("full-cache", {}).apply(model, None):
+        plain = model.logits(LmBatch(batch.ids_BT, batch.targets_BT, 0, batch.valid_BT))
+        together, alone = model.logits(batch), model.stepwise_logits(batch)
+    real = batch.valid_BT
+    for ours in (plain, together, alone):
+        assert ((ours - stock)[real]).abs().max() <= 1e-6 * scale
+
+
+@torch.no_grad()
+def test_padding_on_the_left_changes_nothing(model: LmModel) -> None:
+    batch = padded()
+    bare = LmBatch(batch.ids_BT[1:, PADS:], batch.targets_BT[1:, PADS:], PROMPT - PADS)
+    with build("full-cache", {}).apply(model, None):
+        assert torch.allclose(model.logits(batch)[1:, PADS:], model.logits(bare), rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_is_described_from_its_config(model: LmModel) -> None:
+    info = model.info
+    assert info.n_params == sum(p.numel() for n, p in model.module.named_parameters() if _in_a_layer(n))
+    assert info.dense_bits == 32
+    assert info.geometry["heads"] * info.geometry["head_width"] == 32
+    assert info.geometry["positions"] == 64
+    assert "tokenizer" not in info.hooks
+    with pytest.raises(Infeasible, match="neither a tokenizer nor a known vocabulary"):
+        next(model.calibration(FolderContext("unused"), 1, 0))
+
+
+def _in_a_layer(name: str) -> bool:
+    return any(part in name for part in (".layers.", ".h."))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (transformers.FalconConfig(**SHAPE), r"FalconForCausalLM does not call its attention through"),
+        (transformers.MistralConfig(**GQA, sliding_window=16), r"attends within windows .*16"),
+        (transformers.Gemma2Config(**{**GQA, "head_dim": 8}, layer_types=["full_attention"] * 2), r"caps its attention logits"),
+        (transformers.Gemma2Config(**{**GQA, "head_dim": 8}), r"attends within windows .*sliding_attention"),
+    ],
+    ids=["falcon", "mistral with windows", "gemma2 with full attention", "gemma2"],
+)  # fmt: skip
+def test_other_attention_is_refused_when_a_sweep_is_planned(config: Any, message: str, tmp_path: Path) -> None:
+    config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(Infeasible, match=message) as error:
+        family_of("hf:x").info(f"hf:{tmp_path}", {})
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["BertForMaskedLM"], "model_type": "bert"}')
+    with pytest.raises(Infeasible, match=r"BertForMaskedLM is not supported; allowed: .*ForCausalLM"):
+        family_of("hf:x").info(f"hf:{tmp_path}", {})
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    ref = saved(CONFIGS["Llama"](), tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    info = family_of(ref).info(ref, {})
+    with pytest.raises(UserError, match=r"no \*\.safetensors file"):
+        family_of(ref).load(info, None, FolderContext(tmp_path))
+
+
+def test_bfloat16_counts_sixteen_bits(tmp_path: Path) -> None:
+    ref = saved(CONFIGS["Llama"](), tmp_path)
+    family = family_of(ref)
+    model = family.load(family.info(ref, {"dtype": "bfloat16"}), None, FolderContext(tmp_path / "cache"))
+    assert model.info.dense_bits == 16
+    assert model.dense_weight_bytes() >= 2 * sum(p.numel() for p in model.module.parameters())
