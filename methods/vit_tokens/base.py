@@ -1,4 +1,4 @@
-"""Vision-transformer token methods: the base class that owns the hook point between attention and MLP.
+"""Vision-transformer token methods: the base class that owns the hook point inside the blocks.
 
 A method says which tokens go and how they merge; the base class says how many: a schedule over the blocks, either in
 the paper's own terms or solved for a budget of MACs, so that methods compare at equal cost.
@@ -33,16 +33,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VitTokenMethod(Method):
-    """Base class of methods that remove tokens in every block of a vision transformer, between attention and MLP.
+    """Base class of methods that remove tokens inside the blocks of a vision transformer.
 
     ``macs`` is the ratio knob of the whole family: the share of the dense model's multiply-adds that an image may cost,
     scoring included; the dearest schedule within it is taken. Instead of it a method may be given the number that its
-    paper uses: ``ratio``, the share of patches that a block keeps. The blocks' counts are the same for every image.
+    paper uses: ``ratio``, the share of patches that a block keeps; ``macs`` then counts for nothing. The blocks' counts
+    are the same for every image.
+
+    Class attributes:
+        after_block: tokens go after the MLP of a block instead of between attention and MLP.
     """
 
     family: ClassVar[str] = "vit-tokens"
     needs: ClassVar[frozenset[str]] = frozenset({TOKENS_HOOK})
     order: ClassVar[int] = 5
+    after_block: ClassVar[bool] = False
 
     macs: Annotated[
         float, Knob(low=0.05, high=1.0, ratio=True, doc="share of the dense model's multiply-adds, scoring included")
@@ -126,7 +131,11 @@ class VitTokenMethod(Method):
             yield
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
-        """``ratio``: dense over counted FLOPs of one image; tokens left at the end; the share kept in the first block."""
+        """``ratio`` is the dense model's multiply-adds over those counted on the live model for one image.
+
+        ``macs_share`` is its inverse, ``scoring_macs`` the method's own part; ``patches_removed`` go in all blocks
+        together, and ``first_block_keeps`` is the share that ``ratio`` sets, also when it was solved for ``macs``.
+        """
         vit = vit_model(model)
         side, channels = vit.info.geometry["image_side"], vit.info.geometry["channels"]
         counted = counted_macs(vit, torch.zeros(1, channels, side, side))
@@ -135,7 +144,7 @@ class VitTokenMethod(Method):
         return {
             "ratio": dense / counted,
             "macs_share": counted / dense,
-            "scoring_macs": float(counted - model_macs(vit.info.geometry, plan)),
+            "scoring_macs": float(counted - model_macs(vit.info.geometry, plan, None, self.after_block)),
             "patches_removed": float(sum(plan)),
             "first_block_keeps": 1 - plan[0] / patches,
         }
@@ -169,8 +178,15 @@ class InPlace(TokenReduction):
         return log_sizes(state) if self.method.proportional else None
 
     def after_attention(self, state: TokenState, signals: Signals, block: int) -> TokenState:
-        """Remove the block's share; a block that removes nothing computes nothing."""
-        count = self.plan[block]
+        """Remove the block's share here, unless the method does so after the block."""
+        return state if self.method.after_block else self._reduce(state, signals, block)
+
+    def after_block(self, state: TokenState, signals: Signals, block: int) -> TokenState:
+        """Remove the block's share here, if the method says so."""
+        return self._reduce(state, signals, block) if self.method.after_block else state
+
+    def _reduce(self, state: TokenState, signals: Signals, block: int) -> TokenState:
+        count = self.plan[block]  # where nothing goes, nothing is computed
         return self.method.reduce(state, signals, block, count, len(self.plan)) if count else state
 
 
@@ -212,7 +228,7 @@ def _plan(method: VitTokenMethod, ref: str, geometry_items: tuple[tuple[str, Any
     def scoring(left: int, removed: int) -> int:
         return method.scoring_macs(geometry, left, removed)
 
-    removed, least = within_budget(geometry, method.schedule, method.macs, method.most, scoring)
+    removed, least = within_budget(geometry, method.schedule, method.macs, method.most, scoring, method.after_block)
     if removed is None:
         raise Infeasible(
             f"method {method.name}: macs = {method.macs:g} is less than schedule {method.schedule!r} reaches on {ref}; "

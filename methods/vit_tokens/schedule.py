@@ -50,18 +50,22 @@ def largest_amount(shape: str, patches: int, most: Most) -> float:
     return most(patches) / 2 if shape == "decreasing" else float(most(patches))
 
 
-def model_macs(geometry: Mapping[str, Any], removed: Sequence[int], scoring: Scoring | None = None) -> int:
+def model_macs(
+    geometry: Mapping[str, Any], removed: Sequence[int], scoring: Scoring | None = None, after_block: bool = False
+) -> int:
     """MACs of one image, from pixels to logits.
 
     Args:
         geometry: of a ``VitInfo``.
         removed: tokens removed in each block.
         scoring: of the method; asked only for blocks that remove something.
+        after_block: tokens go after the MLP instead of before it.
     """
     width, patches, prefix = geometry["width"], geometry["patches"], geometry["prefix"]
     total = patches * geometry["patch_inputs"] * width + geometry["heads_out"] * width * geometry["classes"]
     for count in removed:
-        total += block_macs(prefix + patches, prefix + patches - count, width, geometry["mlp"])
+        left = patches if after_block else patches - count
+        total += block_macs(prefix + patches, prefix + left, width, geometry["mlp"])
         if count and scoring is not None:
             total += scoring(patches, count)
         patches -= count
@@ -74,7 +78,7 @@ def block_macs(tokens_in: int, tokens_out: int, width: int, mlp: int) -> int:
 
 
 def within_budget(
-    geometry: Mapping[str, Any], shape: str, share: float, most: Most, scoring: Scoring
+    geometry: Mapping[str, Any], shape: str, share: float, most: Most, scoring: Scoring, after_block: bool = False
 ) -> tuple[tuple[int, ...] | None, float]:
     """The dearest schedule of a shape that costs at most ``share`` of the dense model, scoring included.
 
@@ -90,7 +94,7 @@ def within_budget(
     # Costs jump where a block removes its first token and pays for scoring, so a bisection could stop at the wrong end.
     for step in range(STEPS + 1):
         removed = removals(shape, largest * step / STEPS, patches, layers, most)
-        macs = model_macs(geometry, removed, scoring)
+        macs = model_macs(geometry, removed, scoring, after_block)
         least = min(least, macs)
         if macs <= share * dense and (best is None or macs > best[0]):
             best = (macs, removed)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.methods.base import METHODS, build
 from isoflop.methods.vit_tokens.base import VitTokenMethod, counted_macs
 from isoflop.methods.vit_tokens.probe import VitProbe
+from isoflop.methods.vit_tokens.random_drop import VitRandom
 from isoflop.methods.vit_tokens.schedule import block_macs, model_macs, removals, within_budget
 
 NAMES = sorted(name for name in METHODS.names() if issubclass(METHODS.get(name), VitTokenMethod))
@@ -112,6 +114,27 @@ def test_the_formula_is_what_the_counter_counts(probe: VitProbe, name: str, sche
         counted = counted_macs(probe.model, images)
     assert counted == model_macs(geometry, method.plan(probe.model.info), scoring)
     assert 0.58 < counted / model_macs(geometry, (0,) * 4) <= 0.6
+
+
+@dataclass(frozen=True)
+class RandomAfterBlocks(VitRandom):
+    """Drops patches after the MLP."""
+
+    name: ClassVar[str] = "random-after-blocks"
+    after_block: ClassVar[bool] = True
+
+
+def test_methods_may_act_after_the_blocks(probe: VitProbe) -> None:
+    """Their last block's MLP still sees every token that its attention saw."""
+    method, geometry = RandomAfterBlocks(macs=0.6), probe.model.info.geometry
+    plan = method.plan(probe.model.info)
+    with method.apply(probe.model, None):
+        assert probe.cost() == model_macs(geometry, plan, None, after_block=True) > model_macs(geometry, plan)
+        run = probe.model.reduction
+        assert run is not None
+        assert run.state is not None
+        assert all(attention == mlp for attention, mlp in run.counts)
+        assert run.state.patches == 64 - sum(plan)
 
 
 def test_methods_compare_at_equal_cost(probe: VitProbe) -> None:

@@ -43,7 +43,7 @@ class VitInfo(ModelInfo):
         options: the sweep's options for this model, checked, as (name, value) pairs.
 
     ``geometry`` holds ``layers``, ``width``, ``heads``, ``mlp``, ``patches``, ``prefix`` (CLS and distillation tokens),
-    ``patch_inputs`` (numbers per patch), ``image_side``, ``channels``, ``classes``.
+    ``patch_inputs`` (numbers per patch), ``image_side``, ``channels``, ``classes``, ``heads_out`` (classifiers).
     """
 
     data: str | None

@@ -127,7 +127,7 @@ class BlockRun:
         prefix: prefix tokens of the encoder.
         ids_B: example numbers of the next batch; its places in the batch when None.
         state: after the last block that ran.
-        counts: tokens before attention and after the reduction of every block of the last pass.
+        counts: tokens that attention and that the MLP saw in every block of the last pass.
     """
 
     reduction: TokenReduction

@@ -109,13 +109,16 @@ class DigitClassification(Task):
         vit = _vit(model, self.name)
         batch = self.batch(vit.info, np.zeros(1, dtype=np.int64), 0)
         flops, _ = flops_of(lambda: vit.supervised(batch))
-        counts = vit.reduction.counts if vit.reduction is not None else []
-        patches, prefix = vit.info.geometry["patches"], vit.info.geometry["prefix"]
+        patches = vit.info.geometry["patches"]
+        left, seen = float(patches), [patches]
+        if vit.reduction is not None and vit.reduction.state is not None:
+            left = float(vit.reduction.state.patches)
+            seen = [tokens - vit.info.geometry["prefix"] for tokens, _ in vit.reduction.counts]
         with vit.unreduced():
             dense, _ = flops_of(lambda: vit.supervised(batch))
         return {
-            "tokens_left": float(counts[-1][1] - prefix if counts else patches),
-            "tokens_mean": float(np.mean([before - prefix for before, _ in counts]) if counts else patches),
+            "tokens_left": left,
+            "tokens_mean": float(np.mean(seen)),
             "flops": float(flops),
             "flops_dense": float(dense),
             "weight_bytes": vit.weight_bytes(),
