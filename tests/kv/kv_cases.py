@@ -1,0 +1,69 @@
+"""Queries, keys and values to try parts of the cache on, and plain references for attention.
+
+Shape suffixes: B batch, H query heads, G key-value heads, T tokens, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from isoflop.methods.kv_cache.base import slice_call
+from isoflop.models.attention import AttentionCall
+
+HEADS, GROUPS, WIDTH = 4, 2, 8
+
+
+def a_call(length: int, rows: int = 2, seed: int = 0, pads: tuple[int, ...] | None = None, layer: int = 0) -> AttentionCall:
+    """Random queries and keys that attend unevenly; ``pads`` are columns of padding on the left of each row."""
+    rng = torch.Generator().manual_seed(seed)
+    q, k, v = (
+        torch.randn(rows, heads, length, WIDTH, generator=rng) * scale
+        for heads, scale in ((HEADS, 2.0), (GROUPS, 1.0), (GROUPS, 1.0))
+    )
+    ids = torch.randint(0, 50, (rows, length), generator=rng)
+    positions, valid = torch.arange(length)[None], None
+    if pads is not None:
+        valid = torch.arange(length)[None] >= torch.tensor(pads)[:, None]
+        positions = (valid.long().cumsum(-1) - 1).clamp(min=0)
+    return AttentionCall(layer, q, k, v, WIDTH**-0.5, positions, valid, ids)
+
+
+def left_padded(call: AttentionCall, pads: int) -> AttentionCall:
+    """The same call with columns of rubbish in front, marked as padding."""
+    rows, length = call.q_BHTD.shape[0], call.q_BHTD.shape[2]
+
+    def wide(x: Tensor) -> Tensor:
+        return torch.cat((torch.full_like(x[:, :, :1], 7.0).expand(-1, -1, pads, -1), x), dim=2)
+
+    valid = torch.arange(pads + length)[None].expand(rows, -1) >= pads
+    positions = (valid.long().cumsum(-1) - 1).clamp(min=0)
+    ids = None if call.ids_BT is None else torch.nn.functional.pad(call.ids_BT, (pads, 0), value=3)
+    return replace(
+        call, q_BHTD=wide(call.q_BHTD), k_BGTD=wide(call.k_BGTD), v_BGTD=wide(call.v_BGTD), positions_BT=positions,
+        valid_BT=valid, ids_BT=ids,
+    )  # fmt: skip
+
+
+def probabilities(call: AttentionCall) -> Tensor:
+    """The whole causal attention matrix, (B, H, T, T), rows of padding zero."""
+    k_BHTD = call.k_BGTD.repeat_interleave(call.q_BHTD.shape[1] // call.k_BGTD.shape[1], dim=1)
+    logits = call.q_BHTD.double() @ k_BHTD.double().transpose(-1, -2) * call.scaling
+    length = logits.shape[-1]
+    seen = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    if call.valid_BT is not None:
+        seen = seen & call.valid_BT[:, None, None] & call.valid_BT[:, None, :, None]
+    return logits.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num()
+
+
+def column_sums(call: AttentionCall, weight_T: Tensor) -> Tensor:
+    """Weighted column sums over queries, added up over each group, (B, G, T)."""
+    sums_BHT = (probabilities(call) * weight_T.double()[:, None]).sum(2)
+    return sums_BHT.unflatten(1, (call.k_BGTD.shape[1], -1)).sum(2)
+
+
+def token(call: AttentionCall, place: int) -> AttentionCall:
+    """One token of a call."""
+    return slice_call(call, place, place + 1)
