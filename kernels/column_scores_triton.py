@@ -165,7 +165,13 @@ def column_scores(
     block_d = max(16, triton.next_power_of_2(width))
     block = 32 if q_BHTD.dtype == torch.float32 or block_d > 128 else 64
     strides = (*q_BHTD.stride()[:3], *k_BGSD.stride()[:3], q_position_stride, k_position_stride, valid_stride)
-    common = {"HAS_VALID": valid_BS is not None, "BLOCK_D": block_d, "SCAN": 512, "num_warps": 4}
+    common = {
+        "HAS_VALID": valid_BS is not None,
+        "BLOCK_D": block_d,
+        "SCAN": 512,
+        "num_warps": 4,
+        "enable_fp_fusion": True,
+    }
     _lse_kernel[(triton.cdiv(queries, 2 * block), batch * heads)](
         q_BHTD, k_BGSD, q_positions, k_positions, valid, lse, *strides,
         scaling * _LOG2_E, heads, heads // groups, queries, keys, width, BLOCK_T=2 * block, BLOCK_S=block, **common,

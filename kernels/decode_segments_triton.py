@@ -30,6 +30,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)  # logits are in bits: exp2 is what t
 _LN_2 = tl.constexpr(0.6931471805599453)
 _BLOCK_DENSE, _BLOCK_PACKED = 64, 32  # tokens of a tile; dequantised ones take twice the registers
 _WAVES = 4  # programs per multiprocessor
+_WHOLE = 1 << 30
 
 # how the grids of a packed tensor lie over a tile of tokens by channels
 _DENSE, _BY_TOKEN, _BY_CHANNEL, _MIXED = 0, 1, 2, 3
@@ -37,7 +38,7 @@ _DENSE, _BY_TOKEN, _BY_CHANNEL, _MIXED = 0, 1, 2, 3
 
 @triton.jit
 def _load_tile(
-    ptr, scale_ptr, zero_ptr, head, stride_b, stride_g, stride_n, groups, start, tokens, width, group,
+    ptr, scale_ptr, zero_ptr, head, stride_b, stride_g, stride_n, groups, start, tokens, width, group, row_units,
     LAYOUT: tl.constexpr, PER_ROW: tl.constexpr, BITS: tl.constexpr, U: tl.constexpr, BYTES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +51,6 @@ def _load_tile(
         at = base + n[:, None] * stride_n + d[None, :]
         return tl.load(at, mask=n_inside[:, None] & d_inside[None, :], other=0.0)
     else:
-        row_units = tl.cdiv(width, U)
         row_ptr = ptr + (head * tokens + n) * row_units * BYTES
         codes = load_codes(row_ptr, n_inside, 0, row_units, BITS, BLOCK_D // U, U, BYTES).to(tl.float32)
         if LAYOUT == 1:  # one grid per token
@@ -77,7 +77,7 @@ def _segment_kernel(
     q_ptr, k_ptr, k_scale_ptr, k_zero_ptr, v_ptr, v_scale_ptr, v_zero_ptr, bias_ptr, k_channel_ptr, v_channel_ptr,
     out_ptr, lse_ptr,
     k_stride_b, k_stride_g, k_stride_n, v_stride_b, v_stride_g, v_stride_n,
-    scaling, groups, rows, tokens, width, v_width, k_group, v_group, chunk, first_split, splits,
+    scaling, groups, rows, tokens, width, v_width, k_group, v_group, k_units, v_units, chunk, first_split, splits,
     K_LAYOUT: tl.constexpr, K_PER_ROW: tl.constexpr, K_BITS: tl.constexpr, K_U: tl.constexpr, K_BYTES: tl.constexpr,
     V_LAYOUT: tl.constexpr, V_PER_ROW: tl.constexpr, V_BITS: tl.constexpr, V_U: tl.constexpr, V_BYTES: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_K_CHANNEL: tl.constexpr, HAS_V_CHANNEL: tl.constexpr,
@@ -99,7 +99,7 @@ def _segment_kernel(
     for start in range(split * chunk, tl.minimum(split * chunk + chunk, tokens), BLOCK_N):
         k = _load_tile(
             k_ptr, k_scale_ptr, k_zero_ptr, head, k_stride_b, k_stride_g, k_stride_n, groups, start, tokens, width,
-            k_group, K_LAYOUT, K_PER_ROW, K_BITS, K_U, K_BYTES, BLOCK_N, BLOCK_D,
+            k_group, k_units, K_LAYOUT, K_PER_ROW, K_BITS, K_U, K_BYTES, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         n = start + tl.arange(0, BLOCK_N)
         logits = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32x3") * scaling
@@ -114,7 +114,7 @@ def _segment_kernel(
         total = total * shrink + tl.sum(p, 1)
         v = _load_tile(
             v_ptr, v_scale_ptr, v_zero_ptr, head, v_stride_b, v_stride_g, v_stride_n, groups, start, tokens, v_width,
-            v_group, V_LAYOUT, V_PER_ROW, V_BITS, V_U, V_BYTES, BLOCK_N, BLOCK_DV,
+            v_group, v_units, V_LAYOUT, V_PER_ROW, V_BITS, V_U, V_BYTES, BLOCK_N, BLOCK_DV,
         )  # fmt: skip
         out = out * shrink[:, None] + tl.dot(p.to(q.dtype), v.to(q.dtype), input_precision="tf32x3")
         top = higher
@@ -181,7 +181,7 @@ def decode_segments(q_BHTD: Tensor, segments: Sequence[SegmentPart], scaling: fl
         first += count
     _join_kernel[(all_groups * rows,)](
         part_out, part_lse, out, lse, rows, v_width, splits,
-        BLOCK_SPLITS=16, BLOCK_DV=triton.next_power_of_2(v_width),
+        BLOCK_SPLITS=16, BLOCK_DV=triton.next_power_of_2(v_width), enable_fp_fusion=True,
     )  # fmt: skip
     return out, lse
 
@@ -215,17 +215,24 @@ def _launch(q: Tensor, part: SegmentPart, scaling: float, out: Tensor, lse: Tens
     chunk = math.ceil(math.ceil(part.tokens / block) / count) * block
     _segment_kernel[(count, all_groups)](
         q, *k_tensors, *v_tensors, *given, out, lse, *k_strides, *v_strides,
-        scaling * _LOG2_E.value, groups, rows, part.tokens, width, v_width, _group(part.k), _group(part.v), chunk, first, splits,
+        scaling * _LOG2_E.value, groups, rows, part.tokens, width, v_width, *_sizes(part.k, part.v), chunk, first, splits,
         **k_constants, **v_constants,
         HAS_BIAS=extras[0] is not None, HAS_K_CHANNEL=extras[1] is not None, HAS_V_CHANNEL=extras[2] is not None,
         BLOCK_M=max(16, triton.next_power_of_2(rows)), BLOCK_N=block,
         BLOCK_D=max(16, triton.next_power_of_2(width)), BLOCK_DV=max(16, triton.next_power_of_2(v_width)),
-        num_warps=4, num_stages=3,
+        num_warps=4, num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
 
 
-def _group(x: Tensor | Packed) -> int:
-    return x.group if isinstance(x, Packed) else 1
+def _sizes(*operands: Tensor | Packed) -> list[int]:
+    """Groups of keys and values, then units of their rows.
+
+    Triton aligns loads by what it knows to be a multiple of 16, and it knows that of arguments only. So units are passed
+    rather than computed from widths, and one group over the whole axis, of whatever length, as a longer round number.
+    """
+    packed = [x if isinstance(x, Packed) else None for x in operands]
+    groups = [1 if x is None else x.group if x.group < x.shape[x.axis] else _WHOLE for x in packed]
+    return [*groups, *(1 if x is None else math.ceil(x.shape[-1] / unit(x.bits)[0]) for x in packed)]
 
 
 def _operand(

@@ -113,7 +113,7 @@ def bipartite_match(a_BND: Tensor, b_BMD: Tensor, valid_BM: Tensor | None = None
     _match_kernel[(triton.cdiv(sources, block), batch)](
         a, b, valid, similarity, index, *a.stride()[:2], *b.stride()[:2], destinations, sources, destinations, width,
         HAS_VALID=valid_BM is not None, BLOCK_N=block, BLOCK_M=largest,
-        BLOCK_D=min(64, max(16, triton.next_power_of_2(width))), num_warps=4,
+        BLOCK_D=min(64, max(16, triton.next_power_of_2(width))), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return similarity, index
 
@@ -135,6 +135,6 @@ def merge_tokens(
     _merge_kernel[(kept, triton.cdiv(channels, block), batch)](
         x, size_BN1.contiguous(), keep_BK.contiguous(), src_BR.gather(1, order), begin, out, size,
         *x.stride()[:2], tokens, kept, sources, channels,
-        MEAN=mode == "mean", BLOCK_C=block, num_warps=4 if block > 256 else 1,
+        MEAN=mode == "mean", BLOCK_C=block, num_warps=4 if block > 256 else 1, enable_fp_fusion=True,
     )  # fmt: skip
     return out, size

@@ -79,10 +79,11 @@ def load_codes(row_ptr, row_mask, first_unit, row_units, BITS: tl.constexpr, W: 
 def _pack_kernel(
     x_ptr, codes_ptr, scale_ptr, zero_ptr,
     stride_outer, stride_row, stride_col, rows, columns, group, row_units,
-    BITS: tl.constexpr, PER_ROW: tl.constexpr, GIVEN: tl.constexpr,
+    BITS: tl.constexpr, PER_ROW: tl.constexpr, GIVEN: tl.constexpr, ONE_GROUP: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, U: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
-    """One tile. PER_ROW: groups along columns; otherwise along rows. GIVEN: grids are there already (PER_ROW is False)."""
+    """One tile. PER_ROW: groups along columns; otherwise along rows. GIVEN: grids are there already (PER_ROW is False).
+    ONE_GROUP: the whole axis is one group."""
     LEVELS: tl.constexpr = 2**BITS - 1
     WORD: tl.constexpr = tl.int32 if BYTES <= 3 else tl.int64
     tile, part, outer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -112,10 +113,15 @@ def _pack_kernel(
         tl.store(zero_ptr + grid_at, zero, mask=row < row_end)
         codes = encode(x, scale[:, None, None], zero[:, None, None], LEVELS)
     elif GIVEN:
-        grid_row = outer * tl.cdiv(rows, group) + row // group
-        grid_at = grid_row[:, None, None] * columns + column[None]
-        scale = tl.load(scale_ptr + grid_at, mask=inside, other=0.0)
-        zero = tl.load(zero_ptr + grid_at, mask=inside, other=0.0)
+        if ONE_GROUP:
+            grid_at = (outer * columns + column)[None]
+            known = (column < column_end)[None]
+        else:
+            grid_row = outer * tl.cdiv(rows, group) + row // group
+            grid_at = grid_row[:, None, None] * columns + column[None]
+            known = inside
+        scale = tl.load(scale_ptr + grid_at, mask=known, other=0.0)
+        zero = tl.load(zero_ptr + grid_at, mask=known, other=0.0)
         codes = encode(x, scale, zero, LEVELS)
     else:
         low = tl.min(tl.where(inside, x, infinity), 0)
@@ -137,7 +143,7 @@ def _pack_kernel(
 @triton.jit
 def _unpack_kernel(
     codes_ptr, scale_ptr, zero_ptr, out_ptr, all_rows, rows, columns, group, row_units,
-    BITS: tl.constexpr, PER_ROW: tl.constexpr, SATURATE: tl.constexpr,
+    BITS: tl.constexpr, PER_ROW: tl.constexpr, ONE_GROUP: tl.constexpr, SATURATE: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, U: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """One tile of R rows (of all outer indices together) by W units."""
@@ -147,13 +153,18 @@ def _unpack_kernel(
     codes = load_codes(codes_ptr + row * row_units * BYTES, inside_row, first, row_units, BITS, W, U, BYTES)
     column = first * U + tl.arange(0, W * U)
     inside = inside_row[:, None] & (column < columns)[None, :]
-    if PER_ROW:
+    known = inside
+    if PER_ROW and ONE_GROUP:
+        grid_at, known = row[:, None], inside_row[:, None]
+    elif PER_ROW:
         grid_at = row[:, None] * tl.cdiv(columns, group) + (column // group)[None, :]
+    elif ONE_GROUP:
+        grid_at = (row // rows)[:, None] * columns + column[None, :]
     else:
         grid_row = (row // rows) * tl.cdiv(rows, group) + (row % rows) // group
         grid_at = grid_row[:, None] * columns + column[None, :]
-    scale = tl.load(scale_ptr + grid_at, mask=inside, other=0.0).to(tl.float32)
-    zero = tl.load(zero_ptr + grid_at, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + grid_at, mask=known, other=0.0).to(tl.float32)
+    zero = tl.load(zero_ptr + grid_at, mask=known, other=0.0).to(tl.float32)
     value = codes.to(tl.float32) * scale + zero
     if SATURATE:
         value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
@@ -194,7 +205,7 @@ def quant_pack(x: Tensor, bits: int, axis: int = -1, group: int | None = None) -
         launch = (math.ceil(rows / (height if given else group)), math.ceil(row_units / width), outer)
     _pack_kernel[launch](
         x_ORC, codes, scale, zero, *x_ORC.stride(), rows, columns, group, row_units,
-        BITS=bits, PER_ROW=per_row, GIVEN=given, R=height, W=width, U=count, BYTES=size,
+        BITS=bits, PER_ROW=per_row, GIVEN=given, ONE_GROUP=group == x.shape[axis], R=height, W=width, U=count, BYTES=size, enable_fp_fusion=True,
     )  # fmt: skip
     return Packed(codes, scale, zero, bits, tuple(x.shape), axis, group)
 
@@ -221,7 +232,7 @@ def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     _unpack_kernel[(math.ceil(outer * rows / height), math.ceil(row_units / width))](
         packed.codes.contiguous(), packed.scale.contiguous(), packed.zero.contiguous(), out,
         outer * rows, rows, columns, packed.group, row_units,
-        BITS=packed.bits, PER_ROW=per_row, SATURATE=dtype == torch.float16,
-        R=height, W=width, U=count, BYTES=size,
+        BITS=packed.bits, PER_ROW=per_row, ONE_GROUP=packed.group == packed.shape[packed.axis], SATURATE=dtype == torch.float16,
+        R=height, W=width, U=count, BYTES=size, enable_fp_fusion=True,
     )  # fmt: skip
     return out
