@@ -201,9 +201,11 @@ def decode_small() -> tuple[Case, ...]:
         *made,
         _decode("all kinds joined", 2, 6, 2, 2, 20, mixed),
         _decode("values by channel", 1, 2, 2, 1, 16, lambda s: [_packed_part(s, 1, 2, 21, 16, 4, 5, 4, 7, v_axis=-2)]),
+        _decode("keys by token", 1, 4, 2, 1, 16, lambda s: [_packed_part(s, 1, 2, 21, 16, 3, None, 4, None, k_axis=-1, k_scale=True)]),
         _decode("one token", 1, 2, 1, 1, 8, lambda s: [_dense_part(s, 1, 1, 1, 8)]),
         _decode("every slot empty", 1, 2, 1, 1, 16, empty),
         _decode("half precision", 1, 4, 2, 1, 16, lambda s: [_dense_part(s, 1, 2, 40, 16, torch.float16)], torch.float16),
+        _decode("half precision, packed", 1, 4, 2, 1, 16, lambda s: [_packed_part(s, 1, 2, 40, 16, 4, None, 4, None)], torch.float16),
     )  # fmt: skip
 
 
@@ -268,6 +270,7 @@ def _packed_part(
     k_group: int | None,
     v_bits: int,
     v_group: int | None,
+    k_axis: int = -2,
     v_axis: int = -1,
     biased: bool = False,
     k_scale: bool = False,
@@ -278,7 +281,7 @@ def _packed_part(
         return quant_pack.twin(s.normal(batch, groups, tokens, width, dtype=dtype), bits, axis, group)
 
     return SegmentPart(
-        pack(k_bits, -2, k_group),
+        pack(k_bits, k_axis, k_group),
         pack(v_bits, v_axis, v_group),
         s.normal(batch, groups, tokens) * 3 if biased else None,
         s.uniform(batch, groups, width) + 0.5 if k_scale else None,

@@ -2,8 +2,8 @@
 
 One launch per segment, all writing partial results to one workspace, and one launch that joins them. Tokens of a segment
 are split among programs, since a decoding step has too few heads to fill a GPU. A program reads each code once for all
-query rows of its key-value head, and dequantises in registers; channel scales act on the queries and on the partial output
-instead of on every token.
+query rows of its key-value head, and dequantises in registers. What can be applied to less than every element is: channel
+scales to the queries and to the partial output, grids per token to logits and probabilities (codes are exact in 16 bits).
 
 Shape suffixes: see ``isoflop.kernels.decode_segments``.
 """
@@ -37,12 +37,23 @@ _DENSE, _BY_TOKEN, _BY_CHANNEL, _MIXED = 0, 1, 2, 3
 
 
 @triton.jit
+def _token_grids(scale_ptr, zero_ptr, head, n, tokens):
+    """Scales and zeros of tokens with one grid each; 0 outside."""
+    at = head * tokens + n
+    scale = tl.load(scale_ptr + at, mask=n < tokens, other=0.0).to(tl.float32)
+    return scale, tl.load(zero_ptr + at, mask=n < tokens, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _load_tile(
     ptr, scale_ptr, zero_ptr, head, stride_b, stride_g, stride_n, groups, start, tokens, width, group, row_units,
     LAYOUT: tl.constexpr, PER_ROW: tl.constexpr, BITS: tl.constexpr, U: tl.constexpr, BYTES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    FOLDED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Keys or values (BLOCK_N, BLOCK_D) of one key-value head from token ``start`` on; float32 if packed, 0 outside."""
+    """Keys or values (BLOCK_N, BLOCK_D) of one key-value head from token ``start`` on; float32 if packed, 0 outside.
+
+    FOLDED: codes as they are; the caller applies the grids, one per token, to what it computes from them.
+    """
     n = start + tl.arange(0, BLOCK_N).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     n_inside, d_inside = n < tokens, d < width
@@ -53,10 +64,11 @@ def _load_tile(
     else:
         row_ptr = ptr + (head * tokens + n) * row_units * BYTES
         codes = load_codes(row_ptr, n_inside, 0, row_units, BITS, BLOCK_D // U, U, BYTES).to(tl.float32)
+        if FOLDED:
+            return codes
         if LAYOUT == 1:  # one grid per token
-            at = head * tokens + n
-            scale = tl.load(scale_ptr + at, mask=n_inside, other=0.0).to(tl.float32)[:, None]
-            zero = tl.load(zero_ptr + at, mask=n_inside, other=0.0).to(tl.float32)[:, None]
+            scale, zero = _token_grids(scale_ptr, zero_ptr, head, n, tokens)
+            scale, zero = scale[:, None], zero[:, None]
         elif LAYOUT == 2:  # one grid per channel for the whole tile
             at = (head * tl.cdiv(tokens, group) + start // group) * width + d
             scale = tl.load(scale_ptr + at, mask=d_inside, other=0.0).to(tl.float32)[None, :]
@@ -80,6 +92,7 @@ def _segment_kernel(
     scaling, groups, rows, tokens, width, v_width, k_group, v_group, k_units, v_units, chunk, first_split, splits,
     K_LAYOUT: tl.constexpr, K_PER_ROW: tl.constexpr, K_BITS: tl.constexpr, K_U: tl.constexpr, K_BYTES: tl.constexpr,
     V_LAYOUT: tl.constexpr, V_PER_ROW: tl.constexpr, V_BITS: tl.constexpr, V_U: tl.constexpr, V_BYTES: tl.constexpr,
+    K_FOLDED: tl.constexpr, V_FOLDED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_K_CHANNEL: tl.constexpr, HAS_V_CHANNEL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -93,16 +106,21 @@ def _segment_kernel(
     if HAS_K_CHANNEL:
         channel = tl.load(k_channel_ptr + head * width + d, mask=d_inside, other=0.0)
         q = (q.to(tl.float32) * channel[None, :]).to(q.dtype)
+    q_sum = tl.sum(q.to(tl.float32), 1)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for start in range(split * chunk, tl.minimum(split * chunk + chunk, tokens), BLOCK_N):
         k = _load_tile(
             k_ptr, k_scale_ptr, k_zero_ptr, head, k_stride_b, k_stride_g, k_stride_n, groups, start, tokens, width,
-            k_group, k_units, K_LAYOUT, K_PER_ROW, K_BITS, K_U, K_BYTES, BLOCK_N, BLOCK_D,
+            k_group, k_units, K_LAYOUT, K_PER_ROW, K_BITS, K_U, K_BYTES, K_FOLDED, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         n = start + tl.arange(0, BLOCK_N)
-        logits = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32x3") * scaling
+        logits = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32x3")
+        if K_FOLDED:
+            scale, zero = _token_grids(k_scale_ptr, k_zero_ptr, head, n, tokens)
+            logits = logits * scale[None, :] + q_sum[:, None] * zero[None, :]
+        logits *= scaling
         if HAS_BIAS:
             bias = tl.load(bias_ptr + head * tokens + n, mask=n < tokens, other=0.0)
             logits += bias[None, :] * _LOG2_E
@@ -114,9 +132,14 @@ def _segment_kernel(
         total = total * shrink + tl.sum(p, 1)
         v = _load_tile(
             v_ptr, v_scale_ptr, v_zero_ptr, head, v_stride_b, v_stride_g, v_stride_n, groups, start, tokens, v_width,
-            v_group, v_units, V_LAYOUT, V_PER_ROW, V_BITS, V_U, V_BYTES, BLOCK_N, BLOCK_DV,
+            v_group, v_units, V_LAYOUT, V_PER_ROW, V_BITS, V_U, V_BYTES, V_FOLDED, BLOCK_N, BLOCK_DV,
         )  # fmt: skip
-        out = out * shrink[:, None] + tl.dot(p.to(q.dtype), v.to(q.dtype), input_precision="tf32x3")
+        out *= shrink[:, None]
+        if V_FOLDED:
+            scale, zero = _token_grids(v_scale_ptr, v_zero_ptr, head, n, tokens)
+            out += tl.sum(p * zero[None, :], 1)[:, None]
+            p = p * scale[None, :]
+        out += tl.dot(p.to(q.dtype), v.to(q.dtype), input_precision="tf32x3")
         top = higher
     out = out / tl.where(total > 0, total, 1.0)[:, None]
     if HAS_V_CHANNEL:
@@ -216,7 +239,9 @@ def _launch(q: Tensor, part: SegmentPart, scaling: float, out: Tensor, lse: Tens
     _segment_kernel[(count, all_groups)](
         q, *k_tensors, *v_tensors, *given, out, lse, *k_strides, *v_strides,
         scaling * _LOG2_E.value, groups, rows, part.tokens, width, v_width, *_sizes(part.k, part.v), chunk, first, splits,
-        **k_constants, **v_constants,
+        **k_constants, **v_constants, K_FOLDED=k_constants["K_LAYOUT"] == _BY_TOKEN,
+        # small scales times small probabilities would leave float16's range
+        V_FOLDED=v_constants["V_LAYOUT"] == _BY_TOKEN and q.dtype != torch.float16,
         HAS_BIAS=extras[0] is not None, HAS_K_CHANNEL=extras[1] is not None, HAS_V_CHANNEL=extras[2] is not None,
         BLOCK_M=max(16, triton.next_power_of_2(rows)), BLOCK_N=block,
         BLOCK_D=max(16, triton.next_power_of_2(width)), BLOCK_DV=max(16, triton.next_power_of_2(v_width)),
