@@ -111,13 +111,19 @@ class Network:
         """Plug a host in or out."""
         _ip("link", "set", host.port_name, "up" if up else "down", namespace=self.bridge)
 
-    def start_ray(self, host: Host, cpus: int, gpus: int, health: dict[str, str] | None = None) -> None:
+    def start_ray(
+        self, host: Host, cpus: int, gpus: int, health: dict[str, str] | None = None, dashboard: bool = False
+    ) -> None:
         """Start a Ray node in the foreground of a process of our own, so that ending it ends all of the node.
 
-        Returns when the node is up: two nodes that start at once in one file system may choose the same socket.
+        With ``dashboard`` the head serves Ray's Jobs API to the other hosts, on port 8265. Returns when the node is up: two nodes that start at once in one file system may choose the same socket.
         """
         where = (
-            ["--head", f"--port={PORT}", "--include-dashboard=false"]
+            [
+                "--head",
+                f"--port={PORT}",
+                *(["--dashboard-host=0.0.0.0"] if dashboard else ["--include-dashboard=false"]),
+            ]
             if host.index == 0
             else [f"--address={self.hosts[0].address}:{PORT}"]
         )

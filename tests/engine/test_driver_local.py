@@ -504,3 +504,11 @@ def test_options_are_checked() -> None:
     with pytest.raises(UserError, match=r"unknown executor 'lokal'.*did you mean 'local'"):
         isoflop.run(toy(), executor="lokal")
     assert RunOptions().executor == "ray"
+
+
+def test_lines_name_stages_by_what_they_belong_to(tmp_path: Path) -> None:
+    progress = Lines()
+    run_local(toy(), tmp_path, progress)
+    stages = [line for line in progress.lines if line.startswith("stage ")]
+    assert stages
+    assert all(" of toy" in line and " computed by local in " in line for line in stages), stages

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -147,3 +148,28 @@ def test_a_server_that_stays_away_is_caught_up_with_later(tmp_path: Path, server
     again = run_local(sweep("away"), tmp_path, tracking_uri=server.uri)
     assert again.summary.ran == 0
     check(server, again, "away")
+
+
+def test_a_resume_that_finds_no_server_says_how_many_rows_are_missing(tmp_path: Path) -> None:
+    first = run_local(sweep("later"), tmp_path, tracking_uri="none")
+    assert first.summary.ok == 12
+    progress = Lines()
+    again = run_local(sweep("later"), tmp_path, progress, tracking_uri="http://127.0.0.1:9", track_wait=0.5)
+    assert again.summary.ran == 0
+    assert [line for line in progress.lines if "(12 rows; MLflow at http://127.0.0.1:9" in line]
+
+
+def test_ctrl_c_while_waiting_for_mlflow_ends_the_waiting_and_nothing_else(tmp_path: Path) -> None:
+    class Impatient(Lines):
+        def line(self, text: str) -> None:
+            super().line(text)
+            if text.startswith("waiting for MLflow"):
+                threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    progress = Impatient()
+    begin = time.monotonic()
+    opened = run_local(sweep("impatient"), tmp_path, progress, tracking_uri="http://127.0.0.1:9", track_wait=600.0)
+    assert time.monotonic() - begin < 120
+    assert opened.summary.ok == 12
+    assert not opened.summary.interrupted
+    assert "not waiting for MLflow any longer" in progress.lines

@@ -30,14 +30,21 @@ _SHORT: dict[str, Any] = {"x": {}, "y": {}, "z": {}}
 
 @dataclass
 class Measurement:
-    """One system on one workload. ``cpu`` is of the driver's process and of nothing else."""
+    """One system on one workload.
+
+    Attributes:
+        cpu_ms_per_job: of the driver's process, with all of its threads.
+        search_ms_per_job: of our search process, where there is one; the peers' samplers run in their drivers.
+        sampler: peers are compared with the same one.
+    """
 
     workload: str
     system: str
     jobs: int
     seconds: float
     cpu_ms_per_job: float | None = None
-    note: str = ""
+    search_ms_per_job: float | None = None
+    sampler: str = ""
 
     @property
     def rate(self) -> float:
@@ -71,26 +78,39 @@ def ours(workload: str, label: str, spec: dict[str, Any], folder: Path, track: b
     ledger = api.Ledger(store, sweep.spec.name).lock()
     tracker = api.make_tracker(store, sweep.spec.name, None if track else "none")
     executor = api.make_executor(sweep, api.RunOptions(workers=_SLOTS, cache_dir=folder / "cache"))
+    proposer = api.make_proposer_for(sweep, apart=True)
     tracker.start("", {})
+    proposer.start()
     executor.start()
     while len(executor.workers()) < _SLOTS:
         executor.poll(0.1)
     try:
-        search = sweep.spec.search
-        proposer = api.make_proposer(sweep.space, search.sampler, seed=0)
         _settle(tracker)
-        begin, cpu = time.monotonic(), time.process_time()
+        begin, cpu, searched = time.monotonic(), time.process_time(), _cpu_of(proposer)
         summary = Driver(sweep, ledger, executor, proposer, tracker, Quiet()).run()
+        tracker.finish([], {}, "", "FINISHED")
         while tracker.backlog():
             time.sleep(0.005)
-        seconds, cpu = time.monotonic() - begin, time.process_time() - cpu
+        seconds, cpu, searched = time.monotonic() - begin, time.process_time() - cpu, _cpu_of(proposer) - searched
     finally:
+        proposer.close()
         executor.close(now=True)
         tracker.close(30.0)
         ledger.unlock()
     if summary.ok != summary.ran:
         raise RuntimeError(f"{summary.failed} jobs failed")
-    return Measurement(workload, label, summary.ran, seconds, 1000 * cpu / summary.ran)
+    each = 1000 / summary.ran
+    sampler = sweep.spec.search.sampler
+    return Measurement(workload, label, summary.ran, seconds, cpu * each, searched * each or None, sampler)
+
+
+def _cpu_of(proposer: Any) -> float:
+    """CPU seconds that a search process has used so far; 0 where the search is part of the driver."""
+    pid = getattr(proposer, "pid", None)
+    if pid is None:
+        return 0.0
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _settle(tracker: Any) -> None:
@@ -109,9 +129,10 @@ def ray_tune(
     folder: Path,
     reuse: bool,
     mlflow: bool,
-    search: bool = True,
+    search: str = "tpe",
 ) -> Measurement:
-    """Ray Tune with OptunaSearch on a private cluster of two CPUs."""
+    """Ray Tune with OptunaSearch on a private cluster of two CPUs; ``search`` "grid" leaves the points to Tune."""
+    import optuna
     from ray import tune
     from ray.tune.search import ConcurrencyLimiter
     from ray.tune.search.optuna import OptunaSearch
@@ -124,6 +145,8 @@ def ray_tune(
         uri = f"sqlite:///{folder / 'tune.db'}"
         _make_database(uri)
         callbacks.append(MLflowLoggerCallback(tracking_uri=uri, experiment_name="tune"))
+    sampler = optuna.samplers.RandomSampler(seed=0) if search == "random" else None  # its default is TPE
+    algorithm = None if search == "grid" else ConcurrencyLimiter(OptunaSearch(sampler=sampler), _SLOTS)
     with _ray():
         begin, cpu = time.monotonic(), time.process_time()
         found = tune.Tuner(
@@ -131,7 +154,7 @@ def ray_tune(
             param_space=space,
             tune_config=tune.TuneConfig(
                 metric="error", mode="min", num_samples=samples, reuse_actors=reuse,
-                search_alg=ConcurrencyLimiter(OptunaSearch(), _SLOTS) if search else None, max_concurrent_trials=None if search else _SLOTS,
+                search_alg=algorithm, max_concurrent_trials=None if algorithm else _SLOTS,
             ),
             run_config=tune.RunConfig(storage_path=str(folder / "tune"), verbose=0, callbacks=callbacks),
         ).fit()  # fmt: skip
@@ -139,7 +162,7 @@ def ray_tune(
         trials = len(found)
         if trials < samples or found.errors:
             raise RuntimeError(f"Ray Tune finished {trials} trials, {len(found.errors)} with errors")
-    return Measurement(workload, label, trials, seconds, 1000 * cpu / trials)
+    return Measurement(workload, label, trials, seconds, 1000 * cpu / trials, sampler=search)
 
 
 def optuna_mlflow(trials: int, folder: Path) -> Measurement:
@@ -165,44 +188,27 @@ def optuna_mlflow(trials: int, folder: Path) -> Measurement:
         objective, n_trials=trials, n_jobs=_SLOTS, callbacks=[MLflowCallback(tracking_uri=uri, metric_name="error")]
     )
     seconds, cpu = time.monotonic() - begin, time.process_time() - cpu
-    return Measurement("no-op + MLflow", "Optuna n_jobs=2 + MLflowCallback", trials, seconds, 1000 * cpu / trials)
+    return Measurement(
+        "no-op + MLflow", "Optuna n_jobs=2 + MLflowCallback", trials, seconds, 1000 * cpu / trials, sampler="tpe"
+    )
 
 
 def bench_noop(folder: Path, trials: int, peer_trials: int) -> list[Measurement]:
-    """Jobs that do nothing, TPE over three knobs: what the engine itself costs."""
+    """Jobs that do nothing, over three knobs: with TPE, and with random search, where the sampler costs next to nothing."""
     from ray import tune
 
     noop, _, _ = _trainables()
     space = {"x": tune.uniform(0, 1), "y": tune.loguniform(1e-3, 1), "z": tune.uniform(0, 10)}
-    return [
-        ours("no-op", "isoflop, TPE", _spec("noop-tpe", trials), folder / "a", track=False),
-        ours("no-op", "isoflop, random", _spec("noop-random", trials, "random"), folder / "b", track=False),
-        ray_tune(
-            "no-op",
-            "Ray Tune + OptunaSearch, reuse_actors",
-            peer_trials,
-            noop,
-            space,
-            folder / "c",
-            reuse=True,
-            mlflow=False,
-        ),
-        ours("no-op + MLflow", "isoflop, TPE", _spec("noop-tpe-mlflow", trials), folder / "d", track=True),
-        ours(
-            "no-op + MLflow", "isoflop, random", _spec("noop-random-mlflow", trials, "random"), folder / "e", track=True
-        ),
-        ray_tune(
-            "no-op + MLflow",
-            "Ray Tune + OptunaSearch + MLflowLoggerCallback, reuse_actors",
-            peer_trials,
-            noop,
-            space,
-            folder / "f",
-            reuse=True,
-            mlflow=True,
-        ),
-        optuna_mlflow(peer_trials, folder),
-    ]
+    found = []
+    for track, workload, callback in ((False, "no-op", ""), (True, "no-op + MLflow", " + MLflowLoggerCallback")):
+        for sampler in ("tpe", "random"):
+            name = f"noop-{sampler}-{track}"
+            peer = f"Ray Tune + OptunaSearch{callback}, reuse_actors, {sampler}"
+            found += [
+                ours(workload, f"isoflop, {sampler}", _spec(name, trials, sampler), folder / name, track),
+                ray_tune(workload, peer, peer_trials, noop, space, folder / f"tune-{name}", True, track, sampler),
+            ]
+    return [*found, optuna_mlflow(peer_trials, folder)]
 
 
 def bench_reload(folder: Path, trials: int) -> list[Measurement]:
@@ -234,7 +240,7 @@ def bench_reload(folder: Path, trials: int) -> list[Measurement]:
             folder / "h",
             reuse=True,
             mlflow=False,
-            search=False,
+            search="grid",
         ),
         ray_tune(
             "reload-bound",
@@ -245,7 +251,7 @@ def bench_reload(folder: Path, trials: int) -> list[Measurement]:
             folder / "i",
             reuse=False,
             mlflow=False,
-            search=False,
+            search="grid",
         ),
     ]
 
@@ -268,7 +274,7 @@ def bench_features(folder: Path) -> list[Measurement]:
             folder / "k",
             reuse=True,
             mlflow=False,
-            search=False,
+            search="grid",
         ),
     ]
 
@@ -483,12 +489,13 @@ def engine(trials: int, peer_trials: int, growth: int, only: tuple[str, ...], as
 
 
 def _ratios(measured: list[Measurement]) -> dict[str, float]:
-    """Our rate over each peer's, on the same workload; TPE against TPE where there is a choice."""
+    """Our rate over each peer's, on the same workload with the same sampler."""
     out = {}
-    for workload in dict.fromkeys(m.workload for m in measured):
-        mine = next(m for m in measured if m.workload == workload and m.system.startswith("isoflop"))
-        for peer in (m for m in measured if m.workload == workload and not m.system.startswith("isoflop")):
-            out[f"{workload}: {mine.system} / {peer.system}"] = mine.rate / peer.rate
+    for peer in measured:
+        same = (m for m in measured if (m.workload, m.sampler) == (peer.workload, peer.sampler))
+        mine = next(m for m in same if m.system.startswith("isoflop"))
+        if peer is not mine:
+            out[f"{peer.workload}: {mine.system} / {peer.system}"] = mine.rate / peer.rate
     return out
 
 
@@ -500,12 +507,16 @@ def _print(measured: list[Measurement], ratios: dict[str, float], figures: dict[
             m.system,
             m.jobs,
             f"{m.rate:.1f}",
-            f"{m.cpu_ms_per_job:.1f}" if m.cpu_ms_per_job is not None else "-",
+            *(f"{ms:.1f}" if ms is not None else "-" for ms in (m.cpu_ms_per_job, m.search_ms_per_job)),
         )
         for m in measured
     ]
     out.print(
-        grid(("workload", "system", "jobs", "jobs/s", "driver ms/job"), rows, right=("jobs", "jobs/s", "driver ms/job"))
+        grid(
+            ("workload", "system", "jobs", "jobs/s", "driver ms/job", "search ms/job"),
+            rows,
+            right=("jobs", "jobs/s", "driver ms/job", "search ms/job"),
+        )
     )
     out.print()
     out.print(grid(("ratio", ""), [(k, f"{v:.1f} x") for k, v in ratios.items()], right=("",)))

@@ -23,6 +23,7 @@ from optuna.trial import TrialState
 from isoflop.core.errors import UserError, unknown
 from isoflop.core.hashing import derive_seed
 from isoflop.search.space import Config, Param, Space, Value, values_key
+from isoflop.search.tpe import RememberingTPESampler, UnconstrainedStorage
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -34,6 +35,8 @@ Outcome = Literal["complete", "pruned", "failed"]
 # Samplers whose cost per ask grows with the study or that repeat themselves within a batch (GP costs seconds at
 # a few hundred trials; its parallel asks are near-duplicates).
 _MAX_TRIALS = {"gp": 500}
+_DEAR = ("tpe", "gp", "cmaes", "nsga2")  # they learn: one ask costs milliseconds to seconds
+_NO_TRIAL = optuna.trial.create_trial(state=TrialState.FAIL)
 _PATIENCE = 20  # repeated points in a row before random draws take over
 
 
@@ -66,7 +69,7 @@ class Proposer(ABC):
 
     @abstractmethod
     def ask(self, count: int) -> list[Proposal]:
-        """Up to ``count`` new points; fewer (finally none) when the space is used up."""
+        """Up to ``count`` new points; fewer (finally none) when the space is used up or while more are ``pending``."""
 
     @abstractmethod
     def tell(self, result: Tell) -> None:
@@ -83,6 +86,20 @@ class Proposer(ABC):
     def size(self) -> int | None:
         """How many points there are in all, or None when unknown."""
         return None
+
+    @property
+    def pending(self) -> bool:
+        """Whether points that were asked for are still being thought about."""
+        return False
+
+    def start(self) -> None:  # noqa: B027 - most have nothing to start
+        """Bring processes up; otherwise the first ask does."""
+
+    def wait(self, seconds: float) -> None:  # noqa: B027 - most answer at once
+        """Nothing else is to be done: wait until something of what is pending can be asked for."""
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to end
+        """Let go of processes."""
 
 
 class Numbers:
@@ -165,6 +182,7 @@ class OptunaProposer(Proposer):
         self._options = dict(options or {})
         self._sampler = make_sampler(sampler, seed, self._options)
         self._study = optuna.create_study(
+            storage=UnconstrainedStorage(),
             sampler=self._sampler,
             pruner=make_pruner(pruner, pruner_options or {}),
             directions=[StudyDirection[d.upper()] for d in directions],
@@ -175,6 +193,8 @@ class OptunaProposer(Proposer):
         self._numbers = Numbers()
         self._size = space.size()
         self._max_trials = _MAX_TRIALS.get(sampler)
+        # Random search learns nothing: a study of its trials would only cost memory and time.
+        self._forgetful = sampler == "random" and pruner == "none"
 
     def ask(self, count: int) -> list[Proposal]:
         out: list[Proposal] = []
@@ -183,18 +203,20 @@ class OptunaProposer(Proposer):
         while len(out) < count and misses < 200 and not self._used_up():
             number = self._numbers.peek()
             self._study.sampler = self._sampler_for(number, misses)
-            trial = self._study.ask()
-            config = self._space.walk(partial(_suggest, trial))
+            trial, config = self._draw()
             key = values_key(config)
             if key in self._known or self._space.excluded(config):
-                self._study.tell(trial, state=TrialState.FAIL)
+                if trial is not None:
+                    self._study.tell(trial, state=TrialState.FAIL)
                 # a fixed sequence begins anew after a restart: what it proposed then is no sign that it repeats itself
                 misses = 0 if self._name == "qmc" and key in self._past else misses + 1
                 self._past.discard(key)
                 continue
             misses = 0
             self._known.add(key)
-            self._open[self._numbers.take()] = trial
+            self._numbers.take()
+            if trial is not None:
+                self._open[number] = trial
             out.append(Proposal(number, config))
         if not out and self._size is not None and not self._used_up():
             out = self._first_unseen(count)
@@ -211,10 +233,11 @@ class OptunaProposer(Proposer):
             result.outcome
         ]
         trial = self._open.pop(result.number, None)
-        if trial is None:
-            self.reserve(result.number, result.config)
-        else:
+        if trial is not None:
             self._study.tell(trial, list(result.values) or None, state)
+            return
+        self.reserve(result.number, result.config)
+        if self._forgetful:
             return
         params, distributions = self._replay(result.config)
         if params is None:
@@ -248,8 +271,22 @@ class OptunaProposer(Proposer):
         too_many = self._max_trials is not None and len(self._numbers) >= self._max_trials
         if self._name != "random" and misses < _PATIENCE and not too_many:
             return self._sampler
-        options = self._options if self._name == "random" else {}
-        return make_sampler("random", derive_seed(self._seed, number, misses), options)
+        return optuna.samplers.RandomSampler(derive_seed(self._seed, number, misses))
+
+    def _draw(self) -> tuple[optuna.Trial | None, Config]:
+        """A point of the sampler; with the open trial of the study, where there is a use for it."""
+        if not self._forgetful:
+            trial = self._study.ask()
+            return trial, self._space.walk(partial(_suggest, trial))
+        sampler, study = self._study.sampler, self._study
+
+        def choose(param: Param) -> Value:
+            distribution = _distribution(param)
+            if distribution.single():
+                return param.grid()[0]
+            return cast(Value, sampler.sample_independent(study, _NO_TRIAL, param.name, distribution))
+
+        return None, self._space.walk(choose)
 
     def _used_up(self) -> bool:
         return self._size is not None and len(self._known) >= self._size
@@ -323,7 +360,7 @@ def make_sampler(name: str, seed: int, options: Mapping[str, Any]) -> optuna.sam
     classes = {
         "random": optuna.samplers.RandomSampler,
         "qmc": optuna.samplers.QMCSampler,
-        "tpe": optuna.samplers.TPESampler,
+        "tpe": RememberingTPESampler,
         "gp": optuna.samplers.GPSampler,
         "cmaes": optuna.samplers.CmaEsSampler,
         "nsga2": optuna.samplers.NSGAIISampler,
@@ -367,12 +404,17 @@ def make_proposer(
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
     pruner_options: Mapping[str, Any] | None = None,
+    apart: bool = False,
 ) -> Proposer:
-    """The proposer that a sweep's ``search`` block asks for."""
+    """The proposer that a sweep's ``search`` block asks for; with ``apart``, a dear one in a process of its own."""
     if sampler == "grid" and pruner == "none":
         return GridProposer(space)
     if sampler == "grid":
         return PrunedGrid(space, pruner, directions, seed, pruner_options)
+    if apart and sampler in _DEAR and pruner == "none":  # a pruner is asked about running trials, and answers at once
+        from isoflop.search.process import ProposerProcess
+
+        return ProposerProcess(space, sampler, tuple(directions), seed, dict(options or {}))
     return OptunaProposer(space, sampler, pruner, directions, seed, options, pruner_options)
 
 

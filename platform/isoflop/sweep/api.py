@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from isoflop.track import MlflowTracker, NullTracker, Tracker
 
 EXECUTORS = ("ray", "local")
 _MENU = ("sizes", "tokens", "limits", "held", "constants")  # options of a frontier rather than of a fit
+_WAIT_SECONDS, _TELL_SECONDS = 1.0, 10.0  # between looks at MLflow's backlog, and between lines about it
 _LAST_SECONDS = 10.0  # for MLflow, when a session ends in an error
 
 
@@ -44,7 +46,7 @@ class RunOptions:
         tracking_uri: MLflow; None for the store's own database, "none" for no tracking.
         workers: upper bound on parallel jobs.
         cache_dir: of stages; None for the default.
-        track_wait: seconds to wait at the end for MLflow to catch up.
+        track_wait: seconds to wait at the end for an MLflow that makes no progress; one that does is waited for.
     """
 
     store: str | None = None
@@ -55,7 +57,7 @@ class RunOptions:
     workers: int | None = None
     cache_dir: str | Path | None = None
     retry_failed: bool = False
-    track_wait: float = 600.0
+    track_wait: float = 60.0
 
 
 def run(given: str | Path | Mapping[str, Any], progress: Progress | None = None, **options: Any) -> SweepResults:
@@ -94,7 +96,10 @@ def run_resolved(sweep: Sweep, options: RunOptions, progress: Progress) -> Sweep
         tracker.start(spec_text(sweep), {"spec": spec.digest, "store": store.uri})
         stack.push(partial(_end_tracking, tracker))
         stack.callback(executor.close, now=True)
-        summary = Driver(sweep, ledger, executor, _proposer(sweep), tracker, log, options.retry_failed).run()
+        proposer = make_proposer_for(sweep, apart=options.executor != "local")
+        stack.callback(proposer.close)
+        summary = Driver(sweep, ledger, executor, proposer, tracker, log, options.retry_failed).run()
+        proposer.close()
         executor.close(now=summary.interrupted)
         if spec.laws:
             log.line("fitting laws")
@@ -115,11 +120,17 @@ def _end_tracking(tracker: Tracker, kind: type[BaseException] | None, error: Bas
     return False
 
 
-def _proposer(sweep: Sweep) -> Proposer:
+def make_proposer_for(sweep: Sweep, apart: bool = False) -> Proposer:
+    """What a sweep's ``search`` block asks for.
+
+    Args:
+        apart: samplers that learn may think in a process of their own. What they have seen when they propose then
+            depends on how fast jobs are; with the in-process executor everything happens in a fixed order.
+    """
     spec, search = sweep.spec, sweep.spec.search
     directions = [o.direction for o in spec.objectives]
     return make_proposer(
-        sweep.space, search.sampler, search.pruner, directions, spec.seed, search.options, search.pruner_options
+        sweep.space, search.sampler, search.pruner, directions, spec.seed, search.options, search.pruner_options, apart
     )
 
 
@@ -161,13 +172,31 @@ def make_executor(sweep: Sweep, options: RunOptions, store: Store | None = None)
     )
 
 
-def _await_tracker(tracker: Tracker, wait: float, log: LogFile) -> None:
-    if tracker.backlog():
-        log.line(f"waiting for MLflow: {tracker.backlog()} rows to go")
-    left = tracker.close(wait)
+def _await_tracker(tracker: Tracker, patience: float, log: LogFile) -> None:
+    """Wait until MLflow shows everything, for as long as it gets nearer to that. Ctrl-C goes on without."""
+    left, since, told = tracker.backlog(), time.monotonic(), time.monotonic()
+    if left:
+        log.line(f"waiting for MLflow: {left} rows to go (Ctrl-C: do not wait)")
+    try:
+        while not tracker.wait(min(_WAIT_SECONDS, patience)):
+            now = time.monotonic()
+            if tracker.backlog() != left:
+                left, since = tracker.backlog(), now
+            if now - since >= patience:
+                break
+            if now - told >= _TELL_SECONDS:
+                told = now
+                reason = (
+                    f"; {tracker.problem}; at most {patience - (now - since):.0f} s more" if tracker.problem else ""
+                )
+                log.line(f"waiting for MLflow: {left} rows to go{reason} (Ctrl-C: do not wait)")
+    except KeyboardInterrupt:
+        log.line("not waiting for MLflow any longer")
+    left = tracker.close(0.0)
     if left or tracker.problem:
+        rows = f"{left} rows" if left else "laws and plots"
         log.line(
-            f"MLflow does not show everything yet ({left} rows; {tracker.problem or 'too slow'}); `isoflop resume` will bring the rest"
+            f"MLflow does not show everything yet ({rows}; {tracker.problem or 'too slow'}); `isoflop resume` will bring the rest"
         )
 
 

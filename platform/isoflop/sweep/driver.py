@@ -26,6 +26,7 @@ from isoflop.sweep.progress import Progress, Snapshot
 from isoflop.sweep.queue import Pending, WorkQueue
 from isoflop.sweep.resolve import Sweep
 from isoflop.sweep.rows import make_row
+from isoflop.sweep.titles import job_title, stage_title
 from isoflop.sweep.trials import Trial, TrialBook
 from isoflop.track import Tracker
 
@@ -35,6 +36,7 @@ _COMMIT_ROWS = 200
 _FOLD_FILES = 512  # of a long session; fewer wait for the next one
 _POLL_SECONDS = 0.1
 _SHORT_JOB = 2.0  # seconds; only short jobs are queued behind another on the same worker
+_TINY_JOB = 0.05  # seconds; of such jobs more are asked for at a time, or committing each few would hold them up
 _EAGER = ("grid", "random", "qmc")  # these do not learn from outcomes, so asking ahead costs nothing
 
 
@@ -116,6 +118,7 @@ class Driver:
         self._last_commit = 0.0
         self._last_show = 0.0
         self._started_workers = False
+        self._stage_titles: dict[str, str] = {}
 
     def run(self) -> Summary:
         """Run until the search is exhausted, the budget ends, or somebody interrupts. Returns how it went."""
@@ -180,7 +183,8 @@ class Driver:
             self._progress.line(self._notice)
             self._notice = ""
         busy = bool(self._slots) and any(slot.items for slot in self._slots.values())
-        if not busy and not self._rows and (self._interrupts or not len(self._queue)):
+        thinking = self._proposer.pending and not self._exhausted
+        if not busy and not self._rows and (self._interrupts or not (len(self._queue) or thinking)):
             return False
         for event in self._executor.poll(_POLL_SECONDS if not self._rows else 0.02):
             if isinstance(event, Done):
@@ -208,7 +212,7 @@ class Driver:
         eager = self._spec.search.sampler in _EAGER
         per_trial = len(self._sweep.task_options) * self._spec.repeats
         # A search that learns is asked as late as possible; of short jobs a few at once, or asking would hold them up.
-        wanted = max(4 * slots, 16) if eager else slots * (4 if self._job_seconds < _SHORT_JOB else 1)
+        wanted = max(4 * slots, 16) if eager else slots * self._asked_per_slot()
         missing = wanted - (len(self._queue) if eager else self._trials.open_count * per_trial)
         if self._spec.budget.jobs is not None:
             have = self._summary.cached + self._summary.ran + self._queue.running + len(self._queue)
@@ -221,14 +225,21 @@ class Driver:
                 self._exhausted = True
                 self._summary.reason = f"{self._spec.budget.trials} trials"
             return
+        busy = len(self._queue) or self._rows or any(slot.items for slot in self._slots.values())
+        if not busy and self._proposer.pending:
+            self._proposer.wait(_POLL_SECONDS)
         proposals = self._proposer.ask(count)
-        if not proposals and self._trials.open_count == 0:
-            self._exhausted = True
-        if not proposals and eager:
+        if not proposals and not self._proposer.pending and (eager or self._trials.open_count == 0):
             self._exhausted = True
         for proposal in proposals:
             trial = self._trials.open(proposal.number, proposal.config)
             self._enqueue(trial, list(trial.jobs.values()))
+
+    def _asked_per_slot(self) -> int:
+        """Jobs of a search that learns which are open at a time, per slot."""
+        if self._job_seconds < _TINY_JOB and self._summary.ran:
+            return 8
+        return 4 if self._job_seconds < _SHORT_JOB else 1
 
     def _budget_ended(self) -> str | None:
         budget = self._spec.budget
@@ -247,7 +258,7 @@ class Driver:
         self._started_workers = True
 
     def _dispatch(self) -> None:
-        if not self._started_workers and len(self._queue):
+        if not self._started_workers and (len(self._queue) or self._proposer.pending):
             self._start_workers()
         workers = self._executor.workers()
         newcomers = [w.id for w in workers if w.id not in self._slots]
@@ -288,13 +299,15 @@ class Driver:
             self._queue.stage_done(event.item.stage)
             self._summary.stages += 1
             if result["seconds"]:
-                self._progress.line(f"stage {event.item.stage} computed by {event.worker} in {result['seconds']:.1f} s")
+                self._progress.line(
+                    f"stage {self._title(event.item)} computed by {event.worker} in {result['seconds']:.1f} s"
+                )
             return
         failure = self._queue.stage_failed(
             event.item.stage, result["status"], result["error_type"], result["error_text"]
         )
         if failure is None:
-            self._progress.line(f"stage {event.item.stage} failed, will be tried again: {result['error_text']}")
+            self._progress.line(f"stage {self._title(event.item)} failed, will be tried again: {result['error_text']}")
             return
         for pending in failure.jobs:
             text = f"stage {failure.key}: {failure.error_text}"
@@ -318,7 +331,7 @@ class Driver:
             exhausted = self._queue.job_failed(job.id, event.worker)
             if exhausted is None:
                 self._progress.line(
-                    f"{_title(job)} failed, will be tried again: {outcome.error_type}: {outcome.error_text}"
+                    f"{job_title(job)} failed, will be tried again: {outcome.error_type}: {outcome.error_text}"
                 )
                 return
             self._record(job, outcome, exhausted.attempt)
@@ -366,7 +379,7 @@ class Driver:
             else f"{outcome.error_type}: {outcome.error_text}"
         )
         self._progress.line(
-            f"{_title(job)} {outcome.status} on {outcome.worker or '-'} in {outcome.seconds:.1f} s: {result}"
+            f"{job_title(job)} {outcome.status} on {outcome.worker or '-'} in {outcome.seconds:.1f} s: {result}"
         )
 
     def _commit(self, force: bool = False) -> None:
@@ -374,9 +387,7 @@ class Driver:
             return
         # real seconds, also in simulated time: this paces writes to a disk
         due = time.monotonic() - self._last_commit >= _COMMIT_SECONDS or len(self._rows) >= _COMMIT_ROWS
-        # a worker stands idle while the search waits for these rows
-        starved = not len(self._queue) and not self._exhausted and not all(slot.items for slot in self._slots.values())
-        if not (force or due or starved):
+        if not (force or due or self._starved()):
             return
         # Kept until the ledger has them: whatever interrupts this, they are written (again) at the end.
         rows = self._rows
@@ -389,6 +400,14 @@ class Driver:
             row["sequence"] = first + offset
         self._trials.record(rows)
         self._tracker.push(rows)
+
+    def _starved(self) -> bool:
+        """Whether a worker stands idle, or soon will, while the search waits for rows to be committed."""
+        if len(self._queue) or self._exhausted or self._spec.search.sampler in _EAGER:
+            return False
+        if self._proposer.pending:  # it has something to think about; more so before it runs out of it
+            return len(self._rows) >= len(self._slots) * self._asked_per_slot() // 2
+        return not all(slot.items for slot in self._slots.values())
 
     # outside
 
@@ -411,12 +430,17 @@ class Driver:
         state.draining = bool(self._interrupts)
         now = self._clock()
         state.doing = {
-            worker: f"{_title(slot.items[0].job) if slot.items[0].kind == 'job' else slot.items[0].stage} ({now - slot.since:.0f} s)"
-            if slot.items
-            else "idle"
+            worker: f"{self._title(slot.items[0])} ({now - slot.since:.0f} s)" if slot.items else "idle"
             for worker, slot in self._slots.items()
         }
         self._progress.update(state)
+
+    def _title(self, item: WorkItem) -> str:
+        if item.kind == "job":
+            return job_title(item.job)
+        if item.stage not in self._stage_titles:
+            self._stage_titles[item.stage] = stage_title(item.job, item.stage)
+        return self._stage_titles[item.stage]
 
     def _left(self) -> int:
         """Jobs that another session would still run: all that are known of, where the search is finite."""
@@ -458,10 +482,3 @@ class Driver:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
-
-
-def _title(job: Job) -> str:
-    knobs = " ".join(f"{k.rsplit('.', 1)[-1]}={v}" for k, v in job.knobs().items())
-    return " ".join(
-        p for p in (job.model, job.method_label, knobs, job.task, f"r{job.repeat}" if job.repeat else "") if p
-    )

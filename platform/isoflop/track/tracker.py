@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 Row = Mapping[str, Any]
 _REFUSALS = 2  # a row that MLflow finds wrong so often must not hold up the others
 _BATCH = 200  # rows per transaction
+_GATHER_SECONDS = 0.5  # a transaction costs as much as dozens of rows, so rows wait this long for others
 _RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0)
 
 
@@ -57,7 +59,11 @@ class Tracker(ABC):
 
     @abstractmethod
     def backlog(self) -> int:
-        """Rows that MLflow does not show yet."""
+        """Rows that MLflow does not show yet, and those of earlier sessions that nobody has looked after yet."""
+
+    @abstractmethod
+    def wait(self, seconds: float) -> bool:
+        """Nothing more will be pushed; wait until everything is shown. False when it is not yet."""
 
     @abstractmethod
     def close(self, wait: float) -> int:
@@ -91,6 +97,9 @@ class NullTracker(Tracker):
     def backlog(self) -> int:
         return 0
 
+    def wait(self, seconds: float) -> bool:
+        return True
+
     def close(self, wait: float) -> int:
         return 0
 
@@ -111,6 +120,7 @@ class MlflowTracker(Tracker):
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._pending = 0
         self._count_lock = threading.Lock()
+        self._closing = False
         self._stop = threading.Event()
         self._problem = ""
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
@@ -128,6 +138,8 @@ class MlflowTracker(Tracker):
             self._queue.put(("rows", batch))
 
     def catch_up(self, table: pa.Table) -> None:
+        with self._count_lock:
+            self._pending += table.num_rows
         self._queue.put(("catch_up", table))
 
     def finish(self, artifacts: Iterable[Artifact], metrics: Mapping[str, float], note: str, status: str) -> None:
@@ -144,11 +156,16 @@ class MlflowTracker(Tracker):
     def problem(self) -> str:
         return self._problem
 
-    def close(self, wait: float) -> int:
-        self._queue.put(("close",))
+    def wait(self, seconds: float) -> bool:
+        if not self._closing:
+            self._closing = True
+            self._queue.put(("close",))
         if self._thread.is_alive():
-            self._thread.join(wait)
-        if self._thread.is_alive() and not self._problem:
+            self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def close(self, wait: float) -> int:
+        if not self.wait(wait) and not self._problem:
             self._problem = f"MLflow at {self._uri}: not done in {wait:g} s"
         self._stop.set()
         if self._thread.is_alive():
@@ -170,16 +187,17 @@ class MlflowTracker(Tracker):
 
     def _settle(self, message: tuple[Any, ...]) -> None:
         """MLflow shows these rows now, or never will."""
-        if message[0] == "rows":
+        if message[0] in ("rows", "catch_up"):
             with self._count_lock:
                 self._pending -= len(message[1])
 
     def _gather(self, first: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[tuple[Any, ...]]]:
-        """Everything that has been pushed meanwhile, as one batch; and the next message of another kind."""
+        """What is pushed within a moment, as one batch; and the next message of another kind, which ends the waiting."""
         rows = list(first[1])
+        deadline = time.monotonic() + _GATHER_SECONDS
         while len(rows) < _BATCH:
             try:
-                message = self._queue.get_nowait()
+                message = self._queue.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 break
             if message[0] != "rows":
