@@ -122,8 +122,9 @@ class Rolling(Eviction):
         state = store.state
         state["seen"] = [n + r for n, r in zip(state["seen"], real, strict=True)]
         budgets = [count_of(self.keep, max(n, p)) for n, p in zip(state["seen"], state["prompt"], strict=True)]
-        state["held"] = [min(h + r, b) for h, r, b in zip(state["held"], real, budgets, strict=True)]
-        if kept.tokens > max(state["held"]):
+        waiting = [h + r for h, r in zip(state["held"], real, strict=True)]
+        state["held"] = [min(w, b) for w, b in zip(waiting, budgets, strict=True)]
+        if waiting != state["held"] or kept.tokens > max(state["held"]):
             live_BGN = None if kept.log_bias_BGN is None else kept.log_bias_BGN == 0
             chosen = self.choose(scores_BGN, kept.positions_BGN, state["seen"], state["held"], live_BGN)
             kept, scores_BGN = _kept(kept, chosen), chosen.of_heads(scores_BGN.shape[1]).take(scores_BGN)

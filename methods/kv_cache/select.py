@@ -22,7 +22,8 @@ class Selection:
     """Chosen tokens of every row and head.
 
     Attributes:
-        index_BGM: their places, ascending; rows that keep fewer than M repeat their first one in the slots left over.
+        index_BGM: their places, ascending; rows that keep fewer than M repeat their last one in the slots left over,
+            so that those change no range of values.
         empty_BGM: True at those slots; None where there are none.
     """
 
@@ -88,9 +89,8 @@ def select(scores_BGN: Tensor, counts: list[int], candidates_BGN: Tensor | None 
     surplus_BGM = (ranks_M >= torch.tensor(counts, device=scores_BGN.device)[:, None, None]).expand_as(best_BGM)
     places_BGM = best_BGM.masked_fill(surplus_BGM, scores_BGN.shape[-1]).sort(dim=-1).values
     empty_BGM = places_BGM == scores_BGN.shape[-1]
-    return Selection(
-        torch.where(empty_BGM, places_BGM[..., :1].clamp(max=scores_BGN.shape[-1] - 1), places_BGM), empty_BGM
-    )
+    last_BG1 = places_BGM.masked_fill(empty_BGM, 0).amax(-1, keepdim=True)
+    return Selection(torch.where(empty_BGM, last_BG1, places_BGM), empty_BGM)
 
 
 def split(

@@ -16,7 +16,9 @@ from isoflop.models.attention import AttentionCall
 HEADS, GROUPS, WIDTH = 4, 2, 8
 
 
-def a_call(length: int, rows: int = 2, seed: int = 0, pads: tuple[int, ...] | None = None, layer: int = 0) -> AttentionCall:
+def a_call(
+    length: int, rows: int = 2, seed: int = 0, pads: tuple[int, ...] | None = None, layer: int = 0
+) -> AttentionCall:
     """Random queries and keys that attend unevenly; ``pads`` are columns of padding on the left of each row."""
     rng = torch.Generator().manual_seed(seed)
     q, k, v = (

@@ -39,7 +39,9 @@ def kept(method: Eviction, call: AttentionCall) -> torch.Tensor:
 
 def test_alpha_one_is_the_column_sum_and_alpha_zero_the_last_row() -> None:
     call = a_call(15)
-    torch.testing.assert_close(A2SF(alpha=1.0).score(call).double(), column_sums(call, torch.ones(15)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        A2SF(alpha=1.0).score(call).double(), column_sums(call, torch.ones(15)), atol=1e-5, rtol=1e-5
+    )
     last = probabilities(call)[:, :, -1].unflatten(1, (GROUPS, -1)).sum(2)
     torch.testing.assert_close(A2SF(alpha=0.0).score(call).double(), last, atol=1e-5, rtol=1e-5)
 
@@ -68,7 +70,9 @@ def test_uniform_attention_has_a_closed_form(alpha: float) -> None:
     length = 30
     call = a_call(length)
     call = replace(call, q_BHTD=torch.zeros_like(call.q_BHTD))
-    expected = [sum(alpha ** (length - 1 - q) / (q + 1) for q in range(j, length)) * HEADS / GROUPS for j in range(length)]
+    expected = [
+        sum(alpha ** (length - 1 - q) / (q + 1) for q in range(j, length)) * HEADS / GROUPS for j in range(length)
+    ]
     torch.testing.assert_close(A2SF(alpha=alpha).score(call)[0, 0], torch.tensor(expected), atol=1e-5, rtol=1e-5)
 
 
@@ -113,7 +117,9 @@ def test_the_kept_set_is_the_window_and_the_best_of_the_rest(alpha: float, recen
             assert set(positions[row, head].tolist()) == fixed | set(rest[: budget - len(fixed)])
 
 
-def simulate(call: AttentionCall, row: int, group: int, alpha: float, budget: int, recent: int, start: int) -> tuple[list[np.ndarray], list[int]]:
+def simulate(
+    call: AttentionCall, row: int, group: int, alpha: float, budget: int, recent: int, start: int
+) -> tuple[list[np.ndarray], list[int]]:
     """Token by token on lists from which evicted rows are deleted; outputs of the group's query heads, and the survivors.
 
     Up to ``start`` nothing is evicted.
@@ -215,7 +221,9 @@ def test_rolling_keeps_the_share_and_old_positions(name: str) -> None:
 
 def test_scores_count_four_bytes_each() -> None:
     call = a_call(20, rows=1)
-    rolling, fixed, last = (stored_bytes(m.compress(call, None).resident(), 16) for m in (H2O(), H2O(rolling=False), Tova()))
+    rolling, fixed, last = (
+        stored_bytes(m.compress(call, None).resident(), 16) for m in (H2O(), H2O(rolling=False), Tova())
+    )
     assert fixed == last == 2 * 2 * GROUPS * 10 * 8
     assert rolling == fixed + 4 * GROUPS * 10
 

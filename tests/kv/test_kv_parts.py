@@ -17,7 +17,15 @@ from isoflop.methods.kv_cache.select import count_of, protect, select, split
 
 @pytest.mark.parametrize(
     ("share", "length", "least", "count"),
-    [(0.1, 10, 1, 1), (0.9, 10, 1, 9), (0.5, 5, 1, 3), (0.01, 10, 1, 1), (0.01, 10, 0, 0), (1.0, 7, 1, 7), (0.3, 1, 1, 1)],
+    [
+        (0.1, 10, 1, 1),
+        (0.9, 10, 1, 9),
+        (0.5, 5, 1, 3),
+        (0.01, 10, 1, 1),
+        (0.01, 10, 0, 0),
+        (1.0, 7, 1, 7),
+        (0.3, 1, 1, 1),
+    ],
 )
 def test_a_share_is_the_nearest_count(share: float, length: int, least: int, count: int) -> None:
     assert count_of(share, length, least) == count
@@ -78,7 +86,9 @@ def test_random_numbers_are_uniform() -> None:
 
 
 def replace_rows(call: object, rows: list[int]) -> object:
-    return replace(call, q_BHTD=call.q_BHTD[rows], k_BGTD=call.k_BGTD[rows], v_BGTD=call.v_BGTD[rows], ids_BT=call.ids_BT[rows])
+    return replace(
+        call, q_BHTD=call.q_BHTD[rows], k_BGTD=call.k_BGTD[rows], v_BGTD=call.v_BGTD[rows], ids_BT=call.ids_BT[rows]
+    )
 
 
 @pytest.mark.parametrize("length", [1, 2, 13])
@@ -86,13 +96,17 @@ def replace_rows(call: object, rows: list[int]) -> object:
 def test_forgetting_scores_equal_the_whole_matrix(length: int, alpha: float) -> None:
     call = a_call(length)
     age = torch.arange(length - 1, -1, -1, dtype=torch.float64)
-    torch.testing.assert_close(attention_scores(call, forgetting(call, alpha)).double(), column_sums(call, alpha**age), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        attention_scores(call, forgetting(call, alpha)).double(), column_sums(call, alpha**age), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_window_scores_equal_the_last_rows() -> None:
     call = a_call(13)
     last = (torch.arange(13) >= 9).double()
-    torch.testing.assert_close(attention_scores(call, window(call, 4)).double(), column_sums(call, last), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        attention_scores(call, window(call, 4)).double(), column_sums(call, last), atol=1e-5, rtol=1e-5
+    )
     torch.testing.assert_close(attention_scores(call, window(call, 99)), attention_scores(call, forgetting(call, 1.0)))
 
 

@@ -13,11 +13,10 @@ from torch import Tensor
 from isoflop.core.errors import Infeasible
 from isoflop.kernels.quant import pack_bits, packed_nbytes, unpack_bits
 from isoflop.methods.base import build
-from isoflop.methods.kv_cache.base import append_recent
+from isoflop.methods.kv_cache.base import append_recent, slice_call
 from isoflop.methods.kv_cache.probe import KvCacheProbe
 from isoflop.methods.kv_cache.rtn import KvRtn
 from isoflop.methods.kv_cache.zipcache import ZipCache, probes
-from isoflop.models.attention import AttentionCall
 from isoflop.models.segments import PackedSegment, stored_bytes
 
 ALL = {"probe_recent": 1.0, "probe_random": 0.0}
@@ -128,7 +127,10 @@ def test_channel_scales_save_values_with_outlier_channels() -> None:
     error = {}
     for scheme in ("cst", "token"):
         store = ZipCache(salient_ratio=0.5, v_scheme=scheme).compress(call, None)
-        parts = [(s.values() - call.v_BGTD.gather(2, s.positions_BGN[..., None].expand(-1, -1, -1, WIDTH))) for s in store.segments]
+        parts = [
+            (s.values() - call.v_BGTD.gather(2, s.positions_BGN[..., None].expand(-1, -1, -1, WIDTH)))
+            for s in store.segments
+        ]
         error[scheme] = float(sum(((p[..., [0, *range(2, WIDTH)]]) ** 2).sum() for p in parts))
     assert error["cst"] < 0.5 * error["token"]
 
@@ -158,7 +160,11 @@ def test_every_token_is_in_exactly_one_class(ratio: float, pads: tuple[int, ...]
     call = a_call(17, pads=pads)
     found = ZipCache(salient_ratio=ratio).tiers(call)
     total = sum(chosen.mask(17).long() for _, chosen in found)
-    real = torch.ones(2, GROUPS, 17, dtype=torch.long) if call.valid_BT is None else call.valid_BT[:, None].long().expand(-1, GROUPS, -1)
+    real = (
+        torch.ones(2, GROUPS, 17, dtype=torch.long)
+        if call.valid_BT is None
+        else call.valid_BT[:, None].long().expand(-1, GROUPS, -1)
+    )
     assert torch.equal(total, real)
     salient = found[0][1].mask(17).sum(-1)[:, 0].tolist()
     assert salient == [math.floor(ratio * n + 0.5) for n in (17, 17 if pads is None else 12)]
@@ -181,7 +187,10 @@ def test_sixteen_bits_reproduce_dense_logits(probe: KvCacheProbe) -> None:
     batch = probe.batch(range(3))
     with torch.no_grad():
         dense = probe.model.logits(batch)
-        for knobs in ({"bits_hi": 16, "bits_lo": 16, "salient_ratio": 0.3, "streaming_gap": 3}, {"bits_hi": 16, "salient_ratio": 1.0}):
+        for knobs in (
+            {"bits_hi": 16, "bits_lo": 16, "salient_ratio": 0.3, "streaming_gap": 3},
+            {"bits_hi": 16, "salient_ratio": 1.0},
+        ):
             with build("zipcache", knobs).apply(probe.model, None):
                 assert (probe.model.logits(batch) - dense).abs().max() <= 1e-5 * dense.abs().max()
 
@@ -189,7 +198,7 @@ def test_sixteen_bits_reproduce_dense_logits(probe: KvCacheProbe) -> None:
 def test_a_full_buffer_becomes_a_block_and_older_blocks_are_left_alone() -> None:
     whole = a_call(31)
     method = ZipCache(streaming_gap=4, salient_ratio=0.5)
-    store = method.compress(_first(whole, 20), None)
+    store = method.compress(slice_call(whole, 0, 20), None)
     before = [t.clone() for t in store.resident()]
     prompt_segments = list(store.segments)
     for place in range(20, 31):
@@ -209,7 +218,7 @@ def test_a_full_buffer_becomes_a_block_and_older_blocks_are_left_alone() -> None
 def test_new_salient_tokens_are_those_the_newest_query_attends_to() -> None:
     whole = a_call(24)
     method = ZipCache(streaming_gap=4, salient_ratio=0.25)
-    store = method.compress(_first(whole, 20), None)
+    store = method.compress(slice_call(whole, 0, 20), None)
     for place in range(20, 24):
         query = token(whole, place)
         append_recent(store, query)
@@ -218,6 +227,27 @@ def test_new_salient_tokens_are_those_the_newest_query_attends_to() -> None:
     k = whole.k_BGTD[:, :, 20:24].double()
     attention = (torch.einsum("bgrd,bgnd->bgrn", q, k) * whole.scaling).softmax(-1).sum(2)
     assert torch.equal(store.segments[2].positions_BGN[..., 0] - 20, attention.argmax(-1))
+
+
+@pytest.mark.parametrize("gap", [1, 3, 100])
+def test_many_queries_at_once_leave_the_blocks_that_single_ones_leave(gap: int) -> None:
+    whole = a_call(34)
+    method = ZipCache(streaming_gap=gap, salient_ratio=0.5)
+    stores, outs = [], []
+    for size in (1, 5):
+        store, found = method.compress(slice_call(whole, 0, 20), None), []
+        place = 20
+        while place < 34:
+            stop = min(place + min(size, method.stride(store)), 34)
+            query = slice_call(whole, place, stop)
+            append_recent(store, query)
+            found.append(method.step(query, store, None))
+            place = stop
+        stores.append(store)
+        outs.append(torch.cat(found, dim=1))
+    for a, b in zip(stores[0].resident(), stores[1].resident(), strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(outs[0], outs[1], atol=1e-5, rtol=1e-5)
 
 
 def test_padding_changes_no_class_and_no_code() -> None:
@@ -246,14 +276,11 @@ def test_uniform_bits_group_keys_along_tokens() -> None:
 
 @pytest.mark.parametrize(
     ("knobs", "words"),
-    [({"bits_lo": 8}, "bits_lo = 8 exceeds bits_hi = 4"), ({"probe_recent": 0.0, "probe_random": 0.0}, "no probe query")],
+    [
+        ({"bits_lo": 8}, "bits_lo = 8 exceeds bits_hi = 4"),
+        ({"probe_recent": 0.0, "probe_random": 0.0}, "no probe query"),
+    ],
 )
 def test_impossible_knobs_are_refused(knobs: dict[str, float], words: str, probe: KvCacheProbe) -> None:
     with pytest.raises(Infeasible, match=words):
         build("zipcache", knobs).check(probe.model.info)
-
-
-def _first(call: AttentionCall, count: int) -> AttentionCall:
-    from isoflop.methods.kv_cache.base import slice_call
-
-    return slice_call(call, 0, count)
