@@ -10,6 +10,7 @@ Shape suffixes: B batch, P patches, V visual tokens that enter the language mode
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -135,6 +136,33 @@ class VlmBatch:
     answers_B: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class PromptLayout:
+    """Where the visual tokens of a batch of prompts are.
+
+    Attributes:
+        image_BL: True at visual tokens; equally many in every row.
+        ids_B: example numbers.
+        valid_BL: False for padding; None when nothing is padded.
+    """
+
+    image_BL: Tensor
+    ids_B: Tensor
+    valid_BL: Tensor | None
+
+    @property
+    def count(self) -> int:
+        """V."""
+        return int(self.image_BL[0].sum())
+
+
+class TokenDropping(Protocol):
+    """What a method on tokens between decoder layers puts into ``VlmModel.dropping``."""
+
+    def prompt(self, layout: PromptLayout) -> AbstractContextManager[None]:
+        """The decoder's pass inside the block is over a prompt."""
+
+
 class VlmModel(DecoderModel):
     """A loaded LLaVA-style model (``LlavaForConditionalGeneration``).
 
@@ -143,6 +171,7 @@ class VlmModel(DecoderModel):
         module: the Hugging Face model, in evaluation mode.
         vision: its tower with the preprocessing.
         compression: the compressor in place, or None for all tokens.
+        dropping: the method that drops tokens between decoder layers, or None.
         live_vision: set by methods that change the tower, so that cached features are not used.
     """
 
@@ -153,6 +182,7 @@ class VlmModel(DecoderModel):
         self.module: Any = module
         self.vision = vision
         self.compression: Compression | None = None
+        self.dropping: TokenDropping | None = None
         self.live_vision = False
 
     @property
@@ -212,12 +242,16 @@ class VlmModel(DecoderModel):
             batch.prompt_BT, batch.prompt_mask_BT, self.info.geometry["image_token"], visual_BVd.shape[1]
         )
         positions_BL = None if mask_BL is None else (mask_BL.cumsum(-1) - 1).clamp(min=0)
+        image_BL = ids_BL == self.info.geometry["image_token"]
         if places_BV is not None:
-            image_BL = ids_BL == self.info.geometry["image_token"]
             positions_BL = places_kept(positions_BL, image_BL, places_BV, self.info.geometry["visual_tokens"])
         image = BaseModelOutputWithPooling(pooler_output=list(visual_BVd))
-        prefix = 0 if self.attention is None else _image_end(ids_BL, self.info.geometry["image_token"])
-        with self.compressing_prefix(prefix):
+        prefix = 0 if self.attention is None else _image_end(image_BL)
+        with ExitStack() as stack:
+            stack.enter_context(self.compressing_prefix(prefix))
+            if self.dropping is not None:
+                layout = PromptLayout(image_BL, batch.ids_B, None if mask_BL is None else mask_BL.bool())
+                stack.enter_context(self.dropping.prompt(layout))
             return self.module(
                 input_ids=ids_BL,
                 attention_mask=mask_BL,
@@ -319,14 +353,14 @@ def places_kept(positions_BL: Tensor | None, image_BL: Tensor, places_BV: Tensor
     return moved_BL.masked_scatter(image_BL, positions_BL.gather(1, first_B1) + places_BV)
 
 
-def _image_end(ids_BL: Tensor, image_token: int) -> int:
+def _image_end(image_BL: Tensor) -> int:
     """Column behind the last image placeholder, the same in every row.
 
     Raises:
         ValueError: the rows disagree.
     """
-    places_L = torch.arange(1, ids_BL.shape[1] + 1, device=ids_BL.device)
-    ends_B = ((ids_BL == image_token) * places_L).amax(-1)
+    places_L = torch.arange(1, image_BL.shape[1] + 1, device=image_BL.device)
+    ends_B = (image_BL * places_L).amax(-1)
     if not bool((ends_B == ends_B[0]).all()):
         raise ValueError("the images of a batch must end in the same column for a method on the KV cache")
     return int(ends_B[0])

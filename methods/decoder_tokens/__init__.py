@@ -1,0 +1,1 @@
+"""Dropping visual tokens between the decoder's layers."""
