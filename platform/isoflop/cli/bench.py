@@ -10,6 +10,7 @@ _BENCHES = {
     "laws": ("isoflop.bench.laws", "laws"),
     "engine": ("isoflop.bench.engine", "engine"),
     "kernels": ("isoflop.bench.kernels", "kernels"),
+    "search": ("isoflop.bench.search", "search"),
 }
 
 

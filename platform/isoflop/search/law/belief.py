@@ -2,12 +2,13 @@ r"""What the rows say: a mixture over competing forms and over the basins of eac
 
 For hypothesis k (a form, a basin), in search coordinates u (logarithms of amplitudes, exponents as they are):
 
-    Sigma_k = (J_k^T V^-1 J_k + Lambda)^-1,    V = diag(sigma^2 q_i + tau^2),    Lambda = diag(1/sd^2)   (weak prior)
+    Sigma_k = (J_k^T V^-1 J_k + Lambda)^-1,    V = diag(sigma^2 q_i) + tau^2 K,    Lambda = diag(1/sd^2)   (weak prior)
 
 * sigma^2 has an inverse-gamma posterior; q_i, the relative variance of a row, comes from standard errors where rows have
   them, and from a shrunken regression of ln r^2 on ln cost (small, cheap runs are noisier).
-* tau^2 is what repeats show the form to miss: (cell scatter - pure scatter), zero unless the F test of lack of fit rejects.
-  With it, the hundredth repeat of a cheap cell stops counting: a wrong form is then fitted to places, not to rows.
+* tau^2 is the variance of what the form misses, zero unless a test of lack of fit rejects. The misfit is then a smooth
+  surface over ln x (K: squared-exponential, a length of .35 of each axis' range): neighbouring places share it, repeats of
+  a place do not average it away, and predictions add what it is expected to be near the rows. A form that fits is left alone.
 * weights are proportional to exp(-BIC/2), BIC = n ln(SSE/n) + p ln n, over the same rows.
 
 Shapes: n rows, C cells, M places, P parameters of all blocks, R parameter draws, K axes.
@@ -15,9 +16,11 @@ Shapes: n rows, C cells, M places, P parameters of all blocks, R parameter draws
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from scipy import stats
@@ -33,7 +36,29 @@ _BASIN_MSE = 1.5  # basins up to this multiple of the best mean squared error ar
 _REJECT_BEND = 0.002
 _REJECT = 0.01  # p-value of the lack-of-fit test from which tau^2 is used
 _MAX_HYPOTHESES = 6
+_LENGTH = 0.35  # of the misfit's waves, as a share of each axis' range
 _GROWTH = 1.5  # a new global search when the rows have grown by this factor
+
+
+def kernel(x_MK: Array, group_M: np.ndarray, x_CK: Array, group_C: np.ndarray, unit_K: Array) -> Array:
+    """Correlation (M, C) of the misfit at two sets of places; groups do not share it."""
+    a, b = np.log(np.maximum(x_MK, 1e-300)) / unit_K, np.log(np.maximum(x_CK, 1e-300)) / unit_K
+    distance = np.sum((a[:, None, :] - b[None, :, :]) ** 2, axis=2)
+    return np.exp(-0.5 * distance) * (group_M[:, None] == group_C[None, :])
+
+
+@dataclass(frozen=True)
+class Surface:
+    """The expected misfit of a form: a weighted sum of kernels at the cells."""
+
+    x: Array
+    group: np.ndarray
+    unit: Array
+    weight: Array
+
+    def at(self, x_MK: Array, group_M: np.ndarray) -> Array:
+        """(M,)."""
+        return kernel(x_MK, group_M, self.x, self.group, self.unit) @ self.weight
 
 
 @dataclass
@@ -54,26 +79,37 @@ class Hypothesis:
     weight: float = 1.0
     bic: float = math.nan
     sse: float = math.nan
+    surface: Surface | None = None
 
+    @cached_property
     def slices(self) -> list[slice]:
         """Where each block's parameters stand in ``u``."""
         ends = np.cumsum([0, *(len(b.form.names) for b in self.blocks)])
-        return [slice(int(a), int(b)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        return [slice(int(a), int(b)) for a, b in itertools.pairwise(ends)]
 
     def predict(self, u_RP: Array, x_MK: Array, group_M: np.ndarray) -> Array:
         """Predictions (R, M) of parameter draws."""
-        out = np.empty((len(u_RP), len(x_MK)))
-        for block, part in zip(self.blocks, self.slices(), strict=True):
-            mine = np.isin(group_M, block.groups)
-            if mine.any():
-                out[:, mine] = block.predict(u_RP[:, part], x_MK[mine], group_M[mine])
-        return out
+        if len(self.blocks) == 1:
+            out = self.blocks[0].predict(u_RP, x_MK, group_M)
+        else:
+            out = np.empty((len(u_RP), len(x_MK)))
+            for block, part in zip(self.blocks, self.slices, strict=True):
+                mine = np.flatnonzero(group_M == block.groups[0])
+                if len(mine):
+                    out[:, mine] = block.predict(u_RP[:, part], x_MK[mine], group_M[mine])
+        return out if self.surface is None else out + self.surface.at(x_MK, group_M)
+
+    def law(self, x_MK: Array, group_M: np.ndarray) -> Array:
+        """The form alone at the posterior mode (M,)."""
+        return replace(self, surface=None).predict(self.u[None], x_MK, group_M)[0]
 
     def jacobian(self, x_MK: Array, group_M: np.ndarray) -> Array:
         """Sensitivities (M, P) at the posterior mode."""
+        if len(self.blocks) == 1:
+            return self.blocks[0].jacobian(self.u, x_MK, group_M)
         out = np.zeros((len(x_MK), len(self.u)))
-        for block, part in zip(self.blocks, self.slices(), strict=True):
-            mine = np.flatnonzero(np.isin(group_M, block.groups))
+        for block, part in zip(self.blocks, self.slices, strict=True):
+            mine = np.flatnonzero(group_M == block.groups[0])
             if len(mine):
                 out[mine, part] = block.jacobian(self.u[part], x_MK[mine], group_M[mine])
         return out
@@ -214,12 +250,24 @@ class Belief:
     # fits
 
     def _variance(self, cells: Cells) -> Array:
+        """Of the cells' means (C,), misfit aside."""
         noise = self.noise
         sigma2 = noise.sigma2 if math.isfinite(noise.sigma2) else (_GUESS * self._y_scale) ** 2
-        return sigma2 * cells.q + noise.tau2
+        return sigma2 * cells.q
+
+    def _white(self, cells: Cells, mine: np.ndarray) -> Array:
+        """W with W^T W = V^-1 for some cells; its diagonal alone while the form fits."""
+        v = self._variance(cells)[mine]
+        if self.noise.tau2 == 0:
+            return 1 / np.sqrt(v)
+        x, g = cells.x[mine], cells.group[mine]
+        return np.linalg.inv(np.linalg.cholesky(np.diag(v) + self.noise.tau2 * kernel(x, g, x, g, self._unit(cells))))
+
+    def _unit(self, cells: Cells) -> Array:
+        """Length of the misfit's waves in ln x per axis (K,)."""
+        return np.maximum(_LENGTH * np.ptp(np.log(np.maximum(cells.x, 1e-300)), axis=0), 1e-6)
 
     def _fit(self, cells: Cells, fresh: bool) -> None:
-        v = self._variance(cells)
         found: list[Hypothesis] = []
         for i, contender in enumerate(self.contenders):
             old = [h for h in self.hypotheses if h.label == contender.label]
@@ -228,25 +276,25 @@ class Belief:
                 if old
                 else make_blocks(contender, self.axes, self.scales, self.groups, self.shared[i], self._y_scale)
             )
-            found += self._fit_form(contender.label, blocks, old, cells, v, fresh or not old)
+            found += self._fit_form(contender.label, blocks, old, cells, fresh or not old)
         self.hypotheses = found
 
     def _fit_form(
-        self, label: str, blocks: tuple[Block, ...], old: list[Hypothesis], cells: Cells, v: Array, fresh: bool
+        self, label: str, blocks: tuple[Block, ...], old: list[Hypothesis], cells: Cells, fresh: bool
     ) -> list[Hypothesis]:
         """Optima of every block; the first hypothesis has each block's best, the others change one block's basin."""
         per_block: list[list[Array]] = []
         for b, block in enumerate(blocks):
             mine = np.isin(cells.group, block.groups)
-            starts = [h.u[h.slices()[b]] for h in old] or [block.prior_mean]
+            starts = [h.u[h.slices[b]] for h in old] or [block.prior_mean]
             if not mine.any():
                 per_block.append([starts[0]])
                 continue
-            x, g, y, vb = cells.x[mine], cells.group[mine], cells.y[mine], v[mine]
+            x, g, y, vb = cells.x[mine], cells.group[mine], cells.y[mine], self._variance(cells)[mine]
             start = np.stack(starts)
             if fresh:
                 start = np.concatenate([start, search_starts(block, x, g, y, 1 / vb, 6)])
-            u, loss = map_fit(block, x, g, y, vb, start)
+            u, loss = map_fit(block, x, g, y, self._white(cells, mine), start)
             predictions = block.predict(u, x, g)
             noise = 0.25 * math.sqrt(float(np.median(vb)))
             spread = max(float(loss.min()), float(len(y)))
@@ -257,7 +305,7 @@ class Belief:
         for b, basins in enumerate(per_block):
             for u in basins[1:]:
                 other = Hypothesis(label, len(out), blocks, best.copy())
-                other.u[other.slices()[b]] = u
+                other.u[other.slices[b]] = u
                 out.append(other)
         return out[:_MAX_HYPOTHESES]
 
@@ -303,7 +351,7 @@ class Belief:
         sigma2 = (_STRENGTH * guess + 0.5 * scatter) / (_STRENGTH + 0.5 * dof)
         tau2 = 0.0
         if misfit:
-            residual2 = (cells.y - best.predict(best.u[None], cells.x, cells.group)[0]) ** 2
+            residual2 = (cells.y - best.law(cells.x, cells.group)) ** 2
             tau2 = max(0.0, float(np.sum(residual2 - sigma2 * cells.q)) / max(1, dof_model))
         level, slope, centre = self._shape
         self.noise = Noise(sigma2, 2 * _STRENGTH + dof, level, slope, centre, tau2)
@@ -318,7 +366,10 @@ class Belief:
             p = float(stats.f.sf(f, dof_model, cells.pure_dof))
         bend_f, bend_p, rest, rest_dof = self._bend(best, cells, between, dof_model)
         test = LackOfFit(f, p, max(0, dof_model), cells.pure_dof, bend_f, bend_p)
-        return test, (cells.pure, cells.pure_dof) if cells.pure_dof >= 2 else (cells.pure + rest, cells.pure_dof + rest_dof)
+        return test, (cells.pure, cells.pure_dof) if cells.pure_dof >= 2 else (
+            cells.pure + rest,
+            cells.pure_dof + rest_dof,
+        )
 
     def _bend(self, best: Hypothesis, cells: Cells, between: float, dof: int) -> tuple[float, float, float, float]:
         """F test of extra terms (squares and products of ln axes) in the linearised law."""
@@ -330,7 +381,7 @@ class Belief:
         pairs = [(a, b) for a in range(z.shape[1]) for b in range(a, z.shape[1])]
         extra = np.stack([z[:, a] * z[:, b] for a, b in pairs], axis=1)
         root = 1 / np.sqrt(cells.q)
-        r = (cells.y - best.predict(best.u[None], cells.x, cells.group)[0]) * root
+        r = (cells.y - best.law(cells.x, cells.group)) * root
         base = best.jacobian(cells.x, cells.group) * root[:, None]
         scale = np.maximum(np.linalg.norm(base, axis=0), 1e-300)
         plain = np.linalg.lstsq(base / scale, r, rcond=1e-8)
@@ -346,30 +397,34 @@ class Belief:
         return f, float(stats.f.sf(f, gained, pool_dof)), after, len(r) - int(bent[2])
 
     def _sse(self, h: Hypothesis, cells: Cells) -> float:
-        r = cells.y - h.predict(h.u[None], cells.x, cells.group)[0]
+        r = cells.y - h.law(cells.x, cells.group)
         value = float(np.sum(r**2 / cells.q))
         return value if math.isfinite(value) else math.inf
 
     # posterior
 
     def _covariances(self, cells: Cells) -> None:
-        v = self._variance(cells)
+        white = self._white(cells, np.ones(len(cells.y), dtype=bool))
         for h in self.hypotheses:
             j = h.jacobian(cells.x, cells.group)
-            precision = (j / v[:, None]).T @ j + np.diag(h.prior_sd**-2.0)
-            h.cov = inverse(precision)
+            j = j * white[:, None] if white.ndim == 1 else white @ j
+            h.cov = inverse(j.T @ j + np.diag(h.prior_sd**-2.0))
+            h.surface = None
+            if white.ndim == 2:
+                r = cells.y - h.law(cells.x, cells.group)
+                weight = self.noise.tau2 * (white.T @ (white @ r))
+                h.surface = Surface(cells.x, cells.group, self._unit(cells), weight)
 
     def _weigh(self, cells: Cells) -> None:
+        """BIC over rows; over places, with the misfit in their covariance, once a form is known to miss."""
+        white = self._white(cells, np.ones(len(cells.y), dtype=bool))
         for h in self.hypotheses:
             k = self._count(next(i for i, c in enumerate(self.contenders) if c.label == h.label))
-            n = cells.n if self.noise.tau2 == 0 else len(cells.y)
-            if self.noise.tau2 == 0:
-                h.sse = self._sse(h, cells) + cells.pure
-                h.bic = n * math.log(max(h.sse, 1e-300) / n) + k * math.log(max(n, 2))
+            if white.ndim == 1:
+                n, h.sse = cells.n, self._sse(h, cells) + cells.pure
             else:
-                r = cells.y - h.predict(h.u[None], cells.x, cells.group)[0]
-                h.sse = float(np.sum(r**2 / (self.noise.sigma2 * cells.q + self.noise.tau2)))
-                h.bic = n * math.log(max(h.sse, 1e-300) / n) + k * math.log(max(n, 2))
+                n, h.sse = len(cells.y), float(np.sum((white @ (cells.y - h.law(cells.x, cells.group))) ** 2))
+            h.bic = n * math.log(max(h.sse, 1e-300) / n) + k * math.log(max(n, 2))
         least = min(h.bic for h in self.hypotheses)
         raw = np.array([math.exp(-0.5 * min(h.bic - least, 700.0)) for h in self.hypotheses])
         for h, weight in zip(self.hypotheses, raw / raw.sum(), strict=True):

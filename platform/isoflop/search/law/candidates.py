@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -150,7 +151,7 @@ class SpaceSource:
             return self.finite
         out: list[Config] = list(past[-_AGAIN:])
         for i in range(_FRESH + _CORNERS):
-            config = self.space.walk(lambda p, edge=i < _CORNERS: _choose(p, rng, edge))
+            config = self.space.walk(partial(_choose, rng, i < _CORNERS))
             if not self.space.excluded(config):
                 out.append(config)
         return out
@@ -174,7 +175,7 @@ def _distributions(space: Space) -> dict[str, BaseDistribution]:
     return {p.name: distribution_of(p) for p in params}
 
 
-def _choose(param: Param, rng: np.random.Generator, edge: bool) -> Any:
+def _choose(rng: np.random.Generator, edge: bool, param: Param) -> Any:
     if param.values is not None:
         return param.values[int(rng.integers(len(param.values)))]
     if edge:

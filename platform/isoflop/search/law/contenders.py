@@ -199,13 +199,17 @@ class Block:
 
 
 def make_blocks(
-    contender: Contender, axes: Sequence[str], scales: Sequence[float], groups: int, shared: Sequence[str], y_scale: float
+    contender: Contender,
+    axes: Sequence[str],
+    scales: Sequence[float],
+    groups: int,
+    shared: Sequence[str],
+    y_scale: float,
 ) -> tuple[Block, ...]:
     """One block per group, or a single wide one when parameters are shared."""
     positions = tuple(axes.index(a) for a in contender.axes)
     units = tuple(
-        scales[p] if v.positive and v.rescale else 1.0
-        for p, v in zip(positions, contender.form.variables, strict=True)
+        scales[p] if v.positive and v.rescale else 1.0 for p, v in zip(positions, contender.form.variables, strict=True)
     )
     if groups > 1 and shared:
         common = [n for n in shared if n in contender.form.names]

@@ -81,9 +81,7 @@ def overlap(mean_k: Array, var_k: Array, mean_l: Array, var_l: Array) -> Array:
     return np.exp(np.sum(log, axis=-1))
 
 
-def disagreement(
-    weight_K: Array, target_KT: Array, importance_T: Array, mean_KMO: Array, var_KMO: Array
-) -> Array:
+def disagreement(weight_K: Array, target_KT: Array, importance_T: Array, mean_KMO: Array, var_KMO: Array) -> Array:
     """Between-hypothesis variance that each candidate is expected to settle (M,)."""
     out = np.zeros(mean_KMO.shape[1])
     for k in range(len(weight_K)):

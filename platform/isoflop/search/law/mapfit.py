@@ -1,7 +1,7 @@
 """Maximum a posteriori fits of one block: a global search, then damped Gauss-Newton steps on all starts together.
 
-Minimises sum_i (y_i - f(x_i; u))^2/v_i + sum_k ((u_k - m_k)/s_k)^2 within bounds. The prior (m, s) is weak; it decides only
-what the rows leave open.
+Minimises |W (y - f(x; u))|^2 + sum_k ((u_k - m_k)/s_k)^2 within bounds, W^T W being the inverse covariance of the cells.
+The prior (m, s) is weak; it decides only what the rows leave open.
 
 Shapes: B starts, C cells, P parameters.
 """
@@ -38,29 +38,29 @@ def map_fit(
     x_CK: Array,
     group_C: np.ndarray,
     y_C: Array,
-    v_C: Array,
+    white_CC: Array,
     start_BP: Array,
-    steps: int = 60,
-    tolerance: float = 1e-9,
+    steps: int = 40,
+    tolerance: float = 1e-7,
 ) -> tuple[Array, Array]:
-    """Minima (B, P) and their objective (B,), from every start."""
+    """Minima (B, P) and their objective (B,), from every start; ``white_CC`` is W, or its diagonal (C,)."""
     form, low, high, log = block.form, block.low, block.high, block.log
     inputs = {name: a[None] for name, a in block.inputs(x_CK, group_C).items()}
     known = form.bind(inputs)
     mean, precision = block.prior_mean, block.prior_sd**-2.0
-    w = 1.0 / v_C
+    plain = white_CC.ndim == 1  # a diagonal
     eye = np.eye(len(mean))
 
     def evaluate(u: Array) -> tuple[Array, Array, Array]:
         p = block.scaled(u)
         f, j = form.value_and_jacobian(known, p, len(y_C))
         j = j * np.where(log, p, 1.0)[:, :, None]
-        r = f - y_C
+        r = (f - y_C) * white_CC if plain else (f - y_C) @ white_CC.T
+        j = j * white_CC if plain else j @ white_CC.T
         shift = u - mean
-        loss = r**2 @ w + shift**2 @ precision
-        jw = j * w
-        gradient = np.matmul(jw, r[:, :, None])[..., 0] + shift * precision
-        curvature = np.matmul(jw, j.transpose(0, 2, 1)) + eye * precision
+        loss = np.sum(r**2, axis=1) + shift**2 @ precision
+        gradient = np.matmul(j, r[:, :, None])[..., 0] + shift * precision
+        curvature = np.matmul(j, j.transpose(0, 2, 1)) + eye * precision
         bad = ~np.isfinite(loss + gradient.sum(1) + curvature.sum((1, 2)))
         if bad.any():
             loss, gradient = np.where(bad, np.inf, loss), np.where(bad[:, None], 0.0, gradient)
@@ -74,7 +74,9 @@ def map_fit(
         held = ((u <= low) & (gradient > 0)) | ((u >= high) & (gradient < 0))
         h = np.where(held[:, :, None] | held[:, None, :], eye, curvature)
         diagonal = np.einsum("bpp->bp", h)
-        move = -np.linalg.solve(h + (damping[:, None] * diagonal)[:, :, None] * eye, np.where(held, 0.0, gradient)[..., None])[..., 0]
+        move = -np.linalg.solve(
+            h + (damping[:, None] * diagonal)[:, :, None] * eye, np.where(held, 0.0, gradient)[..., None]
+        )[..., 0]
         move = np.clip(move, -3.0, 3.0) if log.any() else move
         trial = np.clip(u + move, low, high)
         new = evaluate(trial)
@@ -85,7 +87,8 @@ def map_fit(
         curvature = np.where(row[:, :, None], new[2], curvature)
         loss = np.where(better, new[0], loss)
         damping = np.clip(np.where(better, damping * 0.2, damping * 8.0), 1e-9, 1e9)
-        if np.all((gain <= tolerance * (1.0 + loss)) | (damping >= 1e9)):
+        hopeless = loss > 4.0 * np.min(loss) + 50.0
+        if np.all((gain <= tolerance * (1.0 + loss)) | (damping >= 1e9) | hopeless):
             break
     return u, loss
 

@@ -95,6 +95,4 @@ def pool(x_nK: Array, group_n: np.ndarray, y_n: Array, q_n: Array, log_cost_n: A
     count = np.bincount(label).astype(np.float64)
     pure = float(np.sum(w * (y_n - mean[label]) ** 2))
     cost = np.bincount(label, log_cost_n) / count
-    return Cells(
-        x_nK[first], group_n[first], count, mean, 1.0 / total, pure, len(y_n) - len(first), len(y_n), cost
-    )
+    return Cells(x_nK[first], group_n[first], count, mean, 1.0 / total, pure, len(y_n) - len(first), len(y_n), cost)

@@ -165,9 +165,7 @@ class LawSampler(BaseSampler):
         """Random: parameters that no law reads, or an unknown space."""
         return self._random.sample_independent(study, trial, param_name, param_distribution)
 
-    def after_trial(
-        self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
-    ) -> None:
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         """The run is over: its fantasy goes; its rows are read with the next proposal."""
         with self._lock:
             self._pending.pop(trial.number, None)
@@ -376,4 +374,3 @@ def _source(space: Mapping[str, BaseDistribution] | Space | None, candidates: Se
 
 def _known(source: Source) -> set[str]:
     return {n for c in (source.finite or source.draw(np.random.default_rng(0), [])) for n in c}
-

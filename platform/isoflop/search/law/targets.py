@@ -194,20 +194,43 @@ def _log(values: Array) -> Array:
 
 
 @dataclass
-class _Plain:
-    """A bound target from a function."""
+class _Even:
+    """A bound target whose quantities count alike."""
 
     labels: list[str]
-    log: bool
-    function: Any
-    importance: Array | None = None
-
-    def values(self, hypothesis: Predictor, u_RP: Array) -> Array:
-        out: Array = self.function(hypothesis, u_RP)
-        return out
+    groups: list[int]
+    log: ClassVar[bool] = True
 
     def weights(self, mean_T: Array, sd_T: Array) -> Array:
-        return np.full(len(mean_T), 1.0 / len(mean_T)) if self.importance is None else self.importance
+        return np.full(len(mean_T), 1.0 / len(mean_T))
+
+
+@dataclass
+class _Allocations(_Even):
+    curve: Curve
+    spender: bool
+
+    def values(self, hypothesis: Predictor, u_RP: Array) -> Array:
+        z = [self.curve.optimum(hypothesis, u_RP, g)[0] for g in self.groups]
+        return np.stack([self.curve.spent(c) for c in z] if self.spender else z, axis=1)
+
+
+@dataclass
+class _Errors(_Even):
+    curves: list[Curve]
+
+    def values(self, hypothesis: Predictor, u_RP: Array) -> Array:
+        best = [c.optimum(hypothesis, u_RP, g)[1] for g in self.groups for c in self.curves]
+        return _log(np.stack(best, axis=1))
+
+
+@dataclass
+class _Predictions(_Even):
+    x: Array
+
+    def values(self, hypothesis: Predictor, u_RP: Array) -> Array:
+        parts = [hypothesis.predict(u_RP, self.x, np.full(len(self.x), g)) for g in self.groups]
+        return _log(np.concatenate(parts, axis=1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,17 +250,15 @@ class OptimalAllocation(_Budgeted):
         curve = self.curves(setting, [self.budget])[0]
         spender = setting.axes[curve.spender]
         if curve.searched is None:
-            raise UserError(f"target: with {spender} alone there is nothing to allocate; give an axis that it trades against")
+            raise UserError(
+                f"target: with {spender} alone there is nothing to allocate; give an axis that it trades against"
+            )
         of = self.of or setting.axes[curve.searched]
         if of not in setting.axes:
             raise unknown("axis", of, setting.axes, "target: of")
         groups = setting.group(self.group)
-
-        def values(h: Predictor, u_RP: Array) -> Array:
-            z = np.stack([curve.optimum(h, u_RP, g)[0] for g in groups], axis=1)
-            return np.stack([curve.spent(c) for c in z.T], axis=1) if of == spender else z
-
-        return _Plain([f"{of}*({self.budget:g}){_suffix(setting, g)}" for g in groups], True, values)
+        labels = [f"{of}*({self.budget:g}){_suffix(setting, g)}" for g in groups]
+        return _Allocations(labels, groups, curve, of == spender)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,11 +280,7 @@ class Frontier(_Budgeted):
         curves = self.curves(setting, [float(b) for b in budgets])
         groups = setting.group(self.group)
         labels = [f"error*({c.budget:.3g}){_suffix(setting, g)}" for g in groups for c in curves]
-
-        def values(h: Predictor, u_RP: Array) -> Array:
-            return _log(np.stack([c.optimum(h, u_RP, g)[1] for g in groups for c in curves], axis=1))
-
-        return _Plain(labels, True, values)
+        return _Errors(labels, groups, curves)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,11 +309,7 @@ class PredictionAt(Target):
             raise UserError("target: at: the axes have lists of different lengths") from None
         groups = setting.group(self.group)
         labels = [f"error({_place(setting, row)}){_suffix(setting, g)}" for g in groups for row in x]
-
-        def values(h: Predictor, u_RP: Array) -> Array:
-            return _log(np.concatenate([h.predict(u_RP, x, np.full(len(x), g)) for g in groups], axis=1))
-
-        return _Plain(labels, True, values)
+        return _Predictions(labels, groups, x)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,7 +342,7 @@ class _Exponents:
         return np.stack(columns, axis=1)
 
     def _column(self, hypothesis: Any, u_RP: Array, group: int, name: str) -> Array:
-        for block, part in zip(hypothesis.blocks, hypothesis.slices(), strict=True):
+        for block, part in zip(hypothesis.blocks, hypothesis.slices, strict=True):
             if group not in block.groups:
                 continue
             natural = block.natural(u_RP[:, part])

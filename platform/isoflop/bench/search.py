@@ -1,0 +1,459 @@
+"""``isoflop bench search``: how many FLOPs it takes to know an answer, for every way of choosing runs.
+
+All strategies of a case draw on the same simulated study (:mod:`isoflop.bench.search_worlds`): the same candidates, budgets
+and noise, repeats allowed to all. Their rows are judged by one estimator, the belief that ``LawSampler`` itself uses. The
+law sampler pays for its check run, which is never fitted.
+
+* ``grid``: every candidate once. ``random``, ``qmc``, ``tpe``, ``gp``: Optuna's samplers, TPE and GP minimising the error;
+  what exceeds the money left is skipped. ``halving``: successive halving over sizes. ``d-optimal``: the planner with the
+  volume of the parameters for its target.
+* error of a seed: root mean square over the target's quantities (logarithms, so relative errors). Reported: the median over
+  seeds with a 95 % bootstrap interval, and the root mean square over seeds, from which FLOP ratios are interpolated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import click
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+
+from isoflop.bench.search_worlds import Lab, World, truth_of, worlds
+from isoflop.core.errors import unknown
+from isoflop.core.expressions import Array
+from isoflop.search.law import LawSampler, Policy
+from isoflop.search.law.belief import Belief, Hypothesis
+from isoflop.search.law.contenders import make_blocks, make_contender
+from isoflop.search.law.mapfit import map_fit, search_starts
+from isoflop.search.law.rows import Row, RowTable
+from isoflop.search.law.targets import BestMethod, Setting
+
+_MAX_RUNS = {"gp": 60}
+_CAP = 240  # runs of any strategy: beyond it budgets are left unspent
+_MISSES = 40
+_ETA = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """Which strategies meet on a world, at which shares of the full grid's cost."""
+
+    world: str
+    strategies: tuple[str, ...]
+    shares: tuple[float, ...]
+    goal: str
+
+
+_OPTUNA = ("random", "qmc", "tpe", "gp")
+CASES = {
+    c.world: c
+    for c in (
+        Case(
+            "product-allocation", ("grid", "random", "law"), (0.01, 0.02, 0.05, 0.2, 1.0), "≤ 1/10 of the grid's FLOPs"
+        ),
+        Case("product-frontier", (*_OPTUNA, "law"), (0.01, 0.03, 0.1, 0.3), "≤ 1/5 of the best's FLOPs"),
+        Case("additive-frontier", (*_OPTUNA, "law"), (0.01, 0.03, 0.1, 0.3), "≤ 1/5 of the best's FLOPs"),
+        Case("extrapolation", (*_OPTUNA, "d-optimal", "law"), (0.01, 0.03, 0.1, 0.3), "≤ 1/2 of D-optimal's FLOPs"),
+        Case(
+            "best-of-four",
+            ("tpe", "gp", "halving", "law"),
+            (0.05, 0.1, 0.2, 0.4),
+            "right in 95 % at ≤ 1/3 of the FLOPs",
+        ),
+        Case("wrong-broken", ("random", "law"), (0.05, 0.1, 0.3), "≤ 1.1 of random's error; verdict says so"),
+        Case("wrong-saturating", ("random", "law"), (0.05, 0.1, 0.3), "≤ 1.1 of random's error; verdict says so"),
+        Case("wrong-additive", ("random", "law"), (0.05, 0.1, 0.3), "≤ 1.1 of random's error; verdict says so"),
+    )
+}
+
+
+@dataclass
+class Outcome:
+    """What one strategy made of one seed and budget."""
+
+    rows: list[tuple[int, float]]
+    fits: bool | None = None
+    pick: int | None = None
+
+
+# strategies: (lab, budget, seed) -> Outcome
+
+
+def run_grid(lab: Lab, budget: float, seed: int) -> Outcome:
+    """Every candidate once; nothing when the money does not reach."""
+    return Outcome([(i, lab.run(i)) for i in range(len(lab))] if budget >= lab.total * (1 - 1e-9) else [])
+
+
+def run_random(lab: Lab, budget: float, seed: int) -> Outcome:
+    """A random order, what is affordable; from the beginning again when all have run."""
+    rng, rows, left = np.random.default_rng([seed, 1]), list[tuple[int, float]](), budget
+    while len(rows) < _CAP and (lab.cost <= left).any():
+        for i in rng.permutation(len(lab)):
+            if lab.cost[i] <= left:
+                rows.append((int(i), lab.run(int(i))))
+                left -= lab.cost[i]
+    return Outcome(rows)
+
+
+def distributions(lab: Lab) -> dict[str, BaseDistribution]:
+    """The candidates' parameters as Optuna sees them: ordered indices, categorical methods."""
+    out: dict[str, BaseDistribution] = {}
+    for name, value in lab.params[0].items():
+        if isinstance(value, str):
+            out[name] = CategoricalDistribution(lab.world.groups)
+        else:
+            out[name] = IntDistribution(0, max(int(p[name]) for p in lab.params))
+    return out
+
+
+def run_optuna(lab: Lab, budget: float, seed: int, sampler: optuna.samplers.BaseSampler, most: int = _CAP) -> Outcome:
+    """Ask and tell until the money is spent; a proposal that is too dear is skipped at no cost."""
+    study = optuna.create_study(sampler=sampler)
+    space, rows, left, misses = distributions(lab), list[tuple[int, float]](), budget, 0
+    while len(rows) < most and misses < _MISSES and (lab.cost <= left).any():
+        trial = study.ask(space)
+        i = lab.index(trial.params)
+        if i is None or lab.cost[i] > left:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            misses += 1
+            continue
+        misses = 0
+        value = lab.run(i)
+        study.tell(trial, value)
+        rows.append((i, value))
+        left -= lab.cost[i]
+    return Outcome(rows)
+
+
+def law_sampler(lab: Lab, budget: float, seed: int, policy: Policy | None = None) -> LawSampler:
+    """The sampler as a user would set it up for this world."""
+    world = lab.world
+    return LawSampler(
+        {a: {f"i{a}": dict(enumerate(v))} for a, v in zip(world.axes, world.levels, strict=True)},
+        world.target,
+        world.laws,
+        by=("method",) if len(world.groups) > 1 else (),
+        share=world.share,
+        space=distributions(lab),
+        candidates=lab.params,
+        cost=world.cost,
+        budget=budget,
+        policy=policy,
+        seed=seed,
+    )
+
+
+def run_law(lab: Lab, budget: float, seed: int, policy: Policy | None = None) -> Outcome:
+    """Our sampler in a plain study."""
+    sampler = law_sampler(lab, budget, seed, policy)
+    study = optuna.create_study(sampler=sampler)
+    space = distributions(lab)
+    rows: list[tuple[int, float]] = []
+    while len(rows) < _CAP:
+        trial = study.ask(space)
+        role = study.trials[-1].system_attrs.get("law:role")
+        if role is None:
+            break  # nothing affordable
+        i = lab.index(trial.params)
+        assert i is not None
+        value = lab.run(i)
+        study.tell(trial, value)
+        if role != "check":
+            rows.append((i, value))
+    return Outcome(rows, fits=sampler.report(study).fits if rows else None)
+
+
+def run_halving(lab: Lab, budget: float, seed: int) -> Outcome:
+    """Successive halving of (method, tokens) over sizes: the better half goes on to the next size, while money lasts."""
+    rng = np.random.default_rng([seed, 2])
+    sizes = np.unique(lab.x[:, 0])
+    arms = list(dict.fromkeys((int(g), float(v)) for g, v in zip(lab.group, lab.x[:, 1], strict=True)))
+    place = {(int(g), float(x[0]), float(x[1])): i for i, (g, x) in enumerate(zip(lab.group, lab.x, strict=True))}
+    rows: list[tuple[int, float]] = []
+    left, pick = budget, None
+    while True:  # whole brackets until the money ends
+        alive = [arms[k] for k in rng.permutation(len(arms))]
+        before = len(rows)
+        for size in sizes:
+            results = []
+            for g, v in alive:
+                i = place.get((g, float(size), v))
+                if i is not None and lab.cost[i] <= left:
+                    value = lab.run(i)
+                    left -= lab.cost[i]
+                    rows.append((i, value))
+                    results.append((value, (g, v)))
+            if not results:
+                continue
+            results.sort()
+            pick = results[0][1][0]
+            alive = [arm for _, arm in results[: max(1, math.ceil(len(results) / _ETA))]]
+        if len(rows) == before or len(rows) > _CAP:
+            return Outcome(rows, pick=pick)
+
+
+def _make(name: str) -> Callable[[Lab, float, int], Outcome]:
+    samplers: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
+        "qmc": lambda s: optuna.samplers.QMCSampler(seed=s, warn_independent_sampling=False),
+        "tpe": lambda s: optuna.samplers.TPESampler(seed=s),
+        "gp": lambda s: optuna.samplers.GPSampler(seed=s),
+    }
+    if name in samplers:
+        return lambda lab, budget, seed: run_optuna(lab, budget, seed, samplers[name](seed), _MAX_RUNS.get(name, _CAP))
+    plain = {"grid": run_grid, "random": run_random, "halving": run_halving, "law": run_law}
+    if name in plain:
+        return plain[name]
+    volume = Policy(criterion="D", check_share=0.0, explore=0.0)
+    return lambda lab, budget, seed: run_law(lab, budget, seed, volume)
+
+
+# judging
+
+
+@lru_cache(maxsize=32)
+def _question(name: str) -> tuple[World, Any, Array, tuple[float, ...]]:
+    world = worlds()[name]
+    lab = Lab(world, 0)
+    low, high = lab.x.min(axis=0), lab.x.max(axis=0)
+    bound = world.target.bind(Setting(world.axes, tuple(map(float, low)), tuple(map(float, high)), world.groups))
+    return world, bound, truth_of(world, bound), tuple(float(math.sqrt(a * b)) for a, b in zip(low, high, strict=True))
+
+
+def estimate(world: World, lab: Lab, rows: Sequence[tuple[int, float]]) -> Array | None:
+    """The target from rows alone, the same way for every strategy; None with fewer than three."""
+    _, bound, _, scales = _question(world.name)
+    if len(rows) < 3:
+        return None
+    contenders = [make_contender(law, world.axes) for law in world.laws]
+    belief = Belief(contenders, world.axes, scales, len(world.groups), [world.share] * len(contenders))
+    table = RowTable()
+    table.extend([Row(tuple(lab.x[i]), int(lab.group[i]), y, math.nan, float(lab.cost[i])) for i, y in rows])
+    for _ in range(2):  # the second time with what the first learnt of the noise
+        belief.update(table)
+    values = np.stack([bound.values(h, h.u[None])[0] for h in belief.hypotheses])
+    weights = np.array([h.weight for h in belief.hypotheses])
+    return np.asarray(weights @ values)
+
+
+def error_of(world: World, lab: Lab, out: Outcome) -> float:
+    """Root mean square error of the target; for the best method 0 (right) or 1 (wrong)."""
+    _, _, truth, _ = _question(world.name)
+    guess = estimate(world, lab, out.rows)
+    if isinstance(world.target, BestMethod):  # peers choose the method of the best value that they have seen
+        pick = out.pick if out.fits is None else None if guess is None else int(np.argmin(guess))
+        if out.fits is None and pick is None and out.rows:
+            pick = _best_seen(lab, out.rows)
+        return float(pick != int(np.argmin(truth)))
+    return math.inf if guess is None else float(np.sqrt(np.mean((guess - truth) ** 2)))
+
+
+def _best_seen(lab: Lab, rows: Sequence[tuple[int, float]]) -> int:
+    """The method of the candidate with the least mean."""
+    seen: dict[int, list[float]] = {}
+    for i, y in rows:
+        seen.setdefault(i, []).append(y)
+    return int(lab.group[min(seen, key=lambda i: float(np.mean(seen[i])))])
+
+
+def bound(name: str, share: float) -> float | None:
+    """The least standard error (root mean square over quantities) that any division of the money can have.
+
+    A linearised law at the true parameters, known noise, fractions of runs allowed: multiplicative updates of the money's
+    shares m_i <- m_i sqrt(d_i), d_i = |J Sigma j_i|^2/(sigma_i^2 c_i), converge to the optimum. None where the truth is no
+    contender, and for choices between methods.
+    """
+    world, question, _, scales = _question(name)
+    if name.startswith("wrong") or isinstance(world.target, BestMethod):
+        return None
+    lab = Lab(world, 0)
+    y = world.truth(lab.x, lab.group)
+    blocks = make_blocks(make_contender(world.laws[0], world.axes), world.axes, scales, 1, (), float(np.median(y)))
+    start = np.concatenate(
+        [blocks[0].prior_mean[None], search_starts(blocks[0], lab.x, lab.group, y, np.ones(len(y)), 6)]
+    )
+    u, loss = map_fit(blocks[0], lab.x, lab.group, y, np.full(len(y), 1e6), start, 200, 1e-12)
+    h = Hypothesis("truth", 0, blocks, u[int(np.argmin(loss))])
+    j, variance = h.jacobian(lab.x, lab.group), world.sd(lab.x, lab.group) ** 2
+    steps = 1e-4 * np.eye(len(h.u))
+    slope = (question.values(h, h.u + steps) - question.values(h, h.u - steps)).T / 2e-4
+    prior, money = np.diag(h.prior_sd**-2.0), share * lab.total
+    m = np.full(len(j), 1 / len(j))
+    for _ in range(2000):
+        cov = np.linalg.inv(prior + (j * (m * money / lab.cost / variance)[:, None]).T @ j)
+        m = m * np.sqrt(np.sum((j @ cov @ slope.T) ** 2, axis=1) / variance / lab.cost)
+        m /= m.sum()
+    return float(np.sqrt(np.mean(np.diag(slope @ cov @ slope.T))))
+
+
+def run_case(name: str, seeds: Sequence[int], strategies: Sequence[str] = ()) -> dict[str, Any]:
+    """All strategies of one case; errors per share and seed, their summaries, and the ratios that the goal is about."""
+    case = CASES[name]
+    world = worlds()[name]
+    out: dict[str, Any] = {"case": name, "goal": case.goal, "seeds": len(seeds), "strategies": {}}
+    for strategy in strategies or case.strategies:
+        start, points = time.process_time(), []
+        for share in case.shares if strategy != "grid" else (1.0,):
+            if strategy == "law" and share > 0.05 and name == "product-allocation":
+                continue  # known well enough before
+            errors, fits, runs = [], [], []
+            for seed in seeds:
+                lab = Lab(world, seed)
+                found = _make(strategy)(lab, share * lab.total, seed)
+                errors.append(error_of(world, lab, found))
+                fits.append(found.fits)
+                runs.append(len(found.rows))
+            points.append(_point(share, errors, fits, runs))
+        out["strategies"][strategy] = {"points": points, "cpu_s": time.process_time() - start}
+    out["bound"] = {f"{s:g}": b for s in case.shares if (b := bound(name, s)) is not None}
+    out["ratios"] = ratios(case, out["strategies"])
+    return out
+
+
+def _point(share: float, errors: list[float], fits: list[bool | None], runs: list[int]) -> dict[str, Any]:
+    values = np.array(errors)
+    rng = np.random.default_rng(0)
+    draws = np.median(values[rng.integers(len(values), size=(400, len(values)))], axis=1)
+    said = [f for f in fits if f is not None]
+    return {
+        "share": share,
+        "median": float(np.median(values)),
+        "low": float(np.quantile(draws, 0.025)),
+        "high": float(np.quantile(draws, 0.975)),
+        "rms": float(np.sqrt(np.mean(values**2))),
+        "mean": float(np.mean(values)),
+        "runs": float(np.mean(runs)),
+        "says_misfit": 1 - float(np.mean(said)) if said else None,
+        "errors": [float(v) for v in values],
+    }
+
+
+def share_for(points: Sequence[dict[str, Any]], level: float, key: str = "rms") -> float:
+    """The least share at which the error is at most ``level``, interpolated in logarithms; inf when never.
+
+    Below the smallest share nothing is extrapolated: the smallest share counts.
+    """
+    before: dict[str, Any] | None = None
+    for p in points:
+        if p[key] <= level:
+            if before is None or not math.isfinite(before[key]) or before[key] <= 0 or p[key] <= 0:
+                return float(p["share"])
+            gap = math.log(before[key] / p[key])
+            part = math.log(before[key] / level) / gap if gap > 0 else 1.0
+            return float(before["share"] * (p["share"] / before["share"]) ** part)
+        before = p
+    return math.inf
+
+
+def ratios(case: Case, found: dict[str, Any]) -> dict[str, float]:
+    """FLOPs of the law sampler over a peer's at the peer's own error; for wrong forms, errors at equal FLOPs."""
+    if "law" not in found:
+        return {}
+    ours = found["law"]["points"]
+    out: dict[str, float] = {}
+    for name, peer in found.items():
+        if name == "law":
+            continue
+        if case.world.startswith("wrong"):
+            for mine, theirs in zip(ours, peer["points"], strict=True):
+                out[f"error / {name} at {theirs['share']:g}"] = mine["rms"] / theirs["rms"]
+        elif case.world == "best-of-four":
+            level = 0.05 + 1e-9
+            own, other = share_for(ours, level, "mean"), share_for(peer["points"], level, "mean")
+            top = peer["points"][-1]["share"]
+            out[f"FLOPs / {name} for 95 % right"] = own / other if math.isfinite(other) else own / top
+        else:
+            last = peer["points"][-1]
+            out[f"FLOPs / {name} at its error {last['rms']:.4f}"] = share_for(ours, last["rms"]) / last["share"]
+    return out
+
+
+# presentation
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """Lines of at most 80 columns."""
+    lines = [f"{result['case']}: {result['goal']} ({result['seeds']} seeds)"]
+    what = "wrong" if result["case"] == "best-of-four" else "median error [95 %]      rms"
+    lines.append(f"  {'strategy':<11}{'share':>6}{'runs':>7}  {what}")
+    for name, found in result["strategies"].items():
+        for p in found["points"]:
+            if result["case"] == "best-of-four":
+                values = f"{p['mean']:.2f}"
+            else:
+                values = f"{p['median']:.4f} [{p['low']:.4f}, {p['high']:.4f}]  {p['rms']:.4f}"
+            said = "" if p["says_misfit"] is None else f"  misfit said {p['says_misfit']:.0%}"
+            lines.append(f"  {name:<11}{p['share']:>6g}{p['runs']:>7.1f}  {values}{said}"[:80])
+    if result["bound"]:
+        limits = ", ".join(f"{v:.4f} at {s}" for s, v in result["bound"].items())
+        lines.append(f"  no design has a smaller rms than {limits}"[:80])
+    lines += [f"  {name}: {value:.3g}"[:80] for name, value in result["ratios"].items()]
+    return lines
+
+
+def bench_ask(rows: int = 1000, asks: int = 20) -> dict[str, float]:
+    """CPU milliseconds per proposal in a study with many rows, on a continuous space with three competing forms."""
+    world = worlds()["product-frontier"]
+    rng = np.random.default_rng(0)
+    space: dict[str, BaseDistribution] = {
+        "N": optuna.distributions.FloatDistribution(1e7, 1.28e9, log=True),
+        "V": IntDistribution(1, 512, log=True),
+    }
+    laws = (*world.laws, "semilog")
+    sampler = LawSampler({"N": "N", "V": "V"}, world.target, laws, space=space, cost=world.cost, seed=0)
+    study = optuna.create_study(sampler=sampler)
+    for _ in range(rows):
+        params = {"N": float(np.exp(rng.uniform(16.2, 20.9))), "V": int(np.exp(rng.uniform(0, 6.2)))}
+        place = np.array([[params["N"], params["V"]]])
+        group = np.zeros(1, dtype=np.int64)
+        value = world.truth(place, group)[0] + world.sd(place, group)[0] * rng.standard_normal()
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=space, value=float(value)))
+    times = []
+    for _ in range(asks + 1):
+        start = time.process_time()
+        trial = study.ask(space)
+        times.append(1e3 * (time.process_time() - start))
+        study.tell(trial, 0.3)
+    return {
+        "rows": rows,
+        "first_ms": times[0],
+        "median_ms": float(np.median(times[1:])),
+        "largest_ms": float(np.max(times[1:])),
+    }
+
+
+@click.command("search")
+@click.option("--only", multiple=True, help="A case (repeatable); 'ask' times proposals. Default: all.")
+@click.option("--strategy", "strategies", multiple=True, help="Only these strategies of the chosen cases.")
+@click.option("--seeds", type=click.IntRange(2), default=50, show_default=True, help="Simulated studies per point.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def search(only: tuple[str, ...], strategies: tuple[str, ...], seeds: int, as_json: bool) -> None:
+    """Search that sharpens a law: FLOPs to an answer against grids and Optuna's samplers."""
+    for name in only:
+        if name not in (*CASES, "ask"):
+            raise unknown("case", name, (*CASES, "ask"), "--only")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    results = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in only or (*CASES, "ask"):
+            if name == "ask":
+                results.append({"case": "ask", **bench_ask()})
+            else:
+                results.append(run_case(name, range(seeds), strategies))
+            if not as_json:
+                found = results[-1]
+                shown = (
+                    table(found) if name != "ask" else [f"ask: {k} {v:.3g}" for k, v in found.items() if k != "case"]
+                )
+                click.echo("\n".join(shown) + "\n")
+    if as_json:
+        click.echo(json.dumps(results, indent=1))
