@@ -29,6 +29,8 @@ MIN_SHARE, MAX_SHARE = 0.2, 0.9
 """Shares of the image that objects of the training images cover: from 14 to 30 pixels a side."""
 SMALLEST_SIDE = 6
 SMALLEST_SHARE = (SMALLEST_SIDE / SIDE) ** 2
+STEP = 4
+"""Boxes start at multiples of so many pixels. With free places, models of this size need far longer to learn."""
 PIXEL_MEAN = 0.5
 PIXEL_STD = 0.5
 NOISE = 0.1
@@ -98,11 +100,12 @@ class ImageSet:
         """Coordinates of every pixel in the object's box, which is [-1, 1]², float32 (N, H, W, 2) as (x, y)."""
         share_N = rng.uniform(MIN_SHARE, MAX_SHARE, CHUNK)
         place_N2 = rng.random((CHUNK, 2))
-        side_N = SIDE * np.sqrt(share_N if self.foreground == 0 else np.full(CHUNK, self.foreground))
-        centre_N2 = side_N[:, None] / 2 + place_N2 * (SIDE - side_N)[:, None]
+        side_N1 = SIDE * np.sqrt(share_N if self.foreground == 0 else np.full(CHUNK, self.foreground))[:, None]
+        corner_N2 = STEP * np.floor(place_N2 * (np.floor((SIDE - side_N1) / STEP) + 1))
+        centre_N2 = corner_N2 + side_N1 / 2
         y_HW, x_HW = np.mgrid[:SIDE, :SIDE] + 0.5
         xy_HW2 = np.stack([x_HW, y_HW], axis=-1)
-        return ((xy_HW2 - centre_N2[:, None, None, :]) / (side_N[:, None, None, None] / 2)).astype(np.float32)
+        return ((xy_HW2 - centre_N2[:, None, None, :]) / (side_N1[:, None, None] / 2)).astype(np.float32)
 
     def _handwritings(self, rng: np.random.Generator, labels_N: np.ndarray, uv_NHW2: np.ndarray) -> np.ndarray:
         writings, by_class = digit_world.writings(self.split)
