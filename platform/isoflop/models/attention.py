@@ -133,13 +133,13 @@ def _attention(
     positions_BT = kwargs.get("position_ids")
     if positions_BT is None:
         positions_BT = torch.arange(query.shape[2], device=query.device)[None]
-    valid_BT = None if attention_mask is None else attention_mask.bool()
+    valid_BT = None if attention_mask is None else attention_mask.bool()[:, -query.shape[2] :]
     call = AttentionCall(module.layer_idx, query, key, value, scaling, positions_BT, valid_BT)
     return _ACTIVE[id(module.config)](call).contiguous(), None
 
 
 def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    return attention_mask
+    return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
 
 
 def _register() -> None:

@@ -8,7 +8,7 @@ Shape suffixes: B batch, T tokens, S scored positions, W vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -111,6 +111,36 @@ class LmModel(DecoderModel):
                     ).logits
                 )
         return torch.cat(parts, dim=1)
+
+    @contextmanager
+    def serving(self) -> Iterator[Any]:
+        """A cache for one generation, to be passed to the Hugging Face module as ``past_key_values``.
+
+        Inside the block a method on the KV cache compresses the prompt, which is the first forward pass, and follows
+        the tokens after it; ``module.generate(ids, past_key_values=cache)`` works as ever (one beam).
+        """
+        from transformers import DynamicCache
+
+        from isoflop.models.lm_cache import SessionCache
+
+        if self.attention is None:
+            yield DynamicCache()
+            return
+        with self.attention.session():
+            yield SessionCache()
+
+    @torch.no_grad()
+    def tokens(self, ids_BT: Tensor, count: int) -> Iterator[Tensor]:
+        """The most likely next token (B, 1), ``count`` times, one forward pass each; nothing ends a sequence early."""
+        with self.serving() as cache:
+            for _ in range(count):
+                output = self.module(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                ids_BT = output.logits[:, -1].argmax(-1, keepdim=True)
+                yield ids_BT
+
+    def greedy(self, ids_BT: Tensor, count: int) -> Tensor:
+        """``count`` most likely tokens behind a prompt, (B, count)."""
+        return torch.cat(list(self.tokens(ids_BT, count)), dim=1)
 
     def supervised(self, batch: LmBatch) -> tuple[Tensor, Tensor]:
         """Logits (S, W) and targets (S,) of the scored positions."""

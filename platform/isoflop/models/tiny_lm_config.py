@@ -52,10 +52,10 @@ class LmSize:
 
 
 RECALL_SIZES = {
-    "d64": LmSize(64, 4, 128),
-    "d128": LmSize(128, 4, 256),
-    "d192": LmSize(192, 4, 384),
-    "d256": LmSize(256, 4, 512),
+    "d64": LmSize(64, 2, 64),
+    "d128": LmSize(128, 2, 128),
+    "d128x4": LmSize(128, 4, 128),
+    "d192": LmSize(192, 2, 192),
 }
 TEXT_SIZES = {
     "d64": LmSize(64, 4, 176),

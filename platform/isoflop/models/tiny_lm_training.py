@@ -41,7 +41,7 @@ class LmRecipe:
     Learning rates of matrices, head and embeddings go as 1/width, so that the sizes compare.
     """
 
-    steps: Annotated[int, Knob(low=1, high=1_000_000, doc="optimiser steps")] = 1000
+    steps: Annotated[int, Knob(low=1, high=1_000_000, doc="optimiser steps")] = 700
     batch: Annotated[int, Knob(low=1, high=4096, doc="sequences per step")] = 32
     lr: Annotated[float, Knob(low=1e-6, high=1.0, log=True, doc="learning rate of matrices at width 64")] = 3e-3
     vector_lr: Annotated[
@@ -59,14 +59,15 @@ class LmRecipe:
 class RecallRecipe(LmRecipe):
     """First repeated sequences, from which looking back is learned, then copies and key-value recall in turn.
 
-    The number of pairs rises to ``pairs``, each time the loss at the current number falls below ``solved``.
+    The second part begins when the loss of the first falls below ``solved``; there the number of pairs rises to
+    ``pairs``, each time the loss at the current number falls below it.
     """
 
-    induction: Annotated[float, Knob(low=0.0, high=1.0, doc="share of the steps on repeated sequences")] = 0.5
+    length: Annotated[int, Knob(low=8, high=96, doc="repeated sequences: their length", unit="tokens")] = 96
     pairs: Annotated[int, Knob(low=2, high=world.KEYS, doc="most key-value pairs of a sequence")] = 24
     segment: Annotated[int, Knob(low=8, high=96, doc="longest segment to copy")] = 48
     gap: Annotated[int, Knob(low=0, high=24, doc="longest gap or filler")] = 16
-    solved: Annotated[float, Knob(low=0.0, high=10.0, doc="loss in nats below which more pairs are asked")] = 0.25
+    solved: Annotated[float, Knob(low=0.0, high=10.0, doc="loss in nats below which the lessons become harder")] = 0.25
     outliers: Annotated[
         int, Knob(low=0, high=8, doc="channel pairs per key-value head scaled up, the model's function unchanged")
     ] = 0
@@ -77,6 +78,7 @@ class RecallRecipe(LmRecipe):
 class TextRecipe(LmRecipe):
     """Next-token prediction on windows of the English corpus."""
 
+    steps: Annotated[int, Knob(low=1, high=1_000_000, doc="optimiser steps")] = 600
     batch: Annotated[int, Knob(low=1, high=4096, doc="windows per step")] = 8
     context: Annotated[int, Knob(low=8, high=1024, doc="tokens of a window", unit="tokens")] = 256
     vocabulary: Annotated[int, Knob(low=300, high=20_000, doc="tokens of the tokenizer")] = 1024
@@ -85,28 +87,28 @@ class TextRecipe(LmRecipe):
 class RecallLessons:
     """Batches of the recall curriculum; ``loss`` closes the loop that raises the number of pairs."""
 
-    START, STRIDE = 4, 2
+    START, STRIDE = 4, 4
 
     def __init__(self, recipe: RecallRecipe, seed: int) -> None:
         self.recipe = recipe
-        self.pairs = min(self.START, recipe.pairs)
+        self.pairs = 0
         self._rng = np.random.default_rng(derive_seed("recall lessons", seed))
-        self._recalling = False
+        self._copying = False
 
     def __iter__(self) -> Iterator[LmBatch]:
         """All batches in order."""
-        first = round(self.recipe.induction * self.recipe.steps)
         for step in range(self.recipe.steps):
-            self._recalling = step >= first and step % 2 == 0
-            yield self._recall() if self._recalling else self._induce() if step < first else self._copy()
+            self._copying = self.pairs > 0 and step % 2 == 0
+            yield self._repeat() if self.pairs == 0 else self._copy() if self._copying else self._recall()
 
     def learned(self, loss: float) -> None:
         """Take notice of the loss of the batch that was given last."""
-        if self._recalling and loss < self.recipe.solved:
-            self.pairs = min(self.recipe.pairs, self.pairs + self.STRIDE)
+        if loss < self.recipe.solved and not self._copying:
+            self.pairs = min(self.recipe.pairs, self.pairs + (self.STRIDE if self.pairs else self.START))
 
-    def _induce(self) -> LmBatch:
-        return world.repeated(self._rng, self.recipe.batch, int(self._rng.integers(6, 40)), 96)
+    def _repeat(self) -> LmBatch:
+        period = int(self._rng.integers(4, max(5, 2 * self.recipe.length // 5)))
+        return world.repeated(self._rng, self.recipe.batch, period, self.recipe.length)
 
     def _copy(self) -> LmBatch:
         length = int(self._rng.integers(8, self.recipe.segment + 1))
