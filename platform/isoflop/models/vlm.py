@@ -245,6 +245,8 @@ class VlmModel(DecoderModel):
         image_BL = ids_BL == self.info.geometry["image_token"]
         if places_BV is not None:
             positions_BL = places_kept(positions_BL, image_BL, places_BV, self.info.geometry["visual_tokens"])
+            # without a mask, Hugging Face takes a gap in the positions for the start of another sequence
+            mask_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
         image = BaseModelOutputWithPooling(pooler_output=list(visual_BVd))
         prefix = 0 if self.attention is None else _image_end(image_BL)
         with ExitStack() as stack:
