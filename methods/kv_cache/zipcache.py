@@ -6,7 +6,6 @@ Shape suffixes: B batch, G key-value heads, T tokens, P probe queries, N tokens 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -18,29 +17,27 @@ from isoflop.core.knobs import Knob
 from isoflop.kernels.column_scores import column_scores
 from isoflop.methods.base import METHODS
 from isoflop.methods.kv_cache.chance import uniform
-from isoflop.methods.kv_cache.quantised import Grids, Quantised
 from isoflop.methods.kv_cache.scores import QueryWeights, attention_scores, real
-from isoflop.methods.kv_cache.select import Selection, candidates, count_of, lengths, split
+from isoflop.methods.kv_cache.select import lengths
+from isoflop.methods.kv_cache.two_tier import TwoTier
 from isoflop.models.attention import AttentionCall
 from isoflop.models.base import ModelInfo
 from isoflop.models.segments import DenseSegment
 
-V_GROUP = 32
-
 
 @METHODS.register("zipcache")
 @dataclass(frozen=True)
-class ZipCache(Quantised):
+class ZipCache(TwoTier):
     """The most salient tokens of each head at ``bits_hi``, the others at ``bits_lo``.
 
     1. Probe queries: the newest ``probe_recent`` of the prompt, and ``probe_random`` of it drawn from the earlier ones
        (without replacement; the released code draws with it).
-    2. Saliency of token j: attention from the probes, over a key-value head's query heads, divided by the number of probes
-       that can see j (``probe_nnz``, the paper), by the number of all queries that can (``rows_total``, the released
-       code, which favours recent tokens), or by nothing (``none``, accumulated attention).
-    3. Keys: one grid per channel and tier. Values (``cst``): channels divided by the root of their largest magnitude over
-       both tiers, then one grid per token and head; ``token`` leaves the channels as they are; ``group32`` has a grid per
-       32 channels.
+    2. Saliency of token j: attention from the probes, over a key-value head's query heads, divided by the number of
+       probes that can see j (``probe_nnz``, the paper), by the number of all queries that can (``rows_total``, the
+       released code, which favours recent tokens), or by nothing (``none``, accumulated attention).
+    3. Keys: one grid per channel and tier. Values (``cst``): channels divided by the root of their largest magnitude
+       over both tiers, then one grid per token and head; ``token`` leaves the channels as they are; ``group32`` has a
+       grid per 32 channels.
     4. After ``streaming_gap`` new tokens, the newest query's attention among them decides which are salient, as in the
        released code; they become a block of their own.
 
@@ -49,11 +46,6 @@ class ZipCache(Quantised):
 
     paper: ClassVar[str] = "arXiv 2405.14256"
 
-    salient_ratio: Annotated[float, Knob(low=0.0, high=1.0, ratio=True, doc="share of the tokens at bits_hi")] = 0.6
-    bits_hi: Annotated[
-        int, Knob(choices=(4, 8, 16), unit="bits", doc="of salient tokens; 16 keeps them as they are")
-    ] = 4
-    bits_lo: Annotated[int, Knob(choices=(2, 3, 4, 8, 16), unit="bits", doc="of the other tokens")] = 2
     probe_recent: Annotated[
         float, Knob(low=0.0, high=1.0, doc="share of the queries, the newest ones, that are probes")
     ] = 0.05
@@ -64,47 +56,27 @@ class ZipCache(Quantised):
         str,
         Knob(choices=("probe_nnz", "rows_total", "none"), doc="what a token's attention from the probes is divided by"),
     ] = "probe_nnz"
-    v_scheme: Annotated[str, Knob(choices=("cst", "token", "group32"), doc="what shares a grid among the values")] = (
-        "cst"
-    )
-
-    @classmethod
-    def identity(cls, info: ModelInfo) -> ZipCache:
-        """Every token salient and kept as it is; new tokens too."""
-        return cls(salient_ratio=1.0, bits_hi=16, bits_lo=16)
 
     def check(self, info: ModelInfo) -> None:
-        """Refuse tiers in the wrong order, and saliency without probes."""
+        """Refuse saliency without probes."""
         super().check(info)
-        if self.bits_lo > self.bits_hi:
-            raise Infeasible(
-                f"method zipcache: bits_lo = {self.bits_lo} exceeds bits_hi = {self.bits_hi}; lower bits_lo"
-            )
         if self.probe_recent + self.probe_random == 0:
             raise Infeasible(
                 "method zipcache: probe_recent = 0 and probe_random = 0 leave no probe query; raise one of them"
             )
 
-    def grids(self) -> Grids:
-        """Keys per channel; values as ``v_scheme`` says."""
-        return Grids(v_group=V_GROUP if self.v_scheme == "group32" else None, v_balanced=self.v_scheme == "cst")
-
-    def tiers(self, block: AttentionCall) -> Sequence[tuple[int, Selection]]:
-        """The highest normalised saliency at bits_hi."""
-        return self._by_score(self.saliency(block), lengths(block), candidates(block))
-
-    def new_tiers(self, query: AttentionCall, block: DenseSegment) -> Sequence[tuple[int, Selection]]:
-        """The same by the newest query's attention, which sees every token of the block."""
-        ones_B11 = torch.ones(query.q_BHTD.shape[0], 1, 1, device=query.q_BHTD.device)
-        scores_BG1N = column_scores(
-            query.q_BHTD, block.k_BGND, query.scaling, ones_B11, query.positions_BT, block.positions_BGN[:, 0]
-        )
-        return self._by_score(scores_BG1N[:, :, 0], [block.tokens] * query.q_BHTD.shape[0], None)
-
     def saliency(self, prompt: AttentionCall) -> Tensor:
         """Normalised attention from the probes, (B, G, T)."""
         queries = probes(prompt, self.probe_recent, self.probe_random)
         return attention_scores(prompt, queries) / self.seen_by(prompt, queries)[:, None]
+
+    def new_saliency(self, query: AttentionCall, block: DenseSegment) -> Tensor:
+        """Attention of the newest query, which sees every token of the block, (B, G, N)."""
+        ones_B11 = torch.ones(query.q_BHTD.shape[0], 1, 1, device=query.q_BHTD.device)
+        scores_BG1N = column_scores(
+            query.q_BHTD, block.k_BGND, query.scaling, ones_B11, query.positions_BT, block.positions_BGN[:, 0]
+        )
+        return scores_BG1N[:, :, 0]
 
     def seen_by(self, prompt: AttentionCall, queries: QueryWeights) -> Tensor:
         """What each token's score is divided by, (B, T); at least 1."""
@@ -118,11 +90,6 @@ class ZipCache(Quantised):
             sees_BPT = positions_BT.gather(1, queries.index_BP)[:, :, None] >= positions_BT[:, None]
             counts_BT = (sees_BPT * queries.weight_BP[:, :, None]).sum(1)
         return counts_BT.float().clamp(min=1.0)
-
-    def _by_score(self, scores_BGN: Tensor, total: list[int], real_B1N: Tensor | None) -> list[tuple[int, Selection]]:
-        counts = [count_of(self.salient_ratio, n, least=0) for n in total]
-        salient, regular = split(scores_BGN, counts, total, real_B1N)
-        return [(self.bits_hi, salient), (self.bits_lo, regular)]
 
 
 def probes(call: AttentionCall, recent: float, random: float) -> QueryWeights:
