@@ -158,6 +158,8 @@ class CalibratedMethod(CodecMethod):
 class ArtefactStage(OnModel):
     """A model's matrices as a calibrated method encodes them."""
 
+    kind: ClassVar[str] = "weight-artefact"
+
     method: Spec
     calibration: CalibrationStage
 

@@ -125,6 +125,8 @@ class BitStack(WeightMethod):
 class StacksStage(OnModel):
     """The decomposition of a model's matrices."""
 
+    kind: ClassVar[str] = "bitstack"
+
     k: int
     n_iter: int
     scaling: str
@@ -150,6 +152,8 @@ class StacksStage(OnModel):
 @dataclass(frozen=True)
 class SortStage(OnModel):
     """The order in which the blocks of a decomposition are loaded."""
+
+    kind: ClassVar[str] = "bitstack-order"
 
     stacks: StacksStage
     sort: str

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
-from isoflop.methods.weights.obs import BLOCK, obs_sweep
+from isoflop.methods.weights.obs import obs_sweep
 from isoflop.methods.weights.payloads import DensePayload, Payload
 from isoflop.methods.weights.rules import keep_highest, keep_pattern, pattern_of
 from isoflop.methods.weights.sparse import CalibratedPruner
@@ -24,14 +24,18 @@ from isoflop.models.base import ModelInfo
 @METHODS.register("sparsegpt")
 @dataclass(frozen=True)
 class SparseGpt(CalibratedPruner):
-    """Masks by w²/[U]_jj², chosen for 128 columns at a time (N:M: for M), then removal with error feedback.
+    """Masks by w²/[U]_jj², chosen for ``mask_block`` columns at a time (N:M: for M), then removal with error feedback.
 
     Algorithm 1 of the paper. Inputs are those of the uncompressed model, so that one calibration serves every setting.
+    The paper's 128 columns are a small part of matrices of its size. Where they are the whole matrix, all of its mask is
+    chosen before anything is removed, and the result can be worse than Wanda's.
     """
 
     paper: ClassVar[str] = "arXiv 2301.00774"
 
     damp: Annotated[float, Knob(low=1e-6, high=1.0, log=True, doc="added to the Hessian's diagonal, relative to its mean")] = 0.01  # fmt: skip
+
+    mask_block: Annotated[int, Knob(low=4, high=65536, log=True, unit="columns", doc="whose mask is chosen together; a pattern has its own")] = 128  # fmt: skip
 
     @classmethod
     def identity(cls, info: ModelInfo) -> SparseGpt:
@@ -43,7 +47,7 @@ class SparseGpt(CalibratedPruner):
         if self.sparsity == 0:
             return DensePayload.of(weight_OI)
         assert stats is not None
-        rule = MaskRule(weight_OI, self.sparsity, pattern_of(self.pattern))
+        rule = MaskRule(weight_OI, self.sparsity, pattern_of(self.pattern), self.mask_block)
         swept_OI = obs_sweep(weight_OI, stats.hessian_II, rule, self.damp)
         return self.stored(swept_OI.to(weight_OI.dtype), rule.keep_OI)
 
@@ -55,10 +59,10 @@ class MaskRule:
         keep_OI: what the sweep has kept.
     """
 
-    def __init__(self, weight_OI: Tensor, sparsity: float, pattern: tuple[int, int] | None) -> None:
+    def __init__(self, weight_OI: Tensor, sparsity: float, pattern: tuple[int, int] | None, block: int) -> None:
         self._sparsity = sparsity
         self._pattern = pattern
-        self.span = min(BLOCK, weight_OI.shape[1]) if pattern is None else pattern[1]
+        self.span = min(block, weight_OI.shape[1]) if pattern is None else pattern[1]
         self.keep_OI = torch.ones_like(weight_OI, dtype=torch.bool)
 
     def enter(self, weight_OW: Tensor, curvature_W: Tensor, start: int) -> None:

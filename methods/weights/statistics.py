@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -166,6 +166,8 @@ class Statistics:
 @dataclass(frozen=True)
 class CalibrationStage(OnModel):
     """Statistics of a model's linear views on ``n_calib`` training examples; one for all weight methods."""
+
+    kind: ClassVar[str] = "weight-calibration"
 
     n_calib: int
 
