@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from lm_cases import RECALL, TEXT
 
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import build
 from isoflop.models.base import family_of
 from isoflop.models.lm import LmBatch, LmInfo, LmModel
+from isoflop.tasks.base import TASKS
 
 LENGTH, PADS, PROMPT, WORDS = 24, 5, 14, 60
 SHAPE: dict[str, Any] = {
@@ -140,3 +142,31 @@ def test_bfloat16_counts_sixteen_bits(tmp_path: Path) -> None:
     model = family.load(family.info(ref, {"dtype": "bfloat16"}), None, FolderContext(tmp_path / "cache"))
     assert model.info.dense_bits == 16
     assert model.dense_weight_bytes() >= 2 * sum(p.numel() for p in model.module.parameters())
+
+
+def test_a_checkpoint_with_a_tokenizer_does_what_the_tiny_model_in_it_does(
+    text_lm: LmModel, lm_ctx: FolderContext
+) -> None:
+    weights = family_of(TEXT).weights(text_lm.info, (), 0)
+    assert weights is not None
+    ref = f"hf:{lm_ctx.get(weights).folder}"
+    info = family_of(ref).info(ref, {})
+    assert "tokenizer" in info.hooks
+    assert info.n_params == text_lm.info.n_params
+    checkpoint = family_of(ref).load(info, None, lm_ctx)
+    task = TASKS.get("bits-per-byte")(examples=4, tokens=48)  # type: ignore[call-arg]
+    errors = [next(iter(task.evaluate(model, lm_ctx, 0))).errors for model in (text_lm, checkpoint)]
+    assert (errors[0] == errors[1]).all()
+    assert task.measure(checkpoint, lm_ctx)["weight_bytes"] == 2 * task.measure(text_lm, lm_ctx)["weight_bytes"]
+    rows = [b.ids_BT for b in checkpoint.calibration(lm_ctx, 3, 0)]
+    assert sum(map(len, rows)) == 3
+
+
+def test_a_checkpoint_declares_the_world_of_symbols(recall_lm: LmModel, lm_ctx: FolderContext) -> None:
+    weights = family_of(RECALL).weights(recall_lm.info, (), 0)
+    assert weights is not None
+    ref = f"hf:{lm_ctx.get(weights).folder}"
+    info = family_of(ref).info(ref, {})
+    TASKS.get("kv-recall")().check(info)
+    checkpoint = family_of(ref).load(info, None, lm_ctx)
+    assert sum(len(b.ids_BT) for b in checkpoint.calibration(lm_ctx, 20, 0)) == 20
