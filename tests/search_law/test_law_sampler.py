@@ -209,11 +209,11 @@ def test_methods_with_conditional_knobs_and_the_best_of_them() -> None:
         seed=0,
     )
     study, rng = optuna.create_study(sampler=sampler), np.random.default_rng(0)
-    from isoflop.search.proposer import _suggest
+    from isoflop.search.proposer import suggest
 
     for _ in range(60):
         trial = study.ask()
-        config = space.walk(lambda p, t=trial: _suggest(t, p))  # type: ignore[misc]
+        config = space.walk(lambda p, t=trial: suggest(t, p))  # type: ignore[misc]
         n, v, a = sizes[str(config["model"])], config[f"{config['method']}.k"], amplitude[str(config["method"])]
         study.tell(trial, 0.08 + a * (n / 1e7) ** -0.25 * float(v) ** -0.1 + 0.005 * rng.standard_normal())
     report = sampler.report(study)
@@ -228,11 +228,11 @@ def test_coupled_parameters_move_together() -> None:
     space = Space(("a", "b", "c"), (Branch("q", (Param("q.k", (1, 2, 4, 8, 16)),)),), zips=(Zip("zip0", rows),))
     sampler = LawSampler({"N": {"model": {"a": 1, "b": 3, "c": 9}}, "V": "q.k"}, Exponents(), space=space, seed=0)
     study = optuna.create_study(sampler=sampler)
-    from isoflop.search.proposer import _suggest
+    from isoflop.search.proposer import suggest
 
     for _ in range(12):
         trial = study.ask()
-        config = space.walk(lambda p, t=trial: _suggest(t, p))  # type: ignore[misc]
+        config = space.walk(lambda p, t=trial: suggest(t, p))  # type: ignore[misc]
         assert space.contains(config)
         study.tell(trial, 0.5)
 

@@ -213,6 +213,9 @@ def _print_plan(plan: Plan) -> None:
         )
     if plan.flops is not None:
         out.print(f"answers so far took {plan.flops:.3g} FLOPs (measured)")
+    if plan.forecast is not None:
+        for line in plan.forecast.lines():
+            out.print(line)
     for line in plan.infeasible[:10]:
         out.print(Text(f"infeasible: {line}", style="yellow"))
     if len(plan.infeasible) > 10:

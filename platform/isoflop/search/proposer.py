@@ -55,6 +55,7 @@ class Tell:
     Attributes:
         values: one per objective; empty unless ``outcome`` is "complete".
         steps: intermediate value per step, for pruners.
+        attributes: what was measured beside the values (sizes, costs), for samplers that fit laws.
     """
 
     number: int
@@ -62,6 +63,7 @@ class Tell:
     outcome: Outcome
     values: tuple[float, ...] = ()
     steps: Mapping[int, float] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Proposer(ABC):
@@ -85,6 +87,11 @@ class Proposer(ABC):
 
     def size(self) -> int | None:
         """How many points there are in all, or None when unknown."""
+        return None
+
+    @property
+    def reason(self) -> str | None:
+        """Why nothing more is proposed, where there is more to say than that the space is used up."""
         return None
 
     @property
@@ -158,7 +165,7 @@ class OptunaProposer(Proposer):
 
     Args:
         space: what may be proposed.
-        sampler: name as in the YAML.
+        sampler: name as in the YAML, or a sampler.
         pruner: name as in the YAML.
         directions: "minimize" or "maximize" per objective.
         seed: the sweep's seed. Random search then proposes the same points in the same order again, however often the
@@ -169,7 +176,7 @@ class OptunaProposer(Proposer):
     def __init__(
         self,
         space: Space,
-        sampler: str,
+        sampler: str | optuna.samplers.BaseSampler,
         pruner: str,
         directions: Sequence[str],
         seed: int,
@@ -177,10 +184,10 @@ class OptunaProposer(Proposer):
         pruner_options: Mapping[str, Any] | None = None,
     ) -> None:
         self._space = space
-        self._name = sampler
+        self._name = sampler if isinstance(sampler, str) else type(sampler).__name__
         self._seed = seed
         self._options = dict(options or {})
-        self._sampler = make_sampler(sampler, seed, self._options)
+        self._sampler = make_sampler(sampler, seed, self._options) if isinstance(sampler, str) else sampler
         self._study = optuna.create_study(
             storage=UnconstrainedStorage(),
             sampler=self._sampler,
@@ -192,9 +199,9 @@ class OptunaProposer(Proposer):
         self._past: set[str] = set()  # of earlier sessions, as far as the sampler has not come by them again
         self._numbers = Numbers()
         self._size = space.size()
-        self._max_trials = _MAX_TRIALS.get(sampler)
+        self._max_trials = _MAX_TRIALS.get(self._name)
         # Random search learns nothing: a study of its trials would only cost memory and time.
-        self._forgetful = sampler == "random" and pruner == "none"
+        self._forgetful = self._name == "random" and pruner == "none"
 
     def ask(self, count: int) -> list[Proposal]:
         out: list[Proposal] = []
@@ -249,6 +256,7 @@ class OptunaProposer(Proposer):
                 distributions=distributions,
                 values=list(result.values) or None,
                 intermediate_values=dict(result.steps),
+                user_attrs=dict(result.attributes),
             )
         )
 
@@ -277,11 +285,11 @@ class OptunaProposer(Proposer):
         """A point of the sampler; with the open trial of the study, where there is a use for it."""
         if not self._forgetful:
             trial = self._study.ask()
-            return trial, self._space.walk(partial(_suggest, trial))
+            return trial, self._space.walk(partial(suggest, trial))
         sampler, study = self._study.sampler, self._study
 
         def choose(param: Param) -> Value:
-            distribution = _distribution(param)
+            distribution = distribution_of(param)
             if distribution.single():
                 return param.grid()[0]
             return cast(Value, sampler.sample_independent(study, _NO_TRIAL, param.name, distribution))
@@ -326,7 +334,7 @@ class OptunaProposer(Proposer):
                 value = fits[0] if fits else None
             if value is None or not param.contains(value):
                 raise LookupError(param.name)
-            distribution = _distribution(param)
+            distribution = distribution_of(param)
             params[param.name], distributions[param.name] = value, distribution
             return value
 
@@ -337,7 +345,8 @@ class OptunaProposer(Proposer):
         return params, distributions
 
 
-def _distribution(param: Param) -> BaseDistribution:
+def distribution_of(param: Param) -> BaseDistribution:
+    """Optuna's distribution of a choice."""
     if param.values is not None:
         return CategoricalDistribution(param.values)
     if param.integer:
@@ -346,7 +355,8 @@ def _distribution(param: Param) -> BaseDistribution:
     return FloatDistribution(param.low, param.high, log=param.log, step=None if param.log else param.step)
 
 
-def _suggest(trial: optuna.Trial, param: Param) -> Value:
+def suggest(trial: optuna.Trial, param: Param) -> Value:
+    """Draw a choice of a space in a trial."""
     if param.values is not None:
         return cast(Value, trial.suggest_categorical(param.name, param.values))
     if param.integer:

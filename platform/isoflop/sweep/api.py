@@ -20,8 +20,10 @@ from isoflop.execute import Executor, LocalExecutor, Resources
 from isoflop.ledger import Ledger, Store
 from isoflop.ledger import schema as ledger_schema
 from isoflop.search import Proposer, make_proposer
+from isoflop.search.law.proposer import LawProposer
 from isoflop.sweep import results as results_module
 from isoflop.sweep.driver import Driver, Summary
+from isoflop.sweep.law_search import make_law_proposer, read_knowledge, save_knowledge
 from isoflop.sweep.metrics import MetricsProgress
 from isoflop.sweep.progress import LogFile, Progress, Quiet
 from isoflop.sweep.resolve import Sweep, resolve
@@ -101,6 +103,8 @@ def run_resolved(sweep: Sweep, options: RunOptions, progress: Progress) -> Sweep
         summary = Driver(sweep, ledger, executor, proposer, tracker, log, options.retry_failed).run()
         proposer.close()
         executor.close(now=summary.interrupted)
+        if isinstance(proposer, LawProposer):
+            save_knowledge(store, spec.name, proposer)
         if spec.laws:
             log.line("fitting laws")
         opened = SweepResults(store, spec.name, spec, summary)
@@ -128,6 +132,8 @@ def make_proposer_for(sweep: Sweep, apart: bool = False) -> Proposer:
             depends on how fast jobs are; with the in-process executor everything happens in a fixed order.
     """
     spec, search = sweep.spec, sweep.spec.search
+    if search.sampler == "law":
+        return make_law_proposer(sweep)
     directions = [o.direction for o in spec.objectives]
     return make_proposer(
         sweep.space, search.sampler, search.pruner, directions, spec.seed, search.options, search.pruner_options, apart
@@ -314,6 +320,10 @@ class SweepResults:
         from isoflop.frontier import sql
 
         return sql(query, self.results())
+
+    def law_search(self) -> dict[str, Any] | None:
+        """What a search with the law sampler had found out when its last session ended; None for other samplers."""
+        return read_knowledge(self.store, self.name)
 
     def findings(self) -> results_module.Findings:
         """The laws and frontiers that the sweep's YAML asks for."""

@@ -231,6 +231,7 @@ class Driver:
         proposals = self._proposer.ask(count)
         if not proposals and not self._proposer.pending and (eager or self._trials.open_count == 0):
             self._exhausted = True
+            self._summary.reason = self._proposer.reason or self._summary.reason
         for proposal in proposals:
             trial = self._trials.open(proposal.number, proposal.config)
             self._enqueue(trial, list(trial.jobs.values()))

@@ -15,7 +15,9 @@ from isoflop.core.errors import UserError
 from isoflop.jobs import Job, ResolvedJob
 from isoflop.ledger import Ledger, Store
 from isoflop.search import make_proposer
+from isoflop.search.law.forecast import Forecast
 from isoflop.stages import StageCache
+from isoflop.sweep.law_search import forecast_of, make_law_proposer
 from isoflop.sweep.resolve import Sweep
 
 _SAMPLE = 2000  # jobs looked at in detail
@@ -41,6 +43,7 @@ class Plan:
         done: jobs that have results; infeasible: points that cannot run, with the reason.
         job_seconds: median of the jobs that have run, or None.
         flops: per answer, summed over finished jobs' answers; None when nothing has run.
+        forecast: what the width that a law search asks for is expected to cost.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Plan:
     flops: float | None
     sampled: bool
     budget: dict[str, Any]
+    forecast: Forecast | None = None
 
     @property
     def left(self) -> int | None:
@@ -86,6 +90,7 @@ class Plan:
             "flops_spent": self.flops,
             "sampled": self.sampled,
             "budget": self.budget,
+            "forecast": None if self.forecast is None else self.forecast.to_dict(),
         }
 
 
@@ -117,6 +122,7 @@ def make_plan(sweep: Sweep, store_uri: str | None = None, cache_dir: Path | None
         flops=_flops(rows),
         sampled=jobs is None or len(sample) < jobs,
         budget={k: v for k, v in spec.budget.model_dump().items() if v is not None},
+        forecast=forecast_of(sweep, sweep.current(Ledger(store, spec.name).read())),
     )
 
 
@@ -128,8 +134,11 @@ def _trials(sweep: Sweep) -> int | None:
 def _sample(sweep: Sweep) -> tuple[list[ResolvedJob], list[str]]:
     """The jobs that a grid would run, or the first that a search would."""
     spec = sweep.spec
-    proposer = make_proposer(
-        sweep.space, spec.search.sampler, "none", [o.direction for o in spec.objectives], spec.seed, spec.search.options
+    directions = [o.direction for o in spec.objectives]
+    proposer = (
+        make_law_proposer(sweep)
+        if spec.search.sampler == "law"
+        else make_proposer(sweep.space, spec.search.sampler, "none", directions, spec.seed, spec.search.options)
     )
     per_trial = len(sweep.task_options) * spec.repeats
     wanted = min(_trials(sweep) or 50, max(1, _SAMPLE // per_trial))

@@ -138,6 +138,10 @@ def resolve(given: Any) -> Sweep:
     _check_zips(spec, source, space, zipped)
     sweep = Sweep(spec, source, space, tasks, methods)
     _check_grid(sweep)
+    if spec.search.sampler == "law":
+        from isoflop.sweep.law_search import make_law_sampler
+
+        make_law_sampler(sweep)
     return sweep
 
 
@@ -285,6 +289,8 @@ def _check_search(spec: SweepSpec, source: Source) -> None:
         ("pruner_options", search.pruner, search.pruner_options, "none"),
     ):
         where = source.where(("search", part))
+        if name == "law":  # built with the space, at the end
+            continue
         if name == idle:
             if options:
                 raise UserError(f"{where}: {name} takes no options; remove {', '.join(map(str, options))}")

@@ -80,12 +80,16 @@ def objective_values(objectives: Sequence[Objective], rows: Sequence[Mapping[str
     """The objective values of a trial: means over its rows; None when one cannot be had (a failed job, a missing metric)."""
     values = []
     for objective in objectives:
-        chosen = [r for r in rows if objective.task is None or r["task"] == objective.task]
-        found = [row_value(r, objective.metric) for r in chosen]
+        found = [row_value(r, objective.metric) for r in rows_of(objective, rows)]
         if not found or any(v is None or not np.isfinite(v) for v in found):
             return None
         values.append(float(np.mean([v for v in found if v is not None])))
     return tuple(values)
+
+
+def rows_of(objective: Objective, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows that an objective looks at."""
+    return [r for r in rows if objective.task is None or r["task"] == objective.task]
 
 
 def row_value(row: Mapping[str, Any], metric: str) -> float | None:

@@ -13,6 +13,7 @@ from isoflop.jobs import Job
 from isoflop.ledger import Ledger, Store
 from isoflop.search import make_proposer
 from isoflop.sweep.driver import Driver
+from isoflop.sweep.law_search import make_law_proposer
 from isoflop.sweep.progress import Progress, Quiet
 from isoflop.sweep.resolve import Sweep
 from isoflop.track import NullTracker
@@ -59,13 +60,11 @@ def simulate(
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Store.open(folder), spec.name).lock()
         executor.start()
-        proposer = make_proposer(
-            sweep.space,
-            spec.search.sampler,
-            "none",
-            [o.direction for o in spec.objectives],
-            spec.seed,
-            spec.search.options,
+        directions = [o.direction for o in spec.objectives]
+        proposer = (
+            make_law_proposer(sweep)
+            if spec.search.sampler == "law"
+            else make_proposer(sweep.space, spec.search.sampler, "none", directions, spec.seed, spec.search.options)
         )
         cpu, real = time.process_time(), time.monotonic()
         summary = Driver(

@@ -63,14 +63,59 @@ NotNegative = Annotated[float, Field(ge=0), BeforeValidator(_number)]
 Positive = Annotated[float, Field(gt=0), BeforeValidator(_number)]
 
 
+class TargetBlock(_Block):
+    """What a search with the law sampler wants to know; each kind has its own keys."""
+
+    kind: Literal["allocation", "frontier", "prediction", "best-method", "exponents"] = Field(
+        description="V* or N* at a budget; errors along a range of budgets; errors at given places; the best method; exponents."
+    )
+    budget: Positive | tuple[Positive, ...] | None = Field(None, description="Inference cost (several: best-method).")
+    of: str | None = Field(
+        None, description="allocation: the axis asked for; by default the one that trades against size."
+    )
+    low: Positive | None = Field(None, description="frontier: least budget.")
+    high: Positive | None = Field(None, description="frontier: largest budget.")
+    points: Count | None = Field(None, description="frontier: number of budgets.")
+    at: dict[str, Number | tuple[Number, ...]] | None = Field(
+        None, description="prediction: a value per axis, or lists."
+    )
+    names: tuple[str, ...] | None = Field(None, description="exponents: which parameters.")
+    cost: str | None = Field(None, description="Inference cost as an expression of the axes and Q; default 2*N*(Q+V).")
+    q: NotNegative | None = Field(None, description="Text tokens Q per answer; default 50.")
+    group: str | None = Field(None, description="One law of several (method, task); default all.")
+    width: Positive | None = Field(None, description="Half-width of the 95 % interval at which the search may stop.")
+    confidence: Positive | None = Field(
+        None, le=1, description="best-method: probability at which the search may stop."
+    )
+
+
+class ContenderBlock(_Block):
+    """A competing law with what its variables stand for."""
+
+    law: str
+    x: dict[str, str] = Field(default_factory=dict, description="Variable of the law -> axis, e.g. {D: V}.")
+
+
 class SearchBlock(_Block):
     """How trials are proposed."""
 
-    sampler: Literal["grid", "random", "qmc", "tpe", "gp", "cmaes", "nsga2"] = Field(
-        "grid", description="Optuna's sampler; grid runs every combination once."
+    sampler: Literal["grid", "random", "qmc", "tpe", "gp", "cmaes", "nsga2", "law"] = Field(
+        "grid", description="Optuna's sampler; grid runs every combination once; law buys certainty about a target."
     )
     options: dict[str, Any] = Field(
-        default_factory=dict, description="Arguments of the Optuna sampler class, e.g. n_startup_trials."
+        default_factory=dict,
+        description="Arguments of the Optuna sampler class, e.g. n_startup_trials; for law: gamma, explore, check_share …",
+    )
+    target: TargetBlock | None = Field(None, description="law: what to find out.")
+    axes: dict[str, str | Number | tuple[str, ...]] = Field(
+        default_factory=dict,
+        description="law: axis -> knob, expression of knobs and N, or the first knob of a list that exists; N is the model's size.",
+    )
+    laws: tuple[str | ContenderBlock, ...] = Field(("product",), min_length=1, description="law: competing forms.")
+    by: tuple[Literal["method", "model"], ...] = Field((), description="law: a law each for these.")
+    share: Literal["exponents"] | tuple[str, ...] = Field((), description="law: parameters that these laws share.")
+    cost: str | None = Field(
+        None, description="law: cost of a trial, an expression of the axes, until FLOPs are measured."
     )
     pruner: Literal["none", "median", "hyperband", "wilcoxon"] = Field(
         "none", description="Optuna's pruner; stops hopeless jobs between shards."
@@ -277,6 +322,22 @@ class SweepSpec(_Block):
     laws: tuple[LawBlock, ...] = ()
     frontiers: tuple[FrontierBlock, ...] = ()
 
+    @model_validator(mode="after")
+    def _law_search(self) -> SweepSpec:
+        search, own = self.search, ("target", "axes", "laws", "by", "share", "cost")
+        if search.sampler != "law":
+            given = [k for k in own if k in search.model_fields_set]
+            if given:
+                raise ValueError(f"search.{given[0]}: only 'sampler: law' takes it; the sampler is {search.sampler!r}")
+        elif search.target is None:
+            raise ValueError(
+                "search.target: sampler 'law' needs one, e.g. {kind: allocation, budget: 2e7} "
+                f"(kinds: {', '.join(TargetBlock.model_fields['kind'].annotation.__args__)})"  # type: ignore[union-attr]
+            )
+        elif search.pruner != "none":
+            raise ValueError("search.pruner: a law is fitted on finished jobs; sampler 'law' takes none")
+        return self
+
     @field_validator("name")
     @classmethod
     def _plain_name(cls, value: str) -> str:
@@ -417,6 +478,7 @@ def _real_path(loc: tuple[int | str, ...], source: Source) -> KeyPath:
 
 _BLOCKS: dict[str, type[_Block]] = {
     "search": SearchBlock,
+    "target": TargetBlock,
     "objectives": Objective,
     "budget": Budget,
     "resources": ResourcesBlock,

@@ -12,7 +12,7 @@ import pyarrow as pa
 from isoflop.jobs import Job
 from isoflop.search import Config, Proposer, Tell, values_key
 from isoflop.sweep.resolve import Sweep
-from isoflop.sweep.rows import FINAL_OK, objective_values
+from isoflop.sweep.rows import FINAL_OK, objective_values, rows_of
 
 Row = Mapping[str, Any]
 _COLUMNS = [
@@ -169,9 +169,18 @@ class TrialBook:
         elif any(r["status"] == "pruned" for r in rows):
             outcome = Tell(trial.number, trial.config, "pruned", steps=trial.steps)
         else:
-            outcome = Tell(trial.number, trial.config, "complete", values, trial.steps)
+            outcome = Tell(trial.number, trial.config, "complete", values, trial.steps, self._attributes(rows))
             self._note_best(values[0], trial)
         self._proposer.tell(outcome)
+
+    def _attributes(self, rows: list[Row]) -> dict[str, Any]:
+        """What was measured beside the values, for a search that fits laws."""
+        spec = self._sweep.spec
+        if spec.search.sampler != "law":
+            return {}
+        spent = sum((r.get("flops") or 0.0) * (r.get("n_examples") or 0) for r in rows)
+        examples = [sum(int(r.get("n_examples") or 0) for r in rows_of(o, rows)) for o in spec.objectives]
+        return {"examples": examples, **({"flops": spent} if spent > 0 else {})}
 
     def _note_best(self, value: float, trial: Trial) -> None:
         objective = self._sweep.spec.objectives[0]

@@ -8,6 +8,7 @@ axes as further names.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from isoflop.core.errors import UserError, unknown
 from isoflop.core.expressions import Array, Expression, parse
 
 Config = Mapping[str, Any]
+_DOTTED = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)+")
 AxisSpec = float | int | str | Mapping[str, Mapping[Any, float]] | Callable[[Config], float]
 
 
@@ -28,13 +30,15 @@ class Reader:
         UserError: when built from something else, or from a table of several parameters.
     """
 
-    def __init__(self, what: str, spec: AxisSpec, extra: Sequence[str] = ()) -> None:
-        self._what, self._spec, self._extra = what, spec, tuple(extra)
+    def __init__(self, what: str, spec: AxisSpec) -> None:
+        self._what, self._spec = what, spec
+        self._aliases: dict[str, str] = {}
         self._expression: Expression | None = None
         self._table: tuple[str, Mapping[Any, float]] | None = None
         if isinstance(spec, str):
-            if any(c in spec for c in "+-*/( "):
-                self._expression = parse(spec, what)
+            if any(c in spec for c in "+*/( ") or re.search(r"\s-|-\s", spec):
+                plain = _DOTTED.sub(self._alias, spec)
+                self._expression = parse(plain, what)
         elif isinstance(spec, Mapping):
             if len(spec) != 1:
                 raise UserError(f"{what}: a table names one parameter with its values, not {len(spec)}")
@@ -49,7 +53,7 @@ class Reader:
     def names(self) -> frozenset[str]:
         """Parameters (or axes) that it reads; empty for numbers and functions."""
         if self._expression is not None:
-            return self._expression.names
+            return frozenset(self._aliases.get(n, n) for n in self._expression.names)
         if self._table is not None:
             return frozenset({self._table[0]})
         return frozenset({self._spec}) if isinstance(self._spec, str) else frozenset()
@@ -64,15 +68,22 @@ class Reader:
                 raise unknown(f"value of {name}", config[name], table, self._what)
             return float(table[config[name]])
         if self._expression is not None:
-            if any(n not in config for n in self._expression.names):
+            real = {n: self._aliases.get(n, n) for n in self._expression.names}
+            if any(n not in config for n in real.values()):
                 return math.nan
-            return float(self._expression({n: self._number(n, config[n]) for n in self._expression.names}))
+            return float(self._expression({n: self._number(r, config[r]) for n, r in real.items()}))
         if isinstance(self._spec, str):
             return self._number(self._spec, config[self._spec]) if self._spec in config else math.nan
         if callable(self._spec):
             return float(self._spec(config))
         assert isinstance(self._spec, (int, float))
         return float(self._spec)
+
+    def _alias(self, found: re.Match[str]) -> str:
+        """A knob such as ``mqt.k`` under a name that formulas allow."""
+        name = re.sub(r"\W", "_", found[0])
+        self._aliases[name] = found[0]
+        return name
 
     def _number(self, name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
@@ -112,7 +123,7 @@ class Mapper:
         if not axes:
             raise UserError("law sampler: axes: at least one is needed, e.g. {'N': 'params', 'V': 'tokens'}")
         readers = {name: Reader(f"axes: {name}", spec) for name, spec in axes.items()}
-        price = None if cost is None else Reader("cost", cost, tuple(axes))
+        price = None if cost is None else Reader("cost", cost)
         return cls(readers, tuple(by), tuple(outputs), price, setup, dict(constants or {}))
 
     @property

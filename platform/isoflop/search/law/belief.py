@@ -30,10 +30,11 @@ from isoflop.search.law.contenders import Block, Contender, make_blocks
 from isoflop.search.law.mapfit import distinct, map_fit, search_starts
 from isoflop.search.law.rows import Cells, RowTable, pool
 
-_GUESS = 0.02  # prior noise as a share of a typical y
-_STRENGTH = 1.0  # of that guess, in degrees of freedom / 2 (a0)
+_GUESS = 0.01  # prior noise as a share of a typical y
+_STRENGTH = 0.5  # of that guess, in degrees of freedom / 2 (a0)
 _BASIN_MSE = 1.5  # basins up to this multiple of the best mean squared error are kept
 _REJECT_BEND = 0.002
+_MATTERS = 0.002  # misfit, as a share of a typical y, below which a form is good enough
 _REJECT = 0.01  # p-value of the lack-of-fit test from which tau^2 is used
 _MAX_HYPOTHESES = 6
 _LENGTH = 0.35  # of the misfit's waves, as a share of each axis' range
@@ -361,10 +362,14 @@ class Belief:
     ) -> tuple[LackOfFit, tuple[float, float]]:
         """Lack of fit, and (sum of squares, degrees of freedom) of a noise estimate that does not trust the form."""
         f = p = math.nan
-        if cells.pure_dof >= 2 and dof_model >= 1 and cells.pure > 0:
-            f = (between / dof_model) / (cells.pure / cells.pure_dof)
-            p = float(stats.f.sf(f, dof_model, cells.pure_dof))
+        guess, guess_dof = 2 * _STRENGTH * (_GUESS * self._y_scale) ** 2, 2 * _STRENGTH
+        if cells.pure_dof >= 2 and dof_model >= 1:
+            f = (between / dof_model) / ((cells.pure + guess) / (cells.pure_dof + guess_dof))
+            p = float(stats.f.sf(f, dof_model, cells.pure_dof + guess_dof))
         bend_f, bend_p, rest, rest_dof = self._bend(best, cells, between, dof_model)
+        missed = math.sqrt(float(np.mean((cells.y - best.law(cells.x, cells.group)) ** 2)))
+        if missed < _MATTERS * self._y_scale:  # significant perhaps, but of no consequence
+            p, bend_p = max(p, _REJECT), max(bend_p, _REJECT_BEND)
         test = LackOfFit(f, p, max(0, dof_model), cells.pure_dof, bend_f, bend_p)
         return test, (cells.pure, cells.pure_dof) if cells.pure_dof >= 2 else (
             cells.pure + rest,
@@ -389,11 +394,12 @@ class Belief:
         gained = int(bent[2] - plain[2])
         before = float(np.sum((r - (base / scale) @ plain[0]) ** 2))
         after = float(np.sum((r - np.column_stack([base / scale, extra * root[:, None]]) @ bent[0]) ** 2))
-        # repeats know the noise too: pool them into the denominator
+        # repeats, and the prior, know the noise too: pool them into the denominator
         pool_dof = len(r) - int(bent[2]) + cells.pure_dof
         if gained < 1 or pool_dof < 4:
             return math.nan, math.nan, between, dof
-        f = max(0.0, before - after) / gained / max((after + cells.pure) / pool_dof, 1e-300)
+        scatter = after + cells.pure + 2 * _STRENGTH * (_GUESS * self._y_scale) ** 2
+        f = max(0.0, before - after) / gained / (scatter / (pool_dof + 2 * _STRENGTH))
         return f, float(stats.f.sf(f, gained, pool_dof)), after, len(r) - int(bent[2])
 
     def _sse(self, h: Hypothesis, cells: Cells) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from isoflop.core.errors import UserError
+from isoflop.search.proposer import distribution_of
 from isoflop.search.space import Param, Space
 
 Config = dict[str, Any]
@@ -155,16 +156,6 @@ class SpaceSource:
             if not self.space.excluded(config):
                 out.append(config)
         return out
-
-
-def distribution_of(param: Param) -> BaseDistribution:
-    """Optuna's distribution of a choice."""
-    if param.values is not None:
-        return CategoricalDistribution(param.values)
-    if param.integer:
-        step = 1 if param.log else int(param.step or 1)
-        return IntDistribution(int(param.low), int(param.high), log=param.log, step=step)
-    return FloatDistribution(param.low, param.high, log=param.log, step=None if param.log else param.step)
 
 
 def _distributions(space: Space) -> dict[str, BaseDistribution]:

@@ -35,7 +35,14 @@ def normal_draws(dimensions: int, count: int) -> Array:
     z = ndtri(np.clip(points, 1e-6, 1 - 1e-6))
     z = np.concatenate([z, -z])
     root = np.linalg.cholesky(z.T @ z / len(z))
-    return np.linalg.solve(root, z.T).T
+    return np.asarray(np.linalg.solve(root, z.T).T, dtype=np.float64)
+
+
+def root_of(cov_PP: Array) -> Array:
+    """A matrix whose product with its transpose is the covariance."""
+    d = np.sqrt(np.diag(cov_PP))
+    unit = cov_PP / np.outer(d, d) + 1e-12 * np.eye(len(d))
+    return np.asarray(d[:, None] * np.linalg.cholesky(unit), dtype=np.float64)
 
 
 def linearise(draws_ST: Array, z_SP: Array, root_PP: Array) -> Array:

@@ -31,6 +31,7 @@ from isoflop.search.law.gains import (
     fantasise,
     linearise,
     normal_draws,
+    root_of,
     v_gains,
 )
 from isoflop.search.law.rows import Row, RowTable
@@ -159,6 +160,11 @@ class Planner:
     # rows
 
     @property
+    def pilot_noise(self) -> float:
+        """Variance that is assumed before there are rows, with a typical value of 1."""
+        return _PILOT_NOISE
+
+    @property
     def pilot_runs(self) -> int:
         """Observations that the pilot makes."""
         return math.ceil(self.policy.pilot_factor * self.belief.parameters)
@@ -226,11 +232,11 @@ class Planner:
             return check
         if not self.refresh():
             return self._pilot(pool, possible, waiting)
+        if self.belief.lack_of_fit.rejected and self.policy.criterion == "V":
+            return self._spread(pool, possible, waiting)
         possible = possible & np.array([k != self.check_key for k in pool.keys])
         if not possible.any():
             return None
-        if self.belief.lack_of_fit.rejected and self.policy.criterion == "V":
-            return self._spread(pool, possible, waiting)
         views = self.views(pool)
         for x, group, cost in waiting:
             self._imagine(views, x, group, cost)
@@ -262,7 +268,7 @@ class Planner:
     def _pilot(self, pool: Pool, possible: Mask, waiting: list[tuple[Array, np.ndarray, float]]) -> Choice:
         """D-optimal on average over the prior, given what is measured or under way."""
         if self._guesses is None or self._guesses[0] is not pool.keys:
-            self._guesses = (pool.keys, [(h, _stack(h, pool)) for h in self._prior_draws()])
+            self._guesses = (pool.keys, [(h, _stack(h, pool)) for h in self.prior_draws()])
         have = [(np.array([r.x]), np.array([r.group])) for r in self.table.rows] + [(x, g) for x, g, _ in waiting]
         x = np.concatenate([np.empty((0, pool.x.shape[2])), *(x for x, _ in have)])
         group = np.concatenate([np.empty(0, dtype=np.int64), *(g for _, g in have)])
@@ -278,7 +284,7 @@ class Planner:
         best = int(np.argmax(np.where(possible, score, -np.inf)))
         return Choice(best, "pilot", float(score[best]))
 
-    def _prior_draws(self) -> list[Hypothesis]:
+    def prior_draws(self) -> list[Hypothesis]:
         """Every contender at a few parameters that its prior holds possible; errors in units of a typical one."""
         b = self.belief
         out = []
@@ -306,7 +312,7 @@ class Planner:
         raw = []
         for h in self.belief.hypotheses:
             z = normal_draws(len(h.u), max(_DRAWS, 4 * len(h.u)))
-            root = np.linalg.cholesky(h.cov + 1e-14 * np.diag(np.diag(h.cov)))
+            root = root_of(h.cov)
             draws = self.target.values(h, h.clip(h.u + z @ root.T))
             at = self.target.values(h, h.u[None])[0]
             raw.append((h, z, root, np.nan_to_num(draws, nan=0.0, posinf=30.0, neginf=-30.0), at))
@@ -408,7 +414,7 @@ class Planner:
         """Why no further run should be made, or None."""
         if len(self.table) < self.pilot_runs or not self.refresh():
             affordable = pool.room & (pool.cost <= self._left(0.0) * (1 + 1e-9))
-            return None if affordable.any() else f"budget: {self.spent:.4g} of {self.budget:.4g} spent"
+            return None if affordable.any() else self._used_up
         affordable = pool.room & (pool.cost <= self._left(0.0) * (1 + 1e-9))
         state = self.state()
         assert state is not None
@@ -420,10 +426,16 @@ class Planner:
         elif target.width is not None and state.half_width <= target.width and self._believed:
             return f"known: half-width {state.half_width:.3g} of at most {target.width:g}"
         if not affordable.any():
-            return f"budget: {self.spent:.4g} of {self.budget:.4g} spent, nothing affordable is left"
+            return self._used_up
         if self.budget is not None and self._hopeless(pool, affordable):
             return f"nothing affordable helps: less than {_HELPS:.0%} of the target's variance with all that is left"
         return None
+
+    @property
+    def _used_up(self) -> str:
+        if self.budget is None:
+            return "every candidate has run"
+        return f"budget: {self.spent:.4g} of {self.budget:.4g} spent, nothing affordable is left"
 
     @property
     def _believed(self) -> bool:
@@ -457,7 +469,7 @@ class Planner:
             z = normal_draws(len(h.u), 512)
             # the quantile of |z| that corresponds to Student's t with the noise's degrees of freedom, at 95 %
             z = z * (special.stdtrit(dof, 0.975) / 1.959964)
-            root = np.linalg.cholesky(h.cov + 1e-14 * np.diag(np.diag(h.cov)))
+            root = root_of(h.cov)
             parts.append(self.target.values(h, h.clip(h.u + z @ root.T)))
             weights.append(np.full(len(z), h.weight / len(z)))
         return np.concatenate(parts), np.concatenate(weights)

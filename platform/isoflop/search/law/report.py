@@ -13,6 +13,7 @@ from isoflop.core.expressions import Array
 from isoflop.search.law.targets import BestMethod, Setting, Target
 
 if TYPE_CHECKING:
+    from isoflop.search.law.belief import Belief
     from isoflop.search.law.planner import Planner, Pool
 
 _OUTSIDE = 0.01  # p-value of the check below which the form is not believed
@@ -134,6 +135,33 @@ def make_report(planner: Planner, target: Target, setting: Setting, pool: Pool) 
         check,
         planner.stop_reason(pool, target),
     )
+
+
+@dataclass(frozen=True)
+class Step:
+    """What was known after the first ``rows`` rows, which cost ``spent``."""
+
+    rows: int
+    spent: float
+    half_width: float
+
+
+def make_steps(planner: Planner, belief: Belief, count: int) -> list[Step]:
+    """The target's half-width on the way, from a belief fitted to ever more of the rows in their order."""
+    from isoflop.search.law.planner import Planner as Replay
+
+    rows = planner.table.rows
+    first = min(len(rows), planner.pilot_runs)
+    if first < 2:
+        return []
+    replay = Replay(belief, planner.target, planner.policy, None, planner.rng)
+    out = []
+    for k in np.unique(np.round(np.geomspace(first, len(rows), count)).astype(int)):
+        replay.add(rows[len(replay.table) : k])
+        state = replay.state()
+        if state is not None:
+            out.append(Step(int(k), replay.spent, state.half_width))
+    return out
 
 
 def make_check(planner: Planner, setting: Setting) -> Check | None:

@@ -37,13 +37,14 @@ from isoflop.search.law.axes import AxisSpec, Mapper, Pricing
 from isoflop.search.law.belief import Belief
 from isoflop.search.law.candidates import BoxSource, Config, ListSource, Source, SpaceSource, config_key
 from isoflop.search.law.contenders import LawChoice, exponents_of, make_contender
+from isoflop.search.law.forecast import Forecast, make_forecast
 from isoflop.search.law.planner import Choice, Planner, Policy, Pool
-from isoflop.search.law.report import Report, make_report
+from isoflop.search.law.report import Report, Step, make_report, make_steps
 from isoflop.search.law.rows import Row
 from isoflop.search.law.targets import BoundTarget, Setting, Target
 from isoflop.search.space import Space
 
-_ROLE = "law:role"
+ROLE = "law:role"
 _STARTUP = 4  # random trials before an unknown space is inferred
 _MAX_ASK = 4096
 
@@ -115,6 +116,11 @@ class LawSampler(BaseSampler):
         self._mapper = Mapper.build(axes, by, outputs, cost, constants, setup)
         self._contenders = [make_contender(law, self._mapper.names) for law in laws]
         self._share = share
+        for name in () if isinstance(share, str) else share:
+            if not any(name in c.form.names for c in self._contenders):
+                raise unknown("parameter", name, {n for c in self._contenders for n in c.form.names}, "share")
+        if isinstance(share, str) and share != "exponents":
+            raise unknown("share", share, ("exponents",), "law sampler")
         self._target = target
         self._attrs = (cost_attr, se_attr, examples_attr)
         self._budget, self._policy, self._noise = budget, policy or Policy(), noise
@@ -156,7 +162,7 @@ class LawSampler(BaseSampler):
                 return {}
             config, pending = chosen[0]
             self._pending[trial.number] = pending
-            study._storage.set_trial_system_attr(trial._trial_id, _ROLE, pending.role)
+            study._storage.set_trial_system_attr(trial._trial_id, ROLE, pending.role)
             return self._source.to_params(config)
 
     def sample_independent(
@@ -211,6 +217,29 @@ class LawSampler(BaseSampler):
             self._sync(study)
             return make_report(self._planner, self._target, self._setting, self._pool())
 
+    def steps(self, study: Study, count: int = 8) -> list[Step]:
+        """How the target narrowed: belief refitted to the first rows, ``count`` times on the way."""
+        with self._lock:
+            if self._source is None:
+                return []
+            self._sync(study)
+            return make_steps(self._planner, self._fresh_belief(), count)
+
+    def forecast(self, width: float, study: Study | None = None) -> Forecast:
+        """What it would cost to narrow the target to a half-width, by the design that this sampler would make.
+
+        Without a study, or with few rows in it, parameters are drawn from the prior.
+
+        Raises:
+            UserError: while the space is unknown.
+        """
+        with self._lock:
+            if self._source is None:
+                raise UserError("law sampler: no forecast: the search space is not known yet; give a space")
+            if study is not None:
+                self._sync(study)
+            return make_forecast(self._planner, self._pool(), width)
+
     def propose(self, study: Study, count: int) -> list[Config]:
         """A batch for parallel actors, without opening trials: fantasised, affordable together."""
         if not 1 <= count <= _MAX_ASK:
@@ -252,9 +281,14 @@ class LawSampler(BaseSampler):
         bound: BoundTarget = self._target.bind(self._setting)
         scales = [math.sqrt(a * b) if a > 0 else 1.0 for a, b in zip(low, high, strict=True)]
         shared = [exponents_of(c.form) if self._share == "exponents" else tuple(self._share) for c in self._contenders]
-        belief = Belief(self._contenders, self._mapper.names, scales, len(groups), shared, self._noise)
+        self._scales, self._shared = scales, shared
+        belief = self._fresh_belief()
         self._source = source
         self._planner = Planner(belief, bound, self._policy, self._budget, self._rng)
+
+    def _fresh_belief(self) -> Belief:
+        groups = len(self._setting.groups)
+        return Belief(self._contenders, self._mapper.names, self._scales, groups, self._shared, self._noise)
 
     def _sync(self, study: Study) -> None:
         """Read trials that finished since the last time."""
@@ -265,7 +299,7 @@ class LawSampler(BaseSampler):
             self._pending.pop(trial.number, None)
             if trial.state == TrialState.COMPLETE:
                 self._read(trial)
-            elif trial.state == TrialState.FAIL and trial.params:
+            elif trial.state == TrialState.FAIL and ROLE in trial.system_attrs:
                 config = self._source.to_config(trial.params) if self._source is not None else None
                 self._failed.add(config_key(config or trial.params))
 
@@ -299,7 +333,7 @@ class LawSampler(BaseSampler):
                 share = min(max(y, 0.5 / n), 1 - 0.5 / n)
                 se = math.sqrt(share * (1 - share) / n)
             group = self._labels[label] * len(values) + o
-            role = str(trial.system_attrs.get(_ROLE, "given"))
+            role = str(trial.system_attrs.get(ROLE, "given"))
             rows.append(Row(tuple(place.tolist()), group, float(y), se, cost / len(values), trial.number, role))
         self._planner.add(rows)
 
@@ -343,9 +377,13 @@ class LawSampler(BaseSampler):
         group = first[:, None] + np.arange(outputs)
         x = np.repeat(places[:, None, :], outputs, axis=1)
         room = np.isfinite(places).all(axis=1) & (first >= 0) & (cost > 0)
-        room &= np.array([k not in self._failed for k in keys])
+        out = self._failed if self._policy.replicates else {*self._failed, *self._past, *self._under_way()}
+        room &= np.array([k not in out for k in keys])
         safe = np.where(np.isfinite(x), x, 1.0)
         return Pool(safe, np.maximum(group, 0), np.where(room, cost, np.inf), keys, room)
+
+    def _under_way(self) -> list[str]:
+        return [config_key(p.config) for p in self._pending.values()]
 
     def _unpaid(self, config: Config) -> float:
         return sum(c for k, c in self._mapper.setup_costs(config).items() if k not in self._warm)

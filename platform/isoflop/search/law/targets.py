@@ -76,14 +76,14 @@ class Target:
 
 
 class BoundTarget(Protocol):
-    """A target on known axes and groups.
-
-    Attributes:
-        labels: one per quantity; log: quantities are logarithms.
-    """
+    """A target on known axes and groups."""
 
     labels: list[str]
-    log: bool
+
+    @property
+    def log(self) -> bool:
+        """Whether quantities are logarithms."""
+        ...
 
     def values(self, hypothesis: Predictor, u_RP: Array) -> Array:
         """Quantities (R, T)."""

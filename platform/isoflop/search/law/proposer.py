@@ -1,0 +1,68 @@
+"""The law sampler behind a sweep's driver: asks while something helps, hands on what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from optuna.trial import TrialState
+
+from isoflop.search.law.forecast import Forecast
+from isoflop.search.law.report import Report, Step
+from isoflop.search.law.sampler import ROLE, LawSampler
+from isoflop.search.proposer import OptunaProposer, Proposal, Tell, suggest
+from isoflop.search.space import Config, Space, values_key
+
+
+class LawProposer(OptunaProposer):
+    """``LawSampler`` on an in-memory study that is rebuilt from the ledger.
+
+    A point is proposed once (a sweep's jobs are named by their content; noise is met with ``repeats``).
+    """
+
+    def __init__(self, space: Space, sampler: LawSampler, directions: Sequence[str], seed: int) -> None:
+        super().__init__(space, sampler, "none", directions, seed)
+        self._law = sampler
+
+    def ask(self, count: int) -> list[Proposal]:
+        out: list[Proposal] = []
+        while len(out) < count and self._law.stop_reason(self._study) is None:
+            trial = self._study.ask()
+            config: Config = self._space.walk(partial(suggest, trial))
+            role = self._study.get_trials(deepcopy=False)[trial.number].system_attrs.get(ROLE)
+            if role is None or values_key(config) in self._known or self._space.excluded(config):
+                self._study.tell(trial, state=TrialState.FAIL)
+                break
+            self._known.add(values_key(config))
+            number = self._numbers.take()
+            self._open[number] = trial
+            out.append(Proposal(number, config))
+        return out
+
+    def tell(self, result: Tell) -> None:
+        trial = self._open.get(result.number)
+        if trial is not None:
+            for name, value in result.attributes.items():
+                trial.set_user_attr(name, value)
+        super().tell(result)
+
+    @property
+    def reason(self) -> str | None:
+        return self._law.stop_reason(self._study)
+
+    @property
+    def told(self) -> bool:
+        """Whether any trial has been finished."""
+        return bool(self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+
+    def forecast(self, width: float) -> Forecast:
+        """What a half-width is expected to cost from here."""
+        return self._law.forecast(width, self._study)
+
+    def report(self) -> Report:
+        """What is known after the trials that were told."""
+        return self._law.report(self._study)
+
+    def steps(self) -> list[Step]:
+        """How the target narrowed with what was spent."""
+        return self._law.steps(self._study)
