@@ -12,7 +12,7 @@ from isoflop.methods.kv_cache.base import KvCacheMethod
 from isoflop.methods.kv_cache.probe import PROMPT, KvCacheProbe
 from isoflop.methods.kv_cache.quantised import Quantised
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
-from isoflop.models.lm import LmBatch
+from isoflop.models.lm import LmBatch, LmModel
 
 NAMES = [name for name in METHODS.names() if issubclass(METHODS.get(name), KvCacheMethod)]
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -86,6 +86,42 @@ def test_caches_of_images_keep_at_least_one_token(name: str, tokens: int) -> Non
     assert torch.isfinite(found).all()
     assert costs["kv_prompt_bytes"] > 0
     assert costs["kv_read_ratio"] > 0
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "OPTConfig": {"ffn_dim": 96, "word_embed_proj_dim": 64},  # scales its queries itself, learned positions
+    "GPT2Config": {"n_positions": 256},
+    "GPTNeoXConfig": {"intermediate_size": 96},  # rotates a part of each head
+    "Qwen3Config": {"intermediate_size": 96, "num_key_value_heads": 1, "head_dim": 24},
+    "Phi3Config": {"intermediate_size": 96, "num_key_value_heads": 2},  # one projection for all three
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_other_architectures_serve_the_same_way(architecture: str, probe: KvCacheProbe) -> None:
+    import transformers
+
+    sizes = {"vocab_size": 48, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+    config = getattr(transformers, architecture)(
+        **sizes, bos_token_id=None, eos_token_id=None, **ARCHITECTURES[architecture]
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    model, batch = LmModel(probe.model.info, module), probe.batch(range(2))
+    with torch.no_grad():
+        expected = model.logits(batch)
+        for name, knobs, same in (
+            ("full-cache", {}, True),
+            ("zipcache", {"salient_ratio": 1.0, "bits_hi": 16}, True),
+            ("double-sparsity", {"k_share": 1.0, "channel": "random", "dense_layers": 0}, True),
+            ("a2sf", {}, False),
+            ("zipcache", {}, False),
+        ):
+            with build(name, knobs).apply(model, None):
+                found, steps = model.logits(batch), model.stepwise_logits(batch)
+            assert (found - steps).abs().max() <= EXACT * expected.abs().max()
+            assert torch.allclose(found, expected, atol=1e-5) == same
 
 
 def test_half_precision_models_run(probe: KvCacheProbe) -> None:
