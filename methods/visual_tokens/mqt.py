@@ -62,8 +62,8 @@ class Mqt(VisualTokenMethod):
         str,
         Knob(choices=("pos_only", "content"), doc="keys of positions alone (released), or of features and positions"),
     ] = "pos_only"
-    heads: Annotated[int, Knob(low=1, high=64, log=True, doc="attention heads; must divide the tower's width")] = 8
-    lr: Annotated[float, Knob(low=1e-5, high=1e-1, log=True, doc="learning rate of the resampler's weights")] = 3e-3
+    heads: Annotated[int, Knob(low=1, high=64, log=True, doc="attention heads; must divide the tower's width")] = 4
+    lr: Annotated[float, Knob(low=1e-5, high=1e-1, log=True, doc="learning rate of the resampler's weights")] = 1e-2
 
     @property
     def learning_rate(self) -> float:
