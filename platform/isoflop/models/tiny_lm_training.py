@@ -78,7 +78,7 @@ class RecallRecipe(LmRecipe):
 class TextRecipe(LmRecipe):
     """Next-token prediction on windows of the English corpus."""
 
-    steps: Annotated[int, Knob(low=1, high=1_000_000, doc="optimiser steps")] = 600
+    steps: Annotated[int, Knob(low=1, high=1_000_000, doc="optimiser steps")] = 500
     batch: Annotated[int, Knob(low=1, high=4096, doc="windows per step")] = 8
     context: Annotated[int, Knob(low=8, high=1024, doc="tokens of a window", unit="tokens")] = 256
     vocabulary: Annotated[int, Knob(low=300, high=20_000, doc="tokens of the tokenizer")] = 1024
