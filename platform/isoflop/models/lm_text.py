@@ -155,5 +155,8 @@ def has_tokenizer(folder: Path) -> bool:
 def _byte_ends(text: str, ends: list[int]) -> np.ndarray:
     """UTF-8 bytes before each character offset."""
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    widths = 1 + sum((codes >= first).astype(np.int64) for first in (0x80, 0x800, 0x10000))
-    return np.concatenate(([0], widths.cumsum()))[np.asarray(ends, dtype=np.int64)]
+    widths = np.ones(len(codes), dtype=np.int64)
+    for first in (0x80, 0x800, 0x10000):
+        widths += codes >= first
+    before = np.concatenate((np.zeros(1, dtype=np.int64), widths.cumsum()))
+    return before[np.asarray(ends, dtype=np.int64)]
