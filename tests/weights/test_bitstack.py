@@ -148,9 +148,7 @@ def test_a_fold_that_would_change_the_model_is_not_made() -> None:
     layer = model.module.model.layers[0]  # type: ignore[union-attr, index]
     layer.input_layernorm = OffsetNorm(layer.input_layernorm)  # type: ignore[union-attr, arg-type]
     folding, _ = folded(model, "fold")
-    assert {name.split(".", 2)[2] for name in folding.divided} == {
-        f"0.self_attn.{role}_proj" for role in "qkv"
-    }
+    assert {name.split(".", 2)[2] for name in folding.divided} == {f"0.self_attn.{role}_proj" for role in "qkv"}
     assert isinstance(model, Bare)
 
 
@@ -181,12 +179,15 @@ def test_loaded_blocks_fill_the_budget() -> None:
 def test_a_budget_below_one_block_is_refused_before_and_when_applied() -> None:
     probe = WeightProbe()
     method = BitStack(bits=1.1, k=1)
-    with pytest.raises(Infeasible, match=r"bits = 1\.1 is less than one block.*allowed: bits from 1\.\d+, or a smaller k"):
+    with pytest.raises(
+        Infeasible, match=r"bits = 1\.1 is less than one block.*allowed: bits from 1\.\d+, or a smaller k"
+    ):
         method.check(probe.model.info)
     unknown = replace(probe.model.info, geometry={})
     method.check(unknown)
-    with pytest.raises(Infeasible, match=r"bits = 1\.1 is less than one block"), method.apply(
-        trained_decoder(), sorted_stacks()
+    with (
+        pytest.raises(Infeasible, match=r"bits = 1\.1 is less than one block"),
+        method.apply(trained_decoder(), sorted_stacks()),
     ):
         pass
 

@@ -81,7 +81,7 @@ def test_image_classifiers_give_their_encoder() -> None:
 def test_a_model_without_blocks_is_refused() -> None:
     model = Bare(nn.Sequential(nn.Linear(4, 4)))
     model.info = ModelInfo("bare/mlp", "bare", "1", 1, frozenset())
-    with pytest.raises(Infeasible, match="bare/mlp.*numbered blocks"):
+    with pytest.raises(Infeasible, match=r"bare/mlp.*numbered blocks"):
         linear_views(model)
 
 

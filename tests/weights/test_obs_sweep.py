@@ -33,7 +33,9 @@ def column_by_column(weight: Tensor, hessian: Tensor, rule: GridRule | MaskRule)
     for j in range(cols):
         inverse = torch.linalg.inv(hessian[j:, j:])
         if j % rule.span == 0:
-            curvature = torch.stack([torch.linalg.inv(hessian[i:, i:])[0, 0] for i in range(j, min(j + rule.span, cols))])
+            curvature = torch.stack(
+                [torch.linalg.inv(hessian[i:, i:])[0, 0] for i in range(j, min(j + rule.span, cols))]
+            )
             rule.enter(weight[:, j : j + rule.span], curvature.sqrt(), j)
         error = (weight[:, j] - rule.fix(weight[:, j], j)) / inverse[0, 0]
         weight[:, j:] -= error[:, None] * inverse[0]
@@ -115,7 +117,9 @@ def test_unseen_inputs() -> None:
     """A channel that is always zero loses its weights; without any observation the weights are rounded as they are."""
     weight, _, hessian = problem()
     hessian[3] = hessian[:, 3] = 0
-    assert not Gptq(bits=8, group=24).encode(weight.float(), stats_of(hessian.float())).decode()[:, 3].abs().gt(0.1).any()
+    assert (
+        not Gptq(bits=8, group=24).encode(weight.float(), stats_of(hessian.float())).decode()[:, 3].abs().gt(0.1).any()
+    )
     empty = stats_of(torch.zeros(24, 24))
     blind = Gptq(bits=4, group=8).encode(weight.float(), empty).decode()
     assert torch.equal(blind, GridPayload.round(weight.float(), 4, 8).decode())

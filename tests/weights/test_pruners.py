@@ -102,7 +102,7 @@ def test_a_pattern_with_another_sparsity_is_refused() -> None:
 
 def test_a_pattern_that_does_not_divide_the_inputs_is_refused() -> None:
     info = replace(WeightProbe().model.info, geometry={"matrices": ((8, 12, 1),)})
-    with pytest.raises(Infeasible, match="pattern = 4:8 needs inputs in multiples of 8.*12.*unstructured, 1:2, 2:4$"):
+    with pytest.raises(Infeasible, match=r"pattern = 4:8 needs inputs in multiples of 8.*12.*unstructured, 1:2, 2:4$"):
         build("wanda", {"pattern": "4:8"}).check(info)
 
 

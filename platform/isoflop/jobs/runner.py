@@ -223,16 +223,17 @@ def merge_footprints(
     Args:
         measured: from the task; holds for all methods together and is never replaced.
         reports: footprint of each method. Keys in ``ADDITIVE_COSTS`` are summed over the methods; ``ratio`` becomes
-            ``ratio_<family>``.
+            ``ratio_<family>``, and so does ``bits`` where several methods report it (of the cache, of the weights).
 
     Raises:
         ValueError: a method reports what the task measured, or two report the same key that cannot be summed.
     """
     merged = dict(measured)
     owner = dict.fromkeys(measured, "the task")
+    by_family = {"ratio"} | ({"bits"} if sum("bits" in report for _, report in reports) > 1 else set())
     for method, report in reports:
         for name, value in report.items():
-            key = f"ratio_{method.family.replace('-', '_')}" if name == "ratio" else name
+            key = f"{name}_{method.family.replace('-', '_')}" if name in by_family else name
             if key in owner and (key not in ADDITIVE_COSTS or key in measured):
                 raise ValueError(
                     f"method {method.name}: its footprint gives {key} = {value}, which {owner[key]} gave already; "
