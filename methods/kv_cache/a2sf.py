@@ -10,7 +10,6 @@ from torch import Tensor
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
 from isoflop.methods.kv_cache.accumulated import Accumulated
-from isoflop.methods.kv_cache.eviction import sequential
 from isoflop.models.attention import AttentionCall
 from isoflop.models.segments import LayerStore
 
@@ -57,4 +56,4 @@ class A2SF(Accumulated):
 
     def prefill(self, prompt: AttentionCall, prepared: Any) -> tuple[Tensor, LayerStore]:
         """Exact attention and one eviction, or token by token under the budget."""
-        return super().prefill(prompt, prepared) if self.prompt == "exact" else sequential(self, prompt)
+        return super().prefill(prompt, prepared) if self.prompt == "exact" else self.sequential(prompt)

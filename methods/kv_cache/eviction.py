@@ -70,6 +70,24 @@ class Eviction(KvCacheMethod):
         """What a method needs to go on evicting while decoding; by default it does not."""
 
 
+@dataclass
+class Tally:
+    """Tokens of each row: seen so far, held in the cache, and of the whole prompt."""
+
+    seen: list[int]
+    held: list[int]
+    prompt: list[int]
+
+    def take_in(self, query: AttentionCall, keep: float) -> bool:
+        """Count one more token per row, padding apart, and cut to the budgets; whether a row was over its own."""
+        real = [1] * len(self.seen) if query.valid_BT is None else query.valid_BT[:, 0].long().tolist()
+        self.seen = [n + r for n, r in zip(self.seen, real, strict=True)]
+        waiting = [h + r for h, r in zip(self.held, real, strict=True)]
+        budgets = [count_of(keep, max(n, p)) for n, p in zip(self.seen, self.prompt, strict=True)]
+        self.held = [min(pair) for pair in zip(waiting, budgets, strict=True)]
+        return self.held != waiting
+
+
 @dataclass(frozen=True)
 class Rolling(Eviction):
     """Base class of methods that can go on while decoding: each new token competes with the survivors."""
@@ -96,7 +114,7 @@ class Rolling(Eviction):
         """Keep the survivors' scores, in float32."""
         if self.rolling:
             self._keep_scores(store, scores_BGN.float())
-            store.state |= {"seen": list(seen), "held": list(held), "prompt": list(seen)}
+            store.state["tally"] = Tally(list(seen), list(held), list(seen))
 
     def stride(self, store: LayerStore) -> int | None:
         """One token at a time, or no limit when nothing changes."""
@@ -116,47 +134,39 @@ class Rolling(Eviction):
         if query.valid_BT is not None:  # a padding query may see nothing at all
             out_B1HD, p_BH1N = out_B1HD.nan_to_num(), p_BH1N.nan_to_num()
         received_BGN = over_group(p_BH1N[:, :, 0], query.k_BGTD.shape[1])
-        old_BGN = store.state["scores"]
-        scores_BGN = self.update(torch.nn.functional.pad(old_BGN, (0, 1)), received_BGN)
-        real = [1] * query.q_BHTD.shape[0] if query.valid_BT is None else query.valid_BT[:, 0].long().tolist()
-        state = store.state
-        state["seen"] = [n + r for n, r in zip(state["seen"], real, strict=True)]
-        budgets = [count_of(self.keep, max(n, p)) for n, p in zip(state["seen"], state["prompt"], strict=True)]
-        waiting = [h + r for h, r in zip(state["held"], real, strict=True)]
-        state["held"] = [min(w, b) for w, b in zip(waiting, budgets, strict=True)]
-        if waiting != state["held"] or kept.tokens > max(state["held"]):
+        scores_BGN = self.update(torch.nn.functional.pad(store.state["scores"], (0, 1)), received_BGN)
+        tally: Tally = store.state["tally"]
+        over = tally.take_in(query, self.keep)
+        if over or kept.tokens > max(tally.held):
             live_BGN = None if kept.log_bias_BGN is None else kept.log_bias_BGN == 0
-            chosen = self.choose(scores_BGN, kept.positions_BGN, state["seen"], state["held"], live_BGN)
+            chosen = self.choose(scores_BGN, kept.positions_BGN, tally.seen, tally.held, live_BGN)
             kept, scores_BGN = _kept(kept, chosen), chosen.of_heads(scores_BGN.shape[1]).take(scores_BGN)
         store.segments = [kept]
         self._keep_scores(store, scores_BGN)
         return out_B1HD
+
+    def sequential(self, prompt: AttentionCall) -> tuple[Tensor, LayerStore]:
+        """A prompt under the budget from its first token on: as soon as it is full, each token evicts one.
+
+        Later tokens of the prompt do not see evicted ones, and their attention is a softmax over the survivors.
+        """
+        seen = lengths(prompt)
+        rows, _, length, _ = prompt.q_BHTD.shape
+        start = length - max(seen)
+        store = LayerStore([_whole(slice_call(prompt, 0, 0))], empty_recent(prompt))
+        self._keep_scores(store, self.score(slice_call(prompt, 0, 1))[..., :0].float())
+        store.state["tally"] = Tally([0] * rows, [0] * rows, seen)
+        outs = [torch.zeros_like(prompt.q_BHTD[:, :, :start]).transpose(1, 2)]
+        outs += [self.advance(slice_call(prompt, t, t + 1), store) for t in range(start, length)]
+        if not self.rolling:
+            store.extra = []
+        return torch.cat(outs, dim=1), store
 
     def _keep_scores(self, store: LayerStore, scores_BGN: Tensor) -> None:
         scores_BGN = scores_BGN.contiguous()
         store.state["scores"] = scores_BGN
         # seen as integers, so that they count their 4 bytes also where float32 stands for 16 bits
         store.extra = [scores_BGN.view(torch.int32)] if self.remembers else []
-
-
-def sequential(method: Rolling, prompt: AttentionCall) -> tuple[Tensor, LayerStore]:
-    """A prompt under the budget from its first token on: as soon as it is full, each token evicts one.
-
-    Later tokens of the prompt do not see evicted ones, and their attention is a softmax over the survivors.
-    """
-    seen = lengths(prompt)
-    rows, _, length, _ = prompt.q_BHTD.shape
-    start = length - max(seen)
-    empty = _whole(slice_call(prompt, 0, 0))
-    store = LayerStore([empty], empty_recent(prompt))
-    nothing_BG0 = method.score(slice_call(prompt, 0, 1))[..., :0].float()
-    method._keep_scores(store, nothing_BG0)
-    store.state |= {"seen": [0] * rows, "held": [0] * rows, "prompt": seen}
-    outs = [torch.zeros_like(prompt.q_BHTD[:, :, :start]).transpose(1, 2)]
-    outs += [method.advance(slice_call(prompt, t, t + 1), store) for t in range(start, length)]
-    if not method.rolling:
-        store.extra = []
-    return torch.cat(outs, dim=1), store
 
 
 def _whole(call: AttentionCall) -> DenseSegment:

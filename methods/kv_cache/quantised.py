@@ -21,7 +21,7 @@ from torch import Tensor
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.kernels.quant import FP16_MAX, quant_pack
-from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent
+from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, key_positions
 from isoflop.methods.kv_cache.select import Selection, candidates
 from isoflop.models.attention import AttentionCall
 from isoflop.models.base import Model
@@ -72,9 +72,7 @@ class Quantised(KvCacheMethod):
 
     def compress(self, prompt: AttentionCall, prepared: Any) -> LayerStore:
         """One segment per tier."""
-        whole = DenseSegment(
-            prompt.positions_BT[:, None].expand(prompt.k_BGTD.shape[:3]), None, prompt.k_BGTD, prompt.v_BGTD
-        )
+        whole = DenseSegment(key_positions(prompt), None, prompt.k_BGTD, prompt.v_BGTD)
         real_B1T = candidates(prompt)
         return LayerStore(quantise(whole, self.tiers(prompt), self.grids(), real_B1T), empty_recent(prompt))
 
