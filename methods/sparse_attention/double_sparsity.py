@@ -32,8 +32,8 @@ EXACT = 16
 class DoubleSparsity(SparseAttention):
     """A label cache holds a few channels of every key; query labels times key labels choose the tokens that are read.
 
-    1. Calibration: channels of each head in order of the mean of \\|q k\\| over text, each token's query with its own key
-       after RoPE (``qk``), or of \\|q\\| or \\|k\\| alone (also after RoPE here, as the labels are; the released code takes
+    1. Calibration: channels of each head in order of the mean of |q k| over text, each token's query with its own key
+       after RoPE (``qk``), or of |q| or |k| alone (also after RoPE here, as the labels are; the released code takes
        these two before it).
     2. Every cached token keeps its first head_width / group_factor channels as labels, at ``label_bits``.
     3. A query's labels, quantised alike, give approximate logits; the best ``k_share`` of the tokens are read and attended to

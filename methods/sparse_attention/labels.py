@@ -51,7 +51,7 @@ class LabelStage(OnModel):
 
 @torch.no_grad()
 def contributions(model: Model, ctx: StageContext, texts: int, seed: int) -> Contributions:
-    """Mean of \\|q k\\|, \\|q\\| and \\|k\\| per layer, head and channel, each token's query with its own key, after RoPE."""
+    """Mean of |q k|, |q| and |k| per layer, head and channel, each token's query with its own key, after RoPE."""
     decoder = decoder_model(model, "double-sparsity")
     meter = Meter()
     with decoder.attending(meter):
