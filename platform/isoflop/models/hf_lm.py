@@ -60,11 +60,11 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
     """What is known of a checkpoint from its config.
 
     Raises:
-        Infeasible: attention that methods on the cache could not take the place of.
+        Infeasible: another kind of config, or attention that methods on the cache could not take the place of.
     """
     chosen = Options(**dict(options))
     config = read_config(source, chosen)
-    skeleton = _skeleton(config, chosen)
+    skeleton = _skeleton(ref, config, chosen)
     _refuse_other_attention(ref, config, skeleton)
     vocabulary = (getattr(config, "isoflop", None) or {}).get("vocabulary")
     tokenizer = _tokenizer(ref, source, chosen)
@@ -112,12 +112,17 @@ def load(info: ModelInfo, source: Path, options: Options, ctx: StageContext) -> 
     return LmModel(info, module.to(ctx.device).eval().requires_grad_(False))
 
 
-def _skeleton(config: Any, options: Options) -> Any:
+def _skeleton(ref: str, config: Any, options: Options) -> Any:
     """The module without memory for its weights."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
+    except ValueError as error:
+        raise Infeasible(
+            f"model {ref}: its config, of the type {config.model_type!r}, is not that of a causal language model"
+        ) from error
 
 
 def _refuse_other_attention(ref: str, config: Any, skeleton: Any) -> None:
