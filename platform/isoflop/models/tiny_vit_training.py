@@ -42,12 +42,12 @@ class Recipe:
     loss of CLS alone such small transformers need several times as many steps to find the object.
     """
 
-    steps: Annotated[int, Knob(low=1, high=100_000, doc="optimiser steps")] = 1200
+    steps: Annotated[int, Knob(low=1, high=100_000, doc="optimiser steps")] = 1500
     batch: Annotated[int, Knob(choices=(8, 16, 32, 64, 128, 256), doc="images per step")] = 16
     lr: Annotated[
         float, Knob(low=1e-6, high=1.0, log=True, doc="peak learning rate at width 48; falls as the root of the width")
-    ] = 3e-3
-    warmup: Annotated[float, Knob(low=0.0, high=1.0, doc="share of the steps with a rising learning rate")] = 0.1
+    ] = 2e-3
+    warmup: Annotated[float, Knob(low=0.0, high=1.0, doc="share of the steps with a rising learning rate")] = 0.3
     final: Annotated[float, Knob(low=0.0, high=1.0, doc="share of the learning rate left at the end")] = 0.02
     clip: Annotated[float, Knob(low=1e-6, doc="gradient norm")] = 1.0
     patch_loss: Annotated[float, Knob(low=0.0, high=10.0, doc="weight of patch labelling at the start")] = 1.0

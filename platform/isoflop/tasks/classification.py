@@ -50,7 +50,7 @@ class DigitClassification(Task):
     foreground: Annotated[
         float,
         Knob(low=0.0, high=1.0, doc="share of the image that the object's box covers; 0 mixes them as in training"),
-    ] = 0.25
+    ] = 0.4
 
     def check(self, info: ModelInfo) -> None:
         """Refuse models of other images, and objects too small to be drawn."""
