@@ -25,10 +25,14 @@ class Artefact:
         payloads: by the view's name, or the folder to read them from.
         vectors: parameters outside the views that are served with other values (norms that scales are folded into), by
             parameter name. They stay dense.
+        device: on which payloads from disk are laid.
     """
 
-    def __init__(self, payloads: Mapping[str, Payload] | Path, vectors: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, payloads: Mapping[str, Payload] | Path, vectors: Mapping[str, Tensor] | None = None, device: str = "cpu"
+    ) -> None:
         self._payloads = payloads
+        self._device = device
         self.vectors = dict(vectors or {})
         self._index: dict[str, dict[str, Any]] = {}
         if isinstance(payloads, Path):
@@ -69,7 +73,7 @@ class Artefact:
         from safetensors import safe_open
 
         assert isinstance(self._payloads, Path)
-        return safe_open(self._payloads / _TENSORS, framework="pt")
+        return safe_open(self._payloads / _TENSORS, framework="pt", device=self._device)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -71,7 +71,7 @@ class WeightMethod(Method):
             yield
 
     @abstractmethod
-    def _serving(self, model: Model, views: list[LinearView], prepared: Any) -> Any:
+    def _serving(self, model: Model, views: list[LinearView], prepared: Any) -> AbstractContextManager[None]:
         """A context manager that serves the payloads."""
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
@@ -124,7 +124,7 @@ class CodecMethod(WeightMethod):
                 payloads[view.name] = self.encode(view.weight(), statistics.of(view) if statistics else None)
         return Artefact(payloads)
 
-    def _serving(self, model: Model, views: list[LinearView], prepared: Any) -> Any:
+    def _serving(self, model: Model, views: list[LinearView], prepared: Any) -> AbstractContextManager[None]:
         artefact = prepared if prepared is not None else self.encode_model(model)
         return serving(model, views, lambda view: artefact[view.name], artefact.vectors)
 
@@ -148,7 +148,7 @@ class CalibratedMethod(CodecMethod):
         """What the stage computes, on a loaded model."""
         return self.encode_model(model, collect(model, ctx, self.n_calib, calibration_seed(seed)))
 
-    def _serving(self, model: Model, views: list[LinearView], prepared: Any) -> Any:
+    def _serving(self, model: Model, views: list[LinearView], prepared: Any) -> AbstractContextManager[None]:
         if prepared is None:
             raise ValueError(f"method {self.name} is calibrated: apply() needs the value of its prepare() stage")
         return super()._serving(model, views, prepared)
@@ -177,7 +177,7 @@ class ArtefactStage(OnModel):
 
     def load(self, ctx: StageContext, folder: Path) -> Artefact:
         """The payloads, read lazily."""
-        return Artefact(folder)
+        return Artefact(folder, device=ctx.device)
 
 
 def known_matrices(info: ModelInfo) -> list[tuple[int, int, int]]:

@@ -5,6 +5,7 @@ Shape suffixes: O outputs (rows), I inputs (columns).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -25,6 +26,8 @@ from isoflop.methods.weights.views import LinearView, linear_views
 from isoflop.models.base import Model, ModelInfo
 
 OFF, DIVIDE, FOLD = "off", "divide", "fold"
+FOLD_EXAMPLES = 4
+"""Training examples on which folds are tried."""
 
 
 @METHODS.register("bitstack")
@@ -97,7 +100,7 @@ class BitStack(WeightMethod):
         stacks = stack_model(model, ctx, statistics, self.scaling, self.k, self.n_iter, self.avd, examples)
         return sort_model(model, ctx, stacks, self.sort, self.n_sort, examples)
 
-    def _serving(self, model: Model, views: list[LinearView], prepared: Any) -> Any:
+    def _serving(self, model: Model, views: list[LinearView], prepared: Any) -> AbstractContextManager[None]:
         if not isinstance(prepared, SortedStacks):
             raise ValueError("method bitstack is calibrated: apply() needs the value of its prepare() stage")
         count = sum(view.numel for view in views)
@@ -146,7 +149,7 @@ class StacksStage(OnModel):
 
     def load(self, ctx: StageContext, folder: Path) -> Stacks:
         """The stacks, read lazily."""
-        return Stacks.load(folder)
+        return Stacks.load(folder, ctx.device)
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,3 @@ def sort_model(model: Model, ctx: StageContext, stacks: Stacks, sort: str, examp
     """Sort the blocks of ``stacks`` on ``examples`` training examples."""
     batches = list(model.calibration(ctx, examples, seed)) if sort == PERPLEXITY else []
     return sort_blocks(model, linear_views(model), stacks, sort, batches, seed)
-
-
-FOLD_EXAMPLES = 4
-"""Examples on which folds are tried."""

@@ -103,9 +103,9 @@ class Stacks:
         (folder / _ERRORS).write_text(json.dumps(self.errors) + "\n")
 
     @classmethod
-    def load(cls, folder: Path) -> Stacks:
+    def load(cls, folder: Path, device: str = "cpu") -> Stacks:
         """The inverse of :meth:`save`."""
-        return cls(Artefact(folder), json.loads((folder / _ERRORS).read_text()))
+        return cls(Artefact(folder, device=device), json.loads((folder / _ERRORS).read_text()))
 
 
 @dataclass(frozen=True, eq=False)
