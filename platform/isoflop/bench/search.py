@@ -17,29 +17,34 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import optuna
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
-from isoflop.bench.search_worlds import Lab, World, truth_of, worlds
-from isoflop.core.errors import unknown
+from isoflop.bench.search_worlds import Lab, World, measured_worlds, truth_of, worlds
+from isoflop.core.errors import UserError, unknown
 from isoflop.core.expressions import Array
 from isoflop.search.law import LawSampler, Policy
 from isoflop.search.law.belief import Belief, Hypothesis
 from isoflop.search.law.contenders import make_blocks, make_contender
 from isoflop.search.law.mapfit import map_fit, search_starts
+from isoflop.search.law.planner import Planner
 from isoflop.search.law.rows import Row, RowTable
 from isoflop.search.law.targets import BestMethod, Setting
 
 _MAX_RUNS = {"gp": 60}
 _CAP = 240  # runs of any strategy: beyond it budgets are left unspent
-_MISSES = 40
+_MISSES = 10
 _ETA = 2
 
 
@@ -53,6 +58,7 @@ class Case:
     goal: str
 
 
+_REAL: dict[str, World] = {}  # of the reference that this process was given
 _OPTUNA = ("random", "qmc", "tpe", "gp")
 CASES = {
     c.world: c
@@ -60,9 +66,9 @@ CASES = {
         Case(
             "product-allocation", ("grid", "random", "law"), (0.01, 0.02, 0.05, 0.2, 1.0), "≤ 1/10 of the grid's FLOPs"
         ),
-        Case("product-frontier", (*_OPTUNA, "law"), (0.01, 0.03, 0.1, 0.3), "≤ 1/5 of the best's FLOPs"),
-        Case("additive-frontier", (*_OPTUNA, "law"), (0.01, 0.03, 0.1, 0.3), "≤ 1/5 of the best's FLOPs"),
-        Case("extrapolation", (*_OPTUNA, "d-optimal", "law"), (0.01, 0.03, 0.1, 0.3), "≤ 1/2 of D-optimal's FLOPs"),
+        Case("product-frontier", (*_OPTUNA, "law"), (0.03, 0.1), "≤ 1/5 of the best's FLOPs"),
+        Case("additive-frontier", (*_OPTUNA, "law"), (0.03, 0.1), "≤ 1/5 of the best's FLOPs"),
+        Case("extrapolation", (*_OPTUNA, "d-optimal", "law"), (0.03, 0.1), "≤ 1/2 of D-optimal's FLOPs"),
         Case(
             "best-of-four",
             ("tpe", "gp", "halving", "law"),
@@ -96,9 +102,11 @@ def run_grid(lab: Lab, budget: float, seed: int) -> Outcome:
 def run_random(lab: Lab, budget: float, seed: int) -> Outcome:
     """A random order, what is affordable; from the beginning again when all have run."""
     rng, rows, left = np.random.default_rng([seed, 1]), list[tuple[int, float]](), budget
-    while len(rows) < _CAP and (lab.cost <= left).any():
+    before = -1
+    while before < len(rows) < _CAP:
+        before = len(rows)
         for i in rng.permutation(len(lab)):
-            if lab.cost[i] <= left:
+            if lab.cost[i] <= left and lab.left(int(i)):
                 rows.append((int(i), lab.run(int(i))))
                 left -= lab.cost[i]
     return Outcome(rows)
@@ -116,13 +124,23 @@ def distributions(lab: Lab) -> dict[str, BaseDistribution]:
 
 
 def run_optuna(lab: Lab, budget: float, seed: int, sampler: optuna.samplers.BaseSampler, most: int = _CAP) -> Outcome:
-    """Ask and tell until the money is spent; a proposal that is too dear is skipped at no cost."""
+    """Ask and tell until the money is spent.
+
+    A proposal that is too dear is skipped at no cost; a sampler that proposes nothing else is relieved by an affordable
+    candidate at random, of whose value it is told.
+    """
     study = optuna.create_study(sampler=sampler)
+    rng = np.random.default_rng([seed, 3])
     space, rows, left, misses = distributions(lab), list[tuple[int, float]](), budget, 0
-    while len(rows) < most and misses < _MISSES and (lab.cost <= left).any():
+    while len(rows) < most and (lab.cost <= left).any():
+        if misses >= _MISSES:
+            possible = [i for i in np.flatnonzero(lab.cost <= left) if lab.left(int(i))]
+            if not possible:
+                break
+            study.enqueue_trial(lab.params[int(rng.choice(possible))])
         trial = study.ask(space)
         i = lab.index(trial.params)
-        if i is None or lab.cost[i] > left:
+        if i is None or lab.cost[i] > left or not lab.left(i):
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             misses += 1
             continue
@@ -145,11 +163,17 @@ def law_sampler(lab: Lab, budget: float, seed: int, policy: Policy | None = None
         share=world.share,
         space=distributions(lab),
         candidates=lab.params,
-        cost=world.cost,
+        cost=world.cost if world.measured is None else partial(_measured_cost, lab),
         budget=budget,
         policy=policy,
         seed=seed,
     )
+
+
+def _measured_cost(lab: Lab, params: Mapping[str, Any]) -> float:
+    i = lab.index(dict(params))
+    assert i is not None
+    return float(lab.cost[i])
 
 
 def run_law(lab: Lab, budget: float, seed: int, policy: Policy | None = None) -> Outcome:
@@ -160,11 +184,14 @@ def run_law(lab: Lab, budget: float, seed: int, policy: Policy | None = None) ->
     rows: list[tuple[int, float]] = []
     while len(rows) < _CAP:
         trial = study.ask(space)
-        role = study.trials[-1].system_attrs.get("law:role")
+        role = study.get_trials(deepcopy=False)[-1].system_attrs.get("law:role")
         if role is None:
             break  # nothing affordable
         i = lab.index(trial.params)
         assert i is not None
+        if not lab.left(i):
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)  # the sampler proposes it no more
+            continue
         value = lab.run(i)
         study.tell(trial, value)
         if role != "check":
@@ -187,7 +214,7 @@ def run_halving(lab: Lab, budget: float, seed: int) -> Outcome:
             results = []
             for g, v in alive:
                 i = place.get((g, float(size), v))
-                if i is not None and lab.cost[i] <= left:
+                if i is not None and lab.cost[i] <= left and lab.left(i):
                     value = lab.run(i)
                     left -= lab.cost[i]
                     rows.append((i, value))
@@ -221,11 +248,20 @@ def _make(name: str) -> Callable[[Lab, float, int], Outcome]:
 
 @lru_cache(maxsize=32)
 def _question(name: str) -> tuple[World, Any, Array, tuple[float, ...]]:
-    world = worlds()[name]
+    world = find_world(name)
     lab = Lab(world, 0)
     low, high = lab.x.min(axis=0), lab.x.max(axis=0)
     bound = world.target.bind(Setting(world.axes, tuple(map(float, low)), tuple(map(float, high)), world.groups))
-    return world, bound, truth_of(world, bound), tuple(float(math.sqrt(a * b)) for a, b in zip(low, high, strict=True))
+    scales = tuple(float(math.sqrt(a * b)) for a, b in zip(low, high, strict=True))
+    if world.measured is None:
+        return world, bound, truth_of(world, bound), scales
+    rows = [(i, y) for i, ys in enumerate(world.measured.outcomes) for y in ys]
+    return world, bound, target_of(fitted(world, lab, rows, scales), bound), scales
+
+
+def find_world(name: str) -> World:
+    """A simulated world, or one of the reference."""
+    return _REAL[name] if name in _REAL else worlds()[name]
 
 
 def estimate(world: World, lab: Lab, rows: Sequence[tuple[int, float]]) -> Array | None:
@@ -233,15 +269,35 @@ def estimate(world: World, lab: Lab, rows: Sequence[tuple[int, float]]) -> Array
     _, bound, _, scales = _question(world.name)
     if len(rows) < 3:
         return None
+    return target_of(fitted(world, lab, rows, scales), bound)
+
+
+def fitted(world: World, lab: Lab, rows: Sequence[tuple[int, float]], scales: tuple[float, ...]) -> Belief:
+    """The belief after some rows, fitted from nothing."""
     contenders = [make_contender(law, world.axes) for law in world.laws]
     belief = Belief(contenders, world.axes, scales, len(world.groups), [world.share] * len(contenders))
     table = RowTable()
     table.extend([Row(tuple(lab.x[i]), int(lab.group[i]), y, math.nan, float(lab.cost[i])) for i, y in rows])
     for _ in range(2):  # the second time with what the first learnt of the noise
         belief.update(table)
+    return belief
+
+
+def target_of(belief: Belief, bound: Any) -> Array:
+    """The target's mean over hypotheses at their modes (T,)."""
     values = np.stack([bound.values(h, h.u[None])[0] for h in belief.hypotheses])
-    weights = np.array([h.weight for h in belief.hypotheses])
-    return np.asarray(weights @ values)
+    return np.asarray(np.array([h.weight for h in belief.hypotheses]) @ values)
+
+
+def reference_half_width(name: str) -> float:
+    """Half the 95 % interval of the widest quantity, from all rows of the reference."""
+    world, bound, _, scales = _question(name)
+    assert world.measured is not None
+    lab = Lab(world, 0)
+    rows = [(i, y) for i, ys in enumerate(world.measured.outcomes) for y in ys]
+    planner = Planner(fitted(world, lab, rows, scales), bound, Policy(), None, np.random.default_rng(0))
+    low, high = (np.quantile(planner.draws()[0], q, axis=0) for q in (0.025, 0.975))
+    return float(np.max(0.5 * (high - low)))
 
 
 def error_of(world: World, lab: Lab, out: Outcome) -> float:
@@ -272,7 +328,7 @@ def bound(name: str, share: float) -> float | None:
     contender, and for choices between methods.
     """
     world, question, _, scales = _question(name)
-    if name.startswith("wrong") or isinstance(world.target, BestMethod):
+    if name.startswith("wrong") or world.measured is not None or isinstance(world.target, BestMethod):
         return None
     lab = Lab(world, 0)
     y = world.truth(lab.x, lab.group)
@@ -297,7 +353,7 @@ def bound(name: str, share: float) -> float | None:
 def run_case(name: str, seeds: Sequence[int], strategies: Sequence[str] = ()) -> dict[str, Any]:
     """All strategies of one case; errors per share and seed, their summaries, and the ratios that the goal is about."""
     case = CASES[name]
-    world = worlds()[name]
+    world = find_world(name)
     out: dict[str, Any] = {"case": name, "goal": case.goal, "seeds": len(seeds), "strategies": {}}
     for strategy in strategies or case.strategies:
         start, points = time.process_time(), []
@@ -359,6 +415,14 @@ def ratios(case: Case, found: dict[str, Any]) -> dict[str, float]:
         return {}
     ours = found["law"]["points"]
     out: dict[str, float] = {}
+    if case.world in _REAL:
+        level = reference_half_width(case.world)
+        return {
+            f"{name}: share of the reference's FLOPs to be within its interval (± {level:.3f})": share_for(
+                f["points"], level, "median"
+            )
+            for name, f in found.items()
+        }
     for name, peer in found.items():
         if name == "law":
             continue
@@ -371,8 +435,9 @@ def ratios(case: Case, found: dict[str, Any]) -> dict[str, float]:
             top = peer["points"][-1]["share"]
             out[f"FLOPs / {name} for 95 % right"] = own / other if math.isfinite(other) else own / top
         else:
-            last = peer["points"][-1]
-            out[f"FLOPs / {name} at its error {last['rms']:.4f}"] = share_for(ours, last["rms"]) / last["share"]
+            for p in peer["points"]:
+                label = f"FLOPs / {name} at its error {p['rms']:.4f} (share {p['share']:g})"
+                out[label] = share_for(ours, p["rms"]) / p["share"]
     return out
 
 
@@ -430,13 +495,50 @@ def bench_ask(rows: int = 1000, asks: int = 20) -> dict[str, float]:
     }
 
 
+def read_reference(text: str, where: str | None) -> pa.Table:
+    """The rows of a file, or of a sweep in a store. Raises UserError for neither."""
+    from isoflop.laws.table import where as rows_where
+    from isoflop.sweep import api
+    from isoflop.sweep.results import usable
+
+    path = Path(text)
+    if path.suffix in (".csv", ".parquet"):
+        if not path.is_file():
+            raise UserError(f"--reference: {text!r} is no file")
+        table = pyarrow.csv.read_csv(path) if path.suffix == ".csv" else pyarrow.parquet.read_table(path)
+    elif "@" in text:
+        name, _, store = text.partition("@")
+        table = usable(api.open_sweep(name, store or None).results())
+    else:
+        raise UserError(f"--reference: {text!r}; allowed: a .csv or .parquet file, or SWEEP@STORE")
+    return rows_where(table, where)
+
+
 @click.command("search")
 @click.option("--only", multiple=True, help="A case (repeatable); 'ask' times proposals. Default: all.")
 @click.option("--strategy", "strategies", multiple=True, help="Only these strategies of the chosen cases.")
 @click.option("--seeds", type=click.IntRange(2), default=50, show_default=True, help="Simulated studies per point.")
+@click.option(
+    "--reference", help="A CSV or Parquet file, or SWEEP@STORE, of a sweep with repeats (N, V, error, flops)."
+)
+@click.option("--where", help="SQL condition on the reference's rows, e.g. \"task = 'visual-reading'\".")
+@click.option("--q", default=50.0, show_default=True, help="Text tokens per answer of the reference's questions.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def search(only: tuple[str, ...], strategies: tuple[str, ...], seeds: int, as_json: bool) -> None:
+def search(
+    only: tuple[str, ...],
+    strategies: tuple[str, ...],
+    seeds: int,
+    reference: str | None,
+    where: str | None,
+    q: float,
+    as_json: bool,
+) -> None:
     """Search that sharpens a law: FLOPs to an answer against grids and Optuna's samplers."""
+    if reference is not None:
+        _REAL.update(measured_worlds(read_reference(reference, where), q))
+        goal = "FLOPs to be within the reference's interval"
+        CASES.update({n: Case(n, ("grid", "random", "tpe", "law"), (0.03, 0.1, 0.3), goal) for n in _REAL})
+        only = only or tuple(_REAL)
     for name in only:
         if name not in (*CASES, "ask"):
             raise unknown("case", name, (*CASES, "ask"), "--only")

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from isoflop.core.errors import UserError
 from isoflop.core.expressions import Array, parse
+from isoflop.laws.table import Tabular, as_table, column
 from isoflop.search.law import BestMethod, Frontier, OptimalAllocation, PredictionAt, Target
 from isoflop.search.law.contenders import LawChoice
 
@@ -23,6 +25,15 @@ SIZES = 1e7 * 2.0 ** np.arange(8)
 TOKENS = 2.0 ** np.arange(10)
 CENTRE = float(np.sqrt(SIZES[0] * SIZES[-1]))
 Truth = Callable[[Array, np.ndarray], Array]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Outcomes of a sweep that has run: places (M, K), repeats of each, mean measured costs (M,)."""
+
+    x: Array
+    outcomes: tuple[tuple[float, ...], ...]
+    cost: Array
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class World:
         cost: of a run, an expression of the axes; loss: noise of losses instead of error rates.
         laws: contenders that every strategy's rows are judged with; target: the question.
         limit: candidates must not exceed this cost.
+        measured: outcomes of a real sweep, from which runs are drawn instead of being simulated.
     """
 
     name: str
@@ -48,6 +60,7 @@ class World:
     loss: bool = False
     limit: float = float("inf")
     share: tuple[str, ...] = ()
+    measured: Measured | None = None
 
     def sd(self, x_MK: Array, group_M: np.ndarray) -> Array:
         """Standard deviation of one run's value."""
@@ -157,6 +170,9 @@ class Lab:
 
     def __init__(self, world: World, seed: int) -> None:
         self.world, self.seed = world, seed
+        if world.measured is not None:
+            self._from_measured(world, world.measured)
+            return
         mesh = np.meshgrid(np.arange(len(world.groups)), *(np.arange(len(v)) for v in world.levels), indexing="ij")
         index = np.stack([m.ravel() for m in mesh], axis=1)
         x = np.stack([np.array(v)[index[:, k + 1]] for k, v in enumerate(world.levels)], axis=1)
@@ -166,6 +182,14 @@ class Lab:
         self.params = [self._params(row) for row in index[keep]]
         self._place = {tuple(p.values()): i for i, p in enumerate(self.params)}
         self._mean, self._sd = world.truth(self.x, self.group), world.sd(self.x, self.group)
+        self._repeats = np.zeros(len(self.x), dtype=np.int64)
+
+    def _from_measured(self, world: World, measured: Measured) -> None:
+        self.x, self.cost = measured.x, measured.cost
+        self.group = np.zeros(len(self.x), dtype=np.int64)
+        index = [[levels.index(v) for v, levels in zip(row, world.levels, strict=True)] for row in self.x.tolist()]
+        self.params = [self._params(np.array([0, *row])) for row in index]
+        self._place = {tuple(p.values()): i for i, p in enumerate(self.params)}
         self._repeats = np.zeros(len(self.x), dtype=np.int64)
 
     def _params(self, row: np.ndarray) -> dict[str, Any]:
@@ -185,10 +209,18 @@ class Lab:
         first = self.params[0]
         return self._place.get(tuple(params[n] for n in first))
 
+    def left(self, i: int) -> bool:
+        """Whether candidate i can be run once more: a real sweep has only the repeats that were made."""
+        return self.world.measured is None or self._repeats[i] < len(self.world.measured.outcomes[i])
+
     def run(self, i: int) -> float:
         """One more outcome of candidate i."""
-        rng = np.random.default_rng([self.seed, i, int(self._repeats[i])])
+        k = int(self._repeats[i])
         self._repeats[i] += 1
+        if self.world.measured is not None:
+            outcomes = self.world.measured.outcomes[i]
+            return outcomes[int(np.random.default_rng([self.seed, i]).permutation(len(outcomes))[k])]
+        rng = np.random.default_rng([self.seed, i, k])
         return float(self._mean[i] + self._sd[i] * rng.standard_normal())
 
 
@@ -205,3 +237,38 @@ class _Truth:
 
     def predict(self, u_RP: Array, x_MK: Array, group_M: np.ndarray) -> Array:
         return self._truth(x_MK, np.asarray(group_M))[None]
+
+
+def measured_worlds(table: Tabular, q: float = 50.0) -> dict[str, World]:
+    """Allocation and frontier of a reference sweep: columns N, V, error, and flops where costs were measured.
+
+    Raises:
+        UserError: for a missing column, or fewer than 8 cells.
+    """
+    source = as_table(table)
+    n, v, y = (column(source, c, "reference") for c in ("N", "V", "error"))
+    cost = column(source, "flops", "reference") if "flops" in source.column_names else 2 * n * (q + v)
+    good = np.isfinite(n) & np.isfinite(v) & np.isfinite(y) & np.isfinite(cost) & (cost > 0)
+    x, label = np.unique(np.stack([n, v], axis=1)[good], axis=0, return_inverse=True)
+    label = label.ravel()
+    if len(x) < 8:
+        raise UserError(f"reference: {len(x)} cells; at least 8 are needed")
+    outcomes = tuple(tuple(y[good][label == i].tolist()) for i in range(len(x)))
+    mean = np.bincount(label, cost[good]) / np.bincount(label)
+    levels = tuple(tuple(sorted(set(x[:, k].tolist()))) for k in range(2))
+    budgets = 2 * x[:, 0] * (q + x[:, 1])
+    low, middle, high = (float(np.quantile(budgets, p)) for p in (0.1, 0.5, 0.9))
+    constants = {"Q": q}
+    targets: dict[str, Target] = {
+        "real-allocation": OptimalAllocation(budget=middle, constants=constants),
+        "real-frontier": Frontier(low=low, high=high, points=6, constants=constants),
+    }
+    laws: tuple[LawChoice, ...] = ("product", _ADDITIVE, "semilog")
+    return {
+        name: World(name, ("N", "V"), levels, _unknown, "cost", laws, t, measured=Measured(x, outcomes, mean))
+        for name, t in targets.items()
+    }
+
+
+def _unknown(x: Array, group: np.ndarray) -> Array:
+    raise AssertionError("a measured world has no formula")

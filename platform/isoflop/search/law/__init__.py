@@ -20,6 +20,7 @@ batches and runs under way are fantasised.
 """
 
 from isoflop.search.law.planner import Policy
+from isoflop.search.law.replay import Replay, replay
 from isoflop.search.law.report import Report
 from isoflop.search.law.sampler import LawSampler
 from isoflop.search.law.targets import (
@@ -40,7 +41,9 @@ __all__ = [
     "OptimalAllocation",
     "Policy",
     "PredictionAt",
+    "Replay",
     "Report",
     "TARGETS",
     "Target",
+    "replay",
 ]

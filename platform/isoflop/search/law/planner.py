@@ -296,14 +296,18 @@ class Planner:
 
     def _check(self, pool: Pool, possible: Mask) -> Choice | None:
         """The largest affordable run, once."""
-        if self.budget is None or self.policy.check_share <= 0 or self.check_key is not None:
-            return None
-        affordable = possible & (pool.cost <= self.policy.check_share * self.budget)
+        affordable = self._check_candidates(pool, possible)
         if not affordable.any():
             return None
         best = int(np.argmax(np.where(affordable, pool.cost, -np.inf)))
         self.check_key = pool.keys[best]
         return Choice(best, "check")
+
+    def _check_candidates(self, pool: Pool, possible: Mask) -> Mask:
+        """What could be the check; nothing when there has been one, or none is wanted."""
+        if self.budget is None or self.check is not None or self.check_key is not None:
+            return np.zeros(len(pool), dtype=bool)
+        return possible & (pool.cost <= self.policy.check_share * self.budget)
 
     # gains
 
@@ -418,6 +422,8 @@ class Planner:
         affordable = pool.room & (pool.cost <= self._left(0.0) * (1 + 1e-9))
         state = self.state()
         assert state is not None
+        if self._check_candidates(pool, affordable).any():
+            return None
         if isinstance(target, BestMethod):
             draws, weight = self.draws()
             choices = self.target.choice(draws, weight)

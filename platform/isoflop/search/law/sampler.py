@@ -190,6 +190,22 @@ class LawSampler(BaseSampler):
 
     # beyond Optuna's interface
 
+    @property
+    def search_space(self) -> dict[str, BaseDistribution]:
+        """Distributions of the given space, for ``study.ask``. Raises UserError without one."""
+        if self._given is None:
+            raise UserError("law sampler: no space was given")
+        return dict(self._given.distributions)
+
+    @property
+    def pilot_runs(self) -> int:
+        """Observations that the pilot makes, once the space is known."""
+        return self._planner.pilot_runs if self._source is not None else 0
+
+    def cost_of(self, config: Mapping[str, Any]) -> float:
+        """Modelled cost of a run, set-up aside."""
+        return self._mapper.base_cost(config)
+
     def stop_when_known(self, study: Study, trial: FrozenTrial) -> None:
         """A callback of ``study.optimize``: ends it when the target is known or the budget is spent."""
         if self.stop_reason(study) is not None:

@@ -167,8 +167,11 @@ class Curve:
 
     def optimum(self, hypothesis: Predictor, u_RP: Array, group: int) -> tuple[Array, Array]:
         """ln of the searched axis at the least predicted error (R,), and that error (R,)."""
-        y = hypothesis.predict(u_RP, self.x, np.full(len(self.x), group))
-        y = np.nan_to_num(y, nan=np.inf)
+        return self.least(hypothesis.predict(u_RP, self.x, np.full(len(self.x), group)))
+
+    def least(self, y_RS: Array) -> tuple[Array, Array]:
+        """The same from predictions along the curve."""
+        y = np.where(np.isfinite(y_RS), y_RS, np.inf)
         best = np.argmin(y, axis=1)
         rows = np.arange(len(y))
         if len(self.z) < 3:
@@ -220,7 +223,11 @@ class _Errors(_Even):
     curves: list[Curve]
 
     def values(self, hypothesis: Predictor, u_RP: Array) -> Array:
-        best = [c.optimum(hypothesis, u_RP, g)[1] for g in self.groups for c in self.curves]
+        x, ends = np.concatenate([c.x for c in self.curves]), np.cumsum([len(c.x) for c in self.curves])[:-1]
+        best = []
+        for g in self.groups:
+            y = np.split(hypothesis.predict(u_RP, x, np.full(len(x), g)), ends, axis=1)
+            best += [c.least(part)[1] for c, part in zip(self.curves, y, strict=True)]
         return _log(np.stack(best, axis=1))
 
 
