@@ -34,6 +34,8 @@ class Method:
         order: methods of one trial are applied in ascending order: weights 0, tokens inside the vision tower 5,
             visual tokens 10, tokens between decoder layers 20, KV cache and attention 30.
         trains_model: takes part in training a model family that is trained here.
+        slot: the place in the model that the method takes for itself; a trial has at most one method per slot; ""
+            where methods of a family can be applied together.
     """
 
     name: ClassVar[str] = ""
@@ -43,6 +45,7 @@ class Method:
     needs: ClassVar[frozenset[str]] = frozenset()
     order: ClassVar[int] = 0
     trains_model: ClassVar[bool] = False
+    slot: ClassVar[str] = ""
 
     def knobs(self) -> dict[str, KnobValue]:
         """All knob values, defaults included."""

@@ -28,7 +28,7 @@ def main() -> None:
     @cache
     def rows_of(sweep: str) -> pa.Table:
         if given.no_run:
-            return isoflop.open_sweep(sweep, given.store).results()
+            return isoflop.open(sweep, given.store).results()
         return isoflop.run(SWEEPS / f"{sweep}.yaml", store=given.store).results()
 
     judged = judge(claims, rows_of)

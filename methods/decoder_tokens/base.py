@@ -51,6 +51,7 @@ class DecoderTokenMethod(Method):
     """Base class of methods that drop a share of the visual tokens before one decoder layer."""
 
     family: ClassVar[str] = "decoder-tokens"
+    slot: ClassVar[str] = "decoder-tokens"
     needs: ClassVar[frozenset[str]] = frozenset({"visual-tokens", "attention"})
     order: ClassVar[int] = 20
 

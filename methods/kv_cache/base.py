@@ -44,6 +44,7 @@ class KvCacheMethod(Method):
     family: ClassVar[str] = "kv-cache"
     needs: ClassVar[frozenset[str]] = frozenset({"kv-cache"})
     order: ClassVar[int] = 30
+    slot: ClassVar[str] = "attention"
     cuts: ClassVar[str] = "kv_store_ratio"
 
     @abstractmethod

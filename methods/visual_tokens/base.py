@@ -46,6 +46,7 @@ class VisualTokenMethod(Method):
     family: ClassVar[str] = "visual-tokens"
     needs: ClassVar[frozenset[str]] = frozenset({"visual-tokens"})
     order: ClassVar[int] = 10
+    slot: ClassVar[str] = "visual-tokens"
     trains_model: ClassVar[bool] = True
     commutes: ClassVar[bool] = True
 

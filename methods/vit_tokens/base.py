@@ -47,6 +47,7 @@ class VitTokenMethod(Method):
     family: ClassVar[str] = "vit-tokens"
     needs: ClassVar[frozenset[str]] = frozenset({TOKENS_HOOK})
     order: ClassVar[int] = 5
+    slot: ClassVar[str] = "vit-tokens"
     after_block: ClassVar[bool] = False
 
     macs: Annotated[

@@ -40,6 +40,7 @@ class WeightMethod(Method):
     """
 
     family: ClassVar[str] = "weights"
+    slot: ClassVar[str] = "weights"
     needs: ClassVar[frozenset[str]] = frozenset({"weights"})
     order: ClassVar[int] = 0
 

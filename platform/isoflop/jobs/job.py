@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import content_hash
 from isoflop.core.knobs import KnobValue, check_knobs
 from isoflop.core.stage import Stage, walk
@@ -146,10 +147,12 @@ class ResolvedJob:
         methods = tuple(build(m.name, dict(m.knobs)) for m in job.methods)
         task = TASKS.get(job.task)
         options = check_knobs(task, dict(job.task_options), f"task {job.task}")
-        for method in methods:
-            method.check(info)
         built = task(**options)
         built.check(info)
+        for method in methods:
+            method.check(info)
+            built.check_method(method, info)
+        _one_per_slot(methods)
         weights = family.weights(info, methods, job.seed)
         trained_with = tuple(method for method in methods if method.trains_model)
         prepared = tuple(method.prepare(info, weights, job.seed, trained_with) for method in methods)
@@ -169,6 +172,18 @@ class ResolvedJob:
         """All stages, dependencies first."""
         own = (self.weights, *self.prepared, *self.task.stages(self.info))
         return tuple(walk(tuple(s for s in own if s is not None)))
+
+
+def _one_per_slot(methods: tuple[Method, ...]) -> None:
+    taken: dict[str, str] = {}
+    for method in methods:
+        slot = method.slot
+        if slot in taken:
+            raise Infeasible(
+                f"methods {taken[slot]} and {method.name} both take the place {slot!r} in the model; a trial has one of them"
+            )
+        if slot:
+            taken[slot] = method.name
 
 
 def versions_of(model: str, model_options: Mapping[str, Any], methods: tuple[str, ...], task: str) -> dict[str, str]:

@@ -256,19 +256,17 @@ def _axes(resolved: ResolvedJob, footprint: dict[str, float]) -> dict[str, float
 
 
 def _ratio(resolved: ResolvedJob, footprint: dict[str, float]) -> float | None:
-    """The ratio of the one method that compresses; of all bytes, dense over compressed, when several do."""
+    """The ratio of a trial's one method; in a composition that of all bytes, dense over compressed."""
     ratios = {key: value for key, value in footprint.items() if key.startswith("ratio_")}
     full = resolved.info.geometry.get("visual_tokens")
     if full and footprint.get("visual_tokens"):
         ratios["ratio_visual_tokens"] = float(full) / footprint["visual_tokens"]  # measured, not claimed
-    compressing = [value for value in ratios.values() if value != 1.0]
-    if len(compressing) > 1:
+    if len(resolved.methods) > 1:  # by their number, so that one sweep's branch never mixes units
         if footprint.get("bytes"):
             return footprint["bytes_dense"] / footprint["bytes"]
         return ratios.get("ratio_visual_tokens")
-    if len(compressing) == 1:
-        return compressing[0]
-    return 1.0 if ratios and not compressing else None
+    own = f"ratio_{resolved.methods[0].family.replace('-', '_')}" if resolved.methods else "ratio_visual_tokens"
+    return ratios.get(own, ratios.get("ratio_visual_tokens"))
 
 
 def _pick_device() -> str:

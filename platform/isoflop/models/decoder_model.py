@@ -36,6 +36,13 @@ class DecoderModel(Model):
         """Where the weights lie."""
         return next(self.module.parameters()).device
 
+    def dense_cache_bytes(self, tokens: int) -> float:
+        """Bytes of a key-value cache that holds so many tokens whole in every layer, one request."""
+        config = self.decoder.config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return 2 * config.num_hidden_layers * heads * width * tokens * self.info.dense_bits / 8
+
     @contextmanager
     def attending(self, policy: AttentionPolicy) -> Iterator[None]:
         """Every attention layer of the decoder goes through ``policy`` inside the ``with`` block.

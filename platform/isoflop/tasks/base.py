@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.registry import Registry
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import Model, ModelInfo
+
+if TYPE_CHECKING:
+    from isoflop.methods.base import Method
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,9 @@ class Task(ABC):
                 f"task {self.name} needs {', '.join(sorted(missing))}, which model {info.ref} does not offer "
                 f"(it offers: {', '.join(sorted(info.hooks)) or 'nothing'})"
             )
+
+    def check_method(self, method: Method, info: ModelInfo) -> None:  # noqa: B027: most tasks refuse nothing
+        """Raise Infeasible when the task, with its options, gives the method nothing to act on."""
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         """Shared intermediates that ``evaluate`` will ask for (test examples, vision features …)."""

@@ -45,17 +45,21 @@ def measure_answer(model: VlmModel, image_BCHW: Tensor, make: MakeBatch) -> dict
     image_BCHW = image_BCHW.to(model.device)
     vision, hidden = flops_of(lambda: model.look(image_BCHW))
     batch = make(hidden)
-    method, tokens = flops_of(lambda: model.compress(batch).tokens_BVD)
-    projector, visual_BVd = flops_of(lambda: model.project(tokens))
-    language, _ = flops_of(lambda: model.prefill(visual_BVd, batch))
+    method, found = flops_of(lambda: model.compress(batch))
+    projector, visual_BVd = flops_of(lambda: model.project(found.tokens_BVD))
+
+    def prefill() -> Any:
+        return model.prefill(visual_BVd, batch, found.places_BV)
+
+    language, _ = flops_of(prefill)
 
     def answer() -> Tensor:
         return model.answer_logits(make(model.look(image_BCHW)))
 
     own = model.compression.module if model.compression is not None else None
-    weights = byte_costs(model, decoder_cache(model, lambda: model.prefill(visual_BVd, batch)), own)
     text = batch.prompt_BT.shape[1] - 1
-    dense_tokens = (model.info.geometry["visual_tokens"] + text) / (visual_BVd.shape[1] + text)
+    cache = decoder_cache(model, prefill)
+    dense_cache = model.dense_cache_bytes(model.info.geometry["visual_tokens"] + text)
     return {
         "visual_tokens": float(visual_BVd.shape[1]),
         "text_tokens": float(text),
@@ -64,18 +68,19 @@ def measure_answer(model: VlmModel, image_BCHW: Tensor, make: MakeBatch) -> dict
         "flops_vision": float(vision),
         "flops_projector": float(projector),
         "flops_method": float(method),
-        **weights,
-        "kv_bytes_dense": weights["kv_bytes_dense"] * dense_tokens,
-        "bytes_dense": weights["bytes_dense"] + weights["kv_bytes_dense"] * (dense_tokens - 1),
+        **byte_costs(model, cache, dense_cache, own),
         "seconds": seconds_of(answer, model.device),
         "peak_bytes": float(module_bytes(model.module, own) + peak_bytes_of(answer, model.device)),
     }
 
 
-def byte_costs(model: DecoderModel, cache: CacheReport, own: torch.nn.Module | None = None) -> dict[str, float]:
+def byte_costs(
+    model: DecoderModel, cache: CacheReport, dense_cache: float, own: torch.nn.Module | None = None
+) -> dict[str, float]:
     """Bytes of weights and cache, as compressed and dense; ``bytes`` is their sum, what serving one request holds.
 
     Args:
+        dense_cache: bytes of the whole cache of the same request where no method of any kind acts.
         own: weights of a method that are not part of the model; counted as compressed only.
     """
     extra = 0.0 if own is None else sum(tensor_bytes(t, model.info.dense_bits) for t in own.state_dict().values())
@@ -84,10 +89,10 @@ def byte_costs(model: DecoderModel, cache: CacheReport, own: torch.nn.Module | N
         "weight_bytes": weight_bytes,
         "weight_bytes_dense": dense,
         "kv_bytes": cache.stored,
-        "kv_bytes_dense": cache.dense,
+        "kv_bytes_dense": dense_cache,
         "kv_read_bytes": cache.read,
         "bytes": weight_bytes + cache.stored,
-        "bytes_dense": dense + cache.dense,
+        "bytes_dense": dense + dense_cache,
     }
 
 

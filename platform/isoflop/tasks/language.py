@@ -13,6 +13,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
+from isoflop.methods.base import Method
 from isoflop.models.base import ModelInfo
 from isoflop.models.english import EnglishStage, python_release
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmInfo
@@ -42,6 +43,14 @@ class BitsPerByte(LanguageTask):
     examples: Annotated[int, Knob(low=1, high=100_000, doc="most windows")] = 128
     tokens: Annotated[int, Knob(low=4, high=100_000, doc="length of a window", unit="tokens")] = 256
     prefix: Annotated[float, Knob(low=0.0, high=0.99, doc="share of a window that is the prompt")] = 0.5
+
+    def check_method(self, method: Method, info: ModelInfo) -> None:
+        """Refuse methods on the cache where there is no prompt that they could compress."""
+        if method.slot == "attention" and self.prompt_tokens == 0:
+            raise Infeasible(
+                f"task {self.name}: prefix = {self.prefix} leaves no prompt for method {method.name} to compress; "
+                f"raise prefix to {1 / self.tokens:.2g} or more"
+            )
 
     @property
     def prompt_tokens(self) -> int:

@@ -125,7 +125,7 @@ class LanguageTask(Task):
             "prompt_tokens": float(batch.prefix),
             "flops": float(flops),
             "flops_llm": float(flops),
-            **byte_costs(lm, decoder_cache(lm, lambda: lm.logits(whole))),
+            **byte_costs(lm, decoder_cache(lm, lambda: lm.logits(whole)), lm.dense_cache_bytes(length)),
             "seconds": seconds_of(lambda: lm.logits(batch), lm.device),
             "peak_bytes": float(module_bytes(lm.module) + peak_bytes_of(lambda: lm.logits(batch), lm.device)),
         }
