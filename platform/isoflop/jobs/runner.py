@@ -264,7 +264,7 @@ def _ratio(resolved: ResolvedJob, footprint: dict[str, float]) -> float | None:
     if len(resolved.methods) > 1:  # by their number, so that one sweep's branch never mixes units
         if footprint.get("bytes"):
             return footprint["bytes_dense"] / footprint["bytes"]
-        return ratios.get("ratio_visual_tokens")
+        return ratios.get("ratio_visual_tokens", next(iter(ratios.values())) if len(ratios) == 1 else None)
     own = f"ratio_{resolved.methods[0].family.replace('-', '_')}" if resolved.methods else "ratio_visual_tokens"
     return ratios.get(own, ratios.get("ratio_visual_tokens"))
 

@@ -56,7 +56,7 @@ class Task(ABC):
                 f"(it offers: {', '.join(sorted(info.hooks)) or 'nothing'})"
             )
 
-    def check_method(self, method: Method, info: ModelInfo) -> None:  # noqa: B027: most tasks refuse nothing
+    def check_method(self, method: Method, info: ModelInfo) -> None:  # noqa: B027
         """Raise Infeasible when the task, with its options, gives the method nothing to act on."""
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
