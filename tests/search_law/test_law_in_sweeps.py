@@ -111,7 +111,10 @@ def test_several_tasks_methods_and_forms(tmp_path: Path) -> None:
         ({"sampler": "law", "target": {**TARGET, "of": "W"}}, "unknown axis 'W'"),
         ({"sampler": "law", "target": {**TARGET, "cost": "2*N*M"}}, "unknown name in cost 'M'"),
         ({"sampler": "law", "target": {**TARGET, "budget": "much"}}, "must be a number"),
-        ({"sampler": "law", "target": TARGET, "axes": {"N": "N", "V": "toy-tokens.tokns"}}, "did you mean 'toy-tokens.tokens'"),
+        (
+            {"sampler": "law", "target": TARGET, "axes": {"N": "N", "V": "toy-tokens.tokns"}},
+            "did you mean 'toy-tokens.tokens'",
+        ),
         ({"sampler": "law", "target": TARGET, "laws": ["prodct"]}, "did you mean 'product'"),
         ({"sampler": "law", "target": TARGET, "options": {"gama": 1}}, "did you mean 'gamma'"),
         ({"sampler": "law", "target": TARGET, "options": {"gamma": "x"}}, "must be a number"),

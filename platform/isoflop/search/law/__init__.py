@@ -19,19 +19,12 @@ batches and runs under way are fantasised.
 :class:`LawSampler` is the Optuna sampler; the parts below it (``belief``, ``gains``, ``planner``) know no Optuna.
 """
 
-from isoflop.search.law.planner import Policy
+from isoflop.search.law.best_method import BestMethod
+from isoflop.search.law.policy import Policy
 from isoflop.search.law.replay import Replay, replay
 from isoflop.search.law.report import Report
 from isoflop.search.law.sampler import LawSampler
-from isoflop.search.law.targets import (
-    TARGETS,
-    BestMethod,
-    Exponents,
-    Frontier,
-    OptimalAllocation,
-    PredictionAt,
-    Target,
-)
+from isoflop.search.law.targets import Exponents, Frontier, OptimalAllocation, PredictionAt, Target
 
 __all__ = [
     "BestMethod",
@@ -43,7 +36,6 @@ __all__ = [
     "PredictionAt",
     "Replay",
     "Report",
-    "TARGETS",
     "Target",
     "replay",
 ]

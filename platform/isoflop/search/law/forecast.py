@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from isoflop.core.expressions import Array
-from isoflop.search.law.belief import Hypothesis
 from isoflop.search.law.gains import d_gains, fantasise, linearise, normal_draws, root_of, v_gains
+from isoflop.search.law.hypotheses import Hypothesis
 
 if TYPE_CHECKING:
-    from isoflop.search.law.planner import Planner, Pool
+    from isoflop.search.law.planner import Planner
+    from isoflop.search.law.policy import Pool
 
 _MOST = 400  # runs of a simulated design
 _NARROW = 0.02  # share of the prior's sd over which the target is linearised before anything is known
@@ -111,7 +112,7 @@ def _simulate(
     m, o, k = pool.x.shape
     j = h.jacobian(pool.x.reshape(m * o, k), pool.group.ravel()).reshape(m, o, -1)
     noise = np.repeat(noise_M[:, None], o, axis=1)
-    price = (pool.cost / np.median(pool.cost[np.isfinite(pool.cost)])) ** planner.policy.gamma
+    price = pool.price**planner.policy.gamma
     importance = np.full(len(cross), 1 / len(cross))
     spent, runs, room = 0.0, 0, pool.room.copy()
     pilot = 0 if known else planner.pilot_runs

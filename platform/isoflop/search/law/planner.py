@@ -24,7 +24,8 @@ import numpy as np
 from scipy import special
 
 from isoflop.core.expressions import Array, Mask
-from isoflop.search.law.belief import Belief, Hypothesis, inverse
+from isoflop.search.law.belief import Belief, inverse
+from isoflop.search.law.best_method import BestMethod
 from isoflop.search.law.gains import (
     d_gains,
     disagreement,
@@ -34,70 +35,16 @@ from isoflop.search.law.gains import (
     root_of,
     v_gains,
 )
+from isoflop.search.law.hypotheses import Hypothesis
+from isoflop.search.law.policy import Choice, Policy, Pool, TargetState
 from isoflop.search.law.rows import Row, RowTable
-from isoflop.search.law.targets import BestMethod, Target
+from isoflop.search.law.targets import Target
 
 _DRAWS = 64
 _PRIOR_DRAWS = 4
 _PILOT_NOISE = 0.02**2  # relative variance that a pilot assumes
 _HELPS = 0.01
 _RULED_OUT = 0.0025
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Candidates: what they would observe and cost.
-
-    Attributes:
-        x: (M, O, K); group: (M, O); cost: (M,); keys: (M,) equal for equal places.
-        room: boolean (M,), may be run at all.
-    """
-
-    x: Array
-    group: np.ndarray
-    cost: Array
-    keys: list[Any]
-    room: Mask
-
-    def __len__(self) -> int:
-        return len(self.cost)
-
-    def take(self, rows: np.ndarray) -> Pool:
-        """Some candidates."""
-        return Pool(self.x[rows], self.group[rows], self.cost[rows], [self.keys[i] for i in rows], self.room[rows])
-
-
-@dataclass(frozen=True)
-class Policy:
-    """Knobs of the planner.
-
-    Attributes:
-        gamma: power of the cost in the score (1 is right for many small steps, less looks further than one run; between .6 and
-            .8 greedy designs come within 10 % of the best possible ones); pilot_gamma: the same for the pilot.
-        pilot_factor: pilot runs per parameter; pilot_share: of the budget, at most.
-        explore: share of runs where forms disagree, when several compete.
-        check_share: of the budget for the never-fitted check; 0: none.
-        replicates: the same place may be run again.
-        criterion: ``V`` narrows the target; ``D`` the parameters' volume (a baseline).
-    """
-
-    gamma: float = 0.7
-    pilot_gamma: float = 0.4
-    pilot_factor: float = 2.5
-    pilot_share: float = 0.3
-    explore: float = 0.2
-    check_share: float = 0.1
-    replicates: bool = True
-    criterion: str = "V"
-
-
-@dataclass
-class Choice:
-    """A chosen candidate with the reason."""
-
-    index: int
-    role: str
-    score: float = math.nan
 
 
 @dataclass
@@ -110,29 +57,6 @@ class _View:
     cross: Array
     target_T: Array
     mean_MO: Array
-
-
-@dataclass(frozen=True)
-class TargetState:
-    """What is known of the target.
-
-    Attributes:
-        labels, mean, sd: per quantity; low, high: 95 % interval; between: share of the variance between hypotheses.
-        log: quantities are logarithms.
-    """
-
-    labels: list[str]
-    mean: Array
-    sd: Array
-    low: Array
-    high: Array
-    between: Array
-    log: bool
-
-    @property
-    def half_width(self) -> float:
-        """The widest half interval."""
-        return float(np.max(0.5 * (self.high - self.low)))
 
 
 class Planner:
@@ -280,7 +204,7 @@ class Planner:
                 j = h.jacobian(x, group)
                 cov = inverse(j.T @ j / _PILOT_NOISE + np.diag(h.prior_sd**-2.0))
             total += np.nan_to_num(d_gains(cov, h_MOP, noise))
-        score = total / _price(pool) ** self.policy.pilot_gamma
+        score = total / pool.price**self.policy.pilot_gamma
         best = int(np.argmax(np.where(possible, score, -np.inf)))
         return Choice(best, "pilot", float(score[best]))
 
@@ -358,7 +282,7 @@ class Planner:
                 gain += v.hypothesis.weight * v_gains(v.cov, v.cross, v.h_MOP, noise_MO, importance)
         if self.policy.criterion == "V":
             gain += self._between(views, noise_MO, importance, np.array([v.hypothesis.weight for v in views]))
-        return np.nan_to_num(gain) / _price(pool) ** self.policy.gamma
+        return np.nan_to_num(gain) / pool.price**self.policy.gamma
 
     def _disagreement_score(self, views: list[_View], pool: Pool, noise_MO: Array) -> Array:
         """As the score's second part, with every form's best basin weighed alike: a doubt that weights cannot silence."""
@@ -369,7 +293,7 @@ class Planner:
         chosen = list(best.values())
         weight = np.full(len(chosen), 1 / len(chosen))
         gain = self._between(chosen, noise_MO, self._importance(views), weight)
-        return np.nan_to_num(gain) / _price(pool) ** self.policy.gamma
+        return np.nan_to_num(gain) / pool.price**self.policy.gamma
 
     @staticmethod
     def _between(views: list[_View], noise_MO: Array, importance: Array, weight_K: Array) -> Array:
@@ -509,11 +433,6 @@ class Planner:
 def _stack(h: Hypothesis, pool: Pool) -> Array:
     m, o, k = pool.x.shape
     return h.jacobian(pool.x.reshape(m * o, k), pool.group.ravel()).reshape(m, o, -1)
-
-
-def _price(pool: Pool) -> Array:
-    """Costs in units of their median: only ratios matter."""
-    return pool.cost / float(np.median(pool.cost[np.isfinite(pool.cost)]))
 
 
 def _means(h: Hypothesis, pool: Pool) -> Array:

@@ -10,11 +10,13 @@ import numpy as np
 from scipy import special
 
 from isoflop.core.expressions import Array
-from isoflop.search.law.targets import BestMethod, Setting, Target
+from isoflop.search.law.best_method import BestMethod
+from isoflop.search.law.targets import Setting, Target
 
 if TYPE_CHECKING:
     from isoflop.search.law.belief import Belief
-    from isoflop.search.law.planner import Planner, Pool
+    from isoflop.search.law.planner import Planner
+    from isoflop.search.law.policy import Pool
 
 _OUTSIDE = 0.01  # p-value of the check below which the form is not believed
 

@@ -38,7 +38,8 @@ from isoflop.search.law.belief import Belief
 from isoflop.search.law.candidates import BoxSource, Config, ListSource, Source, SpaceSource, config_key
 from isoflop.search.law.contenders import LawChoice, exponents_of, make_contender
 from isoflop.search.law.forecast import Forecast, make_forecast
-from isoflop.search.law.planner import Choice, Planner, Policy, Pool
+from isoflop.search.law.planner import Planner
+from isoflop.search.law.policy import Choice, Policy, Pool
 from isoflop.search.law.report import Report, Step, make_report, make_steps
 from isoflop.search.law.rows import Row
 from isoflop.search.law.targets import BoundTarget, Setting, Target
@@ -396,7 +397,8 @@ class LawSampler(BaseSampler):
         out = self._failed if self._policy.replicates else {*self._failed, *self._past, *self._under_way()}
         room &= np.array([k not in out for k in keys])
         safe = np.where(np.isfinite(x), x, 1.0)
-        return Pool(safe, np.maximum(group, 0), np.where(room, cost, np.inf), keys, room)
+        usual = float(np.median(cost[room])) if room.any() else 1.0  # what has no room needs a number all the same
+        return Pool(safe, np.maximum(group, 0), np.where(room, cost, usual), keys, room)
 
     def _under_way(self) -> list[str]:
         return [config_key(p.config) for p in self._pending.values()]

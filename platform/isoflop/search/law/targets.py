@@ -17,14 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-from scipy.special import ndtr
 
 from isoflop.core.errors import UserError, unknown
 from isoflop.core.expressions import Array
 from isoflop.frontier.optimum import CostModel, Space, spend
 
 _CURVE = 48  # points of an iso-cost curve; a parabola refines the best of them
-_EVEN = math.sqrt(2 * math.pi)
 
 
 class Predictor(Protocol):
@@ -95,7 +93,7 @@ class BoundTarget(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Budgeted(Target):
+class Budgeted(Target):
     """Shared by targets along iso-cost curves.
 
     Attributes:
@@ -192,7 +190,8 @@ class Curve:
         return np.interp(z_R, self.z, np.log(self.x[:, self.spender]))
 
 
-def _log(values: Array) -> Array:
+def log(values: Array) -> Array:
+    """Logarithms of what should be positive."""
     return np.log(np.maximum(values, 1e-12))
 
 
@@ -228,7 +227,7 @@ class _Errors(_Even):
         for g in self.groups:
             y = np.split(hypothesis.predict(u_RP, x, np.full(len(x), g)), ends, axis=1)
             best += [c.least(part)[1] for c, part in zip(self.curves, y, strict=True)]
-        return _log(np.stack(best, axis=1))
+        return log(np.stack(best, axis=1))
 
 
 @dataclass
@@ -237,11 +236,11 @@ class _Predictions(_Even):
 
     def values(self, hypothesis: Predictor, u_RP: Array) -> Array:
         parts = [hypothesis.predict(u_RP, self.x, np.full(len(self.x), g)) for g in self.groups]
-        return _log(np.concatenate(parts, axis=1))
+        return log(np.concatenate(parts, axis=1))
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimalAllocation(_Budgeted):
+class OptimalAllocation(Budgeted):
     """The best choice at a budget: ``of`` = the searched axis (V*) or the spender (N*), in logarithms.
 
     Attributes:
@@ -264,12 +263,12 @@ class OptimalAllocation(_Budgeted):
         if of not in setting.axes:
             raise unknown("axis", of, setting.axes, "target: of")
         groups = setting.group(self.group)
-        labels = [f"{of}*({self.budget:g}){_suffix(setting, g)}" for g in groups]
+        labels = [f"{of}*({self.budget:g}){suffix(setting, g)}" for g in groups]
         return _Allocations(labels, groups, curve, of == spender)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frontier(_Budgeted):
+class Frontier(Budgeted):
     """The least error over a range of budgets, in logarithms: ``points`` budgets from ``low`` to ``high``, log-spaced."""
 
     kind: ClassVar[str] = "frontier"
@@ -286,7 +285,7 @@ class Frontier(_Budgeted):
         budgets = np.geomspace(self.low, self.high, self.points)
         curves = self.curves(setting, [float(b) for b in budgets])
         groups = setting.group(self.group)
-        labels = [f"error*({c.budget:.3g}){_suffix(setting, g)}" for g in groups for c in curves]
+        labels = [f"error*({c.budget:.3g}){suffix(setting, g)}" for g in groups for c in curves]
         return _Errors(labels, groups, curves)
 
 
@@ -315,7 +314,7 @@ class PredictionAt(Target):
         except ValueError:
             raise UserError("target: at: the axes have lists of different lengths") from None
         groups = setting.group(self.group)
-        labels = [f"error({_place(setting, row)}){_suffix(setting, g)}" for g in groups for row in x]
+        labels = [f"error({_place(setting, row)}){suffix(setting, g)}" for g in groups for row in x]
         return _Predictions(labels, groups, x)
 
 
@@ -339,7 +338,7 @@ class _Exponents:
     def __init__(self, target: Exponents, setting: Setting) -> None:
         self._names = target.names or ("alpha", "beta")
         self._groups = setting.group(target.group)
-        self.labels = [f"{n}{_suffix(setting, g)}" for g in self._groups for n in self._names]
+        self.labels = [f"{n}{suffix(setting, g)}" for g in self._groups for n in self._names]
 
     def values(self, hypothesis: Any, u_RP: Array) -> Array:
         columns = []
@@ -362,91 +361,10 @@ class _Exponents:
         return np.full(len(mean_T), 1.0 / len(mean_T))
 
 
-@dataclass(frozen=True, kw_only=True)
-class BestMethod(_Budgeted):
-    r"""Which group is best at one budget, or at several (then also where they cross).
-
-    Quantities are ln error*_g - ln error*_best for every other group g. Their variances count by how much they can change
-    the choice: the expected opportunity cost of d ~ N(d, s^2) is s phi(d/s) - d Phi(-d/s), whose derivative with respect
-    to s^2 is phi(d/s)/(2 s).
-
-    Attributes:
-        budget: one or several; confidence: probability of the right choice at which the search may stop.
-    """
-
-    kind: ClassVar[str] = "best-method"
-    budget: float | tuple[float, ...]
-    confidence: float = 0.95
-
-    def bind(self, setting: Setting) -> BoundTarget:
-        if len(setting.groups) < 2:
-            raise UserError("target: the best of one method is known; give at least two groups")
-        budgets = self.budget if isinstance(self.budget, tuple) else (self.budget,)
-        return _Best(self, setting, self.curves(setting, budgets))
-
-
-class _Best:
-    log = True
-
-    def __init__(self, target: BestMethod, setting: Setting, curves: list[Curve]) -> None:
-        self._curves, self._setting = curves, setting
-        self._groups = range(len(setting.groups))
-        self.confidence = target.confidence
-        self.labels = [f"error*({c.budget:.3g}){_suffix(setting, g)}" for c in curves for g in self._groups]
-
-    def values(self, hypothesis: Predictor, u_RP: Array) -> Array:
-        """ln error* of every group minus the mean of the groups, per budget (R, budgets × groups)."""
-        parts = []
-        for curve in self._curves:
-            part = _log(np.stack([curve.optimum(hypothesis, u_RP, g)[1] for g in self._groups], axis=1))
-            parts.append(part)
-        return np.concatenate(parts, axis=1)
-
-    def contrasts(self, mean_T: Array) -> Array:
-        """(T', T): every other group minus the best, per budget."""
-        size = len(self._groups)
-        rows = []
-        for b in range(len(self._curves)):
-            best = int(np.argmin(mean_T[b * size : (b + 1) * size]))
-            for g in self._groups:
-                if g != best:
-                    row = np.zeros(len(mean_T))
-                    row[b * size + g], row[b * size + best] = 1.0, -1.0
-                    rows.append(row)
-        return np.array(rows)
-
-    def weights(self, mean_T: Array, sd_T: Array) -> Array:
-        """Of contrasts with these means and standard deviations."""
-        sd = np.maximum(sd_T, 1e-9)
-        ratio = np.minimum(np.abs(mean_T) / sd, 6.0)  # never quite nothing: estimates of sd err
-        raw = np.exp(-0.5 * ratio**2) / (2 * _EVEN * sd)
-        return raw / raw.sum()
-
-    def choice(self, draws_RT: Array, weight_R: Array) -> dict[str, tuple[str, float]]:
-        """Per budget: the group that is most probably best, and that probability."""
-        out, size = {}, len(self._groups)
-        for b, curve in enumerate(self._curves):
-            wins = np.bincount(np.argmin(draws_RT[:, b * size : (b + 1) * size], axis=1), weight_R, size)
-            best = int(np.argmax(wins))
-            out[f"{curve.budget:g}"] = (self._setting.groups[best], float(wins[best] / wins.sum()))
-        return out
-
-
-def opportunity_cost(mean: Array, sd: Array) -> Array:
-    """E max(0, -d) for d ~ N(mean, sd^2), mean >= 0: what choosing the apparently best one costs on average."""
-    s = np.maximum(sd, 1e-300)
-    ratio = mean / s
-    return s * np.exp(-0.5 * ratio**2) / _EVEN - mean * ndtr(-ratio)
-
-
-def _suffix(setting: Setting, group: int) -> str:
+def suffix(setting: Setting, group: int) -> str:
+    """The group's name where there are several."""
     return f" {setting.groups[group]}" if len(setting.groups) > 1 else ""
 
 
 def _place(setting: Setting, row: Array) -> str:
     return ", ".join(f"{a}={v:g}" for a, v in zip(setting.axes, row, strict=True))
-
-
-TARGETS: dict[str, type[Target]] = {
-    t.kind: t for t in (OptimalAllocation, Frontier, PredictionAt, BestMethod, Exponents)
-}

@@ -1,0 +1,94 @@
+"""What the planner is given and gives: candidates, its knobs, choices, and what is known of a target.
+
+Shapes: M candidates, O observations per candidate, T quantities, K axes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from isoflop.core.expressions import Array, Mask
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Candidates: what they would observe and cost.
+
+    Attributes:
+        x: (M, O, K); group: (M, O); cost: (M,); keys: (M,) equal for equal places.
+        room: boolean (M,), may be run at all.
+    """
+
+    x: Array
+    group: np.ndarray
+    cost: Array
+    keys: list[Any]
+    room: Mask
+
+    def __len__(self) -> int:
+        return len(self.cost)
+
+    @property
+    def price(self) -> Array:
+        """Costs in units of their median: only ratios matter."""
+        return self.cost / float(np.median(self.cost))
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Knobs of the planner.
+
+    Attributes:
+        gamma: power of the cost in the score (1 is right for many small steps, less looks further than one run; between .6 and
+            .8 greedy designs come within 10 % of the best possible ones); pilot_gamma: the same for the pilot.
+        pilot_factor: pilot runs per parameter; pilot_share: of the budget, at most.
+        explore: share of runs where forms disagree, when several compete.
+        check_share: of the budget for the never-fitted check; 0: none.
+        replicates: the same place may be run again.
+        criterion: ``V`` narrows the target; ``D`` the parameters' volume (a baseline).
+    """
+
+    gamma: float = 0.7
+    pilot_gamma: float = 0.4
+    pilot_factor: float = 2.5
+    pilot_share: float = 0.3
+    explore: float = 0.2
+    check_share: float = 0.1
+    replicates: bool = True
+    criterion: str = "V"
+
+
+@dataclass
+class Choice:
+    """A chosen candidate with the reason."""
+
+    index: int
+    role: str
+    score: float = math.nan
+
+
+@dataclass(frozen=True)
+class TargetState:
+    """What is known of the target.
+
+    Attributes:
+        labels, mean, sd: per quantity; low, high: 95 % interval; between: share of the variance between hypotheses.
+        log: quantities are logarithms.
+    """
+
+    labels: list[str]
+    mean: Array
+    sd: Array
+    low: Array
+    high: Array
+    between: Array
+    log: bool
+
+    @property
+    def half_width(self) -> float:
+        """The widest half interval."""
+        return float(np.max(0.5 * (self.high - self.low)))
