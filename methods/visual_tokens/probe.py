@@ -23,7 +23,7 @@ from isoflop.models.training import Recipe
 from isoflop.models.vlm import VlmBatch, VlmModel
 
 
-def untrained_model(size: str = "d24", seed: int = 0, tower: str = "dense") -> VlmModel:
+def untrained_model(size: str = "d24", seed: int = 0, tower: str = "dense", joint: bool = True) -> VlmModel:
     """A member of the tiny family as it is before training: random tower, projector and language model."""
     from transformers import LlavaForConditionalGeneration
 
@@ -34,14 +34,16 @@ def untrained_model(size: str = "d24", seed: int = 0, tower: str = "dense") -> V
     with torch.no_grad():  # Hugging Face's default of .02 would leave the patch features almost constant
         module.model.vision_tower.embeddings.patch_embedding.weight.mul_(10)
     module = module.eval().requires_grad_(False)
-    return VlmModel(tiny_info(size, Recipe(tower=tower)), module, vision_of(module.model.vision_tower, None))
+    return VlmModel(
+        tiny_info(size, Recipe(tower=tower, joint=joint)), module, vision_of(module.model.vision_tower, None)
+    )
 
 
 class VisualTokenProbe(Probe):
     """Logits of an untrained ``tiny-llava`` on reading questions; the cost is V, the tokens that enter the decoder."""
 
-    def __init__(self, size: str = "d24", examples: int = 6, tower: str = "dense") -> None:
-        self.model: VlmModel = untrained_model(size, tower=tower)
+    def __init__(self, size: str = "d24", examples: int = 6, tower: str = "dense", joint: bool = True) -> None:
+        self.model: VlmModel = untrained_model(size, tower=tower, joint=joint)
         self.ctx = FolderContext(Path(mkdtemp(prefix="isoflop-probe-")))
         self.examples = examples
         scenes = world.SceneSet("train", examples, world.TRAIN_READING_MIX, seed=0)

@@ -142,6 +142,24 @@ def test_training_free_methods_share_the_model_that_saw_all_tokens() -> None:
     assert keys["none"] == keys["vtc-cls"] != keys["random"]
 
 
+@pytest.mark.parametrize("name", ["random", "uniform-grid", "vtc-cls"])
+def test_positions_act_at_inference_only(name: str) -> None:
+    """No training for each choice; a model trained with the selection in place has not seen the other positions."""
+    methods = [build(name, {"keep_positions": p}) for p in ("contiguous", "original")]
+    assert methods[0].as_trained() == methods[1].as_trained()
+    family = family_of("tiny-llava/d24")
+    apart = family.info("tiny-llava/d24", {"joint": False})
+    assert len({family.weights(apart, (m,), 0).key for m in methods}) == 1  # type: ignore[union-attr]
+    joint = family.info("tiny-llava/d24", {})
+    if name == "vtc-cls":  # never trained with
+        assert len({family.weights(joint, (m,), 0).key for m in methods}) == 1  # type: ignore[union-attr]
+        return
+    methods[0].check(joint)
+    for refuse in (methods[1].check, lambda info: family.weights(info, (methods[1],), 0)):
+        with pytest.raises(Infeasible, match=rf"method {name}: keep_positions = original .* joint: false"):
+            refuse(joint)
+
+
 @torch.no_grad()
 def test_original_positions_are_those_of_the_kept_patches(probe: VisualTokenProbe) -> None:
     """The same as the stock forward with the positions written out."""
