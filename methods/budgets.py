@@ -13,7 +13,7 @@ import numpy as np
 from isoflop.core.hashing import derive_seed
 
 KINDS = ("uniform", "log-uniform", "full", "own")
-"""uniform: even numbers up to the largest, equally often; log-uniform: every number, P(m) ~ log(1 + 1/m); full: always
+"""uniform: even numbers up to the largest, and the largest, equally often; log-uniform: every number, P(m) ~ log(1 + 1/m); full: always
 the largest; own: always the budget of the run, one training per budget."""
 
 
@@ -39,7 +39,7 @@ class BudgetSampler:
     def support(self) -> list[int]:
         """All budgets that can be drawn."""
         if self.kind == "uniform":
-            return list(range(2, self.largest + 1, 2)) or [self.largest]
+            return [*range(2, self.largest, 2), self.largest]  # an odd code is trained to its end, too
         if self.kind == "log-uniform":
             return list(range(1, self.largest + 1))
         return [self.largest if self.kind == "full" else self.own]

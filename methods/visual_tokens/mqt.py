@@ -37,7 +37,7 @@ class Mqt(VisualTokenMethod):
     1. q = LN(Q[:m] + P[:m]), k = LN(P'), v = LN(X).
     2. tokens = MultiHeadAttention(q, k, v) · W, with W of shape (D, d) in place of the model's projector; one layer, no
        residual, no feed-forward part, no norm behind it.
-    3. In training m is drawn anew for each batch: even numbers up to M, equally often. Later queries are not computed.
+    3. In training m is drawn anew for each batch: even numbers up to M, and M, equally often. Later queries are not computed.
 
     As released, keys hold positions only, so that the attention map is the same for every image and the module is a
     learned pooling of LN(X); ``key_content: content`` is the usual resampler, k = LN(X + P').
@@ -56,7 +56,10 @@ class Mqt(VisualTokenMethod):
     ] = 16
     train_m: Annotated[
         str,
-        Knob(choices=KINDS, doc="m in training: even numbers equally often, log-uniform, always M, always the run's m"),
+        Knob(
+            choices=KINDS,
+            doc="m in training: even numbers and M equally often, log-uniform, always M, always the run's m",
+        ),
     ] = "uniform"
     key_content: Annotated[
         str,

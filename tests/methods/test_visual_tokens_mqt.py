@@ -125,6 +125,15 @@ def test_drawn_budgets_have_the_declared_support_and_frequencies(kind: str) -> N
     assert kind in ("full", "own") or [sampler.draw(s, 1) for s in range(50)] != [sampler.draw(s, 2) for s in range(50)]
 
 
+@pytest.mark.parametrize("queries", [1, 9, 16, 25])
+def test_every_query_is_trained(queries: int) -> None:
+    """Also the last one of an odd number; the even numbers stay equally likely."""
+    method = Mqt(m=1, queries=queries)
+    support = sorted({*range(2, queries, 2), queries})
+    assert method.budgets.support() == support
+    assert {method.at_step(step, 0).m for step in range(400)} == set(support)
+
+
 def test_a_step_trains_its_drawn_budget_and_a_run_uses_its_own(probe: VisualTokenProbe) -> None:
     method = Mqt(m=5)
     drawn = {method.at_step(step, 0).m for step in range(200)}
