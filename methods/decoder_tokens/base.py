@@ -56,7 +56,8 @@ class DecoderTokenMethod(Method):
     order: ClassVar[int] = 20
 
     drop: Annotated[
-        float, Knob(low=0.0, high=1.0, ratio=True, doc="share of the visual tokens that go; rounded down")
+        float,
+        Knob(low=0.0, high=1.0, ratio=True, doc="share of the visual tokens that go, rounded down; one at least stays"),
     ] = 0.5
     layer: Annotated[int, Knob(low=1, high=127, doc="K: the decoder layer, counted from 0, before which they go")] = 2
 
@@ -74,14 +75,22 @@ class DecoderTokenMethod(Method):
         return count - int(count * self.drop + 1e-9)
 
     def check(self, info: ModelInfo) -> None:
-        """Refuse layers that the decoder does not have."""
+        """Refuse layers that the decoder does not have, and shares that leave no visual token.
+
+        A share that rounds to no token dropped is the identity.
+        """
         super().check(info)
-        layers = vlm_info(info).geometry["layers"]
+        layers, tokens = (vlm_info(info).geometry[name] for name in ("layers", "visual_tokens"))
         if self.layer >= layers:
             works = f"1 … {layers - 1}" if layers > 1 else "none, it has one layer"
             raise Infeasible(
                 f"method {self.name}: layer = {self.layer} is not inside the {layers} decoder layers of {info.ref}; "
                 f"allowed: {works}"
+            )
+        if self.tokens_left(tokens) < 1:
+            raise Infeasible(
+                f"method {self.name}: drop = {self.drop:g} leaves none of the {tokens} visual tokens of {info.ref}; "
+                "allowed: every share below 1, which leaves at least one"
             )
 
     @contextmanager

@@ -52,7 +52,7 @@ def kept_columns(probe: DecoderTokenProbe, layer: int, count: int) -> Tensor:
 
 
 @pytest.mark.parametrize("layer", [1, 2])
-@pytest.mark.parametrize("drop", [0.25, 0.75, 1.0])
+@pytest.mark.parametrize("drop", [0.25, 0.75, 0.99])
 @torch.no_grad()
 def test_equals_a_hand_written_loop_with_explicit_positions(probe: DecoderTokenProbe, layer: int, drop: float) -> None:
     decoder, module = probe.model.decoder, probe.model.module
@@ -163,7 +163,7 @@ def test_works_together_with_a_policy_on_the_cache(probe: DecoderTokenProbe) -> 
 def test_passes_over_text_alone_are_left_as_they_are(probe: DecoderTokenProbe) -> None:
     text = torch.tensor([[world.READ, world.FIRST_PLACE]])
     bare = probe.model.encode_text(text)
-    with FastV(layer=1, drop=1.0).apply(probe.model, None):
+    with FastV(layer=1, drop=0.99).apply(probe.model, None):
         assert torch.equal(probe.model.encode_text(text), bare)
 
 
@@ -186,6 +186,20 @@ def test_the_answer_can_be_continued_step_by_step(probe: DecoderTokenProbe) -> N
             x, positions = x.gather(1, columns[:, :, None].expand(-1, -1, x.shape[-1])), positions.gather(1, columns)
         x = block(x, attention_mask=None, position_embeddings=decoder.rotary_emb(x, positions), position_ids=positions)
     torch.testing.assert_close(found, probe.model.module.lm_head(decoder.norm(x[:, -1])), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fastv", "drop-random"])
+def test_a_share_that_leaves_nothing_is_refused_and_one_that_drops_nothing_is_the_identity(
+    probe: DecoderTokenProbe, name: str
+) -> None:
+    info, bare = probe.model.info, probe.outputs(ROWS)
+    with pytest.raises(Infeasible, match=rf"method {name}: drop = 1 leaves none of the 36 .* every share below 1"):
+        build(name, {"layer": 1, "drop": 1.0}).check(info)
+    method = build(name, {"layer": 1, "drop": 0.9999})
+    method.check(info)
+    assert method.tokens_left(V) == method.tokens_left(1) == 1  # type: ignore[attr-defined]
+    with build(name, {"layer": 1, "drop": 0.02}).apply(probe.model, None):
+        assert torch.equal(probe.outputs(ROWS), bare)
 
 
 def test_impossible_layers_are_refused_in_one_line(probe: DecoderTokenProbe) -> None:
