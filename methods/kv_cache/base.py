@@ -24,7 +24,7 @@ from torch import Tensor
 
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
-from isoflop.models.attention import AttentionCall, CacheReport, causal_attention
+from isoflop.models.attention import AttentionCall, CacheReport, causal_attention, order_of
 from isoflop.models.base import Model, tensor_bytes
 from isoflop.models.decoder_model import decoder_model
 from isoflop.models.segments import DenseSegment, LayerStore, attend_segments, decode_one, stored_bytes
@@ -62,7 +62,7 @@ class KvCacheMethod(Method):
         """
         if query.q_BHTD.shape[2] == 1:
             return decode_one(query.q_BHTD, store.all(), query.scaling)
-        return attend_segments(query.q_BHTD, store.all(), query.scaling, query.positions_BT)[0]
+        return attend_segments(query.q_BHTD, store.all(), query.scaling, query.order_BT)[0]
 
     def stride(self, store: LayerStore) -> int | None:
         """How many tokens may come before ``step`` has to run; None when it never changes what later tokens read."""
@@ -128,6 +128,7 @@ class CompressedCache:
         self._prepared = prepared
         self._dense_bits = dense_bits
         self._stores: dict[int, LayerStore] | None = None
+        self._passed: dict[int, int | Tensor] = {}
         self._prompts: dict[int, tuple[float, float]] = {}
         self._reports: dict[int, CacheReport] = {}
         self._ids_BT: Tensor | None = None
@@ -153,7 +154,7 @@ class CompressedCache:
         if ids_BT is not None and ids_BT.shape == (call.q_BHTD.shape[0], call.q_BHTD.shape[2]):
             call = replace(call, ids_BT=ids_BT)
         if self._stores is not None:
-            return self._in_session(call, self._stores)
+            return self._in_session(self._continued(call), self._stores)
         prompt = slice_call(call, 0, self.prefix)
         out_BTHD, store = self._prefill(prompt)
         rest = slice_call(call, prompt.q_BHTD.shape[2], call.q_BHTD.shape[2])
@@ -164,7 +165,7 @@ class CompressedCache:
     @contextmanager
     def session(self) -> Iterator[None]:
         """A step-by-step run; see ``AttentionPolicy``."""
-        self._stores = {}
+        self._stores, self._passed = {}, {}
         try:
             yield
         finally:
@@ -181,6 +182,13 @@ class CompressedCache:
         parts = list(self._reports.values())
         return CacheReport(*(sum(getattr(p, name) for p in parts) for name in CacheReport.__dataclass_fields__))
 
+    def _continued(self, call: AttentionCall) -> AttentionCall:
+        """Number a call's tokens on from those that its layer has seen in this session."""
+        before = self._passed.get(call.layer, 0)
+        new = call.q_BHTD.shape[2] if call.valid_BT is None else call.valid_BT.sum(-1, keepdim=True)
+        self._passed[call.layer] = before + new
+        return replace(call, order_BT=order_of(call.valid_BT, call.q_BHTD.shape[2], call.q_BHTD.device, before))
+
     def _in_session(self, call: AttentionCall, stores: dict[int, LayerStore]) -> Tensor:
         if call.layer in stores:
             return self._go_on(call, stores[call.layer])
@@ -189,10 +197,10 @@ class CompressedCache:
 
     def _prefill(self, prompt: AttentionCall) -> tuple[Tensor, LayerStore]:
         out_BTHD, store = self.method.prefill(prompt, self._prepared)
-        rows, length = prompt.k_BGTD.shape[0], prompt.k_BGTD.shape[2]
+        rows, tokens = prompt.k_BGTD.shape[0], int(prompt.order_BT.max()) + 1
         held = [*store.resident(), *store.recent.tensors()]
         stored = stored_bytes(held, self._dense_bits) / rows
-        self._prompts[prompt.layer] = stored, length * self._token_bytes(prompt)
+        self._prompts[prompt.layer] = stored, tokens * self._token_bytes(prompt)
         self._note(prompt, store)
         return out_BTHD, store
 
@@ -212,7 +220,7 @@ class CompressedCache:
     def _note(self, call: AttentionCall, store: LayerStore) -> None:
         """Count the layer's bytes as they are now."""
         rows = call.q_BHTD.shape[0]
-        tokens = int(call.positions_BT.max()) + 1
+        tokens = int(call.order_BT.max()) + 1
         held = [*store.resident(), *store.recent.tensors()]
         fetched = [t for segment in store.all() for t in segment.read_tensors()]
         self._reports[call.layer] = CacheReport(
@@ -234,7 +242,7 @@ def slice_call(call: AttentionCall, start: int, stop: int | None) -> AttentionCa
         q_BHTD=call.q_BHTD[:, :, start:stop],
         k_BGTD=call.k_BGTD[:, :, start:stop],
         v_BGTD=call.v_BGTD[:, :, start:stop],
-        positions_BT=call.positions_BT[:, start:stop],
+        order_BT=call.order_BT[:, start:stop],
         valid_BT=None if call.valid_BT is None else call.valid_BT[:, start:stop],
         ids_BT=None if call.ids_BT is None else call.ids_BT[:, start:stop],
     )
@@ -246,9 +254,9 @@ def append_recent(store: LayerStore, call: AttentionCall) -> None:
 
 
 def key_positions(call: AttentionCall) -> Tensor:
-    """Positions of a call's keys, (B, G, T)."""
+    """Numbers of a call's keys, (B, G, T)."""
     batch, groups, length, _ = call.k_BGTD.shape
-    return call.positions_BT[:, None].expand(batch, groups, length)
+    return call.order_BT[:, None].expand(batch, groups, length)
 
 
 def padding_bias(call: AttentionCall) -> Tensor | None:

@@ -31,7 +31,7 @@ def row_keys(call: AttentionCall) -> Tensor:
     batch, device = call.k_BGTD.shape[0], call.k_BGTD.device
     if call.ids_BT is None:
         return torch.zeros(batch, dtype=torch.int64, device=device)
-    marks_BT = mix(mix(call.positions_BT.long()) + call.ids_BT.long())
+    marks_BT = mix(mix(call.order_BT.long()) + call.ids_BT.long())
     if call.valid_BT is not None:
         marks_BT = marks_BT.masked_fill(~call.valid_BT, 0)
     return marks_BT.sum(-1)
@@ -46,7 +46,7 @@ def uniform(call: AttentionCall, purpose: str) -> Tensor:
     groups = call.k_BGTD.shape[1]
     heads_G = torch.arange(groups, device=call.k_BGTD.device)
     keys_BG = mix(row_keys(call)[:, None] + mix(heads_G + derive_seed(purpose, call.layer)))
-    numbers_BGT = mix(keys_BG[:, :, None] + mix(call.positions_BT.long())[:, None])
+    numbers_BGT = mix(keys_BG[:, :, None] + mix(call.order_BT.long())[:, None])
     return _shifted(numbers_BGT, 11).double() / 2**53
 
 

@@ -84,9 +84,7 @@ class Quantised(KvCacheMethod):
         """Attend, then turn a full buffer into a block."""
         out_BTHD = self.read(query, store, prepared)
         if store.recent.tokens >= self.streaming_gap:
-            last = replace(
-                query, q_BHTD=query.q_BHTD[:, :, -1:], positions_BT=query.positions_BT[:, -1:], valid_BT=None
-            )
+            last = replace(query, q_BHTD=query.q_BHTD[:, :, -1:], order_BT=query.order_BT[:, -1:], valid_BT=None)
             store.segments += quantise(store.recent, self.new_tiers(last, store.recent), self.grids())
             store.recent = empty_recent(query)
         return out_BTHD

@@ -33,15 +33,15 @@ class QueryWeights:
 def attention_scores(call: AttentionCall, queries: QueryWeights) -> Tensor:
     """S_BGT = sum over the chosen queries and a head's group of weight times attention, float32."""
     batch, heads, length, width = call.q_BHTD.shape
-    positions_BT = call.positions_BT.expand(batch, -1)
+    order_BT = call.order_BT.expand(batch, -1)
     if queries.index_BP is None:
         chosen = queries.weight_BP.shape[1]
-        q_BHPD, positions_BP = call.q_BHTD[:, :, length - chosen :], positions_BT[:, length - chosen :]
+        q_BHPD, positions_BP = call.q_BHTD[:, :, length - chosen :], order_BT[:, length - chosen :]
     else:
         index_BHPD = queries.index_BP[:, None, :, None].expand(batch, heads, -1, width)
-        q_BHPD, positions_BP = call.q_BHTD.gather(2, index_BHPD), positions_BT.gather(1, queries.index_BP)
+        q_BHPD, positions_BP = call.q_BHTD.gather(2, index_BHPD), order_BT.gather(1, queries.index_BP)
     scores_BG1T = column_scores(
-        q_BHPD, call.k_BGTD, call.scaling, queries.weight_BP[:, None], positions_BP, positions_BT, call.valid_BT
+        q_BHPD, call.k_BGTD, call.scaling, queries.weight_BP[:, None], positions_BP, order_BT, call.valid_BT
     )
     return scores_BG1T[:, :, 0]
 
@@ -51,8 +51,8 @@ def forgetting(call: AttentionCall, alpha: float) -> QueryWeights:
 
     Ages are of queries, not of keys, and powers are taken in float32 (A2SF, arXiv 2407.20485).
     """
-    positions_BT = call.positions_BT.expand(call.q_BHTD.shape[0], -1)
-    age_BT = positions_BT.amax(-1, keepdim=True) - positions_BT
+    order_BT = call.order_BT.expand(call.q_BHTD.shape[0], -1)
+    age_BT = order_BT.amax(-1, keepdim=True) - order_BT
     return QueryWeights(real(call) * torch.tensor(alpha, dtype=torch.float32, device=age_BT.device) ** age_BT)
 
 

@@ -93,5 +93,5 @@ class MixedRandom(TwoTier):
 
     def new_saliency(self, query: AttentionCall, block: DenseSegment) -> Tensor:
         """Random numbers by position."""
-        tokens = replace(query, k_BGTD=block.k_BGND, positions_BT=block.positions_BGN[:, 0], ids_BT=None)
+        tokens = replace(query, k_BGTD=block.k_BGND, order_BT=block.positions_BGN[:, 0], ids_BT=None)
         return uniform(tokens, "mixed-random")

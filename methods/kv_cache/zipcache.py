@@ -74,20 +74,20 @@ class ZipCache(TwoTier):
         """Attention of the newest query, which sees every token of the block, (B, G, N)."""
         ones_B11 = torch.ones(query.q_BHTD.shape[0], 1, 1, device=query.q_BHTD.device)
         scores_BG1N = column_scores(
-            query.q_BHTD, block.k_BGND, query.scaling, ones_B11, query.positions_BT, block.positions_BGN[:, 0]
+            query.q_BHTD, block.k_BGND, query.scaling, ones_B11, query.order_BT, block.positions_BGN[:, 0]
         )
         return scores_BG1N[:, :, 0]
 
     def seen_by(self, prompt: AttentionCall, queries: QueryWeights) -> Tensor:
         """What each token's score is divided by, (B, T); at least 1."""
-        positions_BT = prompt.positions_BT.expand(prompt.q_BHTD.shape[0], -1)
+        order_BT = prompt.order_BT.expand(prompt.q_BHTD.shape[0], -1)
         if self.normalizer == "none":
-            return torch.ones_like(positions_BT, dtype=torch.float32)
+            return torch.ones_like(order_BT, dtype=torch.float32)
         if self.normalizer == "rows_total":
-            counts_BT = positions_BT.amax(-1, keepdim=True) + 1 - positions_BT
+            counts_BT = order_BT.amax(-1, keepdim=True) + 1 - order_BT
         else:
             assert queries.index_BP is not None
-            sees_BPT = positions_BT.gather(1, queries.index_BP)[:, :, None] >= positions_BT[:, None]
+            sees_BPT = order_BT.gather(1, queries.index_BP)[:, :, None] >= order_BT[:, None]
             counts_BT = (sees_BPT * queries.weight_BP[:, :, None]).sum(1)
         return counts_BT.float().clamp(min=1.0)
 
@@ -101,10 +101,10 @@ def probes(call: AttentionCall, recent: float, random: float) -> QueryWeights:
     device = call.q_BHTD.device
     newest = [min(n, max(math.ceil(recent * n - 1e-9), 0 if random else 1)) for n in seen]
     drawn = [min(n - r, max(math.floor(random * n + 1e-9), 1 - r)) for n, r in zip(seen, newest, strict=True)]
-    positions_BT = call.positions_BT.expand(len(seen), -1)
+    order_BT = call.order_BT.expand(len(seen), -1)
     after_B1 = torch.tensor([n - r for n, r in zip(seen, newest, strict=True)], device=device)[:, None]
     luck_BT = uniform(call, "zipcache probes")[:, 0]
-    luck_BT = luck_BT.masked_fill(real(call) == 0, -1.0).masked_fill(positions_BT >= after_B1, 2.0)
+    luck_BT = luck_BT.masked_fill(real(call) == 0, -1.0).masked_fill(order_BT >= after_B1, 2.0)
     counts_B1 = torch.tensor([r + d for r, d in zip(newest, drawn, strict=True)], device=device)[:, None]
     index_BP = luck_BT.sort(dim=-1, descending=True, stable=True).indices[:, : int(counts_B1.max())]
     weight_BP = (torch.arange(index_BP.shape[1], device=device) < counts_B1).float()

@@ -114,7 +114,7 @@ class SparseAttention(KvCacheMethod):
 
     def _counts(self, query: AttentionCall) -> Tensor:
         """Tokens that each query reads, (B or 1, T): the nearest number to the share, halves up, at least one."""
-        seen_BT = query.positions_BT + 1
+        seen_BT = query.order_BT + 1
         return (self.k_share * seen_BT.double() + 0.5 + 1e-9).floor().long().clamp(min=1).minimum(seen_BT)
 
     def _note(self, chosen_BS1N: Tensor, groups: int, store: LayerStore) -> None:
@@ -126,7 +126,7 @@ class SparseAttention(KvCacheMethod):
 def visible(query: AttentionCall, cached: Any) -> Tensor:
     """True where a query may read, (B, 1, T, N): its own position and before, no padding."""
     positions_BN = cached.positions_BGN[:, 0]
-    seen_B1TN = (positions_BN[:, None] <= query.positions_BT[:, :, None])[:, None]
+    seen_B1TN = (positions_BN[:, None] <= query.order_BT[:, :, None])[:, None]
     return seen_B1TN if cached.log_bias_BGN is None else seen_B1TN & (cached.log_bias_BGN[:, :1, None] == 0)
 
 
@@ -168,4 +168,3 @@ def gathered_attention(q_BH1D: Tensor, cached: DenseSegment, chosen_BSN: Tensor,
     bias_BSM = bias_BSM.masked_fill(places_BSM == tokens, float("-inf"))
     positions_BSM = torch.zeros_like(places_BSM)  # all of them lie before the query
     return decode_one(q_BH1D, [DenseSegment(positions_BSM, bias_BSM, k_BSMD, v_BSMD)], scaling)
-

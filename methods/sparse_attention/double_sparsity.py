@@ -128,7 +128,7 @@ class DoubleSparsity(SparseAttention):
         else:
             scores_BSTN = logits_BHTN
         if self.force_recent:
-            after_BT = query.positions_BT - self.force_recent
+            after_BT = query.order_BT - self.force_recent
             newest_B1TN = store.segments[0].positions_BGN[:, :1, None] > after_BT[:, None, :, None]
             scores_BSTN = scores_BSTN.masked_fill(newest_B1TN, float("inf"))
         return scores_BSTN

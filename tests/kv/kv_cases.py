@@ -44,7 +44,7 @@ def left_padded(call: AttentionCall, pads: int) -> AttentionCall:
     positions = (valid.long().cumsum(-1) - 1).clamp(min=0)
     ids = None if call.ids_BT is None else torch.nn.functional.pad(call.ids_BT, (pads, 0), value=3)
     return replace(
-        call, q_BHTD=wide(call.q_BHTD), k_BGTD=wide(call.k_BGTD), v_BGTD=wide(call.v_BGTD), positions_BT=positions,
+        call, q_BHTD=wide(call.q_BHTD), k_BGTD=wide(call.k_BGTD), v_BGTD=wide(call.v_BGTD), order_BT=positions,
         valid_BT=valid, ids_BT=ids,
     )  # fmt: skip
 

@@ -143,7 +143,7 @@ def test_the_label_cache_equals_labels_of_the_final_keys(bits: int, per: str) ->
 @pytest.mark.parametrize("sets", [GROUPS, HEADS])
 def test_gathered_attention_equals_masked_attention(sets: int) -> None:
     call = a_call(40)
-    cached = DenseSegment(call.positions_BT[:, None].expand(2, GROUPS, -1), None, call.k_BGTD, call.v_BGTD)
+    cached = DenseSegment(call.order_BT[:, None].expand(2, GROUPS, -1), None, call.k_BGTD, call.v_BGTD)
     query = token(call, 39)
     scores = torch.randn(2, sets, 1, 40, generator=torch.Generator().manual_seed(0))
     chosen = best(scores, torch.tensor([[7], [9]]))

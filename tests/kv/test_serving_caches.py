@@ -93,22 +93,30 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "GPT2Config": {"n_positions": 256},
     "GPTNeoXConfig": {"intermediate_size": 96},  # rotates a part of each head
     "Qwen3Config": {"intermediate_size": 96, "num_key_value_heads": 1, "head_dim": 24},
+    "PersimmonConfig": {"intermediate_size": 96},  # tells its attention no positions
+    "GPTBigCodeConfig": {"n_positions": 256, "multi_query": True},  # nor does this; one head for keys and values
     "Phi3Config": {"intermediate_size": 96, "num_key_value_heads": 2},  # one projection for all three
 }
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_other_architectures_serve_the_same_way(architecture: str, probe: KvCacheProbe) -> None:
+def of_architecture(name: str, probe: KvCacheProbe) -> LmModel:
+    """An untrained model with weights large enough to attend unevenly."""
     import transformers
 
     sizes = {"vocab_size": 48, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
-    config = getattr(transformers, architecture)(
-        **sizes, bos_token_id=None, eos_token_id=None, **ARCHITECTURES[architecture]
-    )
+    config = getattr(transformers, name)(**sizes, bos_token_id=None, eos_token_id=None, **ARCHITECTURES[name])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    model, batch = LmModel(probe.model.info, module), probe.batch(range(2))
+        for weight in module.parameters():
+            if weight.dim() > 1:
+                weight.data.normal_(0, 0.1)
+    return LmModel(probe.model.info, module)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_other_architectures_serve_the_same_way(architecture: str, probe: KvCacheProbe) -> None:
+    model, batch = of_architecture(architecture, probe), probe.batch(range(2))
     with torch.no_grad():
         expected = model.logits(batch)
         for name, knobs, same in (
@@ -122,6 +130,18 @@ def test_other_architectures_serve_the_same_way(architecture: str, probe: KvCach
                 found, steps = model.logits(batch), model.stepwise_logits(batch)
             assert (found - steps).abs().max() <= EXACT * expected.abs().max()
             assert torch.allclose(found, expected, atol=1e-5) == same
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_generation_goes_on_behind_the_prompt(architecture: str, probe: KvCacheProbe) -> None:
+    """Without explicit positions, each generated token is the best one of a single pass over all that came before."""
+    model, prompt = of_architecture(architecture, probe), probe.batch(range(2)).ids_BT[:, :PROMPT]
+    for name, knobs in (("full-cache", {}), ("h2o", {"keep": 0.4}), ("zipcache", {"streaming_gap": 3})):
+        with build(name, knobs).apply(model, None), torch.no_grad():
+            ids = torch.cat((prompt, model.greedy(prompt, 8)), dim=1)
+            again = model.logits(LmBatch(ids, torch.zeros_like(ids), PROMPT))[:, PROMPT - 1 : -1]
+        chosen = again.gather(-1, ids[:, PROMPT:, None])[..., 0]
+        assert (again.amax(-1) - chosen).max() <= EXACT * again.abs().max()
 
 
 def test_half_precision_models_run(probe: KvCacheProbe) -> None:

@@ -29,7 +29,9 @@ class AttentionCall:
         layer: number of the decoder layer.
         q_BHTD, k_BGTD, v_BGTD: of the tokens in this pass, after RoPE.
         scaling: factor on the logits.
-        positions_BT: positions in the sequence, as RoPE used them; batch dimension 1 when all rows agree.
+        order_BT: each token's number among its row's real tokens that have reached this layer, from 0; batch dimension 1
+            when all rows agree. It orders and counts tokens. It is not the position that RoPE used, which may have gaps
+            where tokens were dropped before; nothing here needs that, as keys and queries carry it.
         valid_BT: False for padding; None when nothing is padded.
         ids_BT: token ids, where the policy follows them; what is random in a method depends on them and on nothing else
             of the batch.
@@ -40,7 +42,7 @@ class AttentionCall:
     k_BGTD: Tensor
     v_BGTD: Tensor
     scaling: float
-    positions_BT: Tensor
+    order_BT: Tensor
     valid_BT: Tensor | None
     ids_BT: Tensor | None = None
 
@@ -120,6 +122,17 @@ def causal_attention(call: AttentionCall) -> Tensor:
     return out_BHTD.transpose(1, 2)
 
 
+def order_of(valid_BT: Tensor | None, length: int, device: torch.device, before: Tensor | int = 0) -> Tensor:
+    """Numbers of a pass's tokens among the real ones, (B or 1, T); padding takes the number before it, or 0.
+
+    Args:
+        before: real tokens of earlier passes, for all rows or each, (B, 1).
+    """
+    if valid_BT is None:
+        return torch.arange(length, device=device)[None] + before
+    return (valid_BT.long().cumsum(-1) - 1 + before).clamp(min=0)
+
+
 def supports_attention(module: Any) -> bool:
     """Whether a Hugging Face model dispatches through the attention interface (Falcon and Bloom do not)."""
     return bool(getattr(module, "_supports_attention_backend", False))
@@ -130,11 +143,9 @@ def _attention(
 ) -> tuple[Tensor, None]:
     if kwargs.get("softcap") is not None or kwargs.get("sliding_window") is not None:
         raise NotImplementedError("logit soft-capping and sliding windows are not supported by this attention")
-    positions_BT = kwargs.get("position_ids")
-    if positions_BT is None:
-        positions_BT = torch.arange(query.shape[2], device=query.device)[None]
     valid_BT = None if attention_mask is None else attention_mask.bool()[:, -query.shape[2] :]
-    call = AttentionCall(module.layer_idx, query, key, value, scaling, positions_BT, valid_BT)
+    order_BT = order_of(valid_BT, query.shape[2], query.device)
+    call = AttentionCall(module.layer_idx, query, key, value, scaling, order_BT, valid_BT)
     return _ACTIVE[id(module.config)](call).contiguous(), None
 
 

@@ -27,8 +27,9 @@ class Segment(ABC):
     """Tokens of the cache in one representation.
 
     Attributes:
-        positions_BGN: places in the sequence. They order queries against keys, and are stored only when a method says
-            so: softmax itself needs no positions, since keys carry theirs.
+        positions_BGN: numbers of the tokens in the order in which they came (``AttentionCall.order_BT``), not RoPE's. They
+            order queries against keys, and are stored only when a method says so: softmax itself needs no positions,
+            since keys carry theirs.
         log_bias_BGN: added to the logits: -inf for an empty slot, log n for a slot that stands for n tokens; or None.
     """
 
@@ -147,18 +148,18 @@ def decode_one(q_BH1D: Tensor, segments: Sequence[Segment], scaling: float) -> T
 
 
 def attend_segments(
-    q_BHTD: Tensor, segments: Sequence[Segment], scaling: float, positions_BT: Tensor
+    q_BHTD: Tensor, segments: Sequence[Segment], scaling: float, order_BT: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the union of segments; a query sees keys at its own position and before.
 
     Args:
-        positions_BT: of the queries.
+        order_BT: numbers of the queries, as in ``AttentionCall``.
 
     Returns:
         out_BTHD, and the probabilities p_BHTN over the segments' tokens in their order (float32).
     """
     segments = [segment for segment in segments if segment.tokens]
-    logits = [segment_logits(q_BHTD, s, scaling, positions_BT) for s in segments]
+    logits = [segment_logits(q_BHTD, s, scaling, order_BT) for s in segments]
     p_BHTN = torch.cat(logits, dim=-1).softmax(-1)
     out_BHTD = torch.zeros_like(q_BHTD)
     for segment, p in zip(segments, p_BHTN.split([part.shape[-1] for part in logits], dim=-1), strict=True):
@@ -168,7 +169,7 @@ def attend_segments(
     return out_BHTD.transpose(1, 2), p_BHTN
 
 
-def segment_logits(q_BHTD: Tensor, segment: Segment, scaling: float, positions_BT: Tensor) -> Tensor:
+def segment_logits(q_BHTD: Tensor, segment: Segment, scaling: float, order_BT: Tensor) -> Tensor:
     """Masked logits (B, H, T, N) in float32 of queries against one segment."""
     k_BGND = segment.keys()
     batch, heads, length, width = q_BHTD.shape
@@ -178,7 +179,7 @@ def segment_logits(q_BHTD: Tensor, segment: Segment, scaling: float, positions_B
     logits = logits.reshape(batch, groups, heads // groups, length, -1)
     if segment.log_bias_BGN is not None:
         logits = logits + segment.log_bias_BGN[:, :, None, None, :].float()
-    later = segment.positions_BGN[:, :, None, None, :] > positions_BT[:, None, None, :, None]
+    later = segment.positions_BGN[:, :, None, None, :] > order_BT[:, None, None, :, None]
     return logits.masked_fill(later, float("-inf")).reshape(batch, heads, length, -1)
 
 
