@@ -101,6 +101,35 @@ def test_sizes_and_weighted_sums_are_conserved_after_any_number_of_merges(
     torch.testing.assert_close(state.x_BNC, from_sources, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("method", [PiToMe(variant="paper"), PiToMe(), ToMe()], ids=lambda m: f"{m.name}-{m.knobs()}")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_no_token_is_lost_in_half_precision(method: PiToMe | ToMe, dtype: torch.dtype) -> None:
+    """577 tokens in 16 bits, as many merges as there can be in each of 8 blocks: sizes still add up to 577, sources too."""
+    generator = torch.Generator().manual_seed(0)
+    state = state_of(torch.ones(1, 577, 4, dtype=dtype)).tracked()
+    for block in range(8):
+        count = method.most(state.patches)
+        if count:
+            keys = torch.randn(1, state.x_BNC.shape[1], 4, generator=generator).to(dtype)
+            state = method.reduce(state, signals_of(keys), block, count, 8)
+    assert state.x_BNC.dtype is dtype
+    assert float(state.sizes().sum()) == 577
+    assert state.source_BNM is not None
+    assert torch.equal(state.source_BNM.sum(2, keepdim=True), state.sizes())
+
+
+@pytest.mark.parametrize("name", ["tome", "pitome"])
+@torch.no_grad()
+def test_proportional_attention_runs_in_half_precision(name: str) -> None:
+    probe = VitProbe(examples=2)
+    with build(name, {"macs": 0.6, "prop_attn": True}).apply(probe.model, None):
+        wide = probe.outputs(range(2))
+        probe.model.module.to(torch.bfloat16)
+        found = probe.outputs(range(2))
+    assert bool(found.isfinite().all())
+    torch.testing.assert_close(found.float(), wide, atol=0.1, rtol=0.1)
+
+
 @pytest.mark.parametrize("sized", [False, True])
 def test_protected_tokens_come_out_unchanged_and_have_the_lowest_energies(sized: bool) -> None:
     """Every protected token is as before (exactly when sizes are 1), and no mergeable token has less energy."""

@@ -34,8 +34,10 @@ class TokenState:
         x_BNC: hidden states.
         prefix: tokens at the front that are no patches (CLS, distillation token; one CLS per frame in a clip).
         ids_B: example numbers; what is random in a reduction may depend on them and on nothing else of the batch.
-        size_BN1: how many original tokens each token stands for; None as long as each stands for itself.
-        source_BNM: how much of each original token went into each token, when it is tracked (rows sum to the size).
+        size_BN1: how many original tokens each token stands for, in float32 (16 bits do not count past a few hundred);
+            None as long as each stands for itself.
+        source_BNM: how much of each original token went into each token, when it is tracked (float32; rows sum to the
+            size).
     """
 
     x_BNC: Tensor
@@ -51,12 +53,14 @@ class TokenState:
 
     def sizes(self) -> Tensor:
         """``size_BN1``, ones when nothing was merged."""
-        return torch.ones_like(self.x_BNC[:, :, :1]) if self.size_BN1 is None else self.size_BN1
+        if self.size_BN1 is not None:
+            return self.size_BN1
+        return torch.ones_like(self.x_BNC[:, :, :1], dtype=torch.float32)
 
     def tracked(self) -> TokenState:
         """The same, with sources: every token comes from itself."""
         batch, tokens = self.x_BNC.shape[:2]
-        eye_NN = torch.eye(tokens, device=self.x_BNC.device, dtype=self.x_BNC.dtype)
+        eye_NN = torch.eye(tokens, device=self.x_BNC.device)
         return replace(self, source_BNM=eye_NN.expand(batch, -1, -1))
 
 
@@ -238,5 +242,8 @@ def _forward(block: Block, number: int, run: BlockRun, seen: dict[str, Tensor]) 
 
 
 def log_sizes(state: TokenState) -> Tensor | None:
-    """Proportional attention: log of the sizes as a bias on keys, (B, 1, 1, N); None while every token is single."""
-    return None if state.size_BN1 is None else state.size_BN1.log()[:, None, None, :, 0]
+    """Proportional attention: log of the sizes as a bias on keys, (B, 1, 1, N); None while every token is single.
+
+    In the type of the hidden states, as the attention wants it.
+    """
+    return None if state.size_BN1 is None else state.size_BN1.log()[:, None, None, :, 0].to(state.x_BNC.dtype)
