@@ -106,6 +106,20 @@ def test_attention_of_layers_that_do_not_count_never_changes_the_kept_set(probe:
     assert method.layers(probe.model.info) == (attention_in(1), attention_in(2))  # nothing else is even read
 
 
+def test_rows_of_other_layers_in_a_batch_never_change_the_kept_set(probe: VisualTokenProbe) -> None:
+    method, rows = VtcCls(keep=5, start_layer=2), list(ROWS)
+    with method.apply(probe.model, None), torch.no_grad():
+        batch = probe.batch(ROWS)
+        before = probe.model.compress(batch).kept_BV
+        more = probe.model.vision.read(probe._images[rows], [attention_in(n) for n in range(4)])
+        more[attention_in(0)] = torch.eye(36)[: len(rows)] * 100  # would win wherever it counted
+        wide = dataclasses.replace(batch, hidden={**more, **batch.hidden})
+        after = probe.model.compress(wide).kept_BV
+    assert before is not None
+    assert after is not None
+    assert torch.equal(before, after)
+
+
 def test_the_attention_comes_before_the_features_also_on_a_tower_with_one_layer() -> None:
     info = VisualTokenProbe().model.info
     assert VtcCls().layers(info) == (attention_in(0),)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from isoflop.core.errors import Infeasible
+from isoflop.methods.kv_cache.full_cache import FullCache
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
 from isoflop.models import digit_world as world
 from isoflop.models.vlm import VlmBatch, expand_placeholders
@@ -58,3 +60,16 @@ def test_left_padding_changes_nothing(probe: VisualTokenProbe) -> None:
 
 def test_only_needed_layers_are_kept(probe: VisualTokenProbe) -> None:
     assert set(probe.model.look(probe._images)) == {1}
+
+
+def test_images_that_end_in_other_columns_are_refused_with_a_method_on_the_cache(probe: VisualTokenProbe) -> None:
+    batch = probe.batch(range(2))
+    assert batch.question_BQ is not None
+    read = batch.question_BQ[:, :1]
+    prompt = torch.stack(
+        (torch.cat((batch.prompt_BT[0], read[0])), torch.cat((read[1], batch.prompt_BT[1])))
+    )  # the image first, and behind a word
+    uneven = VlmBatch(batch.hidden, prompt, None, batch.ids_B)
+    probe.model.answer_logits(uneven)
+    with FullCache().apply(probe.model, None), pytest.raises(Infeasible, match="end in the same column"):
+        probe.model.answer_logits(uneven)

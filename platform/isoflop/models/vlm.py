@@ -209,9 +209,10 @@ class VlmModel(DecoderModel):
         """What enters the projector: the compressor's output, or every patch."""
         if self.compression is None:
             return CompressedTokens(batch.hidden[self.info.feature_layer].to(self.dtype))
+        wanted = {key: batch.hidden[key] for key in self.compression.layers}  # a batch may hold more
         view = VisualInput(
             x_BPD=batch.hidden[self.info.feature_layer].to(self.dtype),
-            hidden={key: h if isinstance(key, str) else h.to(self.dtype) for key, h in batch.hidden.items()},
+            hidden={key: h if isinstance(key, str) else h.to(self.dtype) for key, h in wanted.items()},
             grid=self.info.geometry["grid"],
             question_BQ=batch.question_BQ,
             question_mask_BQ=batch.question_mask_BQ,
@@ -359,12 +360,15 @@ def _image_end(image_BL: Tensor) -> int:
     """Column behind the last image placeholder, the same in every row.
 
     Raises:
-        ValueError: the rows disagree.
+        Infeasible: the rows disagree.
     """
     places_L = torch.arange(1, image_BL.shape[1] + 1, device=image_BL.device)
     ends_B = (image_BL * places_L).amax(-1)
     if not bool((ends_B == ends_B[0]).all()):
-        raise ValueError("the images of a batch must end in the same column for a method on the KV cache")
+        raise Infeasible(
+            "methods on the KV cache need the images of a batch to end in the same column; prompts padded to one length "
+            "before the image, or batches of one, work"
+        )
     return int(ends_B[0])
 
 
