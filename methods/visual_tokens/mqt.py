@@ -152,7 +152,11 @@ class Resampler(nn.Module):
         nn.init.normal_(self.projection.weight, std=text_width**-0.5)
 
     def forward(self, x_BPD: Tensor, grid: int, count: int) -> Tensor:
-        """The first ``count`` tokens, (B, V, D), of patch features."""
+        """The first ``count`` tokens, (B, V, D), of patch features.
+
+        A prefix of what a larger ``count`` gives, up to float32 rounding (some 6e-8 at values around 1): products with
+        fewer rows may add up in another order.
+        """
         q_HVC, k, v_BHPC = self.attention_inputs(x_BPD, grid, count)
         q_BHVC = q_HVC.expand(len(x_BPD), -1, -1, -1)
         out_BHVC = F.scaled_dot_product_attention(q_BHVC, k.expand(len(x_BPD), -1, -1, -1), v_BHPC)
