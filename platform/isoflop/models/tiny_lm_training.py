@@ -41,7 +41,7 @@ class LmRecipe:
     Learning rates of matrices, head and embeddings go as 1/width, so that the sizes compare.
     """
 
-    steps: Annotated[int, Knob(low=1, high=1_000_000, doc="optimiser steps")] = 700
+    steps: Annotated[int, Knob(low=1, high=1_000_000, doc="optimiser steps")] = 900
     batch: Annotated[int, Knob(low=1, high=4096, doc="sequences per step")] = 32
     lr: Annotated[float, Knob(low=1e-6, high=1.0, log=True, doc="learning rate of matrices at width 64")] = 3e-3
     vector_lr: Annotated[
