@@ -7,6 +7,7 @@ of the same repeat share a seed. The interval resamples repeats where there are 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -109,14 +110,17 @@ def _partner(
 
 
 def _value(row: Mapping[str, Any], column: str) -> Any:
-    """A column, or an entry of the footprint or of the metrics."""
+    """A column, or an entry of the footprint, of the metrics or of the knobs."""
     if column in row:
         return row[column]
+    knobs = json.loads(row.get("knobs") or "{}")
+    if column in knobs:
+        return knobs[column]
     for name in ("footprint", "metrics"):
         found = dict(row.get(name) or ())
         if column in found:
             return found[column]
-    raise UserError(f"no column {column!r}, neither among the rows' columns nor in their footprint or metrics")
+    raise UserError(f"no column {column!r}, neither among the rows' columns nor in their footprint, metrics or knobs")
 
 
 def _difference(row: Mapping[str, Any], other: Mapping[str, Any]) -> np.ndarray:

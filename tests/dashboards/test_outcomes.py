@@ -1,0 +1,80 @@
+"""The claims that the outcomes page tests: well-formed, about rows that their sweeps have, judged as they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from isoflop.core.errors import UserError
+from isoflop.dashboards.outcomes import Claim, judge, load_claims, page
+from isoflop.frontier.paired import Paired
+from isoflop.jobs import Job
+from isoflop.ledger.schema import to_table
+from isoflop.methods.base import METHODS
+
+SWEEPS = Path(__file__).parents[2] / "sweeps"
+
+
+def test_every_claim_names_a_sweep_and_a_method_that_exist() -> None:
+    claims = load_claims()
+    assert claims
+    for claim in claims:
+        assert (SWEEPS / f"{claim.sweep}.yaml").is_file(), claim.sweep
+        assert claim.method in METHODS.names()
+
+
+@pytest.mark.parametrize("sweep", sorted({c.sweep for c in load_claims()}))
+def test_both_sides_of_every_claim_select_jobs_of_the_sweep(sweep: str) -> None:
+    """On rows made of the sweep's own jobs, so that a misspelt knob or an excluded value is found without running it."""
+    from isoflop.frontier import sql
+    from isoflop.jobs.runner import Outcome
+    from isoflop.sweep.resolve import resolve
+    from isoflop.sweep.rows import make_row
+
+    resolved = resolve(SWEEPS / f"{sweep}.yaml")
+    jobs: list[Job] = [job for config in resolved.space.grid() for job in resolved.jobs_of(config)]
+    table = to_table([make_row(sweep, 0, job, Outcome("ok"), 1) for job in jobs])
+    for claim in (c for c in load_claims() if c.sweep == sweep):
+        for side in (claim.a, claim.b):
+            assert sql(f"SELECT job_id FROM results WHERE {side}", table).num_rows, (
+                f"{claim.claim}: no job where {side}"
+            )
+
+
+@pytest.mark.parametrize(
+    ("expect", "low", "high", "outcome"),
+    [
+        ("better", -0.2, -0.1, "shows"),
+        ("better", -0.2, 0.1, "not separated"),
+        ("better", 0.1, 0.2, "reversed"),
+        ("worse", 0.1, 0.2, "shows"),
+        ("equal", -0.1, 0.01, "shows"),
+        ("equal", -0.1, 0.03, "not separated"),
+        ("equal", 0.03, 0.05, "reversed"),
+    ],
+)
+def test_outcomes_follow_the_interval(expect: str, low: float, high: float, outcome: str) -> None:
+    claim = Claim("m", "p", "s", "c", "a", "b", expect=expect, margin=0.02)
+    assert claim.shows(Paired(0.1, 0.2, (low + high) / 2, low, high, 3, 3, [])) == outcome
+
+
+def test_the_page_holds_every_claim_with_its_numbers() -> None:
+    rows = [
+        {"job_id": m + str(r), "model": "x", "task": "t", "method": m, "repeat": r, "status": "ok", "error": e, "scores": [e, e + 0.1]}
+        for r in range(2)
+        for m, e in (("new", 0.1), ("old", 0.3))
+    ]  # fmt: skip
+    claim = Claim("new", "arXiv 1", "s", "new beats old", "method = 'new'", "method = 'old'")
+    judged = judge([claim], lambda name: to_table(rows))
+    assert judged[0]["outcome"] == "shows"
+    assert "| new beats old | **shows** | 0.1000 | 0.3000 | -0.2000 [-0.2000, -0.2000] | 2 in 2 repeats | s |" in page(
+        judged
+    )
+
+
+def test_a_wrong_entry_is_told_by_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "claims.yaml"
+    path.write_text("- {method: a, paper: p, sweep: s, claim: c, a: x, b: y, expects: better}\n")
+    with pytest.raises(UserError, match=r"entry 1 \(c\)"):
+        load_claims(path)
