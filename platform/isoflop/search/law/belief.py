@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from scipy import stats
@@ -26,7 +27,7 @@ from isoflop.core.expressions import Array
 from isoflop.search.law.contenders import Block, Contender, make_blocks
 from isoflop.search.law.hypotheses import REJECT, REJECT_BEND, Hypothesis, LackOfFit, Noise, Surface, kernel
 from isoflop.search.law.mapfit import distinct, map_fit, search_starts
-from isoflop.search.law.rows import Cells, RowTable, pool
+from isoflop.search.law.rows import Cells, RowTable, pool, thin
 
 _GUESS = 0.01  # prior noise as a share of a typical y
 _STRENGTH = 0.5  # of that guess, in degrees of freedom / 2 (a0)
@@ -34,6 +35,7 @@ _BASIN_MSE = 1.5  # basins up to this multiple of the best mean squared error ar
 _MATTERS = 0.002  # misfit, as a share of a typical y, below which a form is good enough
 _MAX_HYPOTHESES = 6
 _LENGTH = 0.35  # of the misfit's waves, as a share of each axis' range
+_MOST_PLACES = 120  # in fits with a misfit surface
 _GROWTH = 1.5  # a new global search when the rows have grown by this factor
 
 
@@ -102,9 +104,11 @@ class Belief:
         log_cost = np.log(cost)
         q = self._relative_variance(x, group, y, se, log_cost)
         cells = self.cells = pool(x, group, y, q, log_cost)
+        self.noise = replace(self.noise, tau2=0.0)  # the form alone is put to the test, whatever was found before
         self._fit(cells, fresh)
         self._judge(cells)
         if self.noise.tau2 > 0:
+            cells = thin(cells, _MOST_PLACES)  # the misfit's covariance is dense
             self._fit(cells, fresh=False)
         self._covariances(cells)
         self._weigh(cells)

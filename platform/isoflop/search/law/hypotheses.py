@@ -15,8 +15,8 @@ import numpy as np
 from isoflop.core.expressions import Array
 from isoflop.search.law.contenders import Block
 
-REJECT_BEND = 0.002
-REJECT = 0.01  # p-value of the lack-of-fit test from which tau^2 is used
+REJECT_BEND = 0.001
+REJECT = 0.002  # p-values below which a form is said not to fit; small, since a search looks after every run
 
 
 def kernel(x_MK: Array, group_M: np.ndarray, x_CK: Array, group_C: np.ndarray, unit_K: Array) -> Array:

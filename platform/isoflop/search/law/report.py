@@ -11,6 +11,7 @@ from scipy import special
 
 from isoflop.core.expressions import Array
 from isoflop.search.law.best_method import BestMethod
+from isoflop.search.law.hypotheses import REJECT
 from isoflop.search.law.targets import Setting, Target
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from isoflop.search.law.planner import Planner
     from isoflop.search.law.policy import Pool
 
-_OUTSIDE = 0.01  # p-value of the check below which the form is not believed
+_OUTSIDE = 0.002  # p-value of the check below which the form is not believed
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def judge(planner: Planner, check: Check | None) -> tuple[bool, str]:
     """Whether the best contender fits, in words."""
     best, test = planner.belief.hypotheses[0].label, planner.belief.lack_of_fit
     problems = []
-    if test.rejected and test.p < 0.01:
+    if test.p < REJECT:
         problems.append(f"misses places by more than their repeats scatter (F = {test.f:.3g}, p = {test.p:.2g})")
     elif test.rejected:
         problems.append(f"leaves residuals that bend along the axes (F = {test.bend_f:.3g}, p = {test.bend_p:.2g})")

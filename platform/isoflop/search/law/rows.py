@@ -5,6 +5,7 @@ Shapes: n rows, C cells (distinct places), K axes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -96,3 +97,22 @@ def pool(x_nK: Array, group_n: np.ndarray, y_n: Array, q_n: Array, log_cost_n: A
     pure = float(np.sum(w * (y_n - mean[label]) ** 2))
     cost = np.bincount(label, log_cost_n) / count
     return Cells(x_nK[first], group_n[first], count, mean, 1.0 / total, pure, len(y_n) - len(first), len(y_n), cost)
+
+
+def thin(cells: Cells, most: int) -> Cells:
+    """Neighbouring places pooled until there are at most ``most``: cubes of ln x, ever larger."""
+    if len(cells.y) <= most:
+        return cells
+    z = np.log(np.maximum(cells.x, 1e-300))
+    span = np.maximum(np.ptp(z, axis=0), 1e-12)
+    for side in range(math.ceil(1.5 * most ** (1 / z.shape[1])), 0, -1):
+        cube = np.floor((z - z.min(axis=0)) / span * side * (1 - 1e-12))
+        first, label = places(cube, cells.group)
+        if len(first) <= most:
+            break
+    w = 1.0 / cells.q
+    total, count = np.bincount(label, w), np.bincount(label, cells.count)
+    mean = np.bincount(label, w * cells.y) / total
+    x = np.exp(np.stack([np.bincount(label, w * column) / total for column in z.T], axis=1))
+    cost = np.bincount(label, cells.count * cells.log_cost) / count
+    return Cells(x, cells.group[first], count, mean, 1.0 / total, cells.pure, cells.pure_dof, cells.n, cost)
