@@ -8,6 +8,7 @@ Shape suffixes: B batch, N tokens of a block's input (prefix tokens first), T pa
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,8 +38,9 @@ class VitTokenMethod(Method):
 
     ``macs`` is the ratio knob of the whole family: the share of the dense model's multiply-adds that an image may cost,
     scoring included; the dearest schedule within it is taken. Instead of it a method may be given the number that its
-    paper uses: ``ratio``, the share of patches that a block keeps; ``macs`` then counts for nothing. The blocks' counts
-    are the same for every image.
+    paper uses: ``ratio``, the share of patches that a block keeps; ``macs`` then counts for nothing. Two numbers for one
+    schedule are refused; only ``macs`` at its default counts as not given, since nobody can tell the two apart. The
+    blocks' counts are the same for every image.
 
     Class attributes:
         after_block: tokens go after the MLP of a block instead of between attention and MLP.
@@ -98,8 +100,8 @@ class VitTokenMethod(Method):
         """
         if self.ratio == 0:
             return None
-        lowest = 1 - largest_amount(self.schedule, patches, self.most) / patches
-        return self.native("ratio", self.ratio, patches * (1 - self.ratio), patches, ref, f"{lowest:.4g} … 1")
+        lowest = rounded_up(1 - largest_amount(self.schedule, patches, self.most) / patches - 1e-12, 4)
+        return self.native("ratio", self.ratio, patches * (1 - self.ratio), patches, ref, f"{lowest:g} … 1")
 
     def native(self, knob: str, value: float, amount: float, patches: int, ref: str, allowed: str) -> float:
         """``amount``, the meaning of a knob in the paper's own terms, when it can be done and no budget stands beside it."""
@@ -218,6 +220,11 @@ def vit_model(model: Model) -> VitModel:
     return model
 
 
+def rounded_up(value: float, digits: int) -> float:
+    """A bound for messages: never below ``value``, so that it is accepted when tried."""
+    return math.ceil(value * 10**digits) / 10**digits
+
+
 @lru_cache(maxsize=4096)
 def _plan(method: VitTokenMethod, ref: str, geometry_items: tuple[tuple[str, Any], ...]) -> tuple[int, ...]:
     geometry = dict(geometry_items)
@@ -233,6 +240,6 @@ def _plan(method: VitTokenMethod, ref: str, geometry_items: tuple[tuple[str, Any
     if removed is None:
         raise Infeasible(
             f"method {method.name}: macs = {method.macs:g} is less than schedule {method.schedule!r} reaches on {ref}; "
-            f"allowed: {least + 5e-4:.3f} … 1"
+            f"allowed: {min(1.0, rounded_up(least + 1e-12, 3)):g} … 1"
         )
     return removed

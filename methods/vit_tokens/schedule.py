@@ -14,7 +14,7 @@ from typing import Any
 
 SHAPES = ("ratio", "fixed", "decreasing")
 STEPS = 2048
-"""Schedules that are tried for a budget."""
+"""Evenly spaced amounts that are tried for a budget: enough to meet every schedule of up to 48 patches and 12 blocks."""
 
 Scoring = Callable[[int, int], int]
 """MACs that a method spends on scoring in one block: (patches before, tokens removed) → MACs."""
@@ -80,7 +80,9 @@ def block_macs(tokens_in: int, tokens_out: int, width: int, mlp: int) -> int:
 def within_budget(
     geometry: Mapping[str, Any], shape: str, share: float, most: Most, scoring: Scoring, after_block: bool = False
 ) -> tuple[tuple[int, ...] | None, float]:
-    """The dearest schedule of a shape that costs at most ``share`` of the dense model, scoring included.
+    """The dearest schedule of a shape, of those at ``STEPS`` amounts, that costs at most ``share`` of the dense model.
+
+    Costs include scoring.
 
     Returns:
         Tokens removed in each block (None when even the strongest schedule costs more), and the least share that the

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
+from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.kernels.merge import bipartite_match
 from isoflop.methods.base import METHODS
@@ -53,9 +54,12 @@ class ToMe(VitTokenMethod):
         """``r``, or what ``ratio`` means."""
         if self.r == 0:
             return super().amount(patches, ref)
-        return self.native(
-            "r", self.r, self.r, patches, ref, f"{largest_amount(self.schedule, patches, self.most):g} at most"
-        )
+        if self.ratio != 0:
+            raise Infeasible(
+                f"method tome: r = {self.r} and ratio = {self.ratio:g} both set the schedule; give one of them"
+            )
+        largest = int(largest_amount(self.schedule, patches, self.most))
+        return self.native("r", self.r, self.r, patches, ref, f"{largest} at most")
 
     def most(self, patches: int) -> int:
         """Half of the patches: each pair needs one of either set."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, ClassVar
 
 import pytest
@@ -15,7 +17,7 @@ from isoflop.methods.base import METHODS, build
 from isoflop.methods.vit_tokens.base import VitTokenMethod, counted_macs
 from isoflop.methods.vit_tokens.probe import VitProbe
 from isoflop.methods.vit_tokens.random_drop import VitRandom
-from isoflop.methods.vit_tokens.schedule import block_macs, model_macs, removals, within_budget
+from isoflop.methods.vit_tokens.schedule import block_macs, largest_amount, model_macs, removals, within_budget
 
 NAMES = sorted(name for name in METHODS.names() if issubclass(METHODS.get(name), VitTokenMethod))
 DEIT_S = {
@@ -67,14 +69,27 @@ def test_fixed_and_decreasing_schedules() -> None:
     assert removals("ratio", 7, 100, 1, half) == (7,), "floor must not lose a token to rounding"
 
 
+def all_amounts(shape: str, patches: int, layers: int) -> list[float]:
+    """Every amount at which some block's count changes, so that no schedule lies between two of them."""
+    span = max(1, layers - 1)
+    if shape == "ratio":
+        found = {Fraction(patches * k, left) for left in range(1, patches + 1) for k in range(left + 1)}
+    elif shape == "fixed":
+        found = {Fraction(k, blocks) for blocks in range(1, layers + 1) for k in range(patches * blocks + 1)}
+    else:
+        found = {Fraction(k * span, 2 * (span - block)) for block in range(span) for k in range(patches + 1)}
+    return [float(amount) for amount in found if amount <= largest_amount(shape, patches, half)]
+
+
 @given(
     shape=st.sampled_from(["ratio", "fixed", "decreasing"]),
     share=st.floats(0.3, 1.0),
-    patches=st.integers(4, 200),
+    patches=st.integers(4, 48),
     layers=st.integers(1, 12),
 )
-@settings(max_examples=25)
+@settings(max_examples=40, deadline=None)
 def test_a_budget_is_met_and_used(shape: str, share: float, patches: int, layers: int) -> None:
+    """The dearest schedule within the budget, of all there are."""
     geometry = {**DEIT_S, "patches": patches, "layers": layers}
 
     def scoring(left: int, removed: int) -> int:
@@ -82,10 +97,16 @@ def test_a_budget_is_met_and_used(shape: str, share: float, patches: int, layers
 
     removed, least = within_budget(geometry, shape, share, half, scoring)
     dense = model_macs(geometry, (0,) * layers)
+    costs = [
+        model_macs(geometry, removals(shape, amount, patches, layers, half), scoring)
+        for amount in all_amounts(shape, patches, layers)
+    ]
+    assert least == min(*costs, dense) / dense
+    within = [cost for cost in costs if cost <= share * dense]
     if removed is None:
-        assert share < least
+        assert not within
         return
-    assert model_macs(geometry, removed, scoring) <= share * dense
+    assert model_macs(geometry, removed, scoring) == max(within)
     assert len(removed) == layers
     assert patches - sum(removed) >= 1
 
@@ -153,6 +174,7 @@ def test_methods_compare_at_equal_cost(probe: VitProbe) -> None:
         ("tome", {"r": 33}, "r = 33"),
         ("tome", {"r": 17, "schedule": "decreasing"}, "r = 17"),
         ("tome", {"r": 4, "ratio": 0.9, "macs": 0.5}, "give one"),
+        ("tome", {"r": 4, "ratio": 0.9}, "r = 4 and ratio = 0.9 both set the schedule; give one"),
         ("pitome", {"ratio": 0.9, "macs": 0.5}, "give one"),
         ("pitome", {"macs": 0.2}, "macs = 0.2"),
     ],
@@ -162,6 +184,26 @@ def test_impossible_knobs_are_refused_in_one_line(probe: VitProbe, name: str, kn
         build(name, knobs).check(probe.model.info)
     assert "\n" not in str(refusal.value)
     assert name in str(refusal.value)
+
+
+@given(
+    name=st.sampled_from(NAMES),
+    schedule=st.sampled_from(["ratio", "fixed", "decreasing"]),
+    patches=st.integers(4, 64),
+    knob=st.sampled_from(["macs", "ratio", "r"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_suggested_bounds_are_accepted(probe: VitProbe, name: str, schedule: str, patches: int, knob: str) -> None:
+    info = probe.model.info
+    info = replace(info, geometry={**info.geometry, "patches": patches})
+    if knob == "r" and name != "tome":
+        return
+    value: float = {"macs": 0.05, "ratio": 1e-6, "r": 4096}[knob]
+    with pytest.raises(Infeasible) as refusal:
+        build(name, {knob: value, "schedule": schedule}).check(info)
+    found = re.search(r"allowed: ([\d.]+)", str(refusal.value))
+    assert found is not None
+    build(name, {knob: type(value)(found[1]), "schedule": schedule}).check(info)
 
 
 def test_the_papers_own_numbers_can_be_given(probe: VitProbe) -> None:
