@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from isoflop.core.errors import Infeasible
+
 IMPLEMENTATION = "isoflop"
+_WITHOUT_EFFECT = frozenset(
+    {
+        "dropout", "is_causal", "position_ids", "cache_position", "past_key_values", "use_cache", "return_dict", "deterministic",
+        "output_attentions", "output_hidden_states", "output_router_logits", "logits_to_keep",
+    }
+)  # fmt: skip
+"""What modules hand to their attention function that changes nothing in a causal pass without training. Anything else
+may change the softmax (sinks, caps, windows, biases, packed sequences)."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +151,11 @@ def supports_attention(module: Any) -> bool:
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    if kwargs.get("softcap") is not None or kwargs.get("sliding_window") is not None:
-        raise NotImplementedError("logit soft-capping and sliding windows are not supported by this attention")
+    changes = sorted(name for name, value in kwargs.items() if value is not None and name not in _WITHOUT_EFFECT)
+    if changes:
+        raise Infeasible(
+            f"attention with {', '.join(changes)} cannot be replaced; allowed: a plain softmax over all tokens before"
+        )
     valid_BT = None if attention_mask is None else attention_mask.bool()[:, -query.shape[2] :]
     order_BT = order_of(valid_BT, query.shape[2], query.device)
     call = AttentionCall(module.layer_idx, query, key, value, scaling, order_BT, valid_BT)
@@ -150,7 +163,9 @@ def _attention(
 
 
 def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
+    if attention_mask is None or attention_mask.is_meta or bool(attention_mask.all()):
+        return None
+    return attention_mask
 
 
 def _register() -> None:

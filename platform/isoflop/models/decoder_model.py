@@ -38,10 +38,9 @@ class DecoderModel(Model):
 
     def dense_cache_bytes(self, tokens: int) -> float:
         """Bytes of a key-value cache that holds so many tokens whole in every layer, one request."""
-        config = self.decoder.config
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return 2 * config.num_hidden_layers * heads * width * tokens * self.info.dense_bits / 8
+        shape = self.info.geometry
+        width = shape.get("head_width", shape["width"] // shape["heads"])
+        return 2 * shape["layers"] * shape["kv_heads"] * width * tokens * self.info.dense_bits / 8
 
     @contextmanager
     def attending(self, policy: AttentionPolicy) -> Iterator[None]:

@@ -25,6 +25,8 @@ from isoflop.models.taps import Tap
 LayerKey = int | str
 """What is read of a tower: a hidden state by its number, or attention by ``attention_in(layer)``."""
 _ATTENTION = "attention-"
+PREFIX_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+"""Tokens before the patches by the type of the tower: a class token, or none."""
 
 
 def attention_in(layer: int) -> str:
@@ -92,10 +94,9 @@ def vision_of(tower: nn.Module, folder: Path | None) -> Vision:
     if folder is not None and (folder / "preprocessor_config.json").exists():
         stored = json.loads((folder / "preprocessor_config.json").read_text())
     config: Any = tower.config
-    prefix = 0 if config.model_type.startswith("siglip") else 1
     mean = tuple(stored.get("image_mean", (0.5, 0.5, 0.5)))
     std = tuple(stored.get("image_std", (0.5, 0.5, 0.5)))
-    return Vision(tower, config.image_size, mean, std, prefix)
+    return Vision(tower, config.image_size, mean, std, PREFIX_TOKENS[config.model_type])
 
 
 class TowerSource(Stage):

@@ -12,8 +12,10 @@ import torch
 from isoflop.core.errors import Infeasible
 from isoflop.core.stage import StageContext
 from isoflop.models.base import ModelInfo
-from isoflop.models.features import TowerSource, Vision, vision_of
+from isoflop.models.features import PREFIX_TOKENS, TowerSource, Vision, vision_of
+from isoflop.models.hf_decoder import decoder_geometry
 from isoflop.models.hf_source import FAMILY, Options, locate, read_config, require_safetensors
+from isoflop.models.lm import decoder_layers
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.vlm import VlmInfo, VlmModel
 
@@ -52,20 +54,29 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
     """What is known of a checkpoint from its config.
 
     Raises:
-        Infeasible: its projector reads several vision layers, or the CLS token.
+        Infeasible: a decoder whose attention cannot be replaced, a tower of another type, or a projector that reads several
+            vision layers, or the CLS token.
     """
     chosen = Options(**dict(options))
     config = read_config(source, chosen)
-    text, vision = config.text_config, config.vision_config
+    vision = config.vision_config
     layers = int(vision.num_hidden_layers)
     if not isinstance(config.vision_feature_layer, int):
         raise Infeasible(
             f"model {ref}: its projector reads several vision layers ({config.vision_feature_layer}); allowed: one layer"
         )
-    if config.vision_feature_select_strategy != "default":
+    if vision.model_type not in PREFIX_TOKENS:
         raise Infeasible(
-            f"model {ref}: vision_feature_select_strategy = {config.vision_feature_select_strategy!r} keeps the CLS token; allowed: 'default'"
+            f"model {ref}: nothing is known of vision towers of the type {vision.model_type}; allowed: {', '.join(PREFIX_TOKENS)}"
         )
+    # stock code cuts one token with 'default', whatever it is
+    strategy = "default" if PREFIX_TOKENS[vision.model_type] else "full"
+    if config.vision_feature_select_strategy != strategy:
+        raise Infeasible(
+            f"model {ref}: vision_feature_select_strategy = {config.vision_feature_select_strategy!r} does not give the patches of a "
+            f"tower of the type {vision.model_type}; allowed: {strategy!r}"
+        )
+    decoder = decoder_skeleton(config)
     grid = int(vision.image_size) // int(vision.patch_size)
     vocabulary = (getattr(config, "isoflop", None) or {}).get("vocabulary")
     hooks = {"visual-tokens", "kv-cache", "attention", "weights"}
@@ -73,18 +84,14 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
         ref=ref,
         family=FAMILY,
         version=version,
-        n_params=count_decoder(config),
+        n_params=sum(p.numel() for p in decoder_layers(decoder).parameters()),
         hooks=frozenset(hooks | ({f"vocabulary:{vocabulary}"} if vocabulary else {"tokenizer"})),
         geometry={
             "grid": grid,
             "visual_tokens": grid * grid,
             "vision_width": int(vision.hidden_size),
             "vision_layers": layers,
-            "width": int(text.hidden_size),
-            "layers": int(text.num_hidden_layers),
-            "heads": int(text.num_attention_heads),
-            "kv_heads": int(text.num_key_value_heads),
-            "vocab_size": int(text.vocab_size),
+            **decoder_geometry(ref, decoder, type(decoder).__name__),
             "image_token": int(config.image_token_id),
         },
         dense_bits=chosen.bits,
@@ -103,13 +110,12 @@ def load(info: ModelInfo, source: Path, options: Options, ctx: StageContext) -> 
     return VlmModel(info, module, vision_of(module.model.vision_tower, source))
 
 
-def count_decoder(config: Any) -> int:
-    """N: parameters of the decoder layers of a LLaVA config (no embeddings, final norm or head), without memory for them."""
+def decoder_skeleton(config: Any) -> Any:
+    """The decoder of a LLaVA config without memory for its weights."""
     from transformers import AutoModel
 
     with torch.device("meta"):
-        decoder = AutoModel.from_config(config.text_config)
-    return sum(p.numel() for p in decoder.layers.parameters())
+        return AutoModel.from_config(config.text_config)
 
 
 def _read(source: Path, options: Options) -> Any:

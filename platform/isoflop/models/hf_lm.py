@@ -12,10 +12,10 @@ import torch
 from isoflop.core.errors import Infeasible
 from isoflop.core.stage import StageContext
 from isoflop.models import recall_world
-from isoflop.models.attention import supports_attention
 from isoflop.models.base import ModelInfo
 from isoflop.models.calibration import CalibrationText
 from isoflop.models.english import EnglishStage
+from isoflop.models.hf_decoder import decoder_geometry
 from isoflop.models.hf_source import FAMILY, Content, Options, content_of, locate, read_config, require_safetensors
 from isoflop.models.lm import LmInfo, LmModel, decoder_layers
 from isoflop.models.lm_text import EnglishText, TokenizerSource, TokensStage, has_tokenizer, read_tokenizer
@@ -65,10 +65,9 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
     chosen = Options(**dict(options))
     config = read_config(source, chosen)
     skeleton = _skeleton(ref, config, chosen)
-    _refuse_other_attention(ref, config, skeleton)
+    geometry = decoder_geometry(ref, skeleton.get_decoder() or skeleton, type(skeleton).__name__)
     vocabulary = (getattr(config, "isoflop", None) or {}).get("vocabulary")
     tokenizer = _tokenizer(ref, source, chosen)
-    heads = int(config.num_attention_heads)
     positions = int(config.max_position_embeddings)
     named = {f"vocabulary:{vocabulary}"} if vocabulary else set()
     return LmInfo(
@@ -77,15 +76,7 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
         version=version,
         n_params=sum(p.numel() for p in decoder_layers(skeleton.get_decoder()).parameters()),
         hooks=frozenset({"kv-cache", "attention", "weights", *named, *(["tokenizer"] if tokenizer else [])}),
-        geometry={
-            "width": int(config.hidden_size),
-            "layers": int(config.num_hidden_layers),
-            "heads": heads,
-            "kv_heads": int(getattr(config, "num_key_value_heads", None) or heads),
-            "head_width": int(getattr(config, "head_dim", None) or config.hidden_size // heads),
-            "vocab_size": int(config.vocab_size),
-            "positions": positions,
-        },
+        geometry={**geometry, "positions": positions},
         dense_bits=chosen.bits,
         options=options,
         text=_calibration_text(tokenizer, vocabulary, positions),
@@ -123,27 +114,6 @@ def _skeleton(ref: str, config: Any, options: Options) -> Any:
         raise Infeasible(
             f"model {ref}: its config, of the type {config.model_type!r}, is not that of a causal language model"
         ) from error
-
-
-def _refuse_other_attention(ref: str, config: Any, skeleton: Any) -> None:
-    name = type(skeleton).__name__
-    if not supports_attention(skeleton):
-        raise Infeasible(
-            f"model {ref}: {name} does not call its attention through transformers' attention interface, so nothing can act "
-            "on its cache; allowed: architectures that do (Llama, Qwen, Mistral, GPT-NeoX, OPT, …)"
-        )
-    kinds = set(getattr(config, "layer_types", None) or [])
-    window = getattr(config, "sliding_window", None)
-    if kinds - {"full_attention"} or (window is not None and not kinds):
-        raise Infeasible(
-            f"model {ref}: {name} attends within windows ({', '.join(sorted(kinds)) or f'sliding_window = {window}'}); "
-            "allowed: full attention in every layer"
-        )
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    if softcap is not None:
-        raise Infeasible(
-            f"model {ref}: {name} caps its attention logits at {softcap}; allowed: plain softmax attention"
-        )
 
 
 def _tokenizer(ref: str, source: Path, options: Options) -> CheckpointTokenizer | None:
