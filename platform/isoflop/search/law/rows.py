@@ -111,7 +111,7 @@ def thin(cells: Cells, most: int) -> Cells:
         if len(first) <= most:
             break
     w = 1.0 / cells.q
-    total, count = np.bincount(label, w), np.bincount(label, cells.count)
+    total, count = np.bincount(label, w), np.bincount(label, cells.count).astype(np.float64)
     mean = np.bincount(label, w * cells.y) / total
     x = np.exp(np.stack([np.bincount(label, w * column) / total for column in z.T], axis=1))
     cost = np.bincount(label, cells.count * cells.log_cost) / count

@@ -181,6 +181,8 @@ class LawSampler(BaseSampler):
         """A fresh state, for copies of a sampler that run side by side."""
         self._rng = np.random.default_rng()
         self._random.reseed_rng()
+        if self._source is not None:
+            self._planner.rng = self._rng
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_lock"}
