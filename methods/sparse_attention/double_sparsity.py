@@ -65,7 +65,8 @@ class DoubleSparsity(SparseAttention):
         str, Knob(choices=("query-head", "kv-head"), doc="who chooses tokens; a group by its summed attention")
     ] = "query-head"
     force_recent: Annotated[
-        int, Knob(low=0, high=4096, unit="tokens", doc="newest tokens that are always among those read")
+        int,
+        Knob(low=0, high=4096, unit="tokens", doc="newest tokens always among those read, as far as the budget goes"),
     ] = 0
     dense_layers: Annotated[int, Knob(low=0, high=256, unit="layers", doc="first layers that read everything")] = 2
     texts: Annotated[int, Knob(low=1, high=65536, log=True, doc="calibration sequences")] = 64
@@ -128,7 +129,8 @@ class DoubleSparsity(SparseAttention):
         else:
             scores_BSTN = logits_BHTN
         if self.force_recent:
-            after_BT = query.order_BT - self.force_recent
+            # within the budget, so that the newest of them are read and not the first of the window
+            after_BT = query.order_BT - self._counts(query).clamp(max=self.force_recent)
             newest_B1TN = store.segments[0].positions_BGN[:, :1, None] > after_BT[:, None, :, None]
             scores_BSTN = scores_BSTN.masked_fill(newest_B1TN, float("inf"))
         return scores_BSTN

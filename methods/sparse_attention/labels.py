@@ -57,14 +57,20 @@ def contributions(model: Model, ctx: StageContext, texts: int, seed: int) -> Con
     with decoder.attending(meter):
         for batch in model.calibration(ctx, texts, derive_seed("label channels", seed)):
             model.supervised(batch)
+            meter.count()
     return meter.means()
 
 
 class Meter:
-    """Stock attention that adds up the magnitudes of queries and keys (an ``AttentionPolicy``)."""
+    """Stock attention that adds up the magnitudes of queries and keys (an ``AttentionPolicy``).
+
+    Only the last pass before ``count`` is counted, that of the scored prompts: compressors that follow the question run
+    the decoder on text alone before it.
+    """
 
     def __init__(self) -> None:
         self.prefix: int | None = None
+        self._last: dict[int, tuple[dict[str, Tensor], int]] = {}
         self._sums: dict[int, dict[str, Tensor]] = {}
         self._tokens: dict[int, int] = {}
 
@@ -72,15 +78,24 @@ class Meter:
         """Causal attention; padding is not counted."""
         k_BHTD = call.k_BGTD.repeat_interleave(call.q_BHTD.shape[1] // call.k_BGTD.shape[1], dim=1)
         seen = {"qk": call.q_BHTD * k_BHTD, "q": call.q_BHTD, "k": call.k_BGTD}
-        sums = self._sums.setdefault(call.layer, {})
+        sums = {}
         for name, x_BSTD in seen.items():
             magnitude_BSTD = x_BSTD.abs().double()
             if call.valid_BT is not None:
                 magnitude_BSTD = magnitude_BSTD * call.valid_BT[:, None, :, None]
-            sums[name] = sums.get(name, 0) + magnitude_BSTD.sum((0, 2)).cpu()
+            sums[name] = magnitude_BSTD.sum((0, 2)).cpu()
         real = call.q_BHTD[:, 0, :, 0].numel() if call.valid_BT is None else int(call.valid_BT.sum())
-        self._tokens[call.layer] = self._tokens.get(call.layer, 0) + real
+        self._last[call.layer] = sums, real
         return causal_attention(call)
+
+    def count(self) -> None:
+        """Add the last pass to the sums."""
+        for layer, (sums, real) in self._last.items():
+            total = self._sums.setdefault(layer, {})
+            for name, x_SD in sums.items():
+                total[name] = total.get(name, 0) + x_SD
+            self._tokens[layer] = self._tokens.get(layer, 0) + real
+        self._last = {}
 
     def means(self) -> Contributions:
         """Sums over tokens divided by their number."""

@@ -18,7 +18,8 @@ from isoflop.methods.kv_cache.base import append_recent, slice_call
 from isoflop.methods.kv_cache.probe import PROMPT, TAIL, KvCacheProbe
 from isoflop.methods.sparse_attention.base import best, gathered_attention, masked_attention
 from isoflop.methods.sparse_attention.double_sparsity import DoubleSparsity, dense
-from isoflop.methods.sparse_attention.labels import Contributions, contributions, ranked
+from isoflop.methods.sparse_attention.labels import Contributions, Meter, contributions, ranked
+from isoflop.methods.visual_tokens.probe import VisualTokenProbe
 from isoflop.models.attention import AttentionCall
 from isoflop.models.lm import LmBatch
 from isoflop.models.segments import DenseSegment, LayerStore, stored_bytes
@@ -271,3 +272,41 @@ def test_calibrated_channels_find_more_of_the_top_k_than_random_or_worst_ones() 
 def test_impossible_knobs_are_refused(knobs: dict[str, int], words: str, probe: KvCacheProbe) -> None:
     with pytest.raises(Infeasible, match=words):
         build("double-sparsity", knobs).check(probe.model.info)
+
+
+@pytest.mark.parametrize("window", [3, 6, 50])
+def test_a_window_beyond_the_budget_keeps_the_newest(window: int) -> None:
+    call = a_call(30)
+    method = DoubleSparsity(**ORACLE, k_share=0.2, force_recent=window)  # type: ignore[arg-type]
+    chosen = method._choose(call, method.compress(call, None), None)
+    for place in (0, 4, 13, 29):
+        budget = max(1, int(0.2 * (place + 1) + 0.5))
+        newest = range(place + 1 - min(window, budget), place + 1)
+        assert chosen[:, :, place, list(newest)].all()
+        assert (chosen[:, :, place].sum(-1) == budget).all()
+
+
+@torch.no_grad()
+def test_calibration_counts_the_scored_prompts_alone() -> None:
+    """QueCC runs the decoder on the question before the prompt; that pass is none of the model's work on prompts."""
+    probe = VisualTokenProbe(examples=2)
+    quecc = build("quecc", {})
+    passes: dict[int, list[int]] = {}
+    with quecc.apply(probe.model, probe.prepared(quecc, 0)):
+        batch, meter = probe.batch([0, 1]), Meter()
+        attend = meter.attend
+
+        def note(call: AttentionCall) -> Tensor:
+            passes.setdefault(call.layer, []).append(call.q_BHTD.shape[2])
+            return attend(call)
+
+        meter.attend = note  # type: ignore[method-assign]
+        with probe.model.attending(meter):
+            for _ in range(2):
+                probe.model.answer_logits(batch)
+                meter.count()
+        passed = {layer: list(lengths) for layer, lengths in passes.items()}
+        length = probe.model.compress(batch).tokens_BVD.shape[1] + batch.prompt_BT.shape[1] - 1
+    assert batch.question_BQ is not None
+    assert passed[0] == [batch.question_BQ.shape[1], length] * 2
+    assert set(meter._tokens.values()) == {2 * 2 * length}
