@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -117,19 +118,20 @@ def test_the_kept_set_is_the_window_and_the_best_of_the_rest(alpha: float, recen
             assert set(positions[row, head].tolist()) == fixed | set(rest[: budget - len(fixed)])
 
 
-def simulate(
-    call: AttentionCall, row: int, group: int, alpha: float, budget: int, recent: int, start: int
-) -> tuple[list[np.ndarray], list[int]]:
-    """Token by token on lists from which evicted rows are deleted; outputs of the group's query heads, and the survivors.
+Budget = Callable[[int], tuple[int, int]]
+"""From the number of tokens seen: how many stay, and how many of them are the newest."""
 
-    Up to ``start`` nothing is evicted.
-    """
+
+def simulate(
+    call: AttentionCall, row: int, group: int, alpha: float, budget: Budget
+) -> tuple[list[np.ndarray], list[list[int]]]:
+    """Token by token on lists from which evicted rows are deleted; outputs of the group's query heads, and the survivors."""
     share = HEADS // GROUPS
     k, v = (x[row, group].double().numpy() for x in (call.k_BGTD, call.v_BGTD))
     q = call.q_BHTD[row, group * share : (group + 1) * share].double().numpy()
     alive: list[int] = []
     score: dict[int, float] = {}
-    outs = []
+    outs, survivors = [], []
     for now in range(q.shape[1]):
         alive.append(now)
         score[now] = 0.0
@@ -139,11 +141,13 @@ def simulate(
         outs.append(p @ v[alive])
         for place, weight in zip(alive, p.sum(0), strict=True):
             score[place] = alpha * score[place] + weight
-        while now >= start and len(alive) > budget:
+        most, recent = budget(now + 1)
+        while len(alive) > most:
             candidates = [j for j in alive if j <= now - recent]
             gone = min(candidates, key=lambda j: (score[j], -j))
             alive.remove(gone)
-    return outs, alive
+        survivors.append(list(alive))
+    return outs, survivors
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.8, 1.0])
@@ -157,12 +161,12 @@ def test_sequential_eviction_equals_a_simulation_that_deletes_rows(alpha: float,
     assert budget == 9
     for row in range(2):
         for group in range(GROUPS):
-            expected, alive = simulate(call, row, group, alpha, budget, recent=3, start=0)
+            expected, alive = simulate(call, row, group, alpha, lambda seen: (budget, 3))
             found = out[row, :, 2 * group : 2 * group + 2].double().numpy()
             np.testing.assert_allclose(found, np.stack(expected), atol=1e-5)
             segment = store.segments[0]
             live = slice(None) if segment.log_bias_BGN is None else segment.log_bias_BGN[row, group] == 0
-            assert segment.positions_BGN[row, group][live].tolist() == alive
+            assert segment.positions_BGN[row, group][live].tolist() == alive[-1]
 
 
 def test_attention_is_normalised_anew_over_survivors() -> None:
@@ -173,22 +177,29 @@ def test_attention_is_normalised_anew_over_survivors() -> None:
     torch.testing.assert_close(out, torch.ones_like(out))
 
 
+@pytest.mark.parametrize("prompt", ["exact", "sequential"])
 @pytest.mark.parametrize("alpha", [0.0, 0.7, 1.0])
-def test_decoding_evicts_as_a_simulation_from_the_prompts_scores(alpha: float) -> None:
-    whole = a_call(34)
-    method = A2SF(alpha=alpha, keep=1.0, recent=0.25, prompt="sequential")  # nothing goes until the prompt has ended
-    _, store = method.prefill(slice_call(whole, 0, 20), None)
+def test_decoding_evicts_as_a_simulation_from_the_prompts_scores(alpha: float, prompt: str) -> None:
+    """Nothing goes in the prompt; behind it the budget is a share of the tokens seen, and the newest are a share of it."""
+    whole, length = a_call(34), 20
+    method = A2SF(alpha=alpha, keep=1.0, recent=0.25, prompt=prompt)
+    _, store = method.prefill(slice_call(whole, 0, length), None)
     tight = replace(method, keep=0.3)
-    outs = []
-    for place in range(20, 34):
+
+    def budget(seen: int) -> tuple[int, int]:
+        most = seen if seen <= length else count_of(0.3, seen)
+        return most, count_of(0.25, most, 0)
+
+    simulated = {(r, g): simulate(whole, r, g, alpha, budget) for r in range(2) for g in range(GROUPS)}
+    for place in range(length, 34):
         query = token(whole, place)
         append_recent(store, query)
-        outs.append(tight.step(query, store, None))
+        out = tight.step(query, store, None)
         assert store.recent.tokens == 0
-        # the first step cuts 21 tokens to the budget; afterwards it grows with the text and one goes at a time
-        assert store.segments[0].tokens == count_of(0.3, place + 1)
-        assert store.segments[0].positions_BGN[..., -2:].tolist() == [[[place - 1, place]] * GROUPS] * 2
-    assert all(torch.isfinite(out).all() for out in outs)
+        for (row, group), (outs, survivors) in simulated.items():
+            found = out[row, 0, 2 * group : 2 * group + 2].double().numpy()
+            np.testing.assert_allclose(found, outs[place], atol=1e-5)
+            assert store.segments[0].positions_BGN[row, group].tolist() == survivors[place]
 
 
 def test_one_token_goes_per_step_when_the_budget_is_fixed() -> None:
@@ -196,8 +207,8 @@ def test_one_token_goes_per_step_when_the_budget_is_fixed() -> None:
     call = a_call(40)
     method = A2SF(alpha=0.9, keep=0.25, recent=0.5, prompt="sequential")
     _, store = method.prefill(call, None)
-    _, alive = simulate(call, 1, 1, 0.9, 10, recent=5, start=0)
-    assert store.segments[0].positions_BGN[1, 1].tolist() == alive
+    _, alive = simulate(call, 1, 1, 0.9, lambda seen: (10, 5))
+    assert store.segments[0].positions_BGN[1, 1].tolist() == alive[-1]
 
 
 @pytest.mark.parametrize("name", ["a2sf", "h2o", "tova", "streaming-llm"])
