@@ -36,6 +36,16 @@ class Probe(ABC):
     def prepared(self, method: Method, seed: int) -> Any:
         """What ``apply`` gets: the method's weights as initialised under ``seed``, untrained, or None."""
 
+    def forget(self) -> None:  # noqa: B027
+        """Drop what ``prepared`` keeps, so that it is computed anew."""
+
+    def trained(self, method: Method, prepared: Any) -> Any:
+        """What training the method would see of its knobs besides the outputs: tensors or plain values, or None."""
+        return None
+
+    def verify(self, method: Method, prepared: Any) -> None:  # noqa: B027
+        """Raise AssertionError when ``method``, which is applied now, breaks a promise of its own family."""
+
     @abstractmethod
     def outputs(self, rows: Sequence[int]) -> Tensor:
         """The model's outputs, as it is now, for some examples run as one batch: one row per example."""

@@ -22,6 +22,9 @@ from isoflop.models.tiny_llava import tiny_info
 from isoflop.models.training import Recipe
 from isoflop.models.vlm import VlmBatch, VlmModel
 
+STEPS = 16
+"""Steps of a training whose budgets are looked at."""
+
 
 def untrained_model(size: str = "d24", seed: int = 0, tower: str = "dense", joint: bool = True) -> VlmModel:
     """A member of the tiny family as it is before training: random tower, projector and language model."""
@@ -54,6 +57,13 @@ class VisualTokenProbe(Probe):
     def prepared(self, method: Method, seed: int) -> Any:
         """The method's untrained module."""
         return method.untrained(self.model.info, seed) if isinstance(method, VisualTokenMethod) else None
+
+    def trained(self, method: Method, prepared: Any) -> Any:
+        """Of methods with weights, their learning rate and the budgets of the first steps."""
+        if prepared is None or not isinstance(method, VisualTokenMethod):
+            return None
+        grid = self.model.info.geometry["grid"]
+        return method.learning_rate, [method.at_step(step, 0).tokens_left(grid) for step in range(STEPS)]
 
     def batch(self, rows: Sequence[int]) -> VlmBatch:
         """The prompts of some examples."""

@@ -9,8 +9,8 @@ Shape suffixes: O outputs (rows), I inputs (columns).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -30,6 +30,8 @@ from isoflop.models.base import Model, ModelInfo, tensor_bytes
 
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe
+
+Served = tuple[Callable[[LinearView], Payload], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,17 @@ class WeightMethod(Method):
         views = linear_views(model)
         for view in views:
             self.check_shape(view.rows, view.cols)
-        with self._serving(model, views, prepared):
+        with serving(model, views, *self.served(model, views, prepared)):
             yield
 
     @abstractmethod
-    def _serving(self, model: Model, views: list[LinearView], prepared: Any) -> AbstractContextManager[None]:
-        """A context manager that serves the payloads."""
+    def served(self, model: Model, views: list[LinearView], prepared: Any) -> Served:
+        """The payload of each view, and the vectors that are served with other values (see ``Artefact``).
+
+        Args:
+            model: uncompressed.
+            prepared: as in ``apply``.
+        """
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
         """Bytes as stored, everything included.
@@ -125,9 +132,10 @@ class CodecMethod(WeightMethod):
                 payloads[view.name] = self.encode(view.weight(), statistics.of(view) if statistics else None)
         return Artefact(payloads)
 
-    def _serving(self, model: Model, views: list[LinearView], prepared: Any) -> AbstractContextManager[None]:
+    def served(self, model: Model, views: list[LinearView], prepared: Any) -> Served:
+        """Those of the artefact; without calibration it is encoded here."""
         artefact = prepared if prepared is not None else self.encode_model(model)
-        return serving(model, views, lambda view: artefact[view.name], artefact.vectors)
+        return (lambda view: artefact[view.name]), artefact.vectors
 
 
 @dataclass(frozen=True)
@@ -149,10 +157,11 @@ class CalibratedMethod(CodecMethod):
         """What the stage computes, on a loaded model."""
         return self.encode_model(model, collect(model, ctx, self.n_calib, calibration_seed(seed)))
 
-    def _serving(self, model: Model, views: list[LinearView], prepared: Any) -> AbstractContextManager[None]:
+    def served(self, model: Model, views: list[LinearView], prepared: Any) -> Served:
+        """Those of the stage."""
         if prepared is None:
             raise ValueError(f"method {self.name} is calibrated: apply() needs the value of its prepare() stage")
-        return super()._serving(model, views, prepared)
+        return super().served(model, views, prepared)
 
 
 @dataclass(frozen=True)

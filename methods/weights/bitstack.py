@@ -5,7 +5,6 @@ Shape suffixes: O outputs (rows), I inputs (columns).
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -17,8 +16,8 @@ from isoflop.core.knobs import Knob, KnobValue
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import METHODS, Method
 from isoflop.methods.calibration import OnModel
-from isoflop.methods.weights.artefact import Artefact, serving
-from isoflop.methods.weights.base import WeightMethod, all_matrices_known, known_matrices
+from isoflop.methods.weights.artefact import Artefact
+from isoflop.methods.weights.base import Served, WeightMethod, all_matrices_known, known_matrices
 from isoflop.methods.weights.folding import Folding, fold_scales
 from isoflop.methods.weights.stacks import PERPLEXITY, SORTS, SortedStacks, Stacks, block_bytes, decompose, sort_blocks
 from isoflop.methods.weights.statistics import CalibrationStage, Statistics, calibration_seed, collect
@@ -100,7 +99,8 @@ class BitStack(WeightMethod):
         stacks = stack_model(model, ctx, statistics, self.scaling, self.k, self.n_iter, self.avd, examples)
         return sort_model(model, ctx, stacks, self.sort, self.n_sort, examples)
 
-    def _serving(self, model: Model, views: list[LinearView], prepared: Any) -> AbstractContextManager[None]:
+    def served(self, model: Model, views: list[LinearView], prepared: Any) -> Served:
+        """As many blocks of the order as the budget holds."""
         if not isinstance(prepared, SortedStacks):
             raise ValueError("method bitstack is calibrated: apply() needs the value of its prepare() stage")
         count = sum(view.numel for view in views)
@@ -109,9 +109,7 @@ class BitStack(WeightMethod):
             raise self._too_small(8 * prepared.least / count)
         blocks = prepared.blocks_within(budget)
         stacks = prepared.stacks
-        return serving(
-            model, views, lambda view: stacks.stack(view.name).prefix(blocks[view.name]), stacks.artefact.vectors
-        )
+        return (lambda view: stacks.stack(view.name).prefix(blocks[view.name])), stacks.artefact.vectors
 
     def _first_bytes(self, rows: int, cols: int) -> int:
         """Bytes of a matrix at the first level."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,9 +19,13 @@ from isoflop.methods.base import Method
 from isoflop.methods.kv_cache.probe import PROMPT, TAIL, VOCABULARY, untrained_decoder
 from isoflop.methods.probe import Probe
 from isoflop.methods.weights.base import WeightMethod
-from isoflop.methods.weights.views import linear_views
+from isoflop.methods.weights.payloads import PAYLOADS, Payload
+from isoflop.methods.weights.views import linear_views, replaceable
 from isoflop.models.base import tensor_bytes
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
+
+SETTINGS_LENGTH = 256
+"""Characters of a payload's settings as JSON, at most: they cost nothing, so no weights may lie in them."""
 
 
 class WeightProbe(Probe):
@@ -35,6 +40,7 @@ class WeightProbe(Probe):
         self.examples = examples
         self._calibrated: dict[str, Any] = {}
         rng = np.random.default_rng(1)
+        self._dense = {view.parameter: view.holder.detach().clone() for view in linear_views(self.model)}
         self._ids = torch.from_numpy(rng.integers(0, VOCABULARY, (examples, PROMPT + TAIL)))
 
     def prepared(self, method: Method, seed: int) -> Any:
@@ -45,6 +51,28 @@ class WeightProbe(Probe):
         if key not in self._calibrated:
             self._calibrated[key] = method.calibrate(self.model, self.ctx, seed)
         return self._calibrated[key]
+
+    def forget(self) -> None:
+        """Calibrate anew."""
+        self._calibrated.clear()
+
+    @torch.no_grad()
+    def verify(self, method: Method, prepared: Any) -> None:
+        """Bytes counted are bytes stored, and the served matrices are what the serialised payloads decode to."""
+        assert isinstance(method, WeightMethod)
+        views = linear_views(self.model)
+        served = {view.name: view.weight().clone() for view in views}
+        counted: dict[str, float] = dict.fromkeys((view.parameter for view in views), 0.0)
+        with replaceable(self.model, list(counted)) as parameters:
+            for name, weight in self._dense.items():
+                parameters[name].data.copy_(weight)
+            payload_of, _ = method.served(self.model, views, prepared)
+            for view in views:
+                payload = payload_of(view)
+                check_payload(payload, served[view.name], self.model.info.dense_bits)
+                counted[view.parameter] += payload.nbytes(self.model.info.dense_bits)
+        for name, size in counted.items():
+            assert self.model.stored[name] == size, f"{name} counts {self.model.stored[name]:g} bytes, not {size:g}"
 
     @torch.no_grad()
     def outputs(self, rows: Sequence[int]) -> Tensor:
@@ -58,3 +86,24 @@ class WeightProbe(Probe):
             view.parameter: tensor_bytes(view.holder, self.model.info.dense_bits) for view in linear_views(self.model)
         }
         return sum(self.model.stored.get(name, size) for name, size in dense.items())
+
+
+def check_payload(payload: Payload, served_OI: Tensor, dense_bits: int) -> None:
+    """Raise AssertionError unless ``payload`` counts what it stores and what it stores decodes to ``served_OI``."""
+    kind, tensors, raw = payload.kind, payload.tensors(), payload.serialise()
+    assert payload.nbytes(32) == len(raw), f"payload {kind} counts {payload.nbytes(32):g} bytes and stores {len(raw)}"
+    size = sum(tensor_bytes(t, dense_bits) for t in tensors.values())
+    assert payload.nbytes(dense_bits) == size, (
+        f"payload {kind} counts {payload.nbytes(dense_bits):g} bytes and stores {size:g} at {dense_bits} bits"
+    )
+    settings = json.dumps(payload.settings())
+    assert len(settings) <= SETTINGS_LENGTH, f"payload {kind} hides {len(settings)} characters in its settings"
+    restored, start = {}, 0
+    for name, tensor in tensors.items():
+        end = start + tensor.numel() * tensor.element_size()
+        restored[name] = torch.frombuffer(bytearray(raw[start:end]), dtype=tensor.dtype).view(tensor.shape)
+        start = end
+    decoded_OI = PAYLOADS[kind].restore(json.loads(settings), restored).decode()
+    assert torch.equal(decoded_OI.to(served_OI.dtype), served_OI), (
+        f"what is served is not what the serialised payload {kind} decodes to"
+    )

@@ -9,14 +9,19 @@ from typing import Annotated, Any, ClassVar
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import METHODS, Method
+from isoflop.methods.probe import Probe
 from isoflop.methods.visual_tokens.base import VisualTokenMethod
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
+from isoflop.methods.weights.gptq import Gptq
+from isoflop.methods.weights.payloads import GridPayload, Payload
+from isoflop.methods.weights.probe import WeightProbe
+from isoflop.methods.weights.statistics import ViewStats
 from isoflop.models.base import Model
 from isoflop.models.vlm import CompressedTokens, VisualInput
 from isoflop.testing import check_method, conformance
@@ -131,24 +136,103 @@ class NoIdentity(First):
         return cls(tokens=4)
 
 
+@dataclass(frozen=True)
+class SoundGptq(Gptq):
+    """Under another name, because the broken ones below would replace the method."""
+
+    n_calib: Annotated[int, Knob(low=1, high=4, doc="training examples")] = 4
+
+
+@dataclass(frozen=True)
+class IgnoresAKnobOfACalibratedMethod(SoundGptq):
+    """Declares a knob that enters the stage's key, and nothing else."""
+
+    dead: Annotated[float, Knob(low=0.0, high=1.0, doc="of nothing")] = 0.5
+
+
+@dataclass(frozen=True)
+class CalibratesWithGlobalRandomness(SoundGptq):
+    """Adds noise from torch's global generator while it encodes."""
+
+    def encode(self, weight_OI: Tensor, stats: ViewStats | None = None) -> Payload:
+        return super().encode(weight_OI + 0.01 * torch.randn_like(weight_OI), stats)
+
+
+@dataclass(frozen=True, eq=False)
+class TenthOfItsBytes(GridPayload):
+    """Counts a tenth of what it stores."""
+
+    def nbytes(self, dense_bits: int = 32) -> float:
+        return super().nbytes(dense_bits) / 10
+
+
+@dataclass(frozen=True)
+class CountsTooFewBytes(SoundGptq):
+    """Claims a tenth of its bytes, in cost and footprint alike."""
+
+    def encode(self, weight_OI: Tensor, stats: ViewStats | None = None) -> Payload:
+        payload = super().encode(weight_OI, stats)
+        return TenthOfItsBytes(payload.shape, payload.packed) if isinstance(payload, GridPayload) else payload
+
+
+@dataclass(frozen=True, eq=False)
+class MoreThanItStores(GridPayload):
+    """Decodes to what it keeps beside its tensors."""
+
+    def decode(self) -> Tensor:
+        return super().decode() * 1.01
+
+
+@dataclass(frozen=True)
+class ServesMoreThanItStores(SoundGptq):
+    """Serves weights that its serialised form does not give."""
+
+    def encode(self, weight_OI: Tensor, stats: ViewStats | None = None) -> Payload:
+        payload = super().encode(weight_OI, stats)
+        return MoreThanItStores(payload.shape, payload.packed) if isinstance(payload, GridPayload) else payload
+
+
+VISUAL_BREACHES = [
+    (LeavesWeightsChanged, conformance.check_restored, "multi_modal_projector.linear_1.weight changed"),
+    (ForgetsOnException, conformance.check_restored, "left behind: _forward_hooks of lm_head"),
+    (UsesGlobalRandomness, conformance.check_deterministic, "global random state"),
+    (LooksAtTheBatch, conformance.check_batching, "examples run alone differ"),
+    (IgnoresAKnob, conformance.check_knobs_honoured, "knob strength has no effect"),
+    (IgnoresItsRatio, conformance.check_monotone_cost, "never change"),
+    (ClaimsAnotherRatio, conformance.check_footprint, "claims ratio"),
+    (FailsLate, conformance.check_impossible_knobs, "does not name tokens"),
+    (NoIdentity, conformance.check_identity, "changes the outputs"),
+]
+WEIGHT_BREACHES = [
+    (IgnoresAKnobOfACalibratedMethod, conformance.check_knobs_honoured, "knob dead has no effect"),
+    (CalibratesWithGlobalRandomness, conformance.check_deterministic, "global random state"),
+    (CountsTooFewBytes, conformance.check_family, "payload grid counts"),
+    (ServesMoreThanItStores, conformance.check_family, "is not what the serialised payload grid decodes to"),
+]
+
+
 @pytest.mark.parametrize(
-    ("broken", "check"),
-    [
-        (LeavesWeightsChanged, conformance.check_restored),
-        (ForgetsOnException, conformance.check_restored),
-        (UsesGlobalRandomness, conformance.check_deterministic),
-        (LooksAtTheBatch, conformance.check_batching),
-        (IgnoresAKnob, conformance.check_knobs_honoured),
-        (IgnoresItsRatio, conformance.check_monotone_cost),
-        (ClaimsAnotherRatio, conformance.check_footprint),
-        (FailsLate, conformance.check_impossible_knobs),
-        (NoIdentity, conformance.check_identity),
-    ],
+    ("sound", "broken", "check", "finding"),
+    [(First, *case) for case in VISUAL_BREACHES] + [(SoundGptq, *case) for case in WEIGHT_BREACHES],
 )
-def test_broken_promises_are_found(broken: type[Method], check: conformance.Check) -> None:
-    fresh = VisualTokenProbe(examples=3)
-    with pytest.raises(AssertionError):
-        check(broken, fresh)
+def test_broken_promises_are_found(
+    sound: type[Method], broken: type[Method], check: conformance.Check, finding: str
+) -> None:
+    def fresh() -> Probe:
+        return VisualTokenProbe(examples=3) if sound is First else WeightProbe(examples=2)
+
+    check(sound, fresh())
+    with pytest.raises(AssertionError, match=finding):
+        check(broken, fresh())
+
+
+@pytest.mark.parametrize("leftover", [{"scaling": 3.0}, {"_cached": torch.zeros(1)}])
+def test_changed_values_and_private_attributes_are_left_behind(leftover: dict[str, Any]) -> None:
+    fresh = VisualTokenProbe(examples=1)
+    before = conformance.Snapshot(fresh.model)
+    vars(fresh.model.module.model.language_model.layers[0].self_attn).update(leftover)
+    with pytest.raises(AssertionError, match="left behind"):
+        before.compare(fresh.model)
 
 
 def test_the_sound_method_behind_the_broken_ones_passes(probe: VisualTokenProbe) -> None:

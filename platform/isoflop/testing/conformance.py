@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -149,11 +150,20 @@ def check_footprint(cls: type[Method], probe: Probe) -> None:
             )
 
 
+def check_family(cls: type[Method], probe: Probe) -> None:
+    """What the family promises besides, see ``Probe.verify``; stored bytes and served values of weight methods."""
+    for method in _ladder(cls, probe) or [_default(cls, probe)]:
+        prepared = probe.prepared(method, 0)
+        with method.apply(probe.model, prepared):
+            probe.verify(method, prepared)
+
+
 def check_restored(cls: type[Method], probe: Probe) -> None:
     """After ``apply`` the model is bit for bit what it was, also when the block raises."""
     method = _default(cls, probe)
     rows = range(probe.examples)
-    before, outputs = Snapshot(probe.model), probe.outputs(rows)
+    outputs = probe.outputs(rows)  # first, because Hugging Face installs hooks of its own on a model's first pass
+    before = Snapshot(probe.model)
     _outputs(method, probe, rows)
     before.compare(probe.model)
     try:
@@ -167,14 +177,19 @@ def check_restored(cls: type[Method], probe: Probe) -> None:
 
 
 def check_deterministic(cls: type[Method], probe: Probe) -> None:
-    """The same seed gives the same outputs, whatever torch's global random state; that state is left alone."""
+    """The same seed gives the same outputs, whatever torch's global random state; that state is left alone.
+
+    What the method prepares is computed anew for both runs.
+    """
     method = _default(cls, probe)
     rows = range(probe.examples)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
+        probe.forget()
         first = _outputs(method, probe, rows)
         state = torch.random.get_rng_state()
         torch.manual_seed(2)
+        probe.forget()
         expected = torch.random.get_rng_state()
         second = _outputs(method, probe, rows)
         assert torch.equal(torch.random.get_rng_state(), expected), "it draws from torch's global random state"
@@ -196,7 +211,7 @@ def check_batching(cls: type[Method], probe: Probe) -> None:
 
 
 def check_knobs_honoured(cls: type[Method], probe: Probe) -> None:
-    """Every knob changes outputs, cost or footprint, or at least the stage that trains the method's weights."""
+    """Every knob changes outputs, cost or footprint, what is prepared, or what is trained (``Probe.trained``)."""
     for spec in knob_specs(cls).values():
         methods = [_with(cls, {spec.name: value}) for value in _candidates(spec)]
         effects = []
@@ -217,11 +232,45 @@ CHECKS: tuple[Check, ...] = (
     check_identity,
     check_monotone_cost,
     check_footprint,
+    check_family,
     check_restored,
     check_deterministic,
     check_batching,
     check_knobs_honoured,
 )
+
+
+def fingerprint(value: Any) -> str:
+    """A hash of the contents of tensors, modules, dataclasses and containers.
+
+    A method that is part of a prepared value does not count: it holds every knob, used or not.
+    """
+    digest = hashlib.sha256()
+    for part in _parts(value):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(value: Any) -> Iterator[bytes]:
+    if isinstance(value, Method):
+        return
+    yield type(value).__name__.encode()
+    if isinstance(value, Tensor):
+        yield f"{value.dtype} {tuple(value.shape)}".encode()
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, nn.Module):
+        yield from _parts(value.state_dict())
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield repr(key).encode()
+            yield from _parts(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _parts(item)
+    elif value is None or isinstance(value, (bool, int, float, str, bytes)):
+        yield repr(value).encode()
+    elif hasattr(value, "__dict__"):
+        yield from _parts(vars(value))
 
 
 class Snapshot:
@@ -246,6 +295,10 @@ class Snapshot:
         assert not changed, f"left behind: {', '.join(changed[:5])}"
 
 
+_TABLES = frozenset(vars(nn.Module()))
+"""Attributes that every module has: parameters, buffers, hooks and parts, which are compared by themselves."""
+
+
 class _Interruption(Exception):
     pass
 
@@ -261,7 +314,9 @@ def _structure(model: Any) -> dict[str, Any]:
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             found[f"{kind} of {name}"] = tuple(getattr(part, kind))
         found[f"training flag of {name}"] = part.training
-        found[f"own attributes of {name}"] = tuple(sorted(k for k in vars(part) if not k.startswith("_")))
+        own = {k: v for k, v in vars(part).items() if k not in _TABLES}
+        found[f"own attributes of {name}"] = tuple(sorted(own))
+        found[f"values of {name}"] = {k: v for k, v in own.items() if isinstance(v, (bool, int, float, str))}
         found[f"own forward of {name}"] = id(vars(part).get("forward"))
     found["requires_grad"] = tuple(p.requires_grad for p in model.module.parameters())
     config = getattr(model.module, "config", None)
@@ -349,8 +404,7 @@ def _effect(method: Method, probe: Probe) -> tuple[Any, ...]:
     with method.apply(probe.model, prepared):
         outputs = probe.outputs(range(probe.examples))
         footprint = method.footprint(probe.model, probe.ctx)
-        stage = method.spec() if prepared is not None else None
-        return outputs, footprint, probe.cost(), stage
+        return outputs, footprint, probe.cost(), fingerprint(prepared), fingerprint(probe.trained(method, prepared))
 
 
 def _differ(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
