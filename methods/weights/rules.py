@@ -20,22 +20,32 @@ def pattern_of(name: str) -> tuple[int, int] | None:
     return int(n), int(m)
 
 
-def keep_highest(score_OI: Tensor, sparsity: float, by_row: bool) -> Tensor:
+def keep_highest(score_OI: Tensor, sparsity: float, by_row: bool, ties_OI: Tensor | None = None) -> Tensor:
     """Mask of what is kept when exactly ⌊sparsity · n⌋ weights of each comparison group go, the lowest scores first.
 
     Args:
-        by_row: a comparison group is one row; otherwise the whole matrix. Among equal scores the first goes.
+        by_row: a comparison group is one row; otherwise the whole matrix.
+        ties_OI: among equal scores the lowest of these goes; among equals in both the first.
     """
-    groups = score_OI if by_row else score_OI.flatten()[None]
+    shape = score_OI.shape if by_row else (1, score_OI.numel())
+    groups = score_OI.reshape(shape)
     removed = int(sparsity * groups.shape[1] + 1e-9)
-    order = groups.argsort(dim=1, stable=True)[:, :removed]
+    order = _ascending(groups, None if ties_OI is None else ties_OI.reshape(shape))[:, :removed]
     keep = torch.ones_like(groups, dtype=torch.bool).scatter_(1, order, False)
     return keep.view(score_OI.shape)
 
 
-def keep_pattern(score_OI: Tensor, pattern: tuple[int, int]) -> Tensor:
-    """Mask that keeps the N highest scores in every M inputs of a row."""
+def keep_pattern(score_OI: Tensor, pattern: tuple[int, int], ties_OI: Tensor | None = None) -> Tensor:
+    """Mask that keeps the N highest scores in every M inputs of a row; ``ties_OI`` as in :func:`keep_highest`."""
     n, m = pattern
     groups = score_OI.unflatten(1, (-1, m))
-    order = groups.argsort(dim=-1, stable=True)[..., : m - n]
+    order = _ascending(groups, None if ties_OI is None else ties_OI.unflatten(1, (-1, m)))[..., : m - n]
     return torch.ones_like(groups, dtype=torch.bool).scatter_(-1, order, False).flatten(1)
+
+
+def _ascending(score: Tensor, ties: Tensor | None) -> Tensor:
+    """Indices that sort the last dimension by ``score``, then by ``ties``, then by place."""
+    if ties is None:
+        return score.argsort(dim=-1, stable=True)
+    by_ties = ties.argsort(dim=-1, stable=True)
+    return by_ties.gather(-1, score.gather(-1, by_ties).argsort(dim=-1, stable=True))

@@ -32,7 +32,7 @@ class Pruner(CodecMethod):
     pattern: Annotated[str, Knob(choices=PATTERNS, doc="N:M keeps N of every M inputs of a row")] = UNSTRUCTURED
 
     def check_shape(self, rows: int, cols: int) -> None:
-        """A pattern fixes the sparsity and divides the inputs; otherwise at least one weight stays and one goes."""
+        """A pattern fixes the sparsity and divides the inputs; without one every matrix will do."""
         pattern = pattern_of(self.pattern)
         if pattern is None:
             return
@@ -64,12 +64,12 @@ class ScorePruner(Pruner):
 
     compare: Annotated[str, Knob(choices=GROUPS, doc="scores are compared within the matrix or within a row")] = "matrix"  # fmt: skip
 
-    def keep(self, score_OI: Tensor) -> Tensor:
-        """Mask of the kept weights."""
+    def keep(self, score_OI: Tensor, ties_OI: Tensor | None = None) -> Tensor:
+        """Mask of the kept weights; ``ties_OI`` decides among equal scores."""
         pattern = pattern_of(self.pattern)
         if pattern is not None:
-            return keep_pattern(score_OI, pattern)
-        return keep_highest(score_OI, self.sparsity, by_row=self.compare == "row")
+            return keep_pattern(score_OI, pattern, ties_OI)
+        return keep_highest(score_OI, self.sparsity, self.compare == "row", ties_OI)
 
 
 @dataclass(frozen=True)

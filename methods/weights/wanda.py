@@ -23,7 +23,9 @@ from isoflop.models.base import ModelInfo
 class Wanda(CalibratedPruner, ScorePruner):
     """Remove the weights of smallest |W_ij|·‖X_j‖₂, compared within each output row (section 3 of the paper).
 
-    The kept weights stay as they are. Input norms are those of the uncompressed model.
+    The kept weights stay as they are. Input norms are those of the uncompressed model. Among equal scores the weights of
+    smallest |W_ij| go first, so that a matrix without observed inputs (an expert that no token was routed to) is pruned by
+    magnitude.
     """
 
     paper: ClassVar[str] = "arXiv 2306.11695"
@@ -38,4 +40,5 @@ class Wanda(CalibratedPruner, ScorePruner):
     def encode(self, weight_OI: Tensor, stats: ViewStats | None = None) -> Payload:
         """The kept weights."""
         assert stats is not None
-        return self.stored(weight_OI, self.keep(as_float(weight_OI).abs() * stats.norms_I))
+        size_OI = as_float(weight_OI).abs()
+        return self.stored(weight_OI, self.keep(size_OI * stats.norms_I, ties_OI=size_OI))

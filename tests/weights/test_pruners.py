@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from isoflop.methods.weights.base import CalibratedMethod, CodecMethod
 from isoflop.methods.weights.magnitude import Magnitude
 from isoflop.methods.weights.probe import WeightProbe
 from isoflop.methods.weights.rules import keep_highest
-from isoflop.methods.weights.statistics import ViewStats
+from isoflop.methods.weights.statistics import ViewStats, collect
 from isoflop.methods.weights.views import linear_views
 from isoflop.methods.weights.wanda import Wanda
 from isoflop.models.base import Model
@@ -68,6 +69,37 @@ def test_wanda_follows_its_score() -> None:
     score = weight.abs() * stats.norms_I
     for row in range(12):
         assert set(kept[row].nonzero().flatten().tolist()) == set(score[row].topk(8).indices.tolist())
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"sparsity": 0.5}, {"sparsity": 0.5, "pattern": "2:4"}, {"sparsity": 0.25, "compare": "matrix"}]
+)
+def test_wanda_prunes_by_magnitude_where_no_input_was_seen(knobs: dict[str, Any]) -> None:
+    weight, unseen = matrix(), ViewStats(0, torch.zeros(32, 32), torch.zeros(32), torch.zeros(32))
+    by_magnitude = Magnitude(**{"compare": "row", **knobs}).encode(weight).decode()
+    assert torch.equal(Wanda(**knobs).encode(weight, unseen).decode(), by_magnitude)
+
+
+def test_wanda_prunes_dead_inputs_first_and_the_smallest_of_them_before_others() -> None:
+    weight, norms = matrix(), torch.ones(32)
+    norms[:20] = 0
+    kept = Wanda(sparsity=0.5).encode(weight, with_norms(norms)).decode() != 0
+    assert bool(kept[:, 20:].all())
+    for row in range(12):
+        assert set(kept[row, :20].nonzero().flatten().tolist()) == set(weight[row, :20].abs().topk(4).indices.tolist())
+
+
+def test_wanda_prunes_an_expert_that_saw_nothing_by_magnitude() -> None:
+    model = mixtral()
+    for layer in model.module.model.layers:  # all scores equal: the first experts are chosen, the last see nothing
+        layer.mlp.gate.weight.data.zero_()
+    stats = collect(model, context(), 4, 0)
+    views = [v for v in linear_views(model) if v.expert is not None]
+    unseen = [v for v in views if stats.of(v).tokens == 0]
+    assert 0 < len(unseen) < len(views)
+    for view in unseen:
+        expected = Magnitude(compare="row").encode(view.weight()).decode()
+        assert torch.equal(Wanda().encode(view.weight(), stats.of(view)).decode(), expected)
 
 
 @settings(max_examples=20)
