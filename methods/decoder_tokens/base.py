@@ -22,7 +22,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
-from isoflop.methods.visual_tokens.base import vlm_info, vlm_model
+from isoflop.methods.vision_language import vlm_info, vlm_model
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.taps import Tap
 from isoflop.models.vlm import PromptLayout, VlmModel

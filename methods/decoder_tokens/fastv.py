@@ -12,8 +12,7 @@ from torch import Tensor
 
 from isoflop.methods.base import METHODS
 from isoflop.methods.decoder_tokens.base import Candidates, DecoderTokenMethod
-from isoflop.methods.visual_tokens.random import random_subset
-from isoflop.methods.visual_tokens.select import top_places
+from isoflop.methods.selection import random_subset, top_places
 
 
 @METHODS.register("fastv")

@@ -14,7 +14,8 @@ from torch import nn
 from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
-from isoflop.methods.visual_tokens.base import VisualTokenMethod, vlm_info
+from isoflop.methods.vision_language import vlm_info
+from isoflop.methods.visual_tokens.base import VisualTokenMethod
 from isoflop.models.base import ModelInfo
 from isoflop.models.vlm import CompressedTokens, VisualInput
 

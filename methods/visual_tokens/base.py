@@ -23,6 +23,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import derive_seed
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Method
+from isoflop.methods.vision_language import vlm_info, vlm_model
 from isoflop.models.base import Model, ModelInfo, tensor_bytes
 from isoflop.models.features import LayerKey
 from isoflop.models.vlm import Checkpoint, CompressedTokens, VisualInput, VlmInfo, VlmModel
@@ -187,20 +188,6 @@ class InPlace:
     def __call__(self, view: VisualInput) -> CompressedTokens:
         """Compress a batch."""
         return self.method.compress(view, self.module)
-
-
-def vlm_info(info: ModelInfo) -> VlmInfo:
-    """``info`` as that of a vision-language model; Infeasible otherwise."""
-    if not isinstance(info, VlmInfo):
-        raise Infeasible(f"model {info.ref} is no vision-language model: visual-token methods do not apply")
-    return info
-
-
-def vlm_model(model: Model) -> VlmModel:
-    """``model`` as a vision-language model; Infeasible otherwise."""
-    if not isinstance(model, VlmModel):
-        raise Infeasible(f"model {model.info.ref} is no vision-language model: visual-token methods do not apply")
-    return model
 
 
 def projector_names(model: VlmModel) -> list[str]:

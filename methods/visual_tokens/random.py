@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
 from torch import Tensor
 
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
-from isoflop.methods.visual_tokens.base import vlm_info
+from isoflop.methods.selection import random_subset
+from isoflop.methods.vision_language import vlm_info
 from isoflop.methods.visual_tokens.select import Selection
 from isoflop.models.base import ModelInfo
 from isoflop.models.vlm import VisualInput
@@ -45,27 +45,3 @@ class RandomTokens(Selection):
     def kept(self, view: VisualInput, count: int) -> Tensor:
         """The patches with the smallest hashes."""
         return random_subset(view.ids_B, view.x_BPD.shape[1], count, self.draw)
-
-
-def random_subset(ids_B: Tensor, patches: int, count: int, draw: int) -> Tensor:
-    """``count`` of ``patches`` numbers per example, sorted, (B, V): the places of the smallest hashes of (draw, id, place)."""
-    places_P = torch.arange(patches, device=ids_B.device)
-    score_BP = _mix(_mix(ids_B + _mix(torch.tensor(draw, device=ids_B.device)))[:, None] + places_P)
-    return score_BP.argsort(dim=-1, stable=True)[:, :count].sort(dim=-1).values
-
-
-def _mix(x: Tensor) -> Tensor:
-    """Finaliser of splitmix64 on int64, with wrap-around; the same numbers on every device."""
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right; torch shifts int64 arithmetically."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(constant: int) -> int:
-    return constant - (1 << 64) if constant >= 1 << 63 else constant

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
-from isoflop.methods.visual_tokens.base import VisualTokenMethod, vlm_info
+from isoflop.methods.vision_language import vlm_info
+from isoflop.methods.visual_tokens.base import VisualTokenMethod
 from isoflop.models.base import ModelInfo
 from isoflop.models.vlm import CompressedTokens, VisualInput
 
@@ -78,11 +79,6 @@ class Selection(VisualTokenMethod):
                 f"allowed: 1 … {grid * grid}"
             )
         return count
-
-
-def top_places(score_BP: Tensor, count: int) -> Tensor:
-    """Places of the ``count`` largest scores, ascending, (B, V); of equal scores the earlier place wins."""
-    return score_BP.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(dim=-1).values
 
 
 def lattice(grid: int, side: int) -> Tensor:

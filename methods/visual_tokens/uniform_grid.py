@@ -11,7 +11,7 @@ from torch import Tensor
 from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
-from isoflop.methods.visual_tokens.base import vlm_info
+from isoflop.methods.vision_language import vlm_info
 from isoflop.methods.visual_tokens.select import Selection, lattice
 from isoflop.models.base import ModelInfo
 from isoflop.models.vlm import VisualInput

@@ -15,8 +15,9 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import METHODS
-from isoflop.methods.visual_tokens.base import vlm_info, vlm_model
-from isoflop.methods.visual_tokens.select import Selection, top_places
+from isoflop.methods.selection import top_places
+from isoflop.methods.vision_language import vlm_info, vlm_model
+from isoflop.methods.visual_tokens.select import Selection
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.features import LayerKey, attention_in
 from isoflop.models.vlm import VisualInput, VlmInfo

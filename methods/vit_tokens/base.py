@@ -25,6 +25,7 @@ from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
 from isoflop.methods.vit_tokens.schedule import SHAPES, largest_amount, model_macs, removals, within_budget
 from isoflop.models.base import Model, ModelInfo
+from isoflop.models.counting import flops_of
 from isoflop.models.vit import TOKENS_HOOK, VitInfo, VitModel
 from isoflop.models.vit_blocks import Signals, TokenReduction, TokenState, log_sizes
 
@@ -196,8 +197,6 @@ class InPlace(TokenReduction):
 @torch.no_grad()
 def counted_macs(model: VitModel, images_BCHW: Tensor) -> float:
     """MACs per image of the model as it is now, by ``torch.utils.flop_counter``."""
-    from isoflop.tasks.footprint import flops_of
-
     flops, _ = flops_of(lambda: model.logits(images_BCHW))
     return flops / 2 / len(images_BCHW)
 

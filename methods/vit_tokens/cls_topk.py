@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from isoflop.methods.base import METHODS
+from isoflop.methods.selection import top_places
 from isoflop.methods.vit_tokens.base import VitTokenMethod
 from isoflop.methods.vit_tokens.tokens import keep
 from isoflop.models.vit_blocks import Signals, TokenState
@@ -33,6 +34,4 @@ class VitClsTopK(VitTokenMethod):
     def reduce(self, state: TokenState, signals: Signals, block: int, count: int, layers: int) -> TokenState:
         """Keep the patches with the highest scores; of equal ones the first."""
         score_BT = signals.attention(rows=1)[:, :, 0, state.prefix :].mean(1)
-        order_BT = score_BT.argsort(dim=-1, descending=True, stable=True)
-        kept_BM = order_BT[:, : state.patches - count].sort(-1).values
-        return keep(state, kept_BM)
+        return keep(state, top_places(score_BT, state.patches - count))

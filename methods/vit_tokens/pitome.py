@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
-from isoflop.methods.visual_tokens.random import random_subset
+from isoflop.methods.selection import random_subset
 from isoflop.methods.vit_tokens.base import VitTokenMethod
 from isoflop.methods.vit_tokens.tokens import MergePlan, merge
 from isoflop.models.vit_blocks import Signals, TokenState

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
-from isoflop.methods.visual_tokens.random import random_subset
+from isoflop.methods.selection import random_subset
 from isoflop.methods.vit_tokens.base import VitTokenMethod
 from isoflop.methods.vit_tokens.tokens import keep
 from isoflop.models.vit_blocks import Signals, TokenState

@@ -17,8 +17,9 @@ from isoflop.methods.decoder_tokens.fastv import DropRandom, FastV
 from isoflop.methods.decoder_tokens.probe import DecoderTokenProbe
 from isoflop.methods.kv_cache.full_cache import FullCache
 from isoflop.models import digit_world as world
+from isoflop.models.counting import flops_of
 from isoflop.models.vlm import VlmBatch, expand_placeholders
-from isoflop.tasks.footprint import decoder_cache, flops_of
+from isoflop.tasks.footprint import decoder_cache
 
 ROWS = range(3)
 V, TEXT = 36, 2

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from isoflop.core.errors import Infeasible
 from isoflop.methods.base import build
+from isoflop.methods.selection import random_subset
 from isoflop.methods.visual_tokens.avgpool import AvgPool
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
 from isoflop.methods.visual_tokens.quecc import QueCC, QueCCModule, fold_windows, last_real, layers_at, masked_mean
-from isoflop.methods.visual_tokens.random import random_subset
 from isoflop.models.vlm import VisualInput
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from isoflop.core.errors import Infeasible
 from isoflop.methods.base import build
+from isoflop.methods.selection import top_places
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
-from isoflop.methods.visual_tokens.select import lattice, top_places
+from isoflop.methods.visual_tokens.select import lattice
 from isoflop.methods.visual_tokens.vtc_cls import VtcCls
 from isoflop.models import digit_world as world
 from isoflop.models.base import family_of

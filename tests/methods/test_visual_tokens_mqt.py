@@ -17,10 +17,10 @@ from isoflop.methods.calibration import OnModel
 from isoflop.methods.visual_tokens.mqt import Mqt, Resampler, resized, sine_table
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
 from isoflop.models.base import family_of
+from isoflop.models.counting import flops_of
 from isoflop.models.training import CellStage
 from isoflop.models.vlm import VlmModel
 from isoflop.tasks.base import TASKS
-from isoflop.tasks.footprint import flops_of
 from isoflop.testing import FolderContext
 
 OPTIONS = {"steps": 30, "batch": 16, "reading_scenes": 256, "coarse_scenes": 128, "tower_steps": 8}

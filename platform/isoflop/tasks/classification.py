@@ -20,10 +20,11 @@ from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.models import sprite_world as world
 from isoflop.models.base import Model, ModelInfo
+from isoflop.models.counting import flops_of
 from isoflop.models.features import batches
 from isoflop.models.vit import IMAGES_HOOK, VitBatch, VitInfo, VitModel
 from isoflop.tasks.base import TASKS, Shard, Task
-from isoflop.tasks.footprint import flops_of, module_bytes, peak_bytes_of, seconds_of
+from isoflop.tasks.footprint import module_bytes, peak_bytes_of, seconds_of
 
 BATCH = 128
 

@@ -17,15 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from isoflop.methods.kv_cache.base import CompressedCache
 from isoflop.methods.kv_cache.full_cache import FullCache
 from isoflop.models.attention import CacheReport
 from isoflop.models.base import tensor_bytes
+from isoflop.models.counting import flops_of
 from isoflop.models.decoder_model import DecoderModel
 from isoflop.models.features import LayerKey
 from isoflop.models.vlm import VlmBatch, VlmModel
@@ -111,14 +110,6 @@ def module_bytes(*modules: torch.nn.Module | None) -> int:
     """Bytes of all distinct parameters and buffers as they lie in memory."""
     tensors = {id(t): t for m in modules if m is not None for t in [*m.parameters(), *m.buffers()]}
     return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-def flops_of(call: Callable[[], Any]) -> tuple[int, Any]:
-    """FLOPs of a call by ``torch.utils.flop_counter``, and its value."""
-    # The counter knows matrix products; the math backend expresses attention as such on every device.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        value = call()
-    return counter.get_total_flops(), value
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> float:

@@ -19,10 +19,11 @@ from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.models.base import Model, ModelInfo
+from isoflop.models.counting import flops_of
 from isoflop.models.features import batches
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmInfo, LmModel
 from isoflop.tasks.base import Shard, Task
-from isoflop.tasks.footprint import byte_costs, decoder_cache, flops_of, module_bytes, peak_bytes_of, seconds_of
+from isoflop.tasks.footprint import byte_costs, decoder_cache, module_bytes, peak_bytes_of, seconds_of
 
 MOST_LOGITS = 2**24
 """Logits of one forward pass, batch times tokens times vocabulary."""

@@ -16,9 +16,10 @@ from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.models.base import Model, ModelInfo
+from isoflop.models.counting import flops_of
 from isoflop.models.lm import LmModel
 from isoflop.tasks.base import TASKS, Shard, Task
-from isoflop.tasks.footprint import byte_costs, decoder_cache, flops_of, module_bytes, peak_bytes_of
+from isoflop.tasks.footprint import byte_costs, decoder_cache, module_bytes, peak_bytes_of
 from isoflop.tasks.language_task import lm_info, lm_model
 
 

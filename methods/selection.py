@@ -1,0 +1,38 @@
+"""Choosing tokens: the best by a score, or a random subset that depends on the example alone.
+
+Shape suffixes: B batch, P places to choose from, V places that are chosen.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def top_places(score_BP: Tensor, count: int) -> Tensor:
+    """Places of the ``count`` largest scores, ascending, (B, V); of equal scores the earlier place wins."""
+    return score_BP.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(dim=-1).values
+
+
+def random_subset(ids_B: Tensor, patches: int, count: int, draw: int) -> Tensor:
+    """``count`` of ``patches`` numbers per example, sorted, (B, V): the places of the smallest hashes of (draw, id, place)."""
+    places_P = torch.arange(patches, device=ids_B.device)
+    score_BP = _mix(_mix(ids_B + _mix(torch.tensor(draw, device=ids_B.device)))[:, None] + places_P)
+    return score_BP.argsort(dim=-1, stable=True)[:, :count].sort(dim=-1).values
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Finaliser of splitmix64 on int64, with wrap-around; the same numbers on every device."""
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right; torch shifts int64 arithmetically."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 64) if constant >= 1 << 63 else constant
