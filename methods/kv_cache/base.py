@@ -125,6 +125,7 @@ class CompressedCache:
     def __init__(self, method: KvCacheMethod, prepared: Any, dense_bits: int) -> None:
         self.method = method
         self.prefix: int | None = None
+        self.examples_B: Tensor | None = None
         self._prepared = prepared
         self._dense_bits = dense_bits
         self._stores: dict[int, LayerStore] | None = None
@@ -155,6 +156,7 @@ class CompressedCache:
             call = replace(call, ids_BT=ids_BT)
         if self._stores is not None:
             return self._in_session(self._continued(call), self._stores)
+        call = replace(call, examples_B=self.examples_B)
         prompt = slice_call(call, 0, self.prefix)
         out_BTHD, store = self._prefill(prompt)
         rest = slice_call(call, prompt.q_BHTD.shape[2], call.q_BHTD.shape[2])

@@ -1,6 +1,8 @@
-"""Random numbers made of token ids: the same for an example whatever its batch, padding and device.
+"""Random numbers made of example numbers or token ids: the same for an example whatever its batch, padding and device.
 
-No generator has a state that a neighbour in the batch, or a second pass, could move.
+No generator has a state that a neighbour in the batch, or a second pass, could move. Images share their placeholder ids,
+so that models with example numbers are keyed by those. A job's seed takes no part: repeats of a cell share their draws,
+whose spread is that over examples, layers and heads.
 
 Shape suffixes: B batch, G key-value heads, T tokens.
 """
@@ -27,8 +29,10 @@ def mix(x: Tensor) -> Tensor:
 
 
 def row_keys(call: AttentionCall) -> Tensor:
-    """A number for each row's sequence of token ids, (B,); padding does not count. Zeros where the ids are unknown."""
+    """A number for each row, (B,): of its example, or its sequence of token ids without padding, or zero."""
     batch, device = call.k_BGTD.shape[0], call.k_BGTD.device
+    if call.examples_B is not None:
+        return mix(call.examples_B.long().to(device))
     if call.ids_BT is None:
         return torch.zeros(batch, dtype=torch.int64, device=device)
     marks_BT = mix(mix(call.order_BT.long()) + call.ids_BT.long())

@@ -70,6 +70,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.prefix: int | None = None
+        self.examples_B: Tensor | None = None
         self._last: dict[int, tuple[dict[str, Tensor], int]] = {}
         self._sums: dict[int, dict[str, Tensor]] = {}
         self._tokens: dict[int, int] = {}

@@ -78,7 +78,7 @@ def test_gaps_in_positions_change_nothing(
             layer, call.q_BHTD, call.k_BGTD, call.v_BGTD, call.scaling, torch.arange(length)[None], None, call.ids_BT
         )
         expected = CompressedCache(method, None, model.info.dense_bits)
-        expected.prefix = prefix
+        expected.prefix, expected.examples_B = prefix, torch.tensor([0, 1])
         torch.testing.assert_close(outs[layer], expected.attend(row))
         assert cache._reports[layer] == expected._reports[layer]
         assert cache._reports[layer].prompt_dense == pytest.approx(prefix / length * cache._reports[layer].dense)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_cases import a_call, column_sums, left_padded, probabilities
 
+from isoflop.methods.base import build
 from isoflop.methods.kv_cache.chance import row_keys, uniform
 from isoflop.methods.kv_cache.scores import attention_scores, forgetting, window
 from isoflop.methods.kv_cache.select import count_of, protect, select, split
+from isoflop.methods.visual_tokens.probe import VisualTokenProbe
+from isoflop.models.attention import AttentionCall
 
 
 @pytest.mark.parametrize(
@@ -76,6 +80,35 @@ def test_random_numbers_belong_to_the_example() -> None:
     assert len(set(row_keys(call).tolist())) == 3
     flipped = replace(call, ids_BT=call.ids_BT.flip(1))
     assert not torch.equal(row_keys(call), row_keys(flipped))
+
+
+def test_random_numbers_follow_example_numbers_where_there_are_some() -> None:
+    call = replace(a_call(12, rows=1), examples_B=torch.tensor([7]))
+    rows = replace(replace_rows(call, [0, 0]), examples_B=torch.tensor([3, 7]))
+    drawn = uniform(rows, "a")
+    assert torch.equal(drawn[1:], uniform(call, "a"))
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[1:], uniform(replace(call, ids_BT=None), "a"))
+
+
+@torch.no_grad()
+def test_each_image_has_draws_of_its_own() -> None:
+    probe, method, kept = VisualTokenProbe(examples=3), build("kv-random", {"keep": 0.25}), []
+    compress = type(method).compress
+
+    def note(self: Any, prompt: AttentionCall, prepared: Any) -> Any:
+        store = compress(self, prompt, prepared)  # type: ignore[attr-defined]
+        kept.append(store.segments[0].positions_BGN)
+        return store
+
+    with pytest.MonkeyPatch.context() as patch, method.apply(probe.model, None):
+        patch.setattr(type(method), "compress", note)
+        probe.outputs([0, 1, 2])
+        together = kept[0]
+        kept.clear()
+        probe.outputs([1])
+    assert torch.equal(kept[0][0], together[1])
+    assert not torch.equal(together[0], together[1])
 
 
 def test_random_numbers_are_uniform() -> None:

@@ -43,8 +43,9 @@ class AttentionCall:
             when all rows agree. It orders and counts tokens. It is not the position that RoPE used, which may have gaps
             where tokens were dropped before; nothing here needs that, as keys and queries carry it.
         valid_BT: False for padding; None when nothing is padded.
-        ids_BT: token ids, where the policy follows them; what is random in a method depends on them and on nothing else
-            of the batch.
+        ids_BT: token ids, where the policy follows them.
+        examples_B: example numbers, where the model has them. What is random in a method depends on these numbers, else on
+            the token ids, and on nothing else of the batch.
     """
 
     layer: int
@@ -55,6 +56,7 @@ class AttentionCall:
     order_BT: Tensor
     valid_BT: Tensor | None
     ids_BT: Tensor | None = None
+    examples_B: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class AttentionPolicy(Protocol):
 
     prefix: int | None
     """Tokens of the prompt in a one-pass evaluation, at the layer that runs next; None for plain causal passes."""
+    examples_B: Tensor | None
+    """Example numbers of that evaluation's rows, where the model has them."""
 
     def attend(self, call: AttentionCall) -> Tensor:
         """The layer's output, (B, T, H, D)."""

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from isoflop.core.errors import Infeasible
 from isoflop.models.attention import AttentionPolicy, replaced_attention
@@ -59,23 +60,26 @@ class DecoderModel(Model):
             del self.attention
 
     @contextmanager
-    def compressing_prefix(self, tokens: int) -> Iterator[None]:
+    def compressing_prefix(self, tokens: int, examples_B: Tensor | None = None) -> Iterator[None]:
         """Inside the block the first ``tokens`` of a forward pass are the prompt that the policy compresses.
 
         Queries inside the prefix attend to it exactly; queries behind it attend to its compressed form and exactly to
         the tokens behind it. That equals compressing after the prompt and going on step by step, because the states
         of a prefix never depend on what follows. Without a policy the block changes nothing.
+
+        Args:
+            examples_B: example numbers of the rows, for what is random in the policy; None where there are none.
         """
         policy = self.attention
         if policy is None:
             yield
             return
         before = policy.prefix
-        policy.prefix = tokens
+        policy.prefix, policy.examples_B = tokens, examples_B
         try:
             yield
         finally:
-            policy.prefix = before
+            policy.prefix, policy.examples_B = before, None
 
 
 def decoder_model(model: Model, method: str) -> DecoderModel:

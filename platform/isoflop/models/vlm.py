@@ -251,7 +251,7 @@ class VlmModel(DecoderModel):
         image = BaseModelOutputWithPooling(pooler_output=list(visual_BVd))
         prefix = 0 if self.attention is None else _image_end(image_BL)
         with ExitStack() as stack:
-            stack.enter_context(self.compressing_prefix(prefix))
+            stack.enter_context(self.compressing_prefix(prefix, batch.ids_B))
             if self.dropping is not None:
                 layout = PromptLayout(image_BL, batch.ids_B, None if mask_BL is None else mask_BL.bool())
                 stack.enter_context(self.dropping.prompt(layout))
