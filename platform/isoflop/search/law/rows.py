@@ -115,4 +115,14 @@ def thin(cells: Cells, most: int) -> Cells:
     mean = np.bincount(label, w * cells.y) / total
     x = np.exp(np.stack([np.bincount(label, w * column) / total for column in z.T], axis=1))
     cost = np.bincount(label, cells.count * cells.log_cost) / count
-    return Cells(x, cells.group[first], count, mean, 1.0 / total, cells.pure, cells.pure_dof, cells.n, cost)
+    return Cells(
+        x,
+        cells.group[first],
+        np.asarray(count, dtype=np.float64),
+        mean,
+        1.0 / total,
+        cells.pure,
+        cells.pure_dof,
+        cells.n,
+        cost,
+    )
