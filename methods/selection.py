@@ -17,20 +17,20 @@ def top_places(score_BP: Tensor, count: int) -> Tensor:
 def random_subset(ids_B: Tensor, patches: int, count: int, draw: int) -> Tensor:
     """``count`` of ``patches`` numbers per example, sorted, (B, V): the places of the smallest hashes of (draw, id, place)."""
     places_P = torch.arange(patches, device=ids_B.device)
-    score_BP = _mix(_mix(ids_B + _mix(torch.tensor(draw, device=ids_B.device)))[:, None] + places_P)
+    score_BP = mix(mix(ids_B + mix(torch.tensor(draw, device=ids_B.device)))[:, None] + places_P)
     return score_BP.argsort(dim=-1, stable=True)[:, :count].sort(dim=-1).values
 
 
-def _mix(x: Tensor) -> Tensor:
-    """Finaliser of splitmix64 on int64, with wrap-around; the same numbers on every device."""
+def mix(x: Tensor) -> Tensor:
+    """A bijection of 64-bit integers whose outputs look independent, the same on every device (finaliser of SplitMix64)."""
     x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
+    x = (x ^ shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ shifted(x, 31)
 
 
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right; torch shifts int64 arithmetically."""
+def shifted(x: Tensor, bits: int) -> Tensor:
+    """``x`` shifted right and filled with zeros; torch shifts int64 arithmetically."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

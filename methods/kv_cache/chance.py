@@ -13,19 +13,8 @@ import torch
 from torch import Tensor
 
 from isoflop.core.hashing import derive_seed
+from isoflop.methods.selection import mix, shifted
 from isoflop.models.attention import AttentionCall
-
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-_FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
-_SECOND = 0x94D049BB133111EB - (1 << 64)
-
-
-def mix(x: Tensor) -> Tensor:
-    """A bijection of 64-bit integers whose outputs look independent (the finaliser of SplitMix64)."""
-    x = x + _GOLDEN
-    x = (x ^ _shifted(x, 30)) * _FIRST
-    x = (x ^ _shifted(x, 27)) * _SECOND
-    return x ^ _shifted(x, 31)
 
 
 def row_keys(call: AttentionCall) -> Tensor:
@@ -51,9 +40,4 @@ def uniform(call: AttentionCall, purpose: str) -> Tensor:
     heads_G = torch.arange(groups, device=call.k_BGTD.device)
     keys_BG = mix(row_keys(call)[:, None] + mix(heads_G + derive_seed(purpose, call.layer)))
     numbers_BGT = mix(keys_BG[:, :, None] + mix(call.order_BT.long())[:, None])
-    return _shifted(numbers_BGT, 11).double() / 2**53
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """``x`` shifted right, filled with zeros."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return shifted(numbers_BGT, 11).double() / 2**53
