@@ -5,6 +5,7 @@ Shape suffixes: O outputs (rows), I inputs (columns).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -118,7 +119,7 @@ class BitStack(WeightMethod):
     def _too_small(self, least: float) -> Infeasible:
         return Infeasible(
             f"method bitstack: bits = {self.bits:g} is less than one block per matrix takes with k = {self.k}; "
-            f"allowed: bits from {least:.4g}, or a smaller k"
+            f"allowed: bits from {math.ceil(least * 1000) / 1000:g}, or a smaller k"
         )
 
 

@@ -10,7 +10,6 @@ Shape suffixes: O outputs (rows), I inputs (columns), E experts, N tokens.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,10 +21,7 @@ from torch import Tensor, nn
 from isoflop.core.errors import Infeasible
 from isoflop.models.base import Model
 from isoflop.models.decoder_model import DecoderModel
-
-_BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
-_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
-_EXPERT_MATRICES = ("gate_up_proj", "up_proj", "down_proj")
+from isoflop.models.matrices import blocks_matrices
 
 Observer = Callable[["LinearView", Tensor], None]
 
@@ -99,44 +95,17 @@ def _root(model: Model) -> tuple[nn.Module, str]:
 
 def _walk(root: nn.Module, prefix: str, whole: nn.Module) -> Iterator[LinearView]:
     names = {id(p): name for name, p in whole.named_parameters()}
-    seen: set[int] = set()
-    for path, module in root.named_modules():
-        place = _BLOCK.search(f"{path}.")
+    for path, module, layer, holder, label, transposed in blocks_matrices(root):
         role = path.rsplit(".", 1)[-1]
-        if place is None or role in _ROUTERS:
-            continue
         full = ".".join(part for part in (prefix, path) if part)
-        for holder, label, transposed in _matrices(module):
-            if id(holder) in seen:
-                continue
-            seen.add(id(holder))
-            shape = holder.shape[::-1] if transposed and holder.dim() == 2 else holder.shape
-            if holder.dim() == 2:
-                yield LinearView(
-                    full, names[id(holder)], int(place[1]), role, shape[0], shape[1], None, transposed, module, holder
-                )
-                continue
-            rows, cols = holder.shape[:0:-1] if transposed else holder.shape[1:]
-            for expert in range(holder.shape[0]):
-                name = f"{full}.{label}[{expert}]"
-                yield LinearView(
-                    name, names[id(holder)], int(place[1]), label, rows, cols, expert, transposed, module, holder
-                )
-
-
-def _matrices(module: nn.Module) -> Iterator[tuple[nn.Parameter, str, bool]]:
-    """Matrices that a module itself holds: (parameter, its attribute, stored as (inputs, outputs))."""
-    from transformers.pytorch_utils import Conv1D
-
-    if isinstance(module, (nn.Linear, Conv1D)):
-        weight = module.weight
-        assert isinstance(weight, nn.Parameter)
-        yield weight, "weight", isinstance(module, Conv1D)
-    else:
-        for label in _EXPERT_MATRICES:
-            found = getattr(module, label, None)
-            if isinstance(found, nn.Parameter) and found.dim() == 3:
-                yield found, label, bool(getattr(module, "is_transposed", False))
+        parameter = names[id(holder)]
+        rows, cols = holder.shape[-2:][::-1] if transposed else holder.shape[-2:]
+        if holder.dim() == 2:
+            yield LinearView(full, parameter, layer, role, rows, cols, None, transposed, module, holder)
+            continue
+        for expert in range(holder.shape[0]):
+            name = f"{full}.{label}[{expert}]"
+            yield LinearView(name, parameter, layer, label, rows, cols, expert, transposed, module, holder)
 
 
 @contextmanager

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from isoflop.core.errors import Infeasible
 from isoflop.models.attention import AttentionCall, replaced_attention, supports_attention
+from isoflop.models.matrices import matrix_shapes
 
 
-def decoder_geometry(ref: str, decoder: Any, name: str) -> dict[str, int]:
-    """``width``, ``layers``, ``heads``, ``kv_heads``, ``head_width`` and ``vocab_size`` of a Hugging Face decoder.
+def decoder_geometry(ref: str, decoder: Any, name: str) -> dict[str, Any]:
+    """``width``, ``layers``, ``heads``, ``kv_heads``, ``head_width``, ``vocab_size`` and ``matrices`` of a Hugging Face decoder.
 
     Heads are those that the first layer's attention is called with, which configs name in different ways.
 
@@ -48,6 +49,7 @@ def decoder_geometry(ref: str, decoder: Any, name: str) -> dict[str, int]:
         "kv_heads": call.k_BGTD.shape[1],
         "head_width": head_width,
         "vocab_size": int(config.vocab_size),
+        "matrices": matrix_shapes(decoder),
     }
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from isoflop.models import digit_world as world
 from isoflop.models.descent import draw_weights
+from isoflop.models.matrices import llama_shapes
 from isoflop.models.tiny_vision import KINDS, WIDTH, tower_config
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class TinySize:
             "kv_heads": self.heads,
             "vocab_size": world.VOCAB_SIZE,
             "image_token": world.IMAGE,
+            "matrices": llama_shapes(self.width, self.layers, self.width, self.width, self.mlp),
         }
 
 

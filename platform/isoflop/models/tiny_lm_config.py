@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from isoflop.models.matrices import llama_shapes
+
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
@@ -48,6 +50,7 @@ class LmSize:
             "head_width": HEAD_WIDTH,
             "vocab_size": vocabulary,
             "positions": POSITIONS,
+            "matrices": llama_shapes(self.width, self.layers, self.width, self.kv_heads * HEAD_WIDTH, self.mlp),
         }
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from isoflop.core.errors import Infeasible, UserError
+from isoflop.models.matrices import matrix_shapes
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.sprite_world import DATA
 from isoflop.models.vit import IMAGES_HOOK, TOKENS_HOOK, VitInfo, VitModel
@@ -61,12 +62,13 @@ def describe(
             f"model {ref}: image_size = {side} with patch_size = {patch}; allowed: square images and patches"
         )
     data = (getattr(settings, "isoflop", None) or {}).get("images")
+    module = skeleton(architecture, config)
     mean, std = _normalisation(source, int(settings.num_channels))
     return VitInfo(
         ref=ref,
         family=family,
         version=version,
-        n_params=count_encoder(architecture, config),
+        n_params=count_blocks(module),
         hooks=frozenset({TOKENS_HOOK, "weights", *([IMAGES_HOOK] if data in DATA else [])}),
         geometry={
             "layers": int(settings.num_hidden_layers),
@@ -79,6 +81,7 @@ def describe(
             "image_side": side,
             "channels": int(settings.num_channels),
             "classes": int(settings.num_labels),
+            "matrices": matrix_shapes(module),
             "heads_out": 2 if architecture.endswith("WithTeacher") else 1,
         },
         dense_bits=dense_bits,
@@ -115,11 +118,20 @@ def load(info: VitInfo, source: Path, device: str, dtype: torch.dtype = torch.fl
 
 def count_encoder(architecture: str, config: PretrainedConfig) -> int:
     """N: parameters of the transformer blocks, without memory for them."""
+    return count_blocks(skeleton(architecture, config))
+
+
+def count_blocks(module: Any) -> int:
+    """N of a classifier: parameters of its blocks."""
+    return sum(p.numel() for block in blocks_of(module) for p in block.module.parameters())
+
+
+def skeleton(architecture: str, config: PretrainedConfig) -> Any:
+    """The classifier without memory for its weights."""
     import transformers
 
     with torch.device("meta"):
-        module = getattr(transformers, architecture)(config)
-    return sum(p.numel() for block in blocks_of(module) for p in block.module.parameters())
+        return getattr(transformers, architecture)(config)
 
 
 def _normalisation(source: Path | None, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
