@@ -250,6 +250,11 @@ def slice_call(call: AttentionCall, start: int, stop: int | None) -> AttentionCa
     )
 
 
+def whole_prompt(call: AttentionCall) -> DenseSegment:
+    """All tokens of a call as they are, padding with a bias of -inf."""
+    return DenseSegment(key_positions(call), padding_bias(call), call.k_BGTD, call.v_BGTD)
+
+
 def append_recent(store: LayerStore, call: AttentionCall) -> None:
     """Add a call's tokens to the exact tokens behind the prompt."""
     store.recent.append(call.k_BGTD, call.v_BGTD, key_positions(call))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from isoflop.core.knobs import Knob
-from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, key_positions, padding_bias, slice_call
+from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, key_positions, slice_call, whole_prompt
 from isoflop.methods.kv_cache.scores import over_group
 from isoflop.methods.kv_cache.select import Selection, candidates, count_of, lengths, protect, select
 from isoflop.models.attention import AttentionCall
@@ -62,7 +62,7 @@ class Eviction(KvCacheMethod):
         counts = [count_of(self.keep, length) for length in seen]
         scores_BGT = self.score(prompt)
         chosen = self.choose(scores_BGT, key_positions(prompt), seen, counts, candidates(prompt))
-        store = LayerStore([_kept(_whole(prompt), chosen)], empty_recent(prompt))
+        store = LayerStore([_kept(whole_prompt(prompt), chosen)], empty_recent(prompt))
         self.start_rolling(store, chosen.of_heads(scores_BGT.shape[1]).take(scores_BGT), seen, counts)
         return store
 
@@ -153,7 +153,7 @@ class Rolling(Eviction):
         seen = lengths(prompt)
         rows, _, length, _ = prompt.q_BHTD.shape
         start = length - max(seen)
-        store = LayerStore([_whole(slice_call(prompt, 0, 0))], empty_recent(prompt))
+        store = LayerStore([whole_prompt(slice_call(prompt, 0, 0))], empty_recent(prompt))
         self._keep_scores(store, self.score(slice_call(prompt, 0, 1))[..., :0].float())
         store.state["tally"] = Tally([0] * rows, [0] * rows, seen)
         outs = [torch.zeros_like(prompt.q_BHTD[:, :, :start]).transpose(1, 2)]
@@ -167,10 +167,6 @@ class Rolling(Eviction):
         store.state["scores"] = scores_BGN
         # seen as integers, so that they count their 4 bytes also where float32 stands for 16 bits
         store.extra = [scores_BGN.view(torch.int32)] if self.remembers else []
-
-
-def _whole(call: AttentionCall) -> DenseSegment:
-    return DenseSegment(key_positions(call), padding_bias(call), call.k_BGTD, call.v_BGTD)
 
 
 def _kept(segment: DenseSegment, chosen: Selection) -> DenseSegment:

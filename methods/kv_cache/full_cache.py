@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from isoflop.methods.base import METHODS
-from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, key_positions, padding_bias
+from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, whole_prompt
 from isoflop.models.attention import AttentionCall
 from isoflop.models.base import ModelInfo
-from isoflop.models.segments import DenseSegment, LayerStore
+from isoflop.models.segments import LayerStore
 
 
 @METHODS.register("full-cache")
@@ -24,5 +24,4 @@ class FullCache(KvCacheMethod):
 
     def compress(self, prompt: AttentionCall, prepared: Any) -> LayerStore:
         """One dense segment with everything."""
-        whole = DenseSegment(key_positions(prompt), padding_bias(prompt), prompt.k_BGTD, prompt.v_BGTD)
-        return LayerStore([whole], empty_recent(prompt))
+        return LayerStore([whole_prompt(prompt)], empty_recent(prompt))

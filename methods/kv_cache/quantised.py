@@ -28,7 +28,7 @@ from isoflop.models.base import Model
 from isoflop.models.segments import DenseSegment, LayerStore, PackedSegment, Segment
 
 EXACT = 16
-"""Bits from which a tier is kept as it is."""
+"""Bits from which numbers are kept as they are."""
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
 from isoflop.methods.kv_cache.eviction import Eviction
 from isoflop.methods.kv_cache.scores import attention_scores, window
 from isoflop.models.attention import AttentionCall
-from isoflop.models.base import ModelInfo
+
+KERNELS = tuple(range(1, 64, 2))
 
 
 @METHODS.register("snapkv")
@@ -27,19 +27,17 @@ class SnapKV(Eviction):
     """The observation window at the end of the prompt stays; it votes on the earlier tokens, smoothed over neighbours.
 
     Sums of the window's attention to the tokens before it are averaged over ``kernel`` neighbours (beyond the ends count
-    zeros), so that tokens stay in runs. Nothing is evicted while decoding.
+    zeros), so that tokens stay in runs. Nothing is evicted while decoding. A window that is no smaller than the budget
+    leaves no votes: only the newest tokens stay. The default is a quarter of the released code's 64, which is meant for
+    prompts of thousands of tokens and would be the whole budget in those of tens or hundreds.
     """
 
     paper: ClassVar[str] = "arXiv 2404.14469"
 
     window: Annotated[int, Knob(low=1, high=1024, unit="tokens", doc="observation window at the prompt's end")] = 16
-    kernel: Annotated[int, Knob(low=1, high=63, unit="tokens", doc="neighbours that scores are averaged over; odd")] = 5
-
-    def check(self, info: ModelInfo) -> None:
-        """Refuse kernels without a middle."""
-        super().check(info)
-        if self.kernel % 2 == 0:
-            raise Infeasible(f"method snapkv: kernel = {self.kernel} is even; allowed: odd numbers from 1 to 63")
+    kernel: Annotated[
+        int, Knob(choices=KERNELS, unit="tokens", doc="neighbours that scores are averaged over; odd, for a middle")
+    ] = 5
 
     def windows(self, kept: int) -> tuple[int, int]:
         """The observation window, or as much of it as the budget holds."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from isoflop.core.knobs import Knob
-from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, key_positions, padding_bias, slice_call
+from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, key_positions, slice_call, whole_prompt
 from isoflop.models.attention import AttentionCall
 from isoflop.models.base import ModelInfo
 from isoflop.models.segments import DenseSegment, LayerStore, decode_one, stored_bytes
@@ -69,8 +69,7 @@ class SparseAttention(KvCacheMethod):
 
     def compress(self, prompt: AttentionCall, prepared: Any) -> LayerStore:
         """The whole prompt, and its tables."""
-        whole = DenseSegment(key_positions(prompt), padding_bias(prompt), prompt.k_BGTD, prompt.v_BGTD)
-        store = LayerStore([whole], empty_recent(prompt))
+        store = LayerStore([whole_prompt(prompt)], empty_recent(prompt))
         if not self.dense(prompt.layer):
             self.index(prompt, store, prepared)
             last = slice_call(prompt, prompt.q_BHTD.shape[2] - 1, None)

@@ -18,13 +18,12 @@ from isoflop.core.stage import Stage, StageContext
 from isoflop.kernels.quant import Packed, quant_pack, unpack
 from isoflop.methods.base import METHODS, Method
 from isoflop.methods.calibration import OnModel
+from isoflop.methods.kv_cache.quantised import EXACT
 from isoflop.methods.sparse_attention.base import SparseAttention, visible
 from isoflop.methods.sparse_attention.labels import Contributions, LabelStage, contributions, pick, ranked
 from isoflop.models.attention import AttentionCall
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.segments import LayerStore
-
-EXACT = 16
 
 
 @METHODS.register("double-sparsity")

@@ -19,6 +19,7 @@ from isoflop.models.attention import AttentionCall
 EVICTORS = sorted(n for n in METHODS.names() if issubclass(METHODS.get(n), Eviction))
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {"keep": 0.5}) for name in EVICTORS),
+    ("snapkv", {"keep": 0.5, "window": 2}),
     ("a2sf", {"keep": 0.5, "prompt": "sequential", "alpha": 0.8}),
     ("zipcache", {"probe_random": 0.2}),
     ("zipcache", {"normalizer": "rows_total"}),

@@ -19,6 +19,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in NAMES),
     ("zipcache", {"streaming_gap": 3, "salient_ratio": 0.4}),
     ("kv-rtn", {"streaming_gap": 1, "bits": 2}),
+    ("snapkv", {"keep": 0.4, "window": 8}),
     ("a2sf", {"keep": 0.3, "prompt": "sequential"}),
     ("a2sf", {"keep": 0.05, "rolling": False}),
     ("a2sf", {"keep": 0.3, "scope": "layer", "sinks": 2}),
