@@ -54,10 +54,22 @@ def matrix_shapes(root: nn.Module) -> Shapes:
     for _, _, _, holder, _, transposed in blocks_matrices(root):
         rows, cols = holder.shape[-2:][::-1] if transposed else holder.shape[-2:]
         found[rows, cols] += holder.shape[0] if holder.dim() == 3 else 1
-    return tuple((rows, cols, count) for (rows, cols), count in found.items())
+    return _listed(found)
 
 
 def llama_shapes(width: int, layers: int, queries: int, keys: int, mlp: int) -> Shapes:
     """Of a decoder of the Llama type, whose query heads together are ``queries`` wide and key heads ``keys``."""
-    attention = ((queries, width, layers), (keys, width, 2 * layers), (width, queries, layers))
-    return (*attention, (mlp, width, 2 * layers), (width, mlp, layers))
+    found: Counter[tuple[int, int]] = Counter()
+    for rows, cols, per_layer in (
+        (queries, width, 1),
+        (keys, width, 2),
+        (width, queries, 1),
+        (mlp, width, 2),
+        (width, mlp, 1),
+    ):
+        found[rows, cols] += per_layer * layers
+    return _listed(found)
+
+
+def _listed(found: Counter[tuple[int, int]]) -> Shapes:
+    return tuple((rows, cols, count) for (rows, cols), count in found.items())

@@ -52,6 +52,7 @@ class TinySize:
             "layers": self.layers,
             "heads": self.heads,
             "kv_heads": self.heads,
+            "head_width": self.width // self.heads,
             "vocab_size": world.VOCAB_SIZE,
             "image_token": world.IMAGE,
             "matrices": llama_shapes(self.width, self.layers, self.width, self.width, self.mlp),
