@@ -86,7 +86,8 @@ class WeightMethod(Method):
         """Bytes as stored, everything included.
 
         ``ratio``: dense bytes of the compressed matrices over theirs as stored; ``bits``: stored bits per weight of them;
-        ``model_ratio``, ``model_bits``: the same over all weights of the model; ``compressed_params``: weights in them.
+        ``model_ratio``, ``model_bits``: the same over all weights that are served, those of a compressor included, per weight of
+        the uncompressed model; ``compressed_params``: weights in the matrices.
         """
         views = linear_views(model)
         parameters = {view.parameter: view for view in views}
@@ -99,8 +100,8 @@ class WeightMethod(Method):
         return {
             "ratio": dense / stored,
             "bits": 8 * stored / count,
-            "model_ratio": model.dense_weight_bytes() / model.weight_bytes(),
-            "model_bits": 8 * model.weight_bytes() / whole,
+            "model_ratio": model.dense_weight_bytes() / model.served_bytes(),
+            "model_bits": 8 * model.served_bytes() / whole,
             "compressed_params": float(count),
         }
 

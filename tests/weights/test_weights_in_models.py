@@ -11,13 +11,17 @@ import torch
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.stage import walk
+from isoflop.jobs.job import Job, MethodSpec, ResolvedJob
 from isoflop.jobs.runner import merge_footprints
 from isoflop.methods.base import build
+from isoflop.methods.visual_tokens.probe import VisualTokenProbe
 from isoflop.methods.weights.views import linear_views
 from isoflop.models import recall_world
+from isoflop.models.attention import CacheReport
 from isoflop.models.base import family_of
 from isoflop.models.vlm import VlmModel
 from isoflop.tasks.base import TASKS
+from isoflop.tasks.footprint import byte_costs
 from isoflop.testing import FolderContext
 
 CELL = {"steps": 40, "batch": 16, "reading_scenes": 256, "coarse_scenes": 128, "tower_steps": 8}
@@ -61,7 +65,7 @@ def test_together_with_the_compressor_the_model_was_trained_with(name: str, ctx:
         compressor_bytes = visual.footprint(model, ctx)["method_bytes"]
         assert costs["weight_bytes"] == pytest.approx(model.weight_bytes() + compressor_bytes)
     assert own["ratio"] > 1
-    assert own["model_ratio"] > 1
+    assert own["model_ratio"] == pytest.approx(costs["weight_bytes_dense"] / costs["weight_bytes"])
     views = {view.parameter for view in linear_views(model)}
     assert views <= changed
     norms = {n for n in changed - views if "layernorm" in n}
@@ -70,6 +74,35 @@ def test_together_with_the_compressor_the_model_was_trained_with(name: str, ctx:
     assert not np.array_equal(served, dense)
     assert abs(served.mean() - dense.mean()) < 0.5
     assert all(torch.equal(p, before[n]) for n, p in model.module.named_parameters())
+
+
+def test_the_ratio_of_all_weights_is_that_of_the_row_where_a_resampler_replaces_the_projector() -> None:
+    probe = VisualTokenProbe()
+    rtn, mqt = build("rtn", {"bits": 4}), build("mqt", {"m": 4, "queries": 16})
+    with rtn.apply(probe.model, None), mqt.apply(probe.model, probe.prepared(mqt, 0)):
+        own, row = (
+            rtn.footprint(probe.model, probe.ctx),
+            byte_costs(
+                probe.model,
+                CacheReport(0, 0, 0, 0, 0),
+                0.0,
+                probe.model.compression.module,  # type: ignore[union-attr]
+            ),
+        )
+    assert own["model_ratio"] == pytest.approx(row["weight_bytes_dense"] / row["weight_bytes"])
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_only_methods_that_the_model_was_trained_with_enter_calibration(joint: bool) -> None:
+    keys = set()
+    for tokens in (4, 9):
+        methods = (MethodSpec.of("avgpool", {"tokens": tokens}), MethodSpec.of("gptq", {"bits": 4}))
+        options = (("joint", joint),)
+        job = Job("tiny-llava/d24", methods, "reading", 0, 0, options)
+        stage = ResolvedJob.of(job).prepared[1]
+        assert stage is not None
+        keys.add(stage.key)
+    assert len(keys) == (2 if joint else 1)
 
 
 def test_an_image_classifier(ctx: FolderContext) -> None:

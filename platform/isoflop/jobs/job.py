@@ -154,7 +154,7 @@ class ResolvedJob:
             built.check_method(method, info)
         _one_per_slot(methods)
         weights = family.weights(info, methods, job.seed)
-        trained_with = tuple(method for method in methods if method.trains_model)
+        trained_with = family.trained_with(info, methods)
         prepared = tuple(method.prepare(info, weights, job.seed, trained_with) for method in methods)
         return cls(job, family, info, methods, built, weights, prepared)
 

@@ -83,6 +83,10 @@ class Model(ABC):
         distinct = {id(t): t for t in dense.values()}.values()
         return sum(tensor_bytes(t, self.info.dense_bits) for t in distinct) + sum(self.stored.values())
 
+    def served_bytes(self) -> float:
+        """``weight_bytes``, and those of weights that a method adds to the model."""
+        return self.weight_bytes()
+
     def dense_weight_bytes(self) -> float:
         """Bytes of all weights and buffers where nothing is compressed."""
         distinct = {id(t): t for t in [*self.module.parameters(), *self.module.buffers()]}.values()
@@ -141,6 +145,10 @@ class ModelFamily(ABC):
         ``methods`` are the trial's methods, of which those with ``trains_model`` take part in the training.
         """
         return None
+
+    def trained_with(self, info: ModelInfo, methods: tuple[Method, ...]) -> tuple[Method, ...]:
+        """Those of a trial's methods that ``weights`` trains the model with; what calibrates on it applies them first."""
+        return tuple(method for method in methods if method.trains_model)
 
     def calibration_stages(self, info: ModelInfo, methods: tuple[Method, ...]) -> tuple[Stage, ...]:
         """Stages that ``Model.calibration`` asks for; ``methods`` are those that took part in the training."""

@@ -82,6 +82,10 @@ class HuggingFace(ModelFamily):
         """The fields of ``Options`` that differ from its defaults."""
         return without_defaults(Options, options, f"model {ref}")
 
+    def trained_with(self, info: ModelInfo, methods: tuple[Any, ...]) -> tuple[Any, ...]:
+        """None: a checkpoint is trained already."""
+        return ()
+
     def calibration_stages(self, info: ModelInfo, methods: tuple[Any, ...]) -> tuple[Stage, ...]:
         """The tokenised training text of a language model with a tokenizer."""
         text = info.text if isinstance(info, LmInfo) else None

@@ -94,6 +94,10 @@ class TinyLlava(ModelFamily):
         features = _features(vlm, (method,))
         return CellStage(vlm.ref.partition("/")[2], method_spec(method), seed, vlm.options, vlm.tower, features)
 
+    def trained_with(self, info: ModelInfo, methods: tuple[Method, ...]) -> tuple[Method, ...]:
+        """The visual-token method, unless ``joint`` is off."""
+        return super().trained_with(info, methods) if _own(info).joint else ()
+
     def calibration_stages(self, info: ModelInfo, methods: tuple[Method, ...]) -> tuple[Stage, ...]:
         """Training features of the layers that the model reads with the methods in place."""
         return _features(_own(info), methods)

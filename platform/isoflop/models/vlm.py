@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import derive_seed
 from isoflop.core.stage import StageContext
-from isoflop.models.base import ModelInfo
+from isoflop.models.base import ModelInfo, tensor_bytes
 from isoflop.models.decoder_model import DecoderModel
 from isoflop.models.digit_world import VOCABULARY
 from isoflop.models.features import LayerKey, TowerSource, Vision
@@ -200,6 +200,12 @@ class VlmModel(DecoderModel):
         """What the model, as it is now, reads of the tower."""
         extra = self.compression.layers if self.compression is not None else ()
         return tuple(sorted({self.info.feature_layer, *extra}, key=str))
+
+    def served_bytes(self) -> float:
+        """With the weights of the compressor in place."""
+        module = self.compression.module if self.compression is not None else None
+        own = {} if module is None else module.state_dict()
+        return super().served_bytes() + sum(tensor_bytes(t, self.info.dense_bits) for t in own.values())
 
     def look(self, images_BCHW: Tensor) -> dict[LayerKey, Tensor]:
         """Run the tower on images in [0, 1]; what is needed of it, by key."""
