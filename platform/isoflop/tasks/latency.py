@@ -85,7 +85,7 @@ class GenerationLatency(Task):
             "prompt_tokens": float(self.prompt),
             "flops": flops / self.batch,
             "flops_llm": flops / self.batch,
-            **byte_costs(lm, decoder_cache(lm, generate), lm.dense_cache_bytes(self.prompt + self.new)),
+            **byte_costs(lm, decoder_cache(lm, generate), lm.dense_cache_bytes(self.prompt + self.new - 1)),
             "seconds": total,
             "peak_bytes": float(module_bytes(lm.module) + peak_bytes_of(generate, lm.device)),
         }
