@@ -11,14 +11,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from isoflop.core.knobs import Knob, KnobValue
+from isoflop.core.knobs import Knob, KnobValue, knob_specs
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Method, build
 from isoflop.methods.calibration import OnModel, Spec
@@ -151,8 +151,18 @@ class CalibratedMethod(CodecMethod):
         """The stage with the encoded matrices."""
         self.check(info)
         source = OnModel.source(info, weights, seed, trained_with)
-        spec = (self.name, self.version, tuple(sorted(self.knobs().items())))
-        return ArtefactStage(**source, method=spec, calibration=CalibrationStage(**source, n_calib=self.n_calib))
+        relevant = self.relevant()
+        spec = (self.name, self.version, tuple(sorted(relevant.knobs().items())))
+        return ArtefactStage(**source, method=spec, calibration=CalibrationStage(**source, n_calib=relevant.n_calib))
+
+    def relevant(self) -> Self:
+        """The same method with knobs at their defaults that the others leave without effect: one stage for all of them."""
+        return self
+
+    def at_defaults(self, *knobs: str) -> Self:
+        """The same method with these knobs at their defaults."""
+        specs = knob_specs(type(self))
+        return replace(self, **{name: specs[name].default for name in knobs})
 
     def calibrate(self, model: Model, ctx: StageContext, seed: int) -> Artefact:
         """What the stage computes, on a loaded model."""

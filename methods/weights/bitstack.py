@@ -91,7 +91,8 @@ class BitStack(WeightMethod):
             avd=self.avd,
             calibration=None if self.scaling == OFF else CalibrationStage(**source, n_calib=self.n_calib),
         )
-        return SortStage(**source, stacks=stacks, sort=self.sort, n_sort=self.n_sort)
+        n_sort = self.n_sort if self.sort == PERPLEXITY else 0  # no other order looks at examples
+        return SortStage(**source, stacks=stacks, sort=self.sort, n_sort=n_sort)
 
     def calibrate(self, model: Model, ctx: StageContext, seed: int) -> SortedStacks:
         """What the stages compute, on a loaded model."""

@@ -44,6 +44,10 @@ class Gptq(CalibratedMethod):
         """16 bits."""
         return cls(bits=16)
 
+    def relevant(self) -> Gptq:
+        """At 16 bits nothing is swept."""
+        return self.at_defaults("group", "damp", "n_calib") if self.bits == 16 else self
+
     def encode(self, weight_OI: Tensor, stats: ViewStats | None = None) -> Payload:
         """Codes and grids after the sweep."""
         if self.bits == 16:

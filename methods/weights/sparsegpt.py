@@ -42,6 +42,12 @@ class SparseGpt(CalibratedPruner):
         """Nothing removed."""
         return cls(sparsity=0.0)
 
+    def relevant(self) -> SparseGpt:
+        """A pattern has its own mask block; without removal there is no sweep."""
+        if self.sparsity == 0:
+            return self.at_defaults("damp", "mask_block", "n_calib")
+        return self if pattern_of(self.pattern) is None else self.at_defaults("mask_block")
+
     def encode(self, weight_OI: Tensor, stats: ViewStats | None = None) -> Payload:
         """The kept weights, moved by the sweep."""
         if self.sparsity == 0:

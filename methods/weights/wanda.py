@@ -13,6 +13,7 @@ from torch import Tensor
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
 from isoflop.methods.weights.payloads import Payload
+from isoflop.methods.weights.rules import pattern_of
 from isoflop.methods.weights.sparse import GROUPS, CalibratedPruner, ScorePruner, as_float
 from isoflop.methods.weights.statistics import ViewStats
 from isoflop.models.base import ModelInfo
@@ -36,6 +37,12 @@ class Wanda(CalibratedPruner, ScorePruner):
     def identity(cls, info: ModelInfo) -> Wanda:
         """Nothing removed."""
         return cls(sparsity=0.0)
+
+    def relevant(self) -> Wanda:
+        """A pattern compares its own groups; where nothing goes nothing is compared."""
+        if self.sparsity == 0:
+            return self.at_defaults("compare", "n_calib")
+        return self if pattern_of(self.pattern) is None else self.at_defaults("compare")
 
     def encode(self, weight_OI: Tensor, stats: ViewStats | None = None) -> Payload:
         """The kept weights."""

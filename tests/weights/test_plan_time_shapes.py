@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from weight_cases import gpt2, llama, mixtral
@@ -89,3 +90,20 @@ def test_a_checkpoint_is_described_with_its_matrices(tmp_path: Path) -> None:
     assert summed(info.geometry["matrices"]) == {(64, 36): 2, (32, 36): 4, (36, 64): 2, (80, 36): 4, (36, 80): 2}
     with pytest.raises(Infeasible, match="multiples of 8, and a matrix of the model has 36"):
         build("magnitude", {"pattern": "4:8"}).check(info)
+
+
+@pytest.mark.parametrize(("name", "knobs", "idle"), [
+    ("bitstack", {"sort": "random", "k": 1}, {"n_sort": 7}),
+    ("bitstack", {"sort": "weight-error", "k": 1}, {"n_sort": 7}),
+    ("gptq", {"bits": 16}, {"group": 64, "damp": 0.1, "n_calib": 3}),
+    ("sparsegpt", {"pattern": "2:4"}, {"mask_block": 64}),
+    ("sparsegpt", {"sparsity": 0.0}, {"mask_block": 64, "damp": 0.1, "n_calib": 3}),
+    ("wanda", {"sparsity": 0.0}, {"compare": "matrix", "n_calib": 3}),
+    ("wanda", {"pattern": "2:4"}, {"compare": "matrix"}),
+])  # fmt: skip
+def test_knobs_without_effect_change_no_stage(name: str, knobs: dict[str, Any], idle: dict[str, Any]) -> None:
+    family = family_of("tiny-llava/d24")
+    info = family.info("tiny-llava/d24", {})
+    weights = family.weights(info, (), 0)
+    keys = {build(name, chosen).prepare(info, weights, 0).key for chosen in (knobs, {**knobs, **idle})}  # type: ignore[union-attr]
+    assert len(keys) == 1
