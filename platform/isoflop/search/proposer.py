@@ -190,6 +190,7 @@ class OptunaProposer(Proposer):
         self._sampler = make_sampler(sampler, seed, self._options) if isinstance(sampler, str) else sampler
         self._study = optuna.create_study(
             storage=UnconstrainedStorage(),
+            study_name="isoflop",  # Hyperband draws a trial's bracket from the study's name, which else is random
             sampler=self._sampler,
             pruner=make_pruner(pruner, pruner_options or {}),
             directions=[StudyDirection[d.upper()] for d in directions],
