@@ -51,4 +51,4 @@ def test_outliers_make_two_bits_hard(lm_ctx: FolderContext) -> None:
 
 def test_the_model_of_english_has_learned_some(lm_ctx: FolderContext) -> None:
     model = trained(lm_ctx, "tiny-lm/text-d128", {})
-    assert mean_error(model, lm_ctx, "bits-per-byte", None, prefix=0.0) < 2.4
+    assert mean_error(model, lm_ctx, "bits-per-byte", None, prefix=0.0) < 2.7
