@@ -2,8 +2,10 @@
 
 ``tiny-lm/recall-<size>`` knows a world of symbols (see ``recall_world``): it looks keys up and copies. At the default
 options ``recall-d128`` takes about 100 CPU seconds and answers 99.8 % of 24 asked pairs and of 48 copied symbols; it is
-the one to judge the cache on. Four layers learn to look back later: give ``recall-d128x4`` 1,500 steps. ``tiny-lm/text-<size>`` reads English (see ``english``) through a tokenizer trained on it;
-``text-d128`` takes about 150 CPU seconds and spends about 2.4 bits per byte (2.38 after 600 steps). So short a training hardly uses the distant
+the one to judge the cache on. Four layers learn to look back later: give ``recall-d128x4`` 1,500 steps.
+
+``tiny-lm/text-<size>`` reads English (see ``english``) through a tokenizer trained on it; ``text-d128`` takes about 150
+CPU seconds and spends about 2.4 bits per byte (2.38 after 600 steps). So short a training hardly uses the distant
 context: it is meant for methods on weights, and losing half of its cache costs it nothing.
 """
 
