@@ -431,7 +431,11 @@ def test_costs_of_composed_methods_add_up_and_the_ratio_is_measured(
     ("tokens", "kept", "told"),
     [
         ({"flops": 1.0}, {}, "method toy-tokens: its footprint gives flops = 1.0, which the task gave already"),
-        ({"bits": 4.0}, {"bits": 8.0}, "method toy-prepared: .* bits_toy_family = 8.0, which method toy-tokens gave already"),
+        (
+            {"bits": 4.0},
+            {"bits": 8.0},
+            "method toy-prepared: .* bits_toy_family = 8.0, which method toy-tokens gave already",
+        ),
     ],
 )
 def test_no_cost_replaces_another(
