@@ -32,7 +32,7 @@ def test_kernels_work_without_triton_and_without_the_rest_of_isoflop() -> None:
 def test_cpu_tensors_never_reach_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, "all")
     monkeypatch.setattr(type(quant_pack), "fused", property(lambda self: pytest.fail("the kernel ran on a CPU tensor")))
-    quant_pack(torch.ones(3, 4), 2)
+    assert torch.equal(quant_pack(torch.arange(4.0), 2).codes, quant_pack.twin(torch.arange(4.0), 2).codes)
 
 
 def test_a_kernel_that_no_gpu_has_measured_is_off_until_someone_asks(monkeypatch: pytest.MonkeyPatch) -> None:
