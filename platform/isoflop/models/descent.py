@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -129,3 +132,18 @@ def draw_weights(
         else:
             parameter.fill_(1.0 if "norm" in name else 0.0)
     draw(head, 0.1 * head.shape[1] ** -0.5)
+
+
+def record_training(
+    folder: Path, losses: Sequence[float], started: float, figures: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Write ``training.json``: steps, mean loss of the last tenth, CPU seconds since ``started``, and other figures."""
+    tail = losses[-max(1, len(losses) // 10) :]
+    record = {
+        "steps": len(losses),
+        "final_loss": sum(tail) / len(tail),
+        **(figures or {}),
+        "cpu_seconds": time.process_time() - started,
+    }
+    (folder / "training.json").write_text(json.dumps(record) + "\n")
+    return record

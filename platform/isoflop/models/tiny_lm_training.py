@@ -24,7 +24,7 @@ from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models import recall_world as world
-from isoflop.models.descent import descend, draw_weights, rate_groups
+from isoflop.models.descent import descend, draw_weights, rate_groups, record_training
 from isoflop.models.lm import NOT_SCORED, LmBatch
 from isoflop.models.lm_text import Tokens, TokensStage
 from isoflop.models.quiet import no_progress_bars
@@ -284,12 +284,4 @@ def save_lm(folder: Path, module: Any, figures: dict[str, float], losses: list[f
     """Write the checkpoint and ``training.json``: ``figures``, final loss, CPU seconds since ``started``."""
     with no_progress_bars():
         module.save_pretrained(folder)
-    tail = losses[-max(1, len(losses) // 10) :]
-    record = {
-        "steps": len(losses),
-        "final_loss": sum(tail) / len(tail),
-        **figures,
-        "cpu_seconds": time.process_time() - started,
-    }
-    (folder / "training.json").write_text(json.dumps(record) + "\n")
-    log.info("trained %s: %s", folder.name, record)
+    log.info("trained %s: %s", folder.name, record_training(folder, losses, started, figures))

@@ -5,7 +5,6 @@ Shape suffixes: B batch, N images, C width, P patches, H height, W width.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models import sprite_world as world
-from isoflop.models.descent import descend
+from isoflop.models.descent import descend, record_training
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.tiny_vision import save_preprocessing
 from isoflop.models.tiny_vit_config import GRID, PATCH, SIZES, untrained
@@ -131,13 +130,8 @@ class VitStage(Stage):
         with no_progress_bars():
             module.save_pretrained(folder)
         save_preprocessing(folder, world.SIDE, "ViTImageProcessor")
-        tail = losses[-max(1, len(losses) // 10) :]
-        seconds = time.process_time() - started
-        figures = {"steps": len(losses), "final_loss": sum(tail) / len(tail), "cpu_seconds": seconds}
-        (folder / "training.json").write_text(json.dumps(figures) + "\n")
-        log.info(
-            "trained %s on %s, seed %d: loss %.3f, %.1f CPU seconds", self.size, self.data, self.seed, tail[-1], seconds
-        )
+        record = record_training(folder, losses, started)
+        log.info("trained %s on %s, seed %d: %s", self.size, self.data, self.seed, record)
 
     def load(self, ctx: StageContext, folder: Path) -> Path:
         """Where the files are."""

@@ -27,7 +27,7 @@ from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.decoder import LastPosition
-from isoflop.models.descent import descend, rate_groups
+from isoflop.models.descent import descend, rate_groups, record_training
 from isoflop.models.features import FeaturesStage, LayerKey, TowerSource, Vision
 from isoflop.models.lessons import Lessons, Step
 from isoflop.models.quiet import no_progress_bars
@@ -251,21 +251,8 @@ class CellStage(Stage):
         losses = trainer.run(recipe.lessons.steps(recipe.steps, recipe.batch, self.seed), bank)
         bank.fold(module.model.multi_modal_projector.linear_1)
         save_cell(folder, module, compressor)
-        tail = losses[-max(1, len(losses) // 10) :]
-        figures = {
-            "steps": len(losses),
-            "final_loss": sum(tail) / len(tail),
-            "cpu_seconds": time.process_time() - started,
-        }
-        (folder / "training.json").write_text(json.dumps(figures) + "\n")
-        log.info(
-            "trained %s with %s, seed %d: loss %.3f, %.1f CPU seconds",
-            self.size,
-            self.method,
-            self.seed,
-            figures["final_loss"],
-            figures["cpu_seconds"],
-        )
+        record = record_training(folder, losses, started)
+        log.info("trained %s with %s, seed %d: %s", self.size, self.method, self.seed, record)
 
     def load(self, ctx: StageContext, folder: Path) -> Checkpoint:
         """Where the files are."""
