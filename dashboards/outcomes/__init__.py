@@ -2,12 +2,14 @@
 
 ``claims.yaml`` says, method by method, what its paper leads one to expect and which rows of which sweep would show it.
 ``make outcomes`` runs those sweeps (or finds them done), tests every claim on paired examples and writes
-``outcomes.json`` and ``outcomes.md`` anew. A claim that does not show is kept, with its numbers.
+``outcomes.json`` and ``outcomes.md`` anew, with the joint frontier of the composed sweep. A claim that does not show is
+kept, with its numbers.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ import pyarrow as pa
 import yaml
 
 from isoflop.core.errors import UserError
+from isoflop.frontier.composition import Composed, Configuration
 from isoflop.frontier.paired import Paired, paired
 
 HERE = Path(__file__).parent
@@ -114,7 +117,62 @@ def page(judged: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(judged: Sequence[dict[str, Any]], folder: Path = HERE) -> None:
+def composition_page(composed: Sequence[Composed]) -> str:
+    """The composed sweep in Markdown: joint frontiers, and what each combination gains over its parts."""
+    lines = [
+        "## Combining methods",
+        "",
+        "Visual tokens (mqt), KV cache (zipcache) and weights (bitstack), alone and together, in the sweep `composed`. Means over",
+        "repeats. The gain at an accepted error is the cost of the cheapest configuration of the combination's parts (each",
+        "alone, every smaller combination, the uncompressed model) over that of the combination: above 1, combining is cheaper.",
+    ]
+    for part in composed:
+        lines += [
+            "",
+            f"### Error against {part.cost}",
+            "",
+            f"| frontier | knobs | {part.cost} | error |",
+            "|---|---|---|---|",
+        ]
+        lines += [f"| {c.method} | {_swept(c, part)} | {c.cost:,.0f} | {c.error:.4f} |" for c in part.frontier]
+        known = [g for g in part.gains if math.isfinite(g.factor)]
+        lines += [
+            "",
+            f"| combination | accepted error | its {part.cost} | its parts' | gain [95 %] |",
+            "|---|---|---|---|---|",
+        ]
+        for g in known:
+            interval = f" [{g.low:.3f}, {g.high:.3f}]" if math.isfinite(g.low) else " (no interval)"
+            lines.append(
+                f"| {g.method} | {g.accepted:.3f} | {g.cost:,.0f} | {g.alone:,.0f} | {g.factor:.3f}{interval} |"
+            )
+        for method in dict.fromkeys(g.method for g in part.gains):
+            missed = [f"{g.accepted:.3f}" for g in part.gains if g.method == method and not math.isfinite(g.factor)]
+            if missed:
+                lines.append(f"\n{method}: no configuration within an error of {', '.join(missed)}.")
+    return "\n".join(lines) + "\n"
+
+
+def _swept(configuration: Configuration, composed: Composed) -> str:
+    """The knobs that differ between the configurations of the same methods."""
+    mine = json.loads(configuration.knobs)
+    others = [json.loads(c.knobs) for c in composed.configurations if c.method == configuration.method]
+    return ", ".join(f"{name} {value}" for name, value in mine.items() if len({str(o[name]) for o in others}) > 1)
+
+
+def write(judged: Sequence[dict[str, Any]], composed: Sequence[Composed], folder: Path = HERE) -> None:
     """``outcomes.json`` and ``outcomes.md``."""
-    (folder / "outcomes.json").write_text(json.dumps(list(judged), indent=1, default=str) + "\n")
-    (folder / "outcomes.md").write_text(page(judged))
+    data = {"claims": list(judged), "composition": [asdict(part) for part in composed]}
+    (folder / "outcomes.json").write_text(json.dumps(_plain(data), indent=1) + "\n")
+    (folder / "outcomes.md").write_text(page(judged) + "\n" + composition_page(composed))
+
+
+def _plain(value: Any) -> Any:
+    """JSON types: sets as sorted lists, and null for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,7 +11,8 @@ import pyarrow as pa
 
 import isoflop
 from isoflop.core.errors import UserError
-from isoflop.dashboards.outcomes import HERE, judge, load_claims, page, write
+from isoflop.dashboards.outcomes import HERE, composition_page, judge, load_claims, page, write
+from isoflop.frontier.composition import compose
 
 SWEEPS = Path(__file__).resolve().parents[2] / "sweeps"
 
@@ -32,10 +33,12 @@ def main() -> None:
         return isoflop.run(SWEEPS / f"{sweep}.yaml", store=given.store).results()
 
     judged = judge(claims, rows_of)
-    if not given.only:
-        write(judged)
-        print(f"wrote {HERE / 'outcomes.md'}")
     print(page(judged))
+    if not given.only:
+        composed = [compose(rows_of("composed"), cost) for cost in ("bytes", "flops")]
+        print(composition_page(composed))
+        write(judged, composed)
+        print(f"wrote {HERE / 'outcomes.md'}")
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def _partner(
             continue
         distance = 0.0
         for column, tolerance in tolerances.items():
-            mine, theirs = _value(row, column), _value(other, column)
+            mine, theirs = cell_of(row, column), cell_of(other, column)
             if mine == theirs:
                 continue
             if not tolerance or not isinstance(mine, (int, float)) or not isinstance(theirs, (int, float)):
@@ -109,7 +109,7 @@ def _partner(
     return best
 
 
-def _value(row: Mapping[str, Any], column: str) -> Any:
+def cell_of(row: Mapping[str, Any], column: str) -> Any:
     """A column, or an entry of the footprint, of the metrics or of the knobs."""
     if column in row:
         return row[column]
@@ -151,7 +151,7 @@ def _interval(differences: Sequence[tuple[int, np.ndarray]], seed: int) -> tuple
 def _cells(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], columns: list[str]) -> list[dict[str, Any]]:
     found: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
     for row, other in pairs:
-        key = (row["task"], *(_rounded(_value(row, c)) for c in columns))
+        key = (row["task"], *(_rounded(cell_of(row, c)) for c in columns))
         found.setdefault(key, []).append((row["error"], other["error"]))
     cells = []
     for key, errors in sorted(found.items(), key=lambda item: tuple(map(str, item[0]))):

@@ -1,0 +1,93 @@
+"""Joint frontiers of composed sweeps: planted gains, brute force, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from isoflop.core.errors import UserError
+from isoflop.dashboards.outcomes import composition_page
+from isoflop.frontier.composition import compose
+from isoflop.ledger.schema import to_table
+
+
+def row(method: str, cost: float, error: float, repeat: int = 0, knob: int = 0, examples: int = 4) -> dict[str, object]:
+    return {
+        "job_id": f"{method}{knob}{repeat}{cost}",
+        "model": "m",
+        "task": "t",
+        "method": method,
+        "knobs": json.dumps({"k": knob}),
+        "repeat": repeat,
+        "status": "ok",
+        "error": error,
+        "scores": [error] * examples,
+        "footprint": [("bytes", cost)],
+    }
+
+
+def test_a_combination_that_halves_the_cost_gains_two_with_certainty() -> None:
+    rows = [
+        row(m, cost, error, repeat)
+        for repeat in range(3)
+        for m, cost, error in (("none", 100, 0.1), ("a", 60, 0.15), ("b", 50, 0.3), ("a+b", 30, 0.15))
+    ]
+    found = compose(to_table(rows), "bytes", margins=(0.06, 0.01))
+    at_six, at_one = found.gains
+    assert (at_six.cost, at_six.alone, at_six.factor, at_six.low, at_six.high) == (30, 60, 2, 2, 2)
+    assert math.isnan(at_one.cost)
+    assert at_one.alone == 100
+    assert math.isnan(at_one.factor)
+    assert [c.method for c in found.frontier] == ["a+b", "none"]
+    page = composition_page([found])
+    assert "| a+b | 0.160 | 30 | 60 | 2.000 [2.000, 2.000] |" in page
+    assert "a+b: no configuration within an error of 0.110." in page
+
+
+def test_what_a_combination_is_made_of_does_not_include_other_methods() -> None:
+    rows = [row("none", 100, 0.1), row("c", 1, 0.1), row("a+b", 50, 0.1), row("a+b+c", 0.5, 0.1)]
+    gains = {g.method: g for g in compose(to_table(rows), "bytes", margins=(0.01,)).gains}
+    assert gains["a+b"].alone == 100  # not 1: c is not part of it
+    assert gains["a+b+c"].alone == 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), min_size=1, max_size=12))
+def test_the_frontier_is_that_of_a_brute_force(points: list[tuple[int, int]]) -> None:
+    rows = [row("a", cost, error / 20, knob=i) for i, (cost, error) in enumerate(points)]
+    found = compose(to_table(rows), "bytes")
+    for c in found.configurations:
+        beaten = any(
+            o.cost <= c.cost and o.error <= c.error and (o.cost < c.cost or o.error < c.error)
+            for o in found.configurations
+        )
+        assert c.efficient is not beaten
+
+
+def test_a_cheap_configuration_that_is_just_within_the_error_widens_the_interval() -> None:
+    rng = np.random.default_rng(0)
+    rows = []
+    for repeat in range(3):
+        for method, knob, cost, error in (
+            ("none", 0, 100, 0.0),
+            ("a", 0, 60, 0.0),
+            ("a+b", 0, 40, 0.05),
+            ("a+b", 1, 80, 0.0),
+        ):
+            noise = rng.normal(size=200) * 0.1
+            scores = error + noise - noise.mean()
+            rows.append(row(method, cost, error, repeat, knob) | {"scores": scores.tolist()})
+    (gain,) = compose(to_table(rows), "bytes", margins=(0.05,)).gains
+    assert (gain.low, gain.high) == (60 / 80, 60 / 40)
+
+
+def test_an_unknown_cost_is_named() -> None:
+    with pytest.raises(UserError, match="'watts'"):
+        compose(to_table([row("a", 1, 0.1)]), "watts")
+    with pytest.raises(UserError, match="no finished row"):
+        compose(to_table([]), "bytes")
