@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -82,6 +82,9 @@ class Method:
                 f"method {self.name} needs {', '.join(sorted(missing))}, which model {info.ref} does not offer (it offers: {', '.join(sorted(info.hooks)) or 'nothing'})"
             )
 
+    def check_prompt(self, tokens: int, task: str) -> None:  # noqa: B027
+        """Raise Infeasible when this configuration would keep nothing of prompts of ``tokens`` tokens in ``task``."""
+
     def prepare(
         self, info: ModelInfo, weights: Stage | None, seed: int, trained_with: tuple[Method, ...] = ()
     ) -> Stage | None:
@@ -112,6 +115,17 @@ class Method:
         one, and none that the task measures (``flops``, ``seconds`` …). ``ratio`` is the cost without the method over
         the cost with it. In a composition each family's ratio has a name of its own (``ratio_kv_cache`` …), and the
         row's ratio is that of all bytes (weights and cache), dense over compressed.
+        """
+        return {}
+
+    def trace(self, prepared: Any) -> Mapping[str, Sequence[float]]:
+        """What went on inside ``prepare``, for whoever watches: named series, one value per inner step, counted from 0.
+
+        Steps are a search's generations, a training's updates … Rows keep an even selection of a long series (see
+        ``isoflop.ledger.schema``), and MLflow shows each series as the metric ``trace/<name>``.
+
+        Args:
+            prepared: the value of the ``prepare`` stage, or None.
         """
         return {}
 

@@ -7,6 +7,7 @@ A sweep names it under ``import: [toy_parts]``. Every computation of a stage and
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -221,6 +222,9 @@ class ToyPrepared(ToyMethod):
     def change(self, model: ToyModel, prepared: Any) -> None:
         assert prepared == self.k
         model.tokens = FULL_TOKENS / self.k
+
+    def trace(self, prepared: Any) -> dict[str, list[float]]:
+        return {"loss": [prepared / (1 + step) for step in range(500)], "error": [0.5, math.nan, 0.25], "none": []}
 
 
 @METHODS.register("toy-required")

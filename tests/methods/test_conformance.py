@@ -128,6 +128,14 @@ class FailsLate(First):
 
 
 @dataclass(frozen=True)
+class TracesTensors(First):
+    """Reports its losses as they came."""
+
+    def trace(self, prepared: Any) -> dict[str, list[Any]]:
+        return {"loss": [1.0, torch.tensor(0.5)]}
+
+
+@dataclass(frozen=True)
 class NoIdentity(First):
     """Claims that four tokens are the identity."""
 
@@ -202,6 +210,7 @@ VISUAL_BREACHES = [
     (ClaimsAnotherRatio, conformance.check_footprint, "claims ratio"),
     (FailsLate, conformance.check_impossible_knobs, "does not name tokens"),
     (NoIdentity, conformance.check_identity, "changes the outputs"),
+    (TracesTensors, conformance.check_trace, "in series loss: a plain finite number is wanted"),
 ]
 WEIGHT_BREACHES = [
     (IgnoresAKnobOfACalibratedMethod, conformance.check_knobs_honoured, "knob dead has no effect"),

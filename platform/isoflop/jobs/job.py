@@ -152,6 +152,9 @@ class ResolvedJob:
         for method in methods:
             method.check(info)
             built.check_method(method, info)
+            prompt = built.prompt_length(info)
+            if prompt is not None:
+                method.check_prompt(prompt, built.name)
         _one_per_slot(methods)
         weights = family.weights(info, methods, job.seed)
         trained_with = family.trained_with(info, methods)

@@ -20,6 +20,7 @@ import numpy as np
 from isoflop.core.errors import Infeasible
 from isoflop.core.stage import Stage
 from isoflop.jobs.job import Job, ResolvedJob, versions_of
+from isoflop.jobs.traces import Trace, traces_of
 from isoflop.methods.base import ADDITIVE_COSTS, Method
 from isoflop.models.base import Model
 from isoflop.stages import StageCache
@@ -38,6 +39,7 @@ class Outcome:
         metrics: means of the task's secondary metrics.
         footprint: measured costs.
         axes: N, V, Q, ratio, bits.
+        traces: of the methods' inner steps, by name, thinned.
         error_type, error_text: of a job that failed or was infeasible.
     """
 
@@ -47,6 +49,7 @@ class Outcome:
     metrics: dict[str, float] = field(default_factory=dict)
     footprint: dict[str, float] = field(default_factory=dict)
     axes: dict[str, float] = field(default_factory=dict)
+    traces: dict[str, Trace] = field(default_factory=dict)
     error_type: str = ""
     error_text: str = ""
     started: float = 0.0
@@ -134,8 +137,9 @@ class Runner:
         metrics: dict[str, list[np.ndarray]] = {}
         stopped = False
         with ExitStack() as stack:
-            for method, stage in resolved.in_order:
-                stack.enter_context(method.apply(model, self.cache.get(stage) if stage is not None else None))
+            prepared = [(m, self.cache.get(stage) if stage is not None else None) for m, stage in resolved.in_order]
+            for method, value in prepared:
+                stack.enter_context(method.apply(model, value))
             clock = time.monotonic()
             for index, shard in enumerate(resolved.task.evaluate(model, self.cache, resolved.job.seed)):
                 errors.append(np.asarray(shard.errors, dtype=np.float64))
@@ -162,6 +166,7 @@ class Runner:
         # of the worker since it started, earlier jobs included: the system keeps no peak per job
         out.footprint["worker_peak_bytes"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         out.axes = _axes(resolved, out.footprint)
+        out.traces = traces_of(prepared)
         out.status = "pruned" if stopped else "ok"
 
     def _model(self, resolved: ResolvedJob, out: Outcome) -> Model:

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from isoflop.core.errors import UserError
-from isoflop.ledger.schema import SCHEMA, VERSION, empty, latest, to_table
+from isoflop.ledger.schema import SCHEMA, VERSION, completed, empty, latest, to_table
 from isoflop.ledger.store import Store, StoreError
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class Ledger:
             loaded = self._read_file(name, columns)
             if loaded is None:
                 continue
-            tables[name] = loaded.cast(_subset(loaded.column_names))
+            tables[name] = completed(loaded, columns)
             listed = (loaded.schema.metadata or {}).get(_REPLACES)
             if listed:
                 replaced.update(json.loads(listed))
@@ -124,6 +124,9 @@ class Ledger:
                 return None
         if table is None:
             raise UserError(f"{path}: ledger version {version}; this isoflop reads version {VERSION}")
+        unknown = [name for name in parquet.schema_arrow.names if name not in SCHEMA.names]
+        if unknown:  # folding would lose them
+            raise UserError(f"{path}: columns {', '.join(unknown)} were added by a later isoflop; update this one")
         return table.replace_schema_metadata(metadata)
 
     def _set_aside(self, name: str, error: Exception) -> None:
@@ -307,7 +310,3 @@ def _lease_of(content: bytes | None) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _subset(names: list[str]) -> pa.Schema:
-    return pa.schema([SCHEMA.field(n) for n in names])

@@ -6,6 +6,12 @@ Footprint columns and where their numbers come from:
   ``flops_vision`` and ``flops_method``; element-wise operations are not counted.
 * ``seconds`` (per answer), ``weight_bytes``, ``kv_bytes`` and ``peak_bytes`` are measured on the live model.
 * everything else that a task or method reports is in ``footprint``.
+
+``traces`` holds what methods report of their inner steps (``Method.trace``): by name a list of (step, value). A long
+series keeps an even selection of at most 200 points, its first and last among them, so steps are written down and not
+implied by the position. In a composition names are prefixed with the method's (``evopress.fitness``).
+
+Columns are only ever added, and a file without one reads as if it were null there.
 """
 
 from __future__ import annotations
@@ -41,6 +47,8 @@ _QUALITY = [
     ("scores", pa.list_(pa.float32())),
     ("shard_sizes", pa.list_(pa.int32())),
 ]
+_POINT = pa.struct([("step", pa.int64()), ("value", pa.float64())])
+_TRACES = [("traces", pa.map_(pa.string(), pa.list_(_POINT)))]
 FOOTPRINT_COLUMNS = (
     "flops",
     "flops_llm",
@@ -69,12 +77,30 @@ _PROVENANCE = [
     ("sequence", pa.int64()),
 ]
 
-SCHEMA = pa.schema(_IDENTITY + _AXES + _QUALITY + _FOOTPRINT + _PROVENANCE, metadata={"isoflop.ledger": VERSION})
+SCHEMA = pa.schema(
+    _IDENTITY + _AXES + _QUALITY + _FOOTPRINT + _PROVENANCE + _TRACES, metadata={"isoflop.ledger": VERSION}
+)
 
 
 def to_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     """Rows as a table; absent columns are null."""
     return pa.Table.from_pylist([dict(r) for r in rows], schema=SCHEMA)
+
+
+def completed(table: pa.Table, columns: Iterable[str] | None = None) -> pa.Table:
+    """Rows read from a file in the schema's order and types; a column that the file did not know yet is null.
+
+    Args:
+        columns: only these.
+    """
+    wanted = set(SCHEMA.names if columns is None else columns)
+    fields = [field for field in SCHEMA if field.name in wanted]
+    known = set(table.column_names)
+    arrays = [
+        table[field.name].cast(field.type) if field.name in known else pa.nulls(table.num_rows, field.type)
+        for field in fields
+    ]
+    return pa.table(arrays, schema=pa.schema(fields))
 
 
 def empty() -> pa.Table:

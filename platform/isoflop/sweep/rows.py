@@ -14,6 +14,7 @@ import numpy as np
 
 from isoflop import __version__
 from isoflop.jobs import Job, Outcome
+from isoflop.jobs.traces import Trace
 from isoflop.ledger.schema import FOOTPRINT_COLUMNS
 from isoflop.methods.base import METHODS
 from isoflop.sweep.spec import Objective
@@ -49,6 +50,7 @@ def make_row(sweep: str, trial_number: int, job: Job, outcome: Outcome, attempt:
         "shard_sizes": outcome.shard_sizes or None,
         **{name: footprint.get(name) for name in FOOTPRINT_COLUMNS},
         "footprint": sorted(footprint.items()),
+        "traces": [(name, _points(trace)) for name, trace in sorted(outcome.traces.items())] or None,
         "spec": json.dumps(job.to_dict(), sort_keys=True),
         "versions": sorted({**software(), **dict(job.versions)}.items()),
         "host": outcome.host,
@@ -62,6 +64,10 @@ def make_row(sweep: str, trial_number: int, job: Job, outcome: Outcome, attempt:
         "error_type": outcome.error_type or None,
         "error_text": outcome.error_text or None,
     }
+
+
+def _points(trace: Trace) -> list[dict[str, float]]:
+    return [{"step": step, "value": value} for step, value in trace]
 
 
 @cache

@@ -225,6 +225,15 @@ def check_knobs_honoured(cls: type[Method], probe: Probe) -> None:
             raise AssertionError(f"knob {spec.name} has no effect between {', '.join(map(str, _candidates(spec)))}")
 
 
+def check_trace(cls: type[Method], probe: Probe) -> None:
+    """What the method tells of its inner steps is named series of plain finite numbers."""
+    method = _default(cls, probe)
+    for name, values in method.trace(probe.prepared(method, 0)).items():
+        assert isinstance(name, str), f"trace() names a series {name!r}"
+        odd = [value for value in values if type(value) not in (int, float) or not math.isfinite(value)]
+        assert not odd, f"trace() gives {odd[0]!r} in series {name}: a plain finite number is wanted"
+
+
 CHECKS: tuple[Check, ...] = (
     check_declaration,
     check_knob_errors,
@@ -237,6 +246,7 @@ CHECKS: tuple[Check, ...] = (
     check_deterministic,
     check_batching,
     check_knobs_honoured,
+    check_trace,
 )
 
 

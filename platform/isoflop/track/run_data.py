@@ -92,7 +92,7 @@ def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _steps(row: Mapping[str, Any]) -> tuple[tuple[str, int, float], ...]:
-    """Mean error of each shard (step = shard), and the running mean."""
+    """Mean error of each shard (step = shard), and the running mean; then the traces, whose prefix keeps them apart."""
     scores, sizes = row.get("scores") or [], row.get("shard_sizes") or []
     out, begin = [], 0
     for step, size in enumerate(sizes):
@@ -102,6 +102,9 @@ def _steps(row: Mapping[str, Any]) -> tuple[tuple[str, int, float], ...]:
         out.append(("shard_error", step, sum(scores[begin:end]) / size))
         out.append(("running_error", step, sum(scores[:end]) / end))
         begin = end
+    for name, points in row.get("traces") or ():
+        known = [(p["step"], p["value"]) for p in points if p["value"] is not None and math.isfinite(p["value"])]
+        out += [(_safe(f"trace/{name}"), step, value) for step, value in known]
     return tuple(out)
 
 
