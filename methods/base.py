@@ -82,7 +82,7 @@ class Method:
                 f"method {self.name} needs {', '.join(sorted(missing))}, which model {info.ref} does not offer (it offers: {', '.join(sorted(info.hooks)) or 'nothing'})"
             )
 
-    def check_prompt(self, tokens: int, task: str) -> None:  # noqa: B027
+    def check_prompt(self, tokens: int, task: str) -> None:
         """Raise Infeasible when this configuration would keep nothing of prompts of ``tokens`` tokens in ``task``."""
 
     def prepare(

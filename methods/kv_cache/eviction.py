@@ -19,7 +19,7 @@ from torch import Tensor
 from isoflop.core.knobs import Knob
 from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, key_positions, slice_call, whole_prompt
 from isoflop.methods.kv_cache.scores import over_group
-from isoflop.methods.kv_cache.select import Selection, candidates, count_of, lengths, protect, select
+from isoflop.methods.kv_cache.select import Selection, candidates, check_share, count_of, lengths, protect, select
 from isoflop.models.attention import AttentionCall
 from isoflop.models.base import ModelInfo
 from isoflop.models.segments import DenseSegment, LayerStore, attend_segments
@@ -37,6 +37,10 @@ class Eviction(KvCacheMethod):
     def identity(cls, info: ModelInfo) -> Self:
         """Everything kept."""
         return cls(keep=1.0)
+
+    def check_prompt(self, tokens: int, task: str) -> None:
+        """At least one token is left without rounding up."""
+        check_share(self.name, "keep", self.keep, tokens, task)
 
     @abstractmethod
     def score(self, prompt: AttentionCall) -> Tensor:

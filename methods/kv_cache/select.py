@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from isoflop.core.errors import Infeasible
 from isoflop.models.attention import AttentionCall
 
 
@@ -68,6 +69,15 @@ def lengths(call: AttentionCall) -> list[int]:
 def count_of(share: float, length: int, least: int = 1) -> int:
     """The number of tokens that ``share`` of ``length`` stands for: the nearest, halves up, at least ``least``."""
     return min(length, max(least, math.floor(share * length + 0.5 + 1e-9)))
+
+
+def check_share(method: str, knob: str, share: float, prompt: int, task: str) -> None:
+    """Raise Infeasible when ``share`` of a prompt of ``prompt`` tokens rounds to none of them."""
+    if count_of(share, prompt, least=0) == 0:
+        raise Infeasible(
+            f"method {method}: {knob} = {share:g} of the {prompt} tokens of a prompt of task {task} keeps none of them; "
+            f"{knob} from {math.ceil(500 / prompt) / 1000:g} on keeps one"
+        )
 
 
 def select(scores_BGN: Tensor, counts: list[int], candidates_BGN: Tensor | None = None) -> Selection:

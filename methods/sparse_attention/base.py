@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from isoflop.core.knobs import Knob
 from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, key_positions, slice_call, whole_prompt
+from isoflop.methods.kv_cache.select import check_share
 from isoflop.models.attention import AttentionCall
 from isoflop.models.base import ModelInfo
 from isoflop.models.segments import DenseSegment, LayerStore, decode_one, stored_bytes
@@ -54,6 +55,10 @@ class SparseAttention(KvCacheMethod):
         from isoflop.methods.kv_cache.probe import KvCacheProbe
 
         return KvCacheProbe(cost="read", layers=4)
+
+    def check_prompt(self, tokens: int, task: str) -> None:
+        """Right behind the prompt at least one token is read without rounding up."""
+        check_share(self.name, "k_share", self.k_share, tokens, task)
 
     @abstractmethod
     def index(self, tokens: AttentionCall, store: LayerStore, prepared: Any) -> None:

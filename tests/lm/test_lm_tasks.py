@@ -223,3 +223,20 @@ def test_impossible_tasks_are_told_before_they_run(
         return
     with pytest.raises(Infeasible, match=message):
         task(name, **options).check(info)
+
+
+@pytest.mark.parametrize("query", ["blind", "aware"])
+@pytest.mark.parametrize("name", ["kv-recall", "kv-copy"])
+def test_the_prompt_is_as_long_as_the_task_says_before_it_runs(
+    name: str, query: str, recall_lm: LmModel, lm_ctx: FolderContext
+) -> None:
+    task = language_task(name, examples=2, query=query)
+    assert task.prompt_length(recall_lm.info) == task.suite(recall_lm.info, lm_ctx).sequences.prefix
+
+
+@pytest.mark.parametrize(("method", "knob"), [("h2o", "keep"), ("double-sparsity", "k_share")])
+def test_a_share_that_keeps_nothing_of_the_prompt_is_refused_with_the_least_that_does(method: str, knob: str) -> None:
+    with pytest.raises(Infeasible, match=rf"{method}: {knob} = 0.01 of the 26 tokens .* from 0.02 on") as error:
+        build(method, {knob: 0.01}).check_prompt(26, "kv-recall")
+    assert "kv-recall" in str(error.value)
+    build(method, {knob: 0.02}).check_prompt(26, "kv-recall")

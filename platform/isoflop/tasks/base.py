@@ -59,6 +59,10 @@ class Task(ABC):
     def check_method(self, method: Method, info: ModelInfo) -> None:  # noqa: B027
         """Raise Infeasible when the task, with its options, gives the method nothing to act on."""
 
+    def prompt_length(self, info: ModelInfo) -> int | None:
+        """Tokens of every prompt that methods on the cache compress, None where that is not known before running."""
+        return None
+
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         """Shared intermediates that ``evaluate`` will ask for (test examples, vision features …)."""
         return ()

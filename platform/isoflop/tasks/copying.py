@@ -51,6 +51,10 @@ class KvCopy(SymbolTask):
         """BOS, the segment twice, the gap."""
         return 1 + 2 * self.length + self.gap
 
+    def prompt_length(self, info: ModelInfo) -> int:
+        """All but the repetition, of which the cue belongs to the prompt where what is asked is known."""
+        return self.tokens_needed() - self.length + (self.cue if self.query == "aware" else 0)
+
     def draw(self, rng: np.random.Generator, rows: int) -> LmBatch:
         """Sequences of the raw vocabulary."""
         batch = world.copying(rng, rows, self.length, self.gap, self.cue)

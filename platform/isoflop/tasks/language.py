@@ -52,6 +52,10 @@ class BitsPerByte(LanguageTask):
                 f"raise prefix to {1 / self.tokens:.2g} or more"
             )
 
+    def prompt_length(self, info: ModelInfo) -> int:
+        """The share ``prefix`` of a window."""
+        return self.prompt_tokens
+
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the prompt."""

@@ -53,6 +53,10 @@ class GenerationLatency(Task):
                 f"task {self.name}: prompt + new = {self.prompt + self.new} tokens; model {info.ref} has room for {room}"
             )
 
+    def prompt_length(self, info: ModelInfo) -> int:
+        """As the options say."""
+        return self.prompt
+
     def evaluate(self, model: Model, ctx: StageContext, seed: int) -> Iterator[Shard]:
         """One generation per shard."""
         lm = lm_model(model, self.name)

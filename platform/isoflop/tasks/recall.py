@@ -47,6 +47,10 @@ class KvRecall(SymbolTask):
         named = self.asked + 1 if self.query == "aware" else 0
         return 2 + 2 * self.pairs + self.filler + named + 2 * self.asked
 
+    def prompt_length(self, info: ModelInfo) -> int:
+        """All but the questions with answers."""
+        return self.tokens_needed() - 2 * self.asked
+
     def draw(self, rng: np.random.Generator, rows: int) -> LmBatch:
         """Sequences of the raw vocabulary."""
         return world.recalling(rng, rows, self.pairs, self.asked, self.filler, announced=self.query == "aware")
