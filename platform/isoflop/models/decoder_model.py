@@ -16,6 +16,7 @@ from torch import Tensor
 from isoflop.core.errors import Infeasible
 from isoflop.models.attention import AttentionPolicy, replaced_attention
 from isoflop.models.base import Model
+from isoflop.models.context import ContextCompressor
 
 
 class DecoderModel(Model):
@@ -23,9 +24,11 @@ class DecoderModel(Model):
 
     Attributes:
         attention: the attention policy in place (KV-cache and sparse-attention methods), or None for stock attention.
+        context: what shortens the documents of a prompt before the model reads them, or None.
     """
 
     attention: AttentionPolicy | None = None
+    context: ContextCompressor | None = None
 
     @property
     @abstractmethod
@@ -58,6 +61,21 @@ class DecoderModel(Model):
                 yield
         finally:
             del self.attention
+
+    @contextmanager
+    def reading_through(self, compressor: ContextCompressor) -> Iterator[None]:
+        """Inside the ``with`` block tasks hand the documents of a prompt to ``compressor``.
+
+        Raises:
+            Infeasible: another method has taken the place.
+        """
+        if self.context is not None:
+            raise Infeasible("a trial takes one method on the text of a prompt, not two")
+        self.context = compressor
+        try:
+            yield
+        finally:
+            del self.context
 
     @contextmanager
     def compressing_prefix(self, tokens: int, examples_B: Tensor | None = None) -> Iterator[None]:

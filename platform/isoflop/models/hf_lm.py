@@ -17,7 +17,7 @@ from isoflop.models.calibration import CalibrationText
 from isoflop.models.english import EnglishStage
 from isoflop.models.hf_decoder import decoder_geometry
 from isoflop.models.hf_source import FAMILY, Content, Options, content_of, locate, read_config, require_safetensors
-from isoflop.models.lm import LmInfo, LmModel, decoder_layers
+from isoflop.models.lm import LmInfo, LmModel, decoder_layers, tokenizer_of
 from isoflop.models.lm_text import EnglishText, TokenizerSource, TokensStage, has_tokenizer, read_tokenizer
 from isoflop.models.quiet import no_progress_bars
 
@@ -75,7 +75,7 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
         family=FAMILY,
         version=version,
         n_params=sum(p.numel() for p in decoder_layers(skeleton.get_decoder()).parameters()),
-        hooks=frozenset({"kv-cache", "attention", "weights", *named, *(["tokenizer"] if tokenizer else [])}),
+        hooks=frozenset({"kv-cache", "attention", "weights", *named, *(["tokenizer", "context"] if tokenizer else [])}),
         geometry={**geometry, "positions": positions},
         dense_bits=chosen.bits,
         options=options,
@@ -100,7 +100,7 @@ def load(info: ModelInfo, source: Path, options: Options, ctx: StageContext) -> 
             trust_remote_code=options.trust_remote_code,
             dtype=options.torch_dtype,
         )
-    return LmModel(info, module.to(ctx.device).eval().requires_grad_(False))
+    return LmModel(info, module.to(ctx.device).eval().requires_grad_(False), tokenizer_of(info, ctx))
 
 
 def _skeleton(ref: str, config: Any, options: Options) -> Any:

@@ -7,9 +7,10 @@ Shape suffixes: B batch, T tokens, S scored positions, W vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -66,13 +67,29 @@ class LmBatch:
 
 
 class LmModel(DecoderModel):
-    """A loaded Hugging Face causal language model."""
+    """A loaded Hugging Face causal language model.
+
+    Args:
+        tokenizer: gives the model's tokenizer, which is read when text is handed to the model; None where it has none.
+    """
 
     info: LmInfo
 
-    def __init__(self, info: LmInfo, module: nn.Module) -> None:
+    def __init__(self, info: LmInfo, module: nn.Module, tokenizer: Callable[[], Any] | None = None) -> None:
         self.info = info
         self.module: Any = module
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face fast tokenizer.
+
+        Raises:
+            Infeasible: the model has none.
+        """
+        if self._tokenizer is None:
+            raise Infeasible(f"model {self.info.ref} has no tokenizer, so that text cannot be handed to it")
+        return self._tokenizer()
 
     @property
     def decoder(self) -> Any:
@@ -160,6 +177,11 @@ class LmModel(DecoderModel):
             targets_BT = torch.full_like(ids_BT, NOT_SCORED)
             targets_BT[:, :-1] = ids_BT[:, 1:]
             yield LmBatch(ids_BT, targets_BT).to(self.device)
+
+
+def tokenizer_of(info: LmInfo, ctx: StageContext) -> Callable[[], Any] | None:
+    """What ``LmModel`` wants of the stage that holds a model's tokenizer."""
+    return None if info.tokenizer is None else partial(ctx.get, info.tokenizer)
 
 
 def positions_of(batch: LmBatch) -> Tensor:

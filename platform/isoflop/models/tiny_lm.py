@@ -1,4 +1,4 @@
-"""The built-in family ``tiny-lm``: Llama decoders with grouped queries, trained on the spot on one of two corpora.
+"""The built-in family ``tiny-lm``: Llama decoders with grouped queries, trained on the spot on one of three corpora.
 
 ``tiny-lm/recall-<size>`` knows a world of symbols (see ``recall_world``): it looks keys up and copies. At the default
 options ``recall-d128`` takes about 100 CPU seconds and answers 99.8 % of 24 asked pairs and of 48 copied symbols; it is
@@ -7,6 +7,9 @@ the one to judge the cache on. Four layers learn to look back later: give ``reca
 ``tiny-lm/text-<size>`` reads English (see ``english``) through a tokenizer trained on it; ``text-d128`` takes about 150
 CPU seconds and spends about 2.4 bits per byte (2.38 after 600 steps). So short a training hardly uses the distant
 context: it is meant for methods on weights, and losing half of its cache costs it nothing.
+
+``tiny-lm/facts-<size>`` answers questions about facts in plain English (see ``fact_world``), also where words are missing:
+the reader to judge compressed prompts with.
 """
 
 from __future__ import annotations
@@ -23,10 +26,11 @@ from isoflop.core.stage import Stage, StageContext
 from isoflop.models import recall_world as world
 from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo, without_defaults
 from isoflop.models.english import EnglishStage
-from isoflop.models.lm import LmInfo, LmModel
+from isoflop.models.fact_reader import WORDS, FactRecipe, FactStage, FactText, WordTokenizer
+from isoflop.models.lm import LmInfo, LmModel, tokenizer_of
 from isoflop.models.lm_text import EnglishText, TokensStage, TrainedTokenizer
 from isoflop.models.quiet import no_progress_bars
-from isoflop.models.tiny_lm_config import RECALL_SIZES, TEXT_SIZES
+from isoflop.models.tiny_lm_config import FACT_SIZES, RECALL_SIZES, TEXT_SIZES
 from isoflop.models.tiny_lm_training import LmRecipe, RecallRecipe, RecallStage, TextRecipe, TextStage
 from isoflop.models.vlm import Checkpoint
 
@@ -35,20 +39,21 @@ if TYPE_CHECKING:
 
 FAMILY = "tiny-lm"
 HOOKS = frozenset({"kv-cache", "attention", "weights"})
-RECIPES: dict[str, type[LmRecipe]] = {"recall": RecallRecipe, "text": TextRecipe}
+RECIPES: dict[str, type[LmRecipe]] = {"recall": RecallRecipe, "text": TextRecipe, "facts": FactRecipe}
 CALIBRATION_PAIRS = 16
 CALIBRATION_LENGTH = 128
 Options = tuple[tuple[str, Any], ...]
 
 
 class TinyLm(ModelFamily):
-    """Llama decoders built from Hugging Face classes; options are the fields of ``RecallRecipe`` or ``TextRecipe``."""
+    """Llama decoders built from Hugging Face classes; options are the fields of the corpus' recipe (``RECIPES``)."""
 
     name: ClassVar[str] = FAMILY
 
     def members(self) -> list[str]:
-        """``tiny-lm/recall-d64`` … ``tiny-lm/text-d256``."""
-        return [f"{FAMILY}/recall-{size}" for size in RECALL_SIZES] + [f"{FAMILY}/text-{size}" for size in TEXT_SIZES]
+        """``tiny-lm/recall-d64`` … ``tiny-lm/facts-d192``."""
+        sizes = {"recall": RECALL_SIZES, "text": TEXT_SIZES, "facts": FACT_SIZES}
+        return [f"{FAMILY}/{corpus}-{size}" for corpus in sizes for size in sizes[corpus]]
 
     def info(self, ref: str, options: Mapping[str, Any]) -> LmInfo:
         """Describe a member; ``options`` are fields of its corpus' recipe."""
@@ -67,6 +72,8 @@ class TinyLm(ModelFamily):
         corpus, size = _parts(info.ref)
         if corpus == "recall":
             return RecallStage(size, seed, info.options)
+        if corpus == "facts":
+            return FactStage(size, seed, info.options, WordTokenizer())
         return TextStage(size, seed, info.options, _train_tokens(dict(info.options)["vocabulary"]))
 
     def calibration_stages(self, info: ModelInfo, methods: tuple[Method, ...]) -> tuple[Stage, ...]:
@@ -83,7 +90,7 @@ class TinyLm(ModelFamily):
         checkpoint: Checkpoint = ctx.get(weights)
         with no_progress_bars():
             module = LlamaForCausalLM.from_pretrained(checkpoint.folder, local_files_only=True, use_safetensors=True)
-        return LmModel(info, module.to(ctx.device).eval().requires_grad_(False))
+        return LmModel(info, module.to(ctx.device).eval().requires_grad_(False), tokenizer_of(info, ctx))
 
     def _corpus(self, ref: str) -> str:
         if ref not in self.members():
@@ -99,7 +106,8 @@ def _parts(ref: str) -> tuple[str, str]:
 @lru_cache(maxsize=256)
 def _info(ref: str, options: Options) -> LmInfo:
     corpus, size = _parts(ref)
-    return _recall_info(ref, size, options) if corpus == "recall" else _text_info(ref, size, options)
+    describe = {"recall": _recall_info, "text": _text_info, "facts": _facts_info}
+    return describe[corpus](ref, size, options)
 
 
 def _recall_info(ref: str, size: str, options: Options) -> LmInfo:
@@ -126,11 +134,26 @@ def _text_info(ref: str, size: str, options: Options) -> LmInfo:
         family=FAMILY,
         version=content_hash({"stage": TextStage.version, "tokens": tokens.key, "recipe": dict(options)}, 12),
         n_params=shape.n_params,
-        hooks=HOOKS | {"tokenizer"},
+        hooks=HOOKS | {"tokenizer", "context"},
         geometry=shape.geometry(recipe.vocabulary),
         options=options,
         text=EnglishText(tokens, min(CALIBRATION_LENGTH, recipe.context)),
         tokenizer=tokens.tokenizer,
+    )
+
+
+def _facts_info(ref: str, size: str, options: Options) -> LmInfo:
+    shape, tokenizer = FACT_SIZES[size], WordTokenizer()
+    return LmInfo(
+        ref=ref,
+        family=FAMILY,
+        version=content_hash({"stage": FactStage.version, "tokens": tokenizer.key, "recipe": dict(options)}, 12),
+        n_params=shape.n_params,
+        hooks=HOOKS | {"tokenizer", "context"},
+        geometry=shape.geometry(len(WORDS)),
+        options=options,
+        text=FactText(),
+        tokenizer=tokenizer,
     )
 
 

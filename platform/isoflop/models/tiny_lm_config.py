@@ -32,7 +32,7 @@ class LmSize:
     @property
     def kv_heads(self) -> int:
         """Key-value heads."""
-        return self.heads // 2
+        return max(1, self.heads // 2)
 
     @property
     def n_params(self) -> int:
@@ -60,8 +60,15 @@ RECALL_SIZES = {
     "d128x4": LmSize(128, 4, 128),
     "d192": LmSize(192, 2, 192),
 }
+FACT_SIZES = {
+    "d64": LmSize(64, 2, 64),
+    "d128": LmSize(128, 2, 128),
+    "d192": LmSize(192, 2, 192),
+}
 TEXT_SIZES = {
+    "d32": LmSize(32, 4, 88),
     "d64": LmSize(64, 4, 176),
+    "d96": LmSize(96, 4, 264),
     "d128": LmSize(128, 4, 352),
     "d192": LmSize(192, 4, 512),
     "d256": LmSize(256, 4, 688),
