@@ -12,12 +12,8 @@ from isoflop.methods.base import METHODS
 from isoflop.testing import check_method
 
 GUIDE = Path(__file__).parents[2] / "methods" / "README.md"
-EXAMPLES = {
-    title: code
-    for title, code in re.findall(
-        r"^## ([^\n]*)\n(?:(?!^## ).)*?```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.S | re.M
-    )
-}
+TITLED = re.compile(r"^## ([^\n]*)\n(?:(?!^## ).)*?```python\n(.*?)```", re.S | re.M)
+EXAMPLES = dict(TITLED.findall(GUIDE.read_text(encoding="utf-8")))
 
 
 @pytest.fixture(autouse=True)
