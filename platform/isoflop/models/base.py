@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from isoflop.core.errors import Infeasible
+from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.knobs import check_knobs, knob_specs
 from isoflop.core.registry import Registry
 from isoflop.core.stage import Stage, StageContext
@@ -154,6 +154,14 @@ class ModelFamily(ABC):
         """Stages that ``Model.calibration`` asks for; ``methods`` are those that took part in the training."""
         return ()
 
+    def series(self, info: ModelInfo, weights: Stage | None) -> tuple[tuple[ModelInfo, Stage | None], ...]:
+        """The checkpoints of the training that a model is one of, the last one last; by default the model alone.
+
+        Args:
+            weights: the model's own, as ``weights()`` gave them.
+        """
+        return ((info, weights),)
+
     @abstractmethod
     def load(self, info: ModelInfo, weights: Stage | None, ctx: StageContext) -> Model:
         """The model on ``ctx.device`` in evaluation mode."""
@@ -168,6 +176,33 @@ def without_defaults(cls: type, options: Mapping[str, Any], kind: str) -> dict[s
     specs = knob_specs(cls)
     checked = check_knobs(cls, options, kind)
     return {name: checked[name] for name in options if checked[name] != specs[name].default}
+
+
+def split_ref(ref: str) -> tuple[str, dict[str, Any]]:
+    """A reference without the options that are written into it: ``tiny-lm/text-d64?act=relu&at=64``.
+
+    Options that are part of the name tell members of a sweep apart that differ in nothing else.
+
+    Raises:
+        UserError: something behind the question mark is no ``name=value``, or a name stands twice.
+    """
+    plain, mark, text = ref.partition("?")
+    options: dict[str, Any] = {}
+    for part in text.split("&") if mark else ():
+        name, equals, value = part.partition("=")
+        if not name or not equals or not value or name in options:
+            raise UserError(f"model {ref}: {part!r} is no option of its own; allowed: {plain}?name=value&name=value")
+        options[name] = _scalar(value)
+    return plain, options
+
+
+def _scalar(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text, text)
 
 
 FAMILIES: Registry[ModelFamily] = Registry("model family", ("isoflop.models",), group="isoflop.models")

@@ -6,7 +6,9 @@ the one to judge the cache on. Four layers learn to look back later: give ``reca
 
 ``tiny-lm/text-<size>`` reads English (see ``english``) through a tokenizer trained on it; ``text-d128`` takes about 150
 CPU seconds and spends about 2.4 bits per byte (2.38 after 600 steps). So short a training hardly uses the distant
-context: it is meant for methods on weights, and losing half of its cache costs it nothing.
+context: it is meant for methods on weights, and losing half of its cache costs it nothing. Its option ``at`` takes the
+weights of a step on the way: ``tiny-lm/text-d64?act=relu&at=64`` and ``…&at=500`` are two models of one training. With
+``warmup`` short and ``final: 1`` the learning rate is the same at all of them.
 
 ``tiny-lm/facts-<size>`` answers questions about facts in plain English (see ``fact_world``), also where words are missing:
 the reader to judge compressed prompts with.
@@ -19,26 +21,35 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from isoflop.core.errors import Infeasible, unknown
+from isoflop.core.errors import Infeasible, UserError, unknown
 from isoflop.core.hashing import content_hash
-from isoflop.core.knobs import check_knobs
+from isoflop.core.knobs import check_knobs, knob_specs
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models import recall_world as world
-from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo, without_defaults
+from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo, split_ref, without_defaults
 from isoflop.models.english import EnglishStage
 from isoflop.models.fact_reader import WORDS, FactRecipe, FactStage, FactText, WordTokenizer
 from isoflop.models.lm import LmInfo, LmModel, tokenizer_of
 from isoflop.models.lm_text import EnglishText, TokensStage, TrainedTokenizer
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.tiny_lm_config import FACT_SIZES, RECALL_SIZES, TEXT_SIZES
-from isoflop.models.tiny_lm_training import LmRecipe, RecallRecipe, RecallStage, TextRecipe, TextStage
+from isoflop.models.tiny_lm_training import (
+    LATER_OPTIONS,
+    LmRecipe,
+    RecallRecipe,
+    RecallStage,
+    SeriesCheckpoint,
+    TextRecipe,
+    TextSeriesStage,
+    TextStage,
+)
 from isoflop.models.vlm import Checkpoint
 
 if TYPE_CHECKING:
     from isoflop.methods.base import Method
 
 FAMILY = "tiny-lm"
-HOOKS = frozenset({"kv-cache", "attention", "weights"})
+HOOKS = frozenset({"kv-cache", "attention", "weights", "mlp"})
 RECIPES: dict[str, type[LmRecipe]] = {"recall": RecallRecipe, "text": TextRecipe, "facts": FactRecipe}
 CALIBRATION_PAIRS = 16
 CALIBRATION_LENGTH = 128
@@ -57,12 +68,16 @@ class TinyLm(ModelFamily):
 
     def info(self, ref: str, options: Mapping[str, Any]) -> LmInfo:
         """Describe a member; ``options`` are fields of its corpus' recipe."""
-        checked = check_knobs(RECIPES[self._corpus(ref)], options, f"model {ref}")
-        return _info(ref, tuple(sorted(checked.items())))
+        recipe = RECIPES[self._corpus(ref)]
+        checked = check_knobs(recipe, _all_options(ref, options), f"model {ref}")
+        named = {k: v for k, v in checked.items() if k not in LATER_OPTIONS or v != knob_specs(recipe)[k].default}
+        return _info(ref, tuple(sorted(named.items())))
 
     def canonical_options(self, ref: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of the recipe that differ from its defaults."""
-        return without_defaults(RECIPES[self._corpus(ref)], options, f"model {ref}")
+        """The fields of the recipe that differ from its defaults, without those that the reference names."""
+        named = split_ref(ref)[1]
+        found = without_defaults(RECIPES[self._corpus(ref)], _all_options(ref, options), f"model {ref}")
+        return {name: value for name, value in found.items() if name not in named}
 
     def weights(self, info: ModelInfo, methods: tuple[Method, ...], seed: int) -> Stage:
         """The training stage of a size, a recipe and a seed."""
@@ -74,7 +89,21 @@ class TinyLm(ModelFamily):
             return RecallStage(size, seed, info.options)
         if corpus == "facts":
             return FactStage(size, seed, info.options, WordTokenizer())
-        return TextStage(size, seed, info.options, _train_tokens(dict(info.options)["vocabulary"]))
+        recipe = dict(info.options)
+        at, tokens = recipe.pop("at", 0), _train_tokens(recipe["vocabulary"])
+        if at:
+            return SeriesCheckpoint(TextSeriesStage(size, seed, tuple(sorted(recipe.items())), tokens), at)
+        return TextStage(size, seed, info.options, tokens)
+
+    def series(self, info: ModelInfo, weights: Stage | None) -> tuple[tuple[ModelInfo, Stage | None], ...]:
+        """The kept steps of a training of which ``info`` describes one (option ``at``)."""
+        if not isinstance(weights, SeriesCheckpoint):
+            return super().series(info, weights)
+        plain, options = split_ref(info.ref)[0], dict(info.options)
+        steps = TextRecipe(**options).series
+        return tuple(
+            (self.info(plain, {**options, "at": step}), dataclasses.replace(weights, at=step)) for step in steps
+        )
 
     def calibration_stages(self, info: ModelInfo, methods: tuple[Method, ...]) -> tuple[Stage, ...]:
         """The tokenised training text, for members that read English."""
@@ -93,13 +122,25 @@ class TinyLm(ModelFamily):
         return LmModel(info, module.to(ctx.device).eval().requires_grad_(False), tokenizer_of(info, ctx))
 
     def _corpus(self, ref: str) -> str:
-        if ref not in self.members():
-            raise unknown("model", ref, self.members())
-        return _parts(ref)[0]
+        plain = split_ref(ref)[0]
+        if plain not in self.members():
+            raise unknown("model", plain, self.members())
+        return _parts(plain)[0]
+
+
+def _all_options(ref: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The given options with those that the reference names; these may be given again, but not otherwise."""
+    named = split_ref(ref)[1]
+    for name, value in named.items():
+        if options.get(name, value) != value:
+            raise UserError(
+                f"model {ref}: {name} = {options[name]!r} is given beside the reference; allowed: one of both"
+            )
+    return {**options, **named}
 
 
 def _parts(ref: str) -> tuple[str, str]:
-    corpus, _, size = ref.partition("/")[2].partition("-")
+    corpus, _, size = split_ref(ref)[0].partition("/")[2].partition("-")
     return corpus, size
 
 
@@ -128,14 +169,19 @@ def _recall_info(ref: str, size: str, options: Options) -> LmInfo:
 
 def _text_info(ref: str, size: str, options: Options) -> LmInfo:
     recipe = dataclasses.replace(TextRecipe(), **dict(options))
-    shape, tokens = TEXT_SIZES[size], _train_tokens(recipe.vocabulary)
+    shape, tokens = recipe.shaped(TEXT_SIZES[size]), _train_tokens(recipe.vocabulary)
+    if recipe.at and recipe.at not in recipe.series:
+        raise UserError(f"model {ref}: at = {recipe.at} was not kept; allowed: {', '.join(map(str, recipe.series))}")
     return LmInfo(
         ref=ref,
         family=FAMILY,
         version=content_hash({"stage": TextStage.version, "tokens": tokens.key, "recipe": dict(options)}, 12),
         n_params=shape.n_params,
         hooks=HOOKS | {"tokenizer", "context"},
-        geometry=shape.geometry(recipe.vocabulary),
+        geometry={
+            **shape.geometry(recipe.vocabulary),
+            "train_tokens": (recipe.at or recipe.steps) * recipe.batch * recipe.context,
+        },
         options=options,
         text=EnglishText(tokens, min(CALIBRATION_LENGTH, recipe.context)),
         tokenizer=tokens.tokenizer,

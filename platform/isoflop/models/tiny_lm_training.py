@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -82,6 +82,30 @@ class TextRecipe(LmRecipe):
     batch: Annotated[int, Knob(low=1, high=4096, doc="windows per step")] = 8
     context: Annotated[int, Knob(low=8, high=1024, doc="tokens of a window", unit="tokens")] = 256
     vocabulary: Annotated[int, Knob(low=300, high=20_000, doc="tokens of the tokenizer")] = 1024
+    act: Annotated[str, Knob(choices=("silu", "relu", "relu2", "gelu"), doc="activation function of the MLPs")] = "silu"
+    layers: Annotated[int, Knob(low=0, high=64, doc="decoder layers; 0: as many as the size has")] = 0
+    at: Annotated[
+        int, Knob(low=0, high=1_000_000, doc="step whose weights are taken, of a series two per octave; 0: the last")
+    ] = 0
+
+    def shaped(self, size: LmSize) -> LmSize:
+        """The size with the recipe's own number of layers."""
+        return replace(size, layers=self.layers) if self.layers else size
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the recipe says in the model's config."""
+        return {} if self.act == "silu" else {"hidden_act": self.act}
+
+    @property
+    def series(self) -> list[int]:
+        """The steps whose weights are kept, ascending: ``steps``, and so on down by factors of the square root of 2."""
+        halves = range(2 * self.steps.bit_length())
+        return sorted({round(self.steps / 2 ** (k / 2)) for k in halves} - {0})
+
+
+LATER_OPTIONS = frozenset({"act", "layers", "at"})
+"""Fields of ``TextRecipe`` that are younger than trained models: at their defaults they name no stage and no version."""
 
 
 class RecallLessons:
@@ -176,9 +200,10 @@ class TextStage(Stage):
         """Train, save."""
         started = time.process_time()
         recipe = TextRecipe(**dict(self.recipe))
-        module = untrained_lm(TEXT_SIZES[self.size], recipe.vocabulary, self.seed)
+        module = untrained_lm(recipe.shaped(TEXT_SIZES[self.size]), recipe.vocabulary, self.seed, **recipe.config)
         tokens: Tokens = ctx.get(self.tokens)
-        losses = train_lm(module, recipe, text_lessons(tokens, recipe, self.seed))
+        lessons = text_lessons(tokens, recipe, self.seed)
+        losses = train_lm(module, recipe, self.watched(lessons, module, recipe, folder))
         ctx.get(self.tokens.tokenizer).save_pretrained(folder)
         save_lm(
             folder,
@@ -188,9 +213,48 @@ class TextStage(Stage):
             started,
         )
 
+    def watched(self, lessons: Iterator[LmBatch], module: Any, recipe: TextRecipe, folder: Path) -> Iterator[LmBatch]:
+        """The lessons as they are trained on; asked for the next one, the weights have learned from the one before."""
+        return lessons
+
     def load(self, ctx: StageContext, folder: Path) -> Checkpoint:
         """Where the files are."""
         return Checkpoint(folder, json.loads((folder / "training.json").read_text()))
+
+
+@dataclass(frozen=True)
+class TextSeriesStage(TextStage):
+    """The same training, with the weights of a series of steps kept on the way."""
+
+    kind: ClassVar[str] = "text-lm-series"
+
+    def watched(self, lessons: Iterator[LmBatch], module: Any, recipe: TextRecipe, folder: Path) -> Iterator[LmBatch]:
+        """Save the weights after each step of the series."""
+        kept = set(recipe.series)
+        for step, batch in enumerate(lessons):
+            if step in kept:
+                _save(module, folder / f"step-{step}")
+            yield batch
+        _save(module, folder / f"step-{recipe.steps}")
+
+
+@dataclass(frozen=True)
+class SeriesCheckpoint(Stage):
+    """The weights after some steps of a training: a place in the folder of its series, named apart so that models are too."""
+
+    kind: ClassVar[str] = "text-lm-at"
+
+    series: TextSeriesStage
+    at: int
+
+    def compute(self, ctx: StageContext, folder: Path) -> None:
+        """Write the step down."""
+        (folder / "step.json").write_text(json.dumps({"at": self.at}) + "\n")
+
+    def load(self, ctx: StageContext, folder: Path) -> Checkpoint:
+        """Where the files of the series are."""
+        series: Checkpoint = ctx.get(self.series)
+        return Checkpoint(series.folder / f"step-{self.at}", {**series.log, "steps": self.at})
 
 
 def text_lessons(tokens: Tokens, recipe: TextRecipe, seed: int) -> Iterator[LmBatch]:
@@ -282,6 +346,10 @@ def add_outliers(module: Any, pairs: int, scale: float, seed: int) -> None:
 
 def save_lm(folder: Path, module: Any, figures: dict[str, float], losses: list[float], started: float) -> None:
     """Write the checkpoint and ``training.json``: ``figures``, final loss, CPU seconds since ``started``."""
+    _save(module, folder)
+    log.info("trained %s: %s", folder.name, record_training(folder, losses, started, figures))
+
+
+def _save(module: Any, folder: Path) -> None:
     with no_progress_bars():
         module.save_pretrained(folder)
-    log.info("trained %s: %s", folder.name, record_training(folder, losses, started, figures))
