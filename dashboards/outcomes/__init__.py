@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def page(judged: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def composition_page(composed: Sequence[Composed]) -> str:
+def composition_page(composed: Sequence[Composed], joint: Sequence[Mapping[str, Any]] = ()) -> str:
     """The composed sweep in Markdown: joint frontiers, and what each combination gains over its parts."""
     lines = [
         "## Combining methods",
@@ -127,30 +128,48 @@ def composition_page(composed: Sequence[Composed]) -> str:
         "alone, every smaller combination, the uncompressed model) over that of the combination: above 1, combining is cheaper.",
     ]
     for part in composed:
+        for task in dict.fromkeys(c.task for c in part.configurations):
+            lines += _joint_frontier(part, task)
+    for task in dict.fromkeys(entry["task"] for entry in joint):
+        count = Counter(entry["method"] for entry in joint if entry["task"] == task)
         lines += [
+            f"\n### {task}: error, bytes and FLOPs at once",
             "",
-            f"### Error against {part.cost}",
-            "",
-            f"| frontier | knobs | {part.cost} | error |",
-            "|---|---|---|---|",
+            f"{count.total()} configurations are beaten by no other in all three: "
+            + ", ".join(f"{number} of {method}" for method, number in count.most_common())
+            + ".",
         ]
-        lines += [f"| {c.method} | {_swept(c, part)} | {c.cost:,.0f} | {c.error:.4f} |" for c in part.frontier]
-        known = [g for g in part.gains if math.isfinite(g.factor)]
-        lines += [
-            "",
-            f"| combination | accepted error | its {part.cost} | its parts' | gain [95 %] |",
-            "|---|---|---|---|---|",
-        ]
-        for g in known:
+    return "\n".join(lines) + "\n"
+
+
+def _joint_frontier(part: Composed, task: str) -> list[str]:
+    """One task's frontier and gains in one cost."""
+    gains = [g for g in part.gains if g.task == task]
+    lines = [
+        f"\n### {task}: error against {part.cost}",
+        "",
+        f"| frontier | knobs | {part.cost} | error |",
+        "|---|---|---|---|",
+    ]
+    for c in part.frontier:
+        if c.task == task:
+            lines.append(f"| {c.method} | {_swept(c, part)} | {c.cost:,.0f} | {c.error:.4f} |")
+    lines += [
+        "",
+        f"| combination | accepted error | its {part.cost} | its parts' | gain [95 %] |",
+        "|---|---|---|---|---|",
+    ]
+    for g in gains:
+        if math.isfinite(g.factor):
             interval = f" [{g.low:.3f}, {g.high:.3f}]" if math.isfinite(g.low) else " (no interval)"
             lines.append(
                 f"| {g.method} | {g.accepted:.3f} | {g.cost:,.0f} | {g.alone:,.0f} | {g.factor:.3f}{interval} |"
             )
-        for method in dict.fromkeys(g.method for g in part.gains):
-            missed = [f"{g.accepted:.3f}" for g in part.gains if g.method == method and not math.isfinite(g.factor)]
-            if missed:
-                lines.append(f"\n{method}: no configuration within an error of {', '.join(missed)}.")
-    return "\n".join(lines) + "\n"
+    for method in dict.fromkeys(g.method for g in gains):
+        missed = [f"{g.accepted:.3f}" for g in gains if g.method == method and not math.isfinite(g.factor)]
+        if missed:
+            lines.append(f"\n{method}: no configuration within an error of {', '.join(missed)}.")
+    return lines
 
 
 def _swept(configuration: Configuration, composed: Composed) -> str:
@@ -160,11 +179,16 @@ def _swept(configuration: Configuration, composed: Composed) -> str:
     return ", ".join(f"{name} {value}" for name, value in mine.items() if len({str(o[name]) for o in others}) > 1)
 
 
-def write(judged: Sequence[dict[str, Any]], composed: Sequence[Composed], folder: Path = HERE) -> None:
+def write(
+    judged: Sequence[dict[str, Any]],
+    composed: Sequence[Composed],
+    joint: Sequence[Mapping[str, Any]],
+    folder: Path = HERE,
+) -> None:
     """``outcomes.json`` and ``outcomes.md``."""
-    data = {"claims": list(judged), "composition": [asdict(part) for part in composed]}
+    data = {"claims": list(judged), "composition": [asdict(part) for part in composed], "joint": list(joint)}
     (folder / "outcomes.json").write_text(json.dumps(_plain(data), indent=1) + "\n")
-    (folder / "outcomes.md").write_text(page(judged) + "\n" + composition_page(composed))
+    (folder / "outcomes.md").write_text(page(judged) + "\n" + composition_page(composed, joint))
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import isoflop
 from isoflop.core.errors import UserError
 from isoflop.dashboards.outcomes import HERE, composition_page, judge, load_claims, page, write
-from isoflop.frontier.composition import compose
+from isoflop.frontier.composition import compose, efficient
 
 SWEEPS = Path(__file__).resolve().parents[2] / "sweeps"
 
@@ -36,8 +36,9 @@ def main() -> None:
     print(page(judged))
     if not given.only:
         composed = [compose(rows_of("composed"), cost) for cost in ("bytes", "flops")]
-        print(composition_page(composed))
-        write(judged, composed)
+        joint = efficient(rows_of("composed"), ("bytes", "flops"))
+        print(composition_page(composed, joint))
+        write(judged, composed, joint)
         print(f"wrote {HERE / 'outcomes.md'}")
 
 

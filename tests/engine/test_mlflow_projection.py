@@ -191,3 +191,54 @@ def wait_until_idle(tracker: Any, seconds: float) -> bool:
     while tracker.backlog() and time.monotonic() < deadline:
         time.sleep(0.02)
     return tracker.backlog() == 0
+
+
+@pytest.mark.parametrize("bulk", [True, False])
+def test_the_examples_of_a_task_are_a_data_set_named_by_version_and_options(uri: str, bulk: bool) -> None:
+    from mlflow import MlflowClient
+
+    from isoflop.track.projection import Projection
+
+    def data(job: str, sequence: int, **options: Any) -> RunData:
+        spec = json.dumps({"task_options": options})
+        return RunData.of(row(job, sequence, versions=[("task", "7")], spec=spec))
+
+    projection = Projection(uri, "s", None, bulk=bulk)
+    projection.begin("spec", {})
+    projection.show([data("a", 1), data("b", 2), data("c", 3, pairs=4)])
+    projection.show([data("a", 4)])  # run again: still one data set
+    projection.show([RunData.of(row("d", 5, versions=None))])  # a row of which no version is known has none
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("s").experiment_id
+    found = {r.data.tags["isoflop.job_id"]: r for r in client.search_runs([experiment], "tags.`isoflop.job_id` != ''")}
+    sets = {job: [i.dataset for i in run.inputs.dataset_inputs] for job, run in found.items()}
+    assert [(d.name, d.digest) for d in sets["a"]] == [(d.name, d.digest) for d in sets["b"]] == [("t", "7")]
+    (other,) = sets["c"]
+    assert other.digest.startswith("7-")
+    assert json.loads(other.profile) == {"pairs": 4}
+    assert sets["d"] == []
+    (given,) = found["a"].inputs.dataset_inputs
+    assert [(t.key, t.value) for t in given.tags] == [("mlflow.data.context", "eval")]
+    chosen = client.search_runs([experiment], f"datasets.digest = '{other.digest}'")
+    assert [r.data.tags["isoflop.job_id"] for r in chosen] == ["c"]
+
+
+def test_both_ways_of_writing_read_back_alike(tmp_path: Path, empty_mlflow: Path) -> None:
+    from mlflow import MlflowClient
+
+    from isoflop.track.projection import Projection
+
+    shown = []
+    for bulk in (True, False):
+        path = tmp_path / f"{bulk}.db"
+        shutil.copy(empty_mlflow, path)
+        projection = Projection(f"sqlite:///{path}", "s", None, bulk=bulk)
+        projection.begin("spec", {})
+        projection.show([RunData.of(row("a", 1, versions=[("task", "7")], metrics=[("nll", 1.5)], N=10, V=4.0))])
+        client = MlflowClient(f"sqlite:///{path}")
+        (run,) = client.search_runs([client.get_experiment_by_name("s").experiment_id], "tags.`isoflop.job_id` = 'a'")
+        tags = {k: v for k, v in run.data.tags.items() if k != "mlflow.parentRunId"}
+        inputs = [i.dataset.to_dictionary() for i in run.inputs.dataset_inputs]
+        times = (run.info.start_time, run.info.end_time, run.info.status, run.info.run_name)
+        shown.append((run.data.metrics, run.data.params, tags, inputs, times))
+    assert shown[0] == shown[1]

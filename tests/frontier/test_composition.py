@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from isoflop.core.errors import UserError
 from isoflop.dashboards.outcomes import composition_page
-from isoflop.frontier.composition import compose
+from isoflop.frontier.composition import compose, efficient
 from isoflop.ledger.schema import to_table
 
 
@@ -84,6 +84,22 @@ def test_a_cheap_configuration_that_is_just_within_the_error_widens_the_interval
             rows.append(row(method, cost, error, repeat, knob) | {"scores": scores.tolist()})
     (gain,) = compose(to_table(rows), "bytes", margins=(0.05,)).gains
     assert (gain.low, gain.high) == (60 / 80, 60 / 40)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(0, 4)), min_size=1, max_size=10))
+def test_what_is_efficient_in_several_costs_is_beaten_by_nothing(points: list[tuple[int, int, int]]) -> None:
+    rows = [
+        row("a", x, error / 20, knob=i) | {"footprint": [("bytes", x), ("flops", y)]}
+        for i, (x, y, error) in enumerate(points)
+    ]
+    found = {json.loads(entry["knobs"])["k"] for entry in efficient(to_table(rows), ("bytes", "flops"))}
+    beaten = {
+        i
+        for i, p in enumerate(points)
+        if any(all(a <= b for a, b in zip(q, p, strict=True)) and q != p for q in points)
+    }
+    assert found == set(range(len(points))) - beaten
 
 
 def test_an_unknown_cost_is_named() -> None:

@@ -97,21 +97,47 @@ def compose(table: pa.Table, cost: str, margins: Sequence[float] = (0.01, 0.02, 
     Raises:
         UserError: no finished row, or the cost is in none of them.
     """
-    rows = [row for row in table.to_pylist() if row["status"] == "ok"]
-    if not rows:
-        raise UserError("no finished row to compare")
     configurations: list[Configuration] = []
     gains: list[Gain] = []
-    for model, task in sorted({(row["model"], row["task"]) for row in rows}):
-        group = _Group([row for row in rows if (row["model"], row["task"]) == (model, task)], cost)
-        efficient = non_dominated(np.stack([group.costs_C, group.errors()], axis=1))
+    for (model, task), rows in _grouped(table).items():
+        group = _Group(rows, cost)
+        unbeaten_C = non_dominated(np.stack([group.costs_C, group.errors()], axis=1))
         for c, (method, knobs) in enumerate(group.keys):
             cost_c, error_c, repeats = float(group.costs_C[c]), float(group.errors()[c]), len(group.repeats[c])
             named = (model, task, method, group.parts[c], knobs)
-            configurations.append(Configuration(*named, cost_c, error_c, repeats, bool(efficient[c])))
+            configurations.append(Configuration(*named, cost_c, error_c, repeats, bool(unbeaten_C[c])))
         for method in sorted({m for m, _ in group.keys if "+" in m}):
             gains += [Gain(model, task, method, *numbers) for numbers in _gains(group, method, margins, seed)]
     return Composed(cost, configurations, gains)
+
+
+def efficient(table: pa.Table, costs: Sequence[str]) -> list[dict[str, Any]]:
+    """Configurations that no other of the same model and task beats in error and in every cost at once.
+
+    Returns:
+        Entries with ``model``, ``task``, ``method``, ``knobs``, ``error`` and each cost, by their names.
+    """
+    found = []
+    for (model, task), rows in _grouped(table).items():
+        groups = [_Group(rows, cost) for cost in costs]
+        errors_C = groups[0].errors()
+        points_CK = np.stack([errors_C, *(group.costs_C for group in groups)], axis=1)
+        for c in np.flatnonzero(non_dominated(points_CK)).tolist():
+            method, knobs = groups[0].keys[c]
+            named = {"model": model, "task": task, "method": method, "knobs": knobs, "error": float(errors_C[c])}
+            found.append(named | {cost: float(group.costs_C[c]) for cost, group in zip(costs, groups, strict=True)})
+    return found
+
+
+def _grouped(table: pa.Table) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Finished rows by model and task, in order. Raises UserError where there are none."""
+    rows = [row for row in table.to_pylist() if row["status"] == "ok"]
+    if not rows:
+        raise UserError("no finished row to compare")
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda r: (r["model"], r["task"])):
+        found.setdefault((row["model"], row["task"]), []).append(row)
+    return found
 
 
 class _Group:

@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 
 from isoflop.core.hashing import content_hash
-from isoflop.track.run_data import RunData
+from isoflop.track.run_data import RunData, TaskData
 
 _COLUMNS = {
     "runs": {
@@ -25,6 +25,12 @@ _COLUMNS = {
     "latest_metrics": {"key", "value", "timestamp", "step", "is_nan", "run_uuid"},
     "params": {"key", "value", "run_uuid"},
     "tags": {"key", "value", "run_uuid"},
+    "datasets": {
+        "dataset_uuid", "experiment_id", "name", "digest", "dataset_source_type", "dataset_source", "dataset_schema",
+        "dataset_profile",
+    },
+    "inputs": {"input_uuid", "source_type", "source_id", "destination_type", "destination_id", "step"},
+    "input_tags": {"input_uuid", "name", "value"},
 }  # fmt: skip
 _BUSY_MS = 30_000
 
@@ -74,6 +80,9 @@ class BulkWriter:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 # children first: foreign keys point at runs
+                own = "SELECT input_uuid FROM inputs WHERE destination_type = 'RUN' AND destination_id = ?"
+                connection.executemany(f"DELETE FROM input_tags WHERE input_uuid IN ({own})", ids)
+                connection.executemany("DELETE FROM inputs WHERE destination_type = 'RUN' AND destination_id = ?", ids)
                 for table in ("tags", "params", "latest_metrics", "metrics"):
                     connection.executemany(f"DELETE FROM {table} WHERE run_uuid = ?", ids)
                 connection.executemany(
@@ -91,11 +100,38 @@ class BulkWriter:
                 metrics = "(key, value, timestamp, step, is_nan, run_uuid) VALUES (?, ?, ?, ?, 0, ?)"
                 connection.executemany(f"INSERT OR IGNORE INTO metrics {metrics}", _each(batch, _metrics))
                 connection.executemany(f"INSERT OR REPLACE INTO latest_metrics {metrics}", _each(batch, _latest))
+                self._write_inputs(connection, batch)
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:  # SQLite ends it itself when the disk is full
                     connection.execute("ROLLBACK")
                 raise
+
+    def _write_inputs(self, connection: sqlite3.Connection, batch: _Batch) -> None:
+        """The data set of each run; one that is there already, of whoever wrote it, is used."""
+        numbers: dict[TaskData, str] = {}
+        for data in {data.dataset for _, data, _ in batch if data.dataset is not None}:
+            named = (self._experiment_id, data.name, data.digest)
+            new = content_hash([*named], 32)
+            connection.execute(
+                "INSERT OR IGNORE INTO datasets (dataset_uuid, experiment_id, name, digest, dataset_source_type,"
+                " dataset_source, dataset_profile) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (new, *named, data.SOURCE_TYPE, data.source, data.profile),
+            )
+            query = "SELECT dataset_uuid FROM datasets WHERE experiment_id = ? AND name = ? AND digest = ?"
+            (numbers[data],) = connection.execute(query, named).fetchone()
+        edges = [
+            (content_hash([run_id, data.dataset.name, data.dataset.digest], 32), numbers[data.dataset], run_id)
+            for run_id, data, _ in batch
+            if data.dataset is not None
+        ]
+        connection.executemany(
+            "INSERT INTO inputs (input_uuid, source_type, source_id, destination_type, destination_id, step)"
+            " VALUES (?, 'DATASET', ?, 'RUN', ?, 0)",
+            edges,
+        )
+        tags = [(edge, *TaskData.CONTEXT) for edge, _, _ in edges]
+        connection.executemany("INSERT INTO input_tags (input_uuid, name, value) VALUES (?, ?, ?)", tags)
 
     def _run(self, run_id: str, data: RunData, tags: dict[str, str]) -> tuple[str | int, ...]:
         uri = f"{self._artifact_root}/{run_id}/artifacts"

@@ -16,11 +16,11 @@ from typing import Any
 
 import pyarrow as pa
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag, ViewType
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
 from isoflop.track.bulk import BulkWriter, run_id_of
-from isoflop.track.run_data import ERROR_TAGS, RunData, stamp_of
+from isoflop.track.run_data import ERROR_TAGS, RunData, TaskData, stamp_of
 
 log = logging.getLogger(__name__)
 STAMP_TAG = "isoflop.row"
@@ -99,6 +99,8 @@ class Projection:
         self._client.log_batch(run_id, metrics=metrics[:_BATCH], params=params[:100], tags=tags)
         for begin in range(_BATCH, len(metrics), _BATCH):
             self._client.log_batch(run_id, metrics=metrics[begin : begin + _BATCH])
+        if data.dataset is not None:
+            self._client.log_inputs(run_id, datasets=[_input(data.dataset)])
         self._client.set_terminated(run_id, data.status, data.end_ms)
         # last: a run without it is half written and will be completed
         self._client.set_tag(run_id, STAMP_TAG, str(data.stamp))
@@ -184,6 +186,11 @@ class Projection:
             token = page.token
             if not token:
                 return
+
+
+def _input(data: TaskData) -> DatasetInput:
+    dataset = Dataset(data.name, data.digest, data.SOURCE_TYPE, data.source, profile=data.profile)
+    return DatasetInput(dataset, [InputTag(*data.CONTEXT)])
 
 
 def _source_tags() -> dict[str, str]:

@@ -8,9 +8,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+from isoflop.core.hashing import content_hash
 
 _MAX_PARAM = 6000
+_MAX_DIGEST = 36
 _MAX_TAG = 8000  # longer ones are cut silently
 _NAME = re.compile(r"[^A-Za-z0-9_\-. :/]")
 ERROR_TAGS = ("isoflop.error_type", "isoflop.error")
@@ -19,6 +22,39 @@ _COLUMNS = (
     "error", "error_se", "N", "V", "Q", "ratio", "bits", "flops", "flops_llm", "flops_vision", "flops_method",
     "seconds", "peak_bytes", "weight_bytes", "kv_bytes", "wall_seconds", "n_examples",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The examples of a task as an MLflow data set.
+
+    Attributes:
+        name: the task's.
+        digest: the task's version, and a hash of its options where it has some: what names the examples.
+        source: JSON in the form that MLflow gives to data made by code.
+        profile: the options, as JSON.
+    """
+
+    SOURCE_TYPE: ClassVar[str] = "code"
+    CONTEXT: ClassVar[tuple[str, str]] = ("mlflow.data.context", "eval")
+
+    name: str
+    digest: str
+    source: str
+    profile: str
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> TaskData | None:
+        """From a ledger row; None for one that names no task or no version of it."""
+        version = dict(row.get("versions") or ()).get("task")
+        if not row["task"] or not version:
+            return None
+        options = json.loads(row.get("spec") or "{}").get("task_options") or {}
+        digest = f"{version}-{content_hash(options, 8)}" if options else version
+        source = {"tags": {"mlflow.source.name": f"isoflop task {row['task']}", "mlflow.source.type": "LOCAL"}}
+        return cls(
+            str(row["task"])[:500], digest[:_MAX_DIGEST], json.dumps(source), json.dumps(options, sort_keys=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -35,6 +71,7 @@ class RunData:
     metrics: dict[str, float]
     steps: tuple[tuple[str, int, float], ...]
     tags: dict[str, str]
+    dataset: TaskData | None = None
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> RunData:
@@ -52,6 +89,7 @@ class RunData:
             metrics=_metrics(row),
             steps=_steps(row),
             tags=_tags(row),
+            dataset=TaskData.of(row),
         )
 
 
