@@ -90,7 +90,7 @@ def test_a_cheap_configuration_that_is_just_within_the_error_widens_the_interval
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(0, 4)), min_size=1, max_size=10))
 def test_what_is_efficient_in_several_costs_is_beaten_by_nothing(points: list[tuple[int, int, int]]) -> None:
     rows = [
-        row("a", x, error / 20, knob=i) | {"footprint": [("bytes", x), ("flops", y)]}
+        row("a", x, error / 20, knob=i) | {"footprint": [("bytes", x)], "flops": y}
         for i, (x, y, error) in enumerate(points)
     ]
     found = {json.loads(entry["knobs"])["k"] for entry in efficient(to_table(rows), ("bytes", "flops"))}
@@ -105,5 +105,7 @@ def test_what_is_efficient_in_several_costs_is_beaten_by_nothing(points: list[tu
 def test_an_unknown_cost_is_named() -> None:
     with pytest.raises(UserError, match="'watts'"):
         compose(to_table([row("a", 1, 0.1)]), "watts")
+    with pytest.raises(UserError, match="flops is missing in a row of a"):
+        compose(to_table([row("a", 1, 0.1)]), "flops")
     with pytest.raises(UserError, match="no finished row"):
         compose(to_table([]), "bytes")

@@ -150,7 +150,7 @@ class _Group:
         self.keys = list(by_key)
         self.parts = [_parts(method) for method, _ in self.keys]
         self.repeats = [{row["repeat"]: _scores(row) for row in by_key[key]} for key in self.keys]
-        self.costs_C = np.array([np.mean([float(cell_of(row, cost)) for row in by_key[key]]) for key in self.keys])
+        self.costs_C = np.array([np.mean([_cost(row, cost) for row in by_key[key]]) for key in self.keys])
 
     def errors(
         self, draw: Mapping[int, np.ndarray] | None = None, weights: Mapping[int, int] | None = None
@@ -202,6 +202,13 @@ def _gains(
         base = float(errors[dense].min() if dense.any() else errors.min())
         found.append((base + margin, cost, alone, alone / cost, float(low), float(high)))
     return found
+
+
+def _cost(row: Mapping[str, Any], name: str) -> float:
+    value = cell_of(row, name)
+    if value is None:
+        raise UserError(f"{name} is missing in a row of {row['method']} on {row['model']}")
+    return float(value)
 
 
 def _least(costs_C: np.ndarray, chosen_C: np.ndarray) -> float:
