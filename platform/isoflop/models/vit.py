@@ -1,7 +1,8 @@
-"""Image classifiers of the ViT type: what is known of one, and the loaded model with its hook point.
+"""Image classifiers of the ViT type: what is known of one, and the loaded model with its hook points.
 
 Tiny models trained here and Hugging Face checkpoints run through this one class. A token reduction acts inside the
-blocks (see :mod:`isoflop.models.vit_blocks`); the model holds it in ``reduction`` while a method is applied.
+blocks (see :mod:`isoflop.models.vit_blocks`), an image codec in front of the model (see :mod:`isoflop.models.codec`); the
+model holds them in ``reduction`` and ``codec`` while a method is applied.
 
 Shape suffixes: B batch, C channels, H height, W width, K classes.
 """
@@ -21,6 +22,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import derive_seed
 from isoflop.core.stage import StageContext
 from isoflop.models.base import Model, ModelInfo
+from isoflop.models.codec import CodecRun, ImageCodec
 from isoflop.models.sprite_world import CHUNK, ImageSet
 from isoflop.models.vit_blocks import BlockRun, TokenReduction, blocks_of, reduced_blocks
 
@@ -74,6 +76,7 @@ class VitModel(Model):
         info: its description.
         module: the Hugging Face model, in evaluation mode.
         reduction: the token reduction at work, or None.
+        codec: the image codec at work, or None.
     """
 
     info: VitInfo
@@ -82,6 +85,7 @@ class VitModel(Model):
         self.info = info
         self.module: Any = module
         self.reduction: BlockRun | None = None
+        self.codec: CodecRun | None = None
 
     @property
     def device(self) -> torch.device:
@@ -116,8 +120,40 @@ class VitModel(Model):
         finally:
             self.reduction.reduction = reduction
 
+    @contextmanager
+    def coding(self, codec: ImageCodec) -> Iterator[CodecRun]:
+        """Let images go through ``codec`` before the model sees them within the ``with`` block.
+
+        Raises:
+            Infeasible: they go through another one already.
+        """
+        if self.codec is not None:
+            raise Infeasible(f"model {self.info.ref}: images go through another codec already; a trial takes one")
+        self.codec = CodecRun(codec)
+        try:
+            yield self.codec
+        finally:
+            self.codec = None
+
+    def seen(self, images_BCHW: Tensor, ids_B: Tensor | None = None) -> Tensor:
+        """What the model sees of images in [0, 1]: themselves, or what the codec leaves of them.
+
+        Args:
+            ids_B: numbers of examples that are evaluated: the codec counts their bytes, each once.
+        """
+        images_BCHW = images_BCHW.to(self.device)
+        return images_BCHW if self.codec is None else self.codec.through(images_BCHW, ids_B)
+
     def logits(self, images_BCHW: Tensor, ids_B: Tensor | None = None) -> Tensor:
-        """Class logits (B, K) of images in [0, 1], which are resized when their side differs; gradients flow when enabled.
+        """Class logits (B, K) of images in [0, 1], which go through the codec first; gradients flow behind it when enabled.
+
+        Args:
+            ids_B: example numbers, for reductions that draw at random.
+        """
+        return self.classify(self.seen(images_BCHW), ids_B)
+
+    def classify(self, images_BCHW: Tensor, ids_B: Tensor | None = None) -> Tensor:
+        """Class logits (B, K) of images in [0, 1] as they are; images of another side are resized.
 
         Args:
             ids_B: example numbers, for reductions that draw at random.

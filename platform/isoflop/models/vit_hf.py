@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from isoflop.core.errors import Infeasible, UserError
+from isoflop.models.codec import CODEC_HOOK
 from isoflop.models.matrices import matrix_shapes
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.sprite_world import DATA
@@ -69,7 +70,7 @@ def describe(
         family=family,
         version=version,
         n_params=count_blocks(module),
-        hooks=frozenset({TOKENS_HOOK, "weights", *([IMAGES_HOOK] if data in DATA else [])}),
+        hooks=frozenset({TOKENS_HOOK, CODEC_HOOK, "weights", *([IMAGES_HOOK] if data in DATA else [])}),
         geometry={
             "layers": int(settings.num_hidden_layers),
             "width": int(settings.hidden_size),

@@ -1,0 +1,101 @@
+"""Codec methods: the base class that owns the place in front of a model, where images become bytes and images again."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from isoflop.core.errors import Infeasible
+from isoflop.core.stage import StageContext
+from isoflop.methods.base import Method
+from isoflop.models.base import Model, ModelInfo
+from isoflop.models.codec import CODEC_HOOK, CodecRun, ImageCodec
+from isoflop.models.vit import VitInfo, VitModel
+
+if TYPE_CHECKING:
+    from isoflop.methods.probe import Probe
+
+
+@dataclass(frozen=True)
+class CodecMethod(Method):
+    """Base class of methods that send images through bytes before the model sees them.
+
+    The model stays as it is: its input is rounded to 8 bits, encoded, decoded from nothing but the bytes, and rounded to 8
+    bits again. The ratio is that of raw 8-bit samples to real bytes, headers included; what headers cost, which is
+    most of a conventional file on a tiny image, is told beside it.
+    """
+
+    family: ClassVar[str] = "codecs"
+    needs: ClassVar[frozenset[str]] = frozenset({CODEC_HOOK})
+    order: ClassVar[int] = 2
+    slot: ClassVar[str] = "codec"
+
+    @abstractmethod
+    def codec(self, info: VitInfo, prepared: Any) -> ImageCodec:
+        """The codec of this configuration.
+
+        Args:
+            prepared: the value of the ``prepare`` stage, or None.
+        """
+
+    def check(self, info: ModelInfo) -> None:
+        """Refuse models without the hook point."""
+        super().check(info)
+        codec_info(info)
+
+    @contextmanager
+    def apply(self, model: Model, prepared: Any) -> Iterator[None]:
+        """Send every image through the codec."""
+        if not isinstance(model, VitModel):
+            raise Infeasible(f"model {model.info.ref} is no image classifier: codecs do not apply")
+        self.check(model.info)
+        with model.coding(self.codec(model.info, prepared)):
+            yield
+
+    def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
+        """Real bytes, means over the images that were evaluated since ``apply``.
+
+        ``codec_bytes`` is the length of the byte string, ``codec_payload_bytes`` the same without what is equal for every
+        image (see :class:`isoflop.models.codec.Coded`), ``raw_bytes`` that of 8-bit samples; ``ratio`` and
+        ``ratio_payload`` are the raw bytes over either, ``bits_per_pixel`` and ``payload_bits_per_pixel`` eight times
+        either over the pixels.
+        """
+        mean = run_of(model).bytes()
+        payload = mean.coded - mean.header
+        return {
+            "ratio": mean.raw / mean.coded,
+            "ratio_payload": mean.raw / payload,
+            "raw_bytes": mean.raw,
+            "codec_bytes": mean.coded,
+            "codec_payload_bytes": payload,
+            "bits_per_pixel": 8 * mean.coded / mean.pixels,
+            "payload_bits_per_pixel": 8 * payload / mean.pixels,
+        }
+
+    @classmethod
+    def probe(cls) -> Probe:
+        """An untrained tiny vision transformer on which the conformance suite runs."""
+        from isoflop.methods.codecs.probe import CodecProbe
+
+        return CodecProbe()
+
+
+def codec_info(info: ModelInfo) -> VitInfo:
+    """``info`` as that of an image classifier; Infeasible otherwise."""
+    if not isinstance(info, VitInfo):
+        raise Infeasible(f"model {info.ref} is no image classifier: codecs do not apply")
+    return info
+
+
+def run_of(model: Model) -> CodecRun:
+    """The codec at work in a model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not isinstance(model, VitModel) or model.codec is None:
+        raise ValueError(f"no codec is applied to model {model.info.ref}")
+    return model.codec

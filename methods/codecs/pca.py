@@ -1,0 +1,153 @@
+"""Principal components with rounded coefficients: what a linear tokenizer reaches at the same bits.
+
+Shape suffixes: N images, B batch, C channels, H height, W width, I numbers per image (C·H·W), R components, M kept ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isoflop.core.hashing import derive_seed
+from isoflop.core.knobs import Knob
+from isoflop.core.stage import Stage, StageContext
+from isoflop.methods.base import METHODS, Method
+from isoflop.methods.codecs.base import CodecMethod, codec_info, run_of
+from isoflop.methods.codecs.packing import COUNT_BYTES, MOST_CODES, read_codes, write_codes
+from isoflop.models import sprite_world as world
+from isoflop.models.base import Model, ModelInfo, tensor_bytes
+from isoflop.models.codec import CODEC_HOOK, Coded, ImageCodec, to_bytes
+from isoflop.models.vit import IMAGES_HOOK, VitInfo
+
+RANGE = 3.0
+"""Coefficients are rounded within so many standard deviations of their component, and clipped outside."""
+
+
+@METHODS.register("pca-codec")
+@dataclass(frozen=True)
+class PcaCodec(CodecMethod):
+    """The first coefficients in the basis of the training images' principal components, rounded to ``bits`` bits each.
+
+    An image costs one byte for the count and ⌈components · bits / 8⌉ bytes.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({CODEC_HOOK, IMAGES_HOOK})
+
+    components: Annotated[
+        int, Knob(low=1, high=MOST_CODES, log=True, ratio=True, unit="numbers", doc="kept coefficients")
+    ] = 8
+    bits: Annotated[int, Knob(low=1, high=16, unit="bits", doc="per coefficient")] = 6
+    examples: Annotated[int, Knob(low=MOST_CODES + 1, high=65536, log=True, doc="training images")] = 1024
+
+    def prepare(
+        self, info: ModelInfo, weights: Stage | None, seed: int, trained_with: tuple[Method, ...] = ()
+    ) -> PcaStage:
+        """The basis; equal for all values of ``components`` and ``bits``."""
+        data = codec_info(info).data
+        assert data is not None, "the hook labelled-images says that there are images"
+        return PcaStage(data, self.examples, seed, world.VERSION)
+
+    def codec(self, info: VitInfo, prepared: Any) -> ComponentCodec:
+        """The basis, cut to ``components``."""
+        if not isinstance(prepared, Basis):
+            raise TypeError("not a basis of principal components")
+        return ComponentCodec(prepared, self.components, self.bits)
+
+    def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
+        """Besides the bytes of an image those of the basis as far as it is used, which a receiver holds once."""
+        codec = run_of(model).codec
+        assert isinstance(codec, ComponentCodec)
+        used = (codec.basis.mean_I, codec.basis.deviation_R[: codec.keep], codec.basis.rows_RI[: codec.keep])
+        return {
+            **super().footprint(model, ctx),
+            "method_params": float(sum(t.numel() for t in used)),
+            "method_bytes": sum(tensor_bytes(t, model.info.dense_bits) for t in used),
+        }
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Mean image, components as orthonormal rows, and standard deviations of their coefficients, largest first."""
+
+    mean_I: Tensor
+    rows_RI: Tensor
+    deviation_R: Tensor
+
+
+@dataclass(frozen=True)
+class PcaStage(Stage):
+    """Principal components of training images."""
+
+    version: ClassVar[str] = "1"
+    kind: ClassVar[str] = "image-components"
+
+    data: str
+    examples: int
+    seed: int
+    images: str
+
+    def compute(self, ctx: StageContext, folder: Path) -> None:
+        """Decompose and save."""
+        from safetensors.torch import save_file
+
+        images = world.ImageSet(self.data, "train", self.examples, 0.0, derive_seed("component images", self.seed))
+        basis = fit_basis(torch.from_numpy(np.concatenate(list(images.images()))))
+        save_file(vars(basis), folder / "basis.safetensors")
+
+    def load(self, ctx: StageContext, folder: Path) -> Basis:
+        """The basis, on the CPU."""
+        from safetensors.torch import load_file
+
+        return Basis(**load_file(folder / "basis.safetensors"))
+
+
+def fit_basis(images_NCHW: Tensor) -> Basis:
+    """The first 256 principal components of images in [0, 1]."""
+    x_NI = images_NCHW.flatten(1).double()
+    mean_I = x_NI.mean(0)
+    _, scale_R, rows_RI = torch.linalg.svd(x_NI - mean_I, full_matrices=False)
+    deviation_R = scale_R / len(x_NI) ** 0.5
+    return Basis(mean_I.float(), rows_RI[:MOST_CODES].float().contiguous(), deviation_R[:MOST_CODES].float())
+
+
+@dataclass(frozen=True)
+class ComponentCodec(ImageCodec):
+    """Rounded coefficients as a codec.
+
+    Args:
+        basis: shared by encoder and decoder.
+        keep: coefficients that are written.
+        bits: per coefficient.
+    """
+
+    basis: Basis
+    keep: int
+    bits: int
+
+    def encode(self, images_BCHW: Tensor) -> list[Coded]:
+        """The count, and the packed numbers of the intervals that coefficients lie in."""
+        x_BI = images_BCHW.cpu().flatten(1).float() / 255
+        scores_BM = (x_BI - self.basis.mean_I) @ self.basis.rows_RI[: self.keep].T
+        levels_BM = (scores_BM / self._step(self.keep)).floor().long() + 2**self.bits // 2
+        codes_BM = levels_BM.clamp(0, 2**self.bits - 1).numpy()
+        return [Coded(write_codes(codes_M, self.bits), COUNT_BYTES) for codes_M in codes_BM]
+
+    def decode(self, data: Sequence[bytes]) -> Tensor:
+        """Images of the intervals' centres."""
+        images = []
+        for string in data:
+            codes_M = torch.from_numpy(read_codes(string, self.bits))
+            count = len(codes_M)
+            scores_M = (codes_M - 2**self.bits // 2 + 0.5) * self._step(count)
+            images.append(self.basis.mean_I + scores_M @ self.basis.rows_RI[:count])
+        return to_bytes(torch.stack(images)).unflatten(1, (world.CHANNELS, world.SIDE, world.SIDE))
+
+    def _step(self, count: int) -> Tensor:
+        """Width of an interval of the first coefficients."""
+        return self.basis.deviation_R[:count] * (2 * RANGE / 2**self.bits)

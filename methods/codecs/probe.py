@@ -1,0 +1,83 @@
+"""The conformance suite's model for codecs: an untrained tiny ViT and a few 8-bit images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isoflop.core.folder_context import FolderContext
+from isoflop.methods.base import Method
+from isoflop.methods.codecs.base import CodecMethod
+from isoflop.methods.codecs.one_d_piece import OneDPiece
+from isoflop.methods.codecs.tokenizer_training import TokenizerStage
+from isoflop.methods.probe import Probe
+from isoflop.methods.vit_tokens.probe import untrained_model
+from isoflop.models.codec import to_bytes
+from isoflop.models.sprite_world import ImageSet
+from isoflop.models.tokenizer import Tokenizer
+from isoflop.models.vit import VitModel
+
+
+class CodecProbe(Probe):
+    """Logits of an untrained ``tiny-vit`` on 8-bit sprites; the cost is the bytes of an image."""
+
+    def __init__(self, size: str = "c48", examples: int = 8) -> None:
+        self.model: VitModel = untrained_model(size)
+        self.ctx = FolderContext(Path(mkdtemp(prefix="isoflop-probe-")))
+        self.examples = examples
+        images_BCHW = torch.from_numpy(next(ImageSet("sprites", "train", examples, 0.0, seed=0).images()))
+        self._images = to_bytes(images_BCHW).float() / 255
+
+    def prepared(self, method: Method, seed: int) -> Any:
+        """An untrained tokenizer, or what the method's stage computes in a moment."""
+        stage = method.prepare(self.model.info, None, seed)
+        if isinstance(stage, TokenizerStage):
+            return _untrained(stage)
+        return None if stage is None else self.ctx.get(stage)
+
+    def forget(self) -> None:
+        """Compute everything anew."""
+        self.ctx = FolderContext(Path(mkdtemp(prefix="isoflop-probe-")))
+        _untrained.cache_clear()
+
+    def trained(self, method: Method, prepared: Any) -> Any:
+        """The tokenizer's recipe."""
+        return vars(method.recipe) if isinstance(method, OneDPiece) else None
+
+    def verify(self, method: Method, prepared: Any) -> None:
+        """Bytes are all that a decoder needs: each image decodes alone to what the batch gave, in its own size."""
+        assert isinstance(method, CodecMethod)
+        codec = method.codec(self.model.info, prepared)
+        images_BCHW = to_bytes(self._images)
+        coded = codec.encode(images_BCHW)
+        together_BCHW = codec.decode([code.data for code in coded])
+        assert together_BCHW.shape == images_BCHW.shape, f"{tuple(images_BCHW.shape)} became {tuple(together_BCHW.shape)}"
+        assert together_BCHW.dtype == torch.uint8, f"decoded images are {together_BCHW.dtype}"
+        for code, decoded_CHW in zip(coded, together_BCHW, strict=True):
+            assert 0 <= code.header < len(code.data), f"{code.header} header bytes of {len(code.data)}"
+            difference = (codec.decode([code.data])[0].int() - decoded_CHW.int()).abs().max()
+            assert difference <= 1, f"an image decoded alone differs by {difference} grey levels"
+
+    @torch.no_grad()
+    def outputs(self, rows: Sequence[int]) -> Tensor:
+        """Class logits, (B, K)."""
+        index = torch.tensor(list(rows))
+        return self.model.classify(self.model.seen(self._images[index], index), index)
+
+    def cost(self) -> float:
+        """Bytes of an image, a mean over the examples: of its string, or of 8-bit samples without a codec."""
+        self.model.seen(self._images, torch.arange(self.examples))
+        if self.model.codec is None:
+            return float(self._images[0].numel())
+        return self.model.codec.bytes().coded
+
+
+@lru_cache(maxsize=64)
+def _untrained(stage: TokenizerStage) -> Tokenizer:
+    return stage.untrained().eval().requires_grad_(False)
