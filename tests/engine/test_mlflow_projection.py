@@ -242,3 +242,28 @@ def test_both_ways_of_writing_read_back_alike(tmp_path: Path, empty_mlflow: Path
         times = (run.info.start_time, run.info.end_time, run.info.status, run.info.run_name)
         shown.append((run.data.metrics, run.data.params, tags, inputs, times))
     assert shown[0] == shown[1]
+
+
+def test_the_filters_of_the_readme_find_runs(uri: str) -> None:
+    from mlflow import MlflowClient
+
+    from isoflop.track.projection import Projection
+
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## In MLflow")[2].partition("\n## ")[0]
+    filters = section.partition("```text\n")[2].partition("```")[0].splitlines()
+    assert len(filters) >= 5
+    projection = Projection(uri, "s", None)
+    projection.begin("spec", {})
+    common = {"model": "tiny-llava/d24", "versions": [("task", "7")], "task": "reading", "trial_id": "0c5a"}
+    good = row("a", 1, method="quecc", V=4.0, flops=1e6, **common | {"error": 0.05})
+    bad = row(
+        "b", 2, method="zipcache", family="visual-tokens+kv-cache", **common | {"status": "failed", "error": None}
+    )
+    projection.show([RunData.of(good), RunData.of(bad), RunData.of(row("c", 3))])
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("s").experiment_id
+    for text in filters:
+        found = {r.data.tags["isoflop.job_id"] for r in client.search_runs([experiment], text)}
+        assert found, text
+        assert "c" not in found, text
