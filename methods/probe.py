@@ -7,11 +7,12 @@ A family's base class overrides ``Method.probe`` and returns an instance; every 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from isoflop.core.knobs import KnobValue
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
 from isoflop.models.base import Model
@@ -42,6 +43,20 @@ class Probe(ABC):
     def trained(self, method: Method, prepared: Any) -> Any:
         """What training the method would see of its knobs besides the outputs: tensors or plain values, or None."""
         return None
+
+    def settings(self, knob: str) -> Sequence[Mapping[str, KnobValue]]:
+        """Settings between which a knob must show an effect; by default none, and the suite goes through its range.
+
+        For knobs whose values the suite cannot guess (free text), and for those that act only together with another.
+        """
+        return ()
+
+    def untouched(self, method: Method) -> Sequence[int]:
+        """Examples on which ``method``, at its defaults, must give the bare model's outputs; by default none.
+
+        The identity of methods without a ratio, which have nothing to do there.
+        """
+        return ()
 
     def verify(self, method: Method, prepared: Any) -> None:  # noqa: B027
         """Raise AssertionError when ``method``, which is applied now, breaks a promise of its own family."""

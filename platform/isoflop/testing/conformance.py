@@ -101,21 +101,22 @@ def check_impossible_knobs(cls: type[Method], probe: Probe) -> None:
 
 
 def check_identity(cls: type[Method], probe: Probe) -> None:
-    """At ratio 1 the outputs are those of the bare model (where the method has such a configuration).
+    """At ratio 1, and where a method has nothing to do (``Probe.untouched``), the outputs are those of the bare model.
 
     Bit for bit, or within ``TOLERANCE`` where the family replaces an operator by one that adds up in another order.
     """
-    method = cls.identity(probe.model.info)
-    if method is None:
-        return
-    rows = range(probe.examples)
-    bare = probe.outputs(rows)
-    outputs = _outputs(method, probe, rows)
-    if probe.exact:
-        assert torch.equal(outputs, bare), f"{method} changes the outputs"
-    else:
-        difference = float((outputs - bare).abs().max() / bare.abs().max())
-        assert difference <= TOLERANCE, f"{method} changes the outputs by {difference:.1e} of the largest"
+    method, default = cls.identity(probe.model.info), _default(cls, probe)
+    cases = [(method, range(probe.examples))] if method is not None else []
+    for case, rows in [*cases, (default, probe.untouched(default))]:
+        if not rows:
+            continue
+        bare = probe.outputs(rows)
+        outputs = _outputs(case, probe, rows)
+        if probe.exact:
+            assert torch.equal(outputs, bare), f"{case} changes the outputs"
+        else:
+            difference = float((outputs - bare).abs().max() / bare.abs().max())
+            assert difference <= TOLERANCE, f"{case} changes the outputs by {difference:.1e} of the largest"
 
 
 def check_monotone_cost(cls: type[Method], probe: Probe) -> None:
@@ -213,16 +214,17 @@ def check_batching(cls: type[Method], probe: Probe) -> None:
 def check_knobs_honoured(cls: type[Method], probe: Probe) -> None:
     """Every knob changes outputs, cost or footprint, what is prepared, or what is trained (``Probe.trained``)."""
     for spec in knob_specs(cls).values():
-        methods = [_with(cls, {spec.name: value}) for value in _candidates(spec)]
+        settings = probe.settings(spec.name) or [{spec.name: value} for value in _candidates(spec)]
         effects = []
-        for method in methods:
+        for method in (_with(cls, dict(setting)) for setting in settings):
             if not _feasible(method, probe):
                 continue
             effects.append(_effect(method, probe))
             if any(_differ(effects[0], effect) for effect in effects[1:]):
                 break
         else:
-            raise AssertionError(f"knob {spec.name} has no effect between {', '.join(map(str, _candidates(spec)))}")
+            tried = ", ".join(str(setting[spec.name]) for setting in settings)
+            raise AssertionError(f"knob {spec.name} has no effect between {tried}")
 
 
 def check_trace(cls: type[Method], probe: Probe) -> None:

@@ -1,0 +1,1 @@
+"""Compression of the text of a prompt, before a reader sees it."""

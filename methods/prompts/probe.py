@@ -1,0 +1,142 @@
+"""The conformance suite's model for prompt methods: an untrained reader of the fact world, and questions about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isoflop.core.folder_context import FolderContext
+from isoflop.core.knobs import KnobValue
+from isoflop.methods.base import Method
+from isoflop.methods.probe import Probe
+from isoflop.methods.prompts.base import PromptMethod
+from isoflop.methods.prompts.classifier import ClassifierStage
+from isoflop.methods.prompts.units import words_of
+from isoflop.models.context import Compressed, joined
+from isoflop.models.fact_reader import WORDS, WordTokenizer
+from isoflop.models.fact_world import FactQuestion, question_number
+from isoflop.models.lm import LmInfo, LmModel
+from isoflop.models.prompting import Prompt, answer_batch, tokenised
+
+Settings = Mapping[str, Sequence[Mapping[str, KnobValue]]]
+FEW = {"chunks": 48, "epochs": 1}
+"""Of a classifier that only has to exist."""
+
+
+def untrained_reader(ctx: FolderContext, seed: int = 0) -> LmModel:
+    """A Llama over the words of the fact world, with weights large enough to attend unevenly."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        initializer_range=0.15,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = LlamaForCausalLM(config).eval().requires_grad_(False)
+    info = LmInfo(
+        ref="probe/reader",
+        family="probe",
+        version="1",
+        n_params=sum(p.numel() for p in module.model.layers.parameters()),
+        hooks=frozenset({"kv-cache", "attention", "weights", "tokenizer", "context"}),
+        geometry={
+            "width": 32, "layers": 2, "heads": 2, "kv_heads": 1, "head_width": 16, "vocab_size": len(WORDS), "positions": 256,
+        },
+        text=None,
+        tokenizer=WordTokenizer(),
+    )  # fmt: skip
+    return LmModel(info, module, lambda: ctx.get(WordTokenizer()))
+
+
+class PromptProbe(Probe):
+    """Logits of the answer behind a compressed prompt; the cost is the reader's tokens of all prompts.
+
+    Args:
+        settings: see ``Probe.settings``, by knob.
+    """
+
+    def __init__(self, settings: Settings | None = None, examples: int = 4) -> None:
+        self.ctx = FolderContext(Path(mkdtemp(prefix="isoflop-probe-")))
+        self.model: LmModel = untrained_reader(self.ctx)
+        self.examples = examples
+        self._settings = settings or {}
+        self._round = 0
+        self._questions = [question_number(n, 6, 6, 3, "probe") for n in range(examples)]
+
+    def settings(self, knob: str) -> Sequence[Mapping[str, KnobValue]]:
+        """What was given for the knob."""
+        return self._settings.get(knob, ())
+
+    def prepared(self, method: Method, seed: int) -> Any:
+        """The value of the method's stage; a classifier is trained for a moment."""
+        stage = method.prepare(self.model.info, None, seed)
+        if isinstance(stage, ClassifierStage):
+            stage = replace(stage, **FEW)
+        return None if stage is None else self.ctx.get(stage)
+
+    def forget(self) -> None:
+        """Compute stages anew."""
+        self.ctx = FolderContext(Path(mkdtemp(prefix="isoflop-probe-")))
+
+    def verify(self, method: Method, prepared: Any) -> None:
+        """Spans lie in the documents and give the text; other words never come in; who may not see the query does not."""
+        assert isinstance(method, PromptMethod)
+        for question in self._questions:
+            compressed = self._shown(question)
+            check_spans(question, compressed)
+            assert self.model.context is not None
+            if not method.query_aware:
+                other = self.model.context.fresh("something else altogether", question.documents)
+                assert other == compressed, "the text depends on the query, which the method does not declare"
+
+    @torch.no_grad()
+    def outputs(self, rows: Sequence[int]) -> Tensor:
+        """Logits where the answer is due, (B, words)."""
+        batch = answer_batch([self._prompt(row) for row in rows])
+        return self.model.logits(batch)[:, -1]
+
+    def cost(self) -> float:
+        """Tokens of all prompts."""
+        return float(sum(self._prompt(row).tokens for row in range(self.examples)))
+
+    def _shown(self, question: FactQuestion) -> Compressed:
+        if self.model.context is None:
+            return Compressed(joined(question.documents), None)
+        return self.model.context.compress(question.query, question.documents)
+
+    def _prompt(self, row: int) -> Prompt:
+        question = self._questions[row]
+        return tokenised(self.model.tokenizer, self._shown(question).text, question.query, question.answer)
+
+
+def check_spans(question: FactQuestion, compressed: Compressed) -> None:
+    """Raise AssertionError unless the kept spans, in the documents' order, hold exactly the words of the text."""
+    if compressed.kept is None:
+        return
+    texts = {document.id: document.text for document in question.documents}
+    places = {document.id: number for number, document in enumerate(question.documents)}
+    spans = [(places[name], start, end) for name, start, end in compressed.kept]
+    assert spans == sorted(spans), "the kept spans are out of order"
+    for (name, start, end), (after, following, _) in zip(compressed.kept, compressed.kept[1:], strict=False):
+        assert name != after or end <= following, f"two kept spans of {name} overlap at {following}"
+        assert start < end, f"an empty span of {name} at {start}"
+    pieces = [texts[name][start:end] for name, start, end in compressed.kept]
+    kept = [piece[a:b] for piece in pieces for a, b in words_of(piece)]
+    shown = [compressed.text[a:b] for a, b in words_of(compressed.text)]
+    assert kept == shown, "the text is not made of the kept spans"
