@@ -17,6 +17,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.models.attention import AttentionPolicy, replaced_attention
 from isoflop.models.base import Model
 from isoflop.models.context import ContextCompressor
+from isoflop.models.mlps import MlpPolicy
 
 
 class DecoderModel(Model):
@@ -25,10 +26,12 @@ class DecoderModel(Model):
     Attributes:
         attention: the attention policy in place (KV-cache and sparse-attention methods), or None for stock attention.
         context: what shortens the documents of a prompt before the model reads them, or None.
+        mlp: what switches neurons of the feed-forward blocks off, or None.
     """
 
     attention: AttentionPolicy | None = None
     context: ContextCompressor | None = None
+    mlp: MlpPolicy | None = None
 
     @property
     @abstractmethod
@@ -61,6 +64,21 @@ class DecoderModel(Model):
                 yield
         finally:
             del self.attention
+
+    @contextmanager
+    def thinning(self, policy: MlpPolicy) -> Iterator[None]:
+        """Inside the ``with`` block ``policy``, whose hooks are in place, answers for the feed-forward blocks.
+
+        Raises:
+            Infeasible: another method has taken the place.
+        """
+        if self.mlp is not None:
+            raise Infeasible("a trial takes one method on the neurons of the feed-forward blocks, not two")
+        self.mlp = policy
+        try:
+            yield
+        finally:
+            del self.mlp
 
     @contextmanager
     def reading_through(self, compressor: ContextCompressor) -> Iterator[None]:

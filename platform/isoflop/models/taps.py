@@ -1,8 +1,8 @@
-"""Attention taps: rows of a layer's attention weights, computed from the layer's own projections.
+"""Taps: what a model computes on the way, read or changed while it runs as it is.
 
-A tap listens to the outputs of ``q_proj`` and ``k_proj`` while the model runs as it is, with whatever attention kernel,
-and works out the few rows that are asked for. The model is never switched to eager attention, and the whole map is
-never formed.
+An attention tap works rows of a layer's attention weights out from the outputs of ``q_proj`` and ``k_proj``, with
+whatever attention kernel the model uses. The model is never switched to eager attention, and the whole map is never
+formed. An activation tap reads or replaces what enters or leaves a module.
 
 Shape suffixes: B batch, T tokens, R rows asked for, H query heads, G key-value heads, D head width.
 """
@@ -10,12 +10,63 @@ Shape suffixes: B batch, T tokens, R rows asked for, H query heads, G key-value 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+
+class ActivationTap:
+    """The first input, or the output, of a module in each forward pass.
+
+    Args:
+        module: what is tapped.
+        side: ``input`` or ``output``.
+    """
+
+    def __init__(self, module: nn.Module, side: Literal["input", "output"] = "input") -> None:
+        self.module = module
+        self.side = side
+
+    @contextmanager
+    def through(self, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+        """Inside the block every tensor passes through ``change``; None from it leaves the tensor as it is."""
+
+        def entering(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            changed = change(args[0])
+            return None if changed is None else (changed, *args[1:])
+
+        def leaving(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            return change(output)
+
+        handle = (
+            self.module.register_forward_pre_hook(entering)
+            if self.side == "input"
+            else self.module.register_forward_hook(leaving)
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def read(self) -> Iterator[list[Tensor]]:
+        """The tensors of all passes inside the block, one per pass."""
+        seen: list[Tensor] = []
+
+        def note(tensor: Tensor) -> None:
+            seen.append(tensor.detach())
+
+        with self.through(note):
+            yield seen
+
+
+def real_tokens(x_BTF: Tensor, valid_BT: Tensor | None) -> Tensor:
+    """The rows of real tokens, (S, F), in float32: what statistics are taken over."""
+    flat = x_BTF.flatten(0, -2) if valid_BT is None else x_BTF[valid_BT]
+    return flat.float()
 
 
 class Tap:

@@ -1,0 +1,1 @@
+"""Leaving neurons of the feed-forward blocks out, token by token."""

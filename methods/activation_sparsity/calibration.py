@@ -1,0 +1,262 @@
+"""Finding thresholds on training text: the dense states of a model, what a set of rules does to it, and the stages for both.
+
+Thresholds, tolerances and activation ratios are calibrated on the training split only; a test text never decides on a mask.
+
+Shape suffixes: S tokens, F neurons, L layers.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from isoflop.core.hashing import derive_seed
+from isoflop.core.knobs import Knob
+from isoflop.core.stage import Stage, StageContext
+from isoflop.methods.activation_sparsity.base import ActivationSparsityMethod, Rule, Sparsity, blocks_of
+from isoflop.methods.activation_sparsity.cett import Contributions
+from isoflop.methods.base import build
+from isoflop.methods.calibration import OnModel, Spec
+from isoflop.models.base import Model, ModelInfo
+from isoflop.models.decoder_model import decoder_model
+from isoflop.models.taps import ActivationTap, real_tokens
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What a calibration found.
+
+    Attributes:
+        eps_L: threshold of each block; infinite where nothing stays.
+        figures: how it was found, for people.
+    """
+
+    eps_L: Tensor
+    figures: Mapping[str, float]
+
+    def save(self, folder: Path) -> None:
+        """Write both."""
+        save_file({"eps": self.eps_L}, folder / "thresholds.safetensors")
+        (folder / "figures.json").write_text(json.dumps(dict(self.figures)) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Thresholds:
+        """The inverse of :meth:`save`."""
+        return cls(
+            load_file(folder / "thresholds.safetensors")["eps"], json.loads((folder / "figures.json").read_text())
+        )
+
+
+class Calibration:
+    """A model with its calibration text.
+
+    Args:
+        model: with the methods that it was trained with, and no other.
+        examples: calibration sequences, about.
+        seed: draws them.
+        method: name for messages.
+    """
+
+    def __init__(self, model: Model, ctx: StageContext, examples: int, seed: int, method: str) -> None:
+        self.model = decoder_model(model, method)
+        self.mlps = blocks_of(self.model, method)
+        self._batches = list(model.calibration(ctx, examples, seed))
+        self._states: list[Contributions] | None = None
+        self._gates: Tensor | None = None
+        self._dense: float | None = None
+
+    @property
+    def contributions(self) -> list[Contributions]:
+        """Those of every block, on the dense model."""
+        if self._states is None:
+            self._states = [
+                Contributions(a_SF, mlp.out_Fd()) for a_SF, mlp in zip(self._tapped("input"), self.mlps, strict=True)
+            ]
+        return self._states
+
+    def scores(self, of: str) -> Tensor:
+        """Magnitudes of all neurons on all tokens in all layers, sorted: of the ``gate``, or of the ``value``."""
+        found = self._tapped("output" if of == "gate" else "input")
+        return torch.cat([x_SF.abs().flatten() for x_SF in found]).sort().values
+
+    def thresholds(self, cett: float) -> Tensor:
+        """Each block's largest threshold with at most this CETT on the dense states, eps_L."""
+        return torch.tensor([block.threshold(cett) for block in self.contributions], dtype=torch.float32)
+
+    @torch.no_grad()
+    def nll(self, rules: Sequence[Rule] | None = None) -> tuple[float, float]:
+        """Mean negative log-likelihood per token in nats, and the share of active neurons, under ``rules`` or dense."""
+        sparsity = None if rules is None else Sparsity(self.model, self.mlps, rules)
+        total, tokens = 0.0, 0
+        with nullcontext() if sparsity is None else sparsity.hooked():
+            for batch in self._batches:
+                logits_SW, targets_S = self.model.supervised(batch)
+                total += float(F.cross_entropy(logits_SW.float(), targets_S, reduction="sum").double())
+                tokens += len(targets_S)
+                if sparsity is not None:
+                    sparsity.observed()
+        return total / tokens, 1.0 if sparsity is None else sparsity.active_share()
+
+    @property
+    def dense_nll(self) -> float:
+        """``nll`` of the dense model."""
+        if self._dense is None:
+            self._dense = self.nll()[0]
+        return self._dense
+
+    @torch.no_grad()
+    def _tapped(self, side: str) -> list[Tensor]:
+        """What enters the down projections, or leaves the activation functions, at the real tokens of the text, (S, F) each."""
+        with ExitStack() as stack:
+            taps = [
+                ActivationTap(mlp.down) if side == "input" or mlp.act is None else ActivationTap(mlp.act, "output")
+                for mlp in self.mlps
+            ]
+            seen = [stack.enter_context(tap.read()) for tap in taps]
+            for batch in self._batches:
+                self.model.supervised(batch)
+        valid = [getattr(batch, "valid_BT", None) for batch in self._batches]
+        return [torch.cat([real_tokens(x, v) for x, v in zip(block, valid, strict=True)]) for block in seen]
+
+
+@dataclass(frozen=True)
+class ThresholdMethod(ActivationSparsityMethod):
+    """Base class of methods whose thresholds are found on training text."""
+
+    n_calib: Annotated[
+        int, Knob(low=1, high=100_000, log=True, unit="sequences", doc="training sequences to find thresholds on")
+    ] = 16
+
+    @abstractmethod
+    def find(self, calibration: Calibration, cett: float | None) -> Thresholds:
+        """The thresholds of one model.
+
+        Args:
+            cett: what ``shared`` found for the model's whole series; None where the method shares nothing.
+        """
+
+    def shared(self, models: Sequence[Calibration]) -> Crossed | None:
+        """What a series of checkpoints has in common, by default nothing."""
+        return None
+
+    def prepare(
+        self, info: ModelInfo, weights: Stage | None, seed: int, trained_with: tuple[Any, ...] = ()
+    ) -> Stage | None:
+        """The stage that finds the thresholds."""
+        self.check(info)
+        source = OnModel.source(info, weights, seed, trained_with)
+        return ThresholdStage(**source, method=self.named(), common=None)
+
+    def calibrate(self, model: Model, ctx: StageContext, seed: int) -> Thresholds:
+        """What the stage computes, on a loaded model that is its own series."""
+        calibration = self.calibration(model, ctx, seed)
+        found = self.shared([calibration])
+        return self.find(calibration, found.cett if found else None)
+
+    def calibration(self, model: Model, ctx: StageContext, seed: int) -> Calibration:
+        """A model with the text that ``seed`` draws."""
+        return Calibration(model, ctx, self.n_calib, derive_seed("mlp thresholds", seed), self.name)
+
+    def named(self) -> Spec:
+        """What names the method in a stage."""
+        return (self.name, self.version, tuple(sorted(self.knobs().items())))
+
+
+@dataclass(frozen=True)
+class Crossed:
+    """A CETT for a series of checkpoints.
+
+    Attributes:
+        ppl_ratio: mean over the checkpoints at that CETT, on the calibration text.
+        dip: see ``Crossing``.
+    """
+
+    cett: float
+    ppl_ratio: float
+    evaluations: int
+    dip: float
+
+
+@dataclass(frozen=True)
+class CettStage(Stage):
+    """The CETT that several checkpoints of a training share.
+
+    Attributes:
+        models: the checkpoints; not computed themselves, they name what is loaded.
+        method: that shares it.
+    """
+
+    kind: ClassVar[str] = "mlp-cett"
+
+    models: tuple[OnModel, ...]
+    method: Spec
+
+    def deps(self) -> tuple[Stage, ...]:
+        """Those of all checkpoints."""
+        return tuple(dict.fromkeys(stage for model in self.models for stage in model.deps()))
+
+    def compute(self, ctx: StageContext, folder: Path) -> None:
+        """Load all of them at once and search."""
+        method = threshold_method(self.method)
+        with ExitStack() as stack:
+            loaded = [stack.enter_context(source.model(ctx)) for source in self.models]
+            found = method.shared(
+                [method.calibration(model, ctx, s.seed) for model, s in zip(loaded, self.models, strict=True)]
+            )
+        assert found is not None
+        (folder / "cett.json").write_text(json.dumps(vars(found)) + "\n")
+
+    def load(self, ctx: StageContext, folder: Path) -> Crossed:
+        """What was found."""
+        return Crossed(**json.loads((folder / "cett.json").read_text()))
+
+
+@dataclass(frozen=True)
+class ThresholdStage(OnModel):
+    """The thresholds of one model."""
+
+    kind: ClassVar[str] = "mlp-thresholds"
+
+    method: Spec
+    common: CettStage | None
+
+    def deps(self) -> tuple[Stage, ...]:
+        """Those of the model, and what it shares with others."""
+        return (*super().deps(), *([self.common] if self.common is not None else []))
+
+    def compute(self, ctx: StageContext, folder: Path) -> None:
+        """Find and save."""
+        method = threshold_method(self.method)
+        common: Crossed | None = None if self.common is None else ctx.get(self.common)
+        with self.model(ctx) as model:
+            found = method.find(method.calibration(model, ctx, self.seed), None if common is None else common.cett)
+        found.save(folder)
+
+    def load(self, ctx: StageContext, folder: Path) -> Thresholds:
+        """What was found."""
+        return Thresholds.read(folder)
+
+
+def threshold_method(spec: Spec) -> ThresholdMethod:
+    """The method that a stage names."""
+    name, _, knobs = spec
+    method = build(name, dict(knobs))
+    assert isinstance(method, ThresholdMethod)
+    return method
+
+
+def prepared_thresholds(method: str, prepared: Any) -> Tensor:
+    """eps_L of the value of a ``prepare`` stage."""
+    if not isinstance(prepared, Thresholds):
+        raise ValueError(f"method {method} is calibrated: apply() needs the value of its prepare() stage")
+    return prepared.eps_L
