@@ -134,16 +134,19 @@ def _interval(differences: Sequence[tuple[int, np.ndarray]], seed: int) -> tuple
     """Percentile interval of the mean: repeats are drawn, then the examples of each repeat, the same for all its pairs."""
     rng = np.random.default_rng(seed)
     repeats = sorted({repeat for repeat, _ in differences})
-    groups = {repeat: [d for r, d in differences if r == repeat] for repeat in repeats}
+    sums: dict[int, dict[int, np.ndarray]] = {repeat: {} for repeat in repeats}  # repeat -> examples -> sum over pairs
+    pairs = dict.fromkeys(repeats, 0)
+    for repeat, d in differences:
+        sums[repeat][len(d)] = sums[repeat].get(len(d), 0.0) + d
+        pairs[repeat] += 1
     means = np.empty(DRAWS)
     for draw in range(DRAWS):
         chosen = rng.choice(repeats, len(repeats)) if len(repeats) > 1 else np.array(repeats)
-        parts = []
+        total = 0.0
         for repeat in chosen.tolist():
-            sizes = {len(d) for d in groups[repeat]}
-            index = {size: rng.integers(0, size, size) for size in sorted(sizes)}
-            parts += [d[index[len(d)]].mean() for d in groups[repeat]]
-        means[draw] = np.mean(parts)
+            for size, summed in sorted(sums[repeat].items()):
+                total += summed[rng.integers(0, size, size)].mean()
+        means[draw] = total / sum(pairs[repeat] for repeat in chosen.tolist())
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
