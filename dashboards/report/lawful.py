@@ -1,0 +1,384 @@
+"""What the fitted laws say: frontier with a budget slider, curves, IsoFLOP curves, predictions of held-out rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from isoflop.core.errors import UserError
+from isoflop.core.expressions import Array, parse
+from isoflop.dashboards.report import charts
+from isoflop.dashboards.report.charts import Json
+from isoflop.dashboards.report.configs import Config
+from isoflop.dashboards.report.measured import STEPS, against_uncompressed
+from isoflop.dashboards.report.numbers import quantity, short, with_interval
+from isoflop.frontier import frontier as draw_frontier
+from isoflop.frontier.optimum import CostModel, make_space, spend
+from isoflop.frontier.result import Frontier, FrontierPoint
+from isoflop.laws.engine import NotEstimable, check_estimable, fit_groups
+from isoflop.laws.extrapolation import splits
+from isoflop.laws.objective import Objective
+from isoflop.laws.result import Fit
+from isoflop.sweep.results import Findings
+
+_LEVELS, _GRID = 6, 48
+Pair = tuple[Fit, Frontier]
+
+
+def pairs(findings: Findings) -> list[Pair]:
+    """Each frontier of the sweep with the fit it rests on, drawn at more budgets than the ledger keeps."""
+    fits = [f for law in findings.laws for f in law.fits if f.data is not None]
+    found = []
+    for block in findings.frontiers:
+        for drawn in block.frontiers:
+            fit = next((f for f in fits if f.data_hash == drawn.data_hash and f.law == drawn.law), None)
+            if fit is not None:
+                found.append((fit, _finer(fit, drawn)))
+    return found
+
+
+def _finer(fit: Fit, drawn: Frontier) -> Frontier:
+    budgets = [p.budget for p in drawn.points]
+    constants = {k: v for k, v in drawn.constants.items() if k != "Q"}
+    grid = np.geomspace(min(budgets), max(budgets), STEPS) if len(budgets) > 1 else np.array(budgets)
+    grid[0], grid[-1] = min(budgets), max(budgets)
+    q = drawn.constants.get("Q", 0.0)
+    finer = draw_frontier(fit, cost=drawn.cost, q=q, constants=constants, budget=grid.tolist())
+    assert isinstance(finer, Frontier)
+    return finer
+
+
+def name(key: Mapping[str, object], otherwise: str) -> str:
+    """A group of a grouped fit in words."""
+    return ", ".join(str(v) for v in key.values()) or otherwise
+
+
+def unit_of(cost: str) -> str:
+    """FLOPs for multiples of 2 N; other formulas have the units that their author gave them."""
+    return "FLOPs" if cost.replace(" ", "").startswith(("2*N*", "6*N*", "2*(N")) else ""
+
+
+def groups(found: Sequence[Pair], configs: Sequence[Config]) -> list[Json]:
+    """A group per law and cost, a panel per group of the fit."""
+    out: dict[str, list[Json]] = {}
+    for fit, line in found:
+        panel = _frontier_panel(fit, line, [c for c in configs if _belongs(c, fit.key)])
+        out.setdefault(f"{fit.law} law: cost {line.cost}", []).append(panel)
+    return [charts.group(title, panels) for title, panels in out.items()]
+
+
+def _belongs(c: Config, key: Mapping[str, object]) -> bool:
+    return all(getattr(c, k, None) == v for k, v in key.items())
+
+
+def _frontier_panel(fit: Fit, line: Frontier, configs: Sequence[Config]) -> Json:
+    unit, title = unit_of(line.cost), name(fit.key, fit.law)
+    assert fit.data is not None
+    price = _price(fit, line)
+    content = [
+        charts.series(
+            "frontier of the law",
+            -1,
+            [_on_line(p, unit) for p in line.points],
+            line=True,
+            dots=False,
+            band=True,
+        ),
+        *_levels(fit, np.broadcast_to(price, fit.data.n)),
+    ]
+    known = [*fit.data.y.tolist(), *(p.error.value for p in line.points)]
+    chart = charts.xy(
+        f"{title}: {fit.columns.y} against inference cost",
+        charts.axis(f"cost per answer, {line.cost}", unit, log=True),
+        charts.axis(fit.columns.y, log=charts.spread(known)),
+        content,
+    )
+    states = [_state(fit, p, line, configs, unit) for p in line.points]
+    slider = {"label": f"Budget: {line.cost}", "states": states, "start": len(states) // 2}
+    notes = list(dict.fromkeys(n for p in line.points for n in p.notes if "lies" not in n and "end of" not in n))
+    return charts.panel(title, chart, slider=slider, text=" ".join(notes))
+
+
+def _price(fit: Fit, line: Frontier) -> Array:
+    assert fit.data is not None
+    model = CostModel.build(line.cost, fit.form.variable_names, line.constants)
+    return model(fit.data.x)
+
+
+def _on_line(p: FrontierPoint, unit: str) -> Json:
+    low, high = p.error.interval or (None, None)
+    where = ", ".join(f"{v}* = {short(e.value)}" for v, e in p.continuous.items())
+    return charts.point(p.budget, p.error.value, f"{quantity(p.budget, unit)}: {where}", low, high)
+
+
+def _levels(fit: Fit, x: Array) -> list[Json]:
+    """The rows of a fit by the levels of its last variable."""
+    assert fit.data is not None
+    *others, last = fit.form.variable_names
+    levels, label = np.unique(fit.data.x[last], return_inverse=True)
+    if len(levels) > 8:
+        levels, label = np.array([math.nan]), np.zeros(fit.data.n, dtype=np.int64)
+    found = []
+    for i, level in enumerate(levels.tolist()):
+        mine = np.flatnonzero(label == i)
+        text = [", ".join(f"{v} = {short(float(fit.data.x[v][j]))}" for v in [*others, last]) for j in mine]
+        points = [charts.point(float(x[j]), float(fit.data.y[j]), t) for j, t in zip(mine, text, strict=True)]
+        found.append(charts.series(f"{last} = {short(level)}" if math.isfinite(level) else "measured", i, points))
+    return found
+
+
+def _state(fit: Fit, p: FrontierPoint, line: Frontier, configs: Sequence[Config], unit: str) -> Json:
+    text = [sentence(fit, p)]
+    if p.discrete:
+        text.append(at_hand(p, line, configs))
+    far = {v: d for v, d in p.extrapolation.items() if d > 0.01}
+    if far:
+        text.append(
+            "An extrapolation: "
+            + ", ".join(f"{v} lies {short(d, 2)} decades outside the data" for v, d in far.items())
+            + "."
+        )
+    low, high = p.error.interval or (None, None)
+    mark = charts.point(p.budget, p.error.value, "", low, high)
+    return {"budget": p.budget, "label": quantity(p.budget, unit), "text": " ".join(text), "mark": mark}
+
+
+def sentence(fit: Fit, p: FrontierPoint) -> str:
+    """The continuous optimum at a budget."""
+    where = ", ".join(f"{v} = {with_interval(e.value, *(_ends(e.interval)))}" for v, e in p.continuous.items())
+    return f"Optimum of the law: {where}; {fit.columns.y} {with_interval(p.error.value, *_ends(p.error.interval))}."
+
+
+def _ends(ends: tuple[float, float] | None) -> tuple[float | None, float | None]:
+    if ends is None or f"{ends[0]:.3g}" == f"{ends[1]:.3g}":
+        return None, None
+    return ends
+
+
+def at_hand(p: FrontierPoint, line: Frontier, configs: Sequence[Config]) -> str:
+    """The best of the models that were swept, with how sure that is, and against what is uncompressed."""
+    best = p.discrete[0]
+    sure = "" if best.probability is None else f", the best in {100 * best.probability:.0f} % of resamples"
+    error = with_interval(best.error.value, *_ends(best.error.interval))
+    twin = _config_at(best.x, configs)
+    label = f"{twin.title}, " if twin else ""
+    levels = ", ".join(f"{v} = {short(x)}" for v, x in best.x.items())
+    measured = f", measured {short(twin.error)}" if twin else ""
+    comparison = against_uncompressed(twin, configs, pricer(line)) if twin else ""
+    return f"Best of those swept: {label}{levels}; predicted error {error}{measured}{sure}{comparison}."
+
+
+def _config_at(x: Mapping[str, float], configs: Sequence[Config]) -> Config | None:
+    def same(c: Config) -> bool:
+        values = ((getattr(c, v, None), a) for v, a in x.items())
+        return all(isinstance(mine, float) and math.isclose(mine, a, rel_tol=1e-9) for mine, a in values)
+
+    return next((c for c in configs if same(c)), None)
+
+
+def pricer(line: Frontier) -> Callable[[Config], float | None]:
+    """The frontier's cost of a measured configuration."""
+    formula = parse(line.cost, "cost")
+
+    def price(c: Config) -> float | None:
+        values = {n: getattr(c, n, None) for n in formula.names if n not in line.constants}
+        if any(not isinstance(v, float) for v in values.values()):
+            return None
+        return float(formula({**line.constants, **{k: np.float64(v) for k, v in values.items() if v is not None}}))
+
+    return price
+
+
+def headline(found: Sequence[Pair], configs: Sequence[Config]) -> list[str]:
+    """Per frontier: the choice at the middle of its budgets."""
+    lines = []
+    for fit, line in found:
+        p = line.points[len(line.points) // 2]
+        own = [c for c in configs if _belongs(c, fit.key)]
+        budget = quantity(p.budget, unit_of(line.cost))
+        twin = _config_at(p.discrete[0].x, own) if p.discrete else None
+        best = p.discrete[0] if p.discrete else None
+        what = twin.title if twin else ", ".join(f"{v} = {short(x)}" for v, x in (best.x if best else {}).items())
+        estimate = best.error if best else p.error
+        error = with_interval(estimate.value, *_ends(estimate.interval))
+        comparison = against_uncompressed(twin, own, pricer(line)) if twin else ""
+        lines.append(f"{name(fit.key, fit.law)}: at {budget} per answer {what}, error {error} by the law{comparison}")
+    return lines
+
+
+def curves(findings: Findings) -> list[Json]:
+    """Error against each variable of each law, its curves at levels of the others."""
+    found: dict[str, list[Json]] = {}
+    for law in findings.laws:
+        for fit in law.fits:
+            for variable in fit.form.variable_names:
+                if fit.data is not None and len(np.unique(fit.data.x[variable])) > 1:
+                    found.setdefault(f"{fit.law}: against {variable}", []).append(_curve_panel(fit, variable))
+    return [charts.group(title, panels) for title, panels in found.items()]
+
+
+def _curve_panel(fit: Fit, variable: str) -> Json:
+    assert fit.data is not None
+    x, others = fit.data.x, [v for v in fit.form.variable_names if v != variable]
+    levels, label = np.zeros((1, 0)), np.zeros(fit.data.n, dtype=np.int64)
+    if others:
+        levels, label = np.unique(np.stack([x[v] for v in others], axis=1), axis=0, return_inverse=True)
+        label = label.ravel()
+    grid = _between(float(x[variable].min()), float(x[variable].max()))
+    content = []
+    for k, i in enumerate(np.unique(np.linspace(0, len(levels) - 1, min(len(levels), _LEVELS)).round().astype(int))):
+        values = dict(zip(others, levels[i].tolist(), strict=True))
+        at = {variable: grid, **{v: np.full_like(grid, a) for v, a in values.items()}}
+        low, high = fit.predict_interval(at) if fit.samples is not None else (None, None)
+        text = ", ".join(f"{v} = {short(a)}" for v, a in values.items())
+        y = fit.predict(**at)
+        line = [
+            charts.point(
+                float(a),
+                float(b),
+                text,
+                *((float(low[j]), float(high[j])) if low is not None and high is not None else ()),
+            )
+            for j, (a, b) in enumerate(zip(grid, y, strict=True))
+        ]
+        dots = [charts.point(float(x[variable][j]), float(fit.data.y[j]), text) for j in np.flatnonzero(label == i)]
+        own = text or "measured"
+        content.append(charts.series(f"law, {own}", k, line, line=True, dots=False, band=True, of=own))
+        content.append(charts.series(own, k, dots))
+    chart = charts.xy(
+        f"{name(fit.key, fit.law)}: {fit.columns.y} against {variable}",
+        charts.axis(AXES.get(variable, variable), log=charts.spread(x[variable].tolist(), 4)),
+        charts.axis(fit.columns.y, log=charts.spread(fit.data.y.tolist())),
+        content,
+    )
+    return charts.panel(name(fit.key, fit.law), chart)
+
+
+AXES = {
+    "N": "N, parameters of the language model",
+    "V": "V, visual tokens per answer",
+    "Q": "Q, text tokens per answer",
+}
+
+
+def _between(low: float, high: float) -> Array:
+    return np.geomspace(low, high, _GRID) if low > 0 else np.linspace(low, high, _GRID)
+
+
+def isoflop(found: Sequence[Pair]) -> list[Json]:
+    """The law along curves of equal cost, and the rows whose cost lies within 20 % of one."""
+    out: dict[str, list[Json]] = {}
+    for fit, line in found:
+        panel = _isoflop_panel(fit, line)
+        if panel is not None:
+            out.setdefault(f"{fit.law}, cost {line.cost}", []).append(panel)
+    return [charts.group(title, panels) for title, panels in out.items()]
+
+
+def _isoflop_panel(fit: Fit, line: Frontier) -> Json | None:
+    assert fit.data is not None
+    model = CostModel.build(line.cost, fit.form.variable_names, line.constants)
+    try:
+        space = make_space(fit, model, None, None)
+    except UserError:
+        return None
+    if space.searched is None:
+        return None
+    low, high = fit.record["data"]["ranges"][space.spender]
+    searched = _between(*space.limits[space.searched])
+    price = np.broadcast_to(model(fit.data.x), fit.data.n)
+    unit, content = unit_of(line.cost), []
+    for k, budget in enumerate(np.geomspace(price.min(), price.max(), 7)[1:-1].tolist()):
+        size = spend(model, space, budget, searched)
+        inside = (size >= low / 2) & (size <= high * 2)
+        error = fit.predict(**{space.spender: size, space.searched: searched})
+        label = quantity(budget, unit)
+        points = [
+            charts.point(float(n), float(e), f"{label}, {space.searched} = {short(float(v))}")
+            for n, v, e, keep in zip(size, searched, error, inside, strict=True)
+            if keep
+        ]
+        near = np.flatnonzero(np.abs(np.log(price / budget)) <= math.log(1.2))
+        dots = [
+            charts.point(
+                float(fit.data.x[space.spender][j]),
+                float(fit.data.y[j]),
+                f"{quantity(float(price[j]), unit)}, {space.searched} = {short(float(fit.data.x[space.searched][j]))}",
+            )
+            for j in near
+        ]
+        content.append(charts.series(label, k, points, line=True, dots=False))
+        if dots:
+            content.append(charts.series(f"measured near {label}", k, dots, of=label))
+    chart = charts.xy(
+        f"{name(fit.key, fit.law)}: {fit.columns.y} along curves of equal cost",
+        charts.axis(AXES.get(space.spender, space.spender), log=True),
+        charts.axis(fit.columns.y, log=charts.spread(fit.data.y.tolist())),
+        content,
+    )
+    return charts.panel(name(fit.key, fit.law), chart)
+
+
+def predictions(findings: Findings) -> list[Json]:
+    """Observed against predicted; the rows of the largest size as a fit without them predicts them."""
+    found: dict[str, list[Json]] = {}
+    for law in findings.laws:
+        for fit in law.fits:
+            if fit.data is not None:
+                found.setdefault(fit.law, []).append(_prediction_panel(fit))
+    return [charts.group(title, panels) for title, panels in found.items()]
+
+
+def _prediction_panel(fit: Fit) -> Json:
+    assert fit.data is not None
+    inside = fit.predict(**fit.data.x)
+    content = [charts.series("in the fit", 0, _scatter(fit, inside, np.ones(fit.data.n, dtype=bool)))]
+    text = ""
+    held = held_out(fit)
+    if held is not None:
+        along, test, outside = held
+        sizes = ", ".join(short(float(v)) for v in np.unique(fit.data.x[along][test]))
+        content.append(charts.series(f"held out: {along} = {sizes}", 1, _scatter(fit, outside, test), hollow=True))
+        rmse = [float(np.sqrt(np.mean((p[test] - fit.data.y[test]) ** 2))) for p in (outside, inside)]
+        text = (
+            f"Without the rows at {along} = {sizes} the law predicts these with an RMSE of {short(rmse[0])}; "
+            f"fitted on them, too, {short(rmse[1])}."
+        )
+    log = charts.spread([*fit.data.y.tolist(), *inside.tolist()])
+    title = f"{name(fit.key, fit.law)}: observed against predicted {fit.columns.y}"
+    x, y = charts.axis(f"predicted {fit.columns.y}", log=log), charts.axis(f"observed {fit.columns.y}", log=log)
+    return charts.panel(name(fit.key, fit.law), charts.xy(title, x, y, content, diagonal=True), text)
+
+
+def _scatter(fit: Fit, predicted: Array, chosen: np.ndarray) -> list[Json]:
+    assert fit.data is not None
+    return [
+        charts.point(
+            float(predicted[j]),
+            float(fit.data.y[j]),
+            ", ".join(f"{v} = {short(float(a[j]))}" for v, a in fit.data.x.items()),
+        )
+        for j in np.flatnonzero(chosen)
+    ]
+
+
+def held_out(fit: Fit) -> tuple[str, np.ndarray, Array] | None:
+    """Variable, mask and predictions of the largest size, from a fit of the same form without it.
+
+    The variable is the first with three levels or more, as in the fit's own validation. None when nothing can be held out.
+    """
+    assert fit.data is not None
+    along = next((v for v in fit.form.variable_names if len(np.unique(fit.data.x[v])) >= 3), None)
+    cuts = splits(fit.data, along) if along is not None else []
+    if along is None or not cuts:
+        return None
+    train, test = cuts[0]
+    part = fit.data.take(train)
+    try:
+        check_estimable(fit.form, part, fit.box)
+    except NotEstimable:
+        return None
+    best = fit_groups(fit.form, [part], fit.box, Objective(fit.objective, fit.delta))[0]
+    return along, test, fit.form.evaluate(fit.data.x, best.p)

@@ -1,0 +1,130 @@
+"""Methods against each other: error along the ratio, and differences on the same examples at equal compression."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from isoflop.core.errors import UserError
+from isoflop.dashboards.report import charts
+from isoflop.dashboards.report.charts import Json
+from isoflop.dashboards.report.configs import Config, by_task
+from isoflop.dashboards.report.numbers import between, short
+from isoflop.frontier.paired import Paired, paired
+
+TOLERANCE = 0.1  # of the ratio, within which two rows count as equally compressed
+_MOST_ROWS = 3000  # scores are compared in Python
+
+
+def curves(configs: Sequence[Config], palette: Mapping[str, int]) -> list[Json]:
+    """Error against compression, a panel per task and model."""
+    panels = []
+    for task, everything in by_task(configs).items():
+        for model in dict.fromkeys(c.model for c in everything):
+            own = [c for c in everything if c.model == model and c.ratio is not None]
+            if len({c.ratio for c in own}) > 1:
+                panels.append(_curve_panel(task, model, own, palette))
+    return panels
+
+
+def _curve_panel(task: str, model: str, configs: Sequence[Config], palette: Mapping[str, int]) -> Json:
+    content = []
+    for variant in dict.fromkeys(c.variant for c in configs):
+        own = sorted((c for c in configs if c.variant == variant), key=lambda c: c.ratio or 0)
+        points = [charts.point(c.ratio, c.error, c.title, c.low, c.high) for c in own]
+        single = len({c.ratio for c in own}) == len(own)  # several errors at one ratio would draw a zigzag
+        content.append(charts.series(variant, palette[variant], points, line=single))
+    chart = charts.xy(
+        f"{task} on {model}: error against compression ratio",
+        charts.axis("compression ratio, uncompressed over compressed", "×", log=True),
+        charts.axis("error", log=charts.spread([c.error for c in configs])),
+        content,
+    )
+    return charts.panel(f"{task} on {model}", chart)
+
+
+def comparisons(table: pa.Table, configs: Sequence[Config]) -> list[Json]:
+    """Per task: every variant against the best one, pair by pair on the same model, repeat and examples."""
+    labelled = _label(table, configs)
+    panels = []
+    for task, own in by_task(configs).items():
+        rows = labelled.filter(pc.equal(labelled["task"], task))
+        variants = list(dict.fromkeys(c.variant for c in own))
+        if len(variants) > 1 and rows.num_rows <= _MOST_ROWS:
+            panel = _comparison_panel(task, rows, variants, reference(own))
+            if panel is not None:
+                panels.append(panel)
+    return panels
+
+
+def reference(configs: Sequence[Config]) -> str:
+    """What others are compared with: the variant that wins most of the comparisons that can be made.
+
+    A ranking by means over different ratios would reward the variants that were tried at small ratios only, so that each is
+    judged where it can be: against all others, on the ratios (within 10 %) that they share.
+    """
+    compressed = [c for c in configs if not c.uncompressed] or list(configs)
+    score: dict[str, float] = {}
+    for variant in dict.fromkeys(c.variant for c in compressed):
+        wins = 0.0
+        for mine in (c for c in compressed if c.variant == variant):
+            others = [c for c in compressed if c.variant != variant and c.model == mine.model and _alike(c, mine)]
+            wins += sum((c.error > mine.error) - (c.error < mine.error) for c in others)
+        score[variant] = wins
+    return max(score, key=lambda v: score[v])
+
+
+def _alike(a: Config, b: Config) -> bool:
+    if a.ratio is None or b.ratio is None:
+        return a.ratio is b.ratio
+    return abs(a.ratio - b.ratio) <= TOLERANCE * max(a.ratio, b.ratio)
+
+
+def _label(table: pa.Table, configs: Sequence[Config]) -> pa.Table:
+    """The rows with their variant as a column."""
+    variants = {job: c.variant for c in configs for job in c.jobs}
+    return table.append_column("variant", pa.array([variants.get(j) for j in table["job_id"].to_pylist()], pa.string()))
+
+
+def _comparison_panel(task: str, rows: pa.Table, variants: Sequence[str], best: str) -> Json | None:
+    found: list[tuple[str, Paired]] = []
+    alone = []
+    known = pc.sum(pc.is_valid(rows["ratio"])).as_py()
+    match = {"model": 0.0, **({"ratio": TOLERANCE} if known else {})}
+    for variant in variants:
+        if variant == best:
+            continue
+        try:
+            found.append((variant, paired(rows, _is(variant), _is(best), match)))
+        except UserError:
+            alone.append(variant)
+    if not found:
+        return None
+    found.sort(key=lambda pair: pair[1].difference)
+    chart = charts.forest(
+        f"{task}: difference of error to {best}, same examples",
+        charts.axis(f"error minus that of {best}"),
+        [
+            {"label": v, "value": p.difference, "low": p.low, "high": p.high, "text": f"{p.verdict}, {p.pairs} pairs"}
+            for v, p in found
+        ],
+    )
+    head = ["variant", "its error", f"{best}", "difference", "95 % interval", "pairs", "repeats", "verdict"]
+    body = [
+        [v, short(p.a), short(p.b), short(p.difference), between(p.low, p.high), p.pairs, p.repeats, p.verdict]
+        for v, p in found
+    ]
+    text = (
+        f"Against {best}, which wins most comparisons with others at like ratios: on the same model, repeat and examples, "
+        f"at ratios within {TOLERANCE:.0%} of each other. Filled marks: the interval does not hold zero."
+    )
+    if alone:
+        text += f" Not comparable with it at any ratio: {', '.join(alone)}."
+    return charts.panel(task, chart, text, table=charts.table(head, body))
+
+
+def _is(variant: str) -> str:
+    quoted = variant.replace("'", "''")
+    return f"variant = '{quoted}'"

@@ -1,0 +1,55 @@
+"""Knob importance as Optuna sees it, on rows that have run: fANOVA over a study rebuilt from them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+FEWEST_ROWS = 8
+MOST_ROWS = 2000  # the forest takes seconds for these
+
+
+def importances(points: Sequence[Mapping[str, Any]], target: Sequence[float], seed: int = 0) -> dict[str, float]:
+    """Share of the variance of ``target`` that each setting explains, by fANOVA (Hutter et al., ICML 2014).
+
+    Args:
+        points: settings by name; those that every point has and that vary are judged.
+        target: one value per point; smaller is better or worse, it does not matter here.
+
+    Returns:
+        Setting -> share, the largest first; shares sum to 1. Empty with fewer than eight points, or fewer than two
+        settings that vary, of which nothing can be told apart.
+    """
+    names = [n for n in (points[0] if points else {}) if all(n in p and p[n] is not None for p in points)]
+    space = {n: found for n in names if (found := _distribution([p[n] for p in points])) is not None}
+    if len(points) < FEWEST_ROWS or len(space) < 2 or min(target) == max(target):
+        return {}
+    step = -(-len(points) // MOST_ROWS)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study()
+    for point, value in list(zip(points, target, strict=True))[::step]:
+        params = {n: _as(d, point[n]) for n, d in space.items()}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=dict(space), value=float(value)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
+        return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
+
+
+def _distribution(values: Sequence[Any]) -> BaseDistribution | None:
+    """The narrowest distribution that holds the values; None for a setting that does not vary."""
+    if len(set(values)) < 2:
+        return None
+    if all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        return IntDistribution(min(values), max(values))
+    if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+        return FloatDistribution(float(min(values)), float(max(values)))
+    return CategoricalDistribution(sorted({str(v) for v in values}))
+
+
+def _as(distribution: BaseDistribution, value: Any) -> Any:
+    return str(value) if isinstance(distribution, CategoricalDistribution) else value

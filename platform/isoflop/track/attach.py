@@ -1,0 +1,52 @@
+"""Files for the parent run of a sweep that is not running: a report written later, a picture, a note."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from isoflop.track.tracker import Artifact
+
+
+def attach(uri: str, experiment: str, artifacts: Iterable[Artifact]) -> str | None:
+    """Log files to a sweep's parent run; its state and everything else stay as they are.
+
+    Args:
+        uri: MLflow tracking URI.
+        experiment: the sweep's name.
+        artifacts: files; those of the same path are replaced.
+
+    Returns:
+        The parent run's id; None when MLflow has no run of this sweep (nothing is created then).
+
+    Raises:
+        MlflowException, OSError: MLflow cannot be reached or refuses.
+    """
+    path = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    if path is not None and not path.is_file():
+        return None
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+
+    from isoflop.track.projection import PARENT_TAG
+
+    client = MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name(experiment)
+    runs = (
+        []
+        if found is None
+        else client.search_runs([found.experiment_id], f"tags.`{PARENT_TAG}` = 'true'", max_results=1)
+    )
+    if not runs:
+        return None
+    run_id = str(runs[0].info.run_id)
+    with tempfile.TemporaryDirectory() as folder:
+        for artifact in artifacts:
+            target = Path(folder) / artifact.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            content = artifact.content
+            target.write_bytes(content.encode() if isinstance(content, str) else content)
+        client.log_artifacts(run_id, folder)
+    return run_id
