@@ -32,7 +32,12 @@ def python_release() -> str:
 
 
 @dataclass(frozen=True)
-class EnglishStage(Stage):
+class TextSource(Stage):
+    """A stage whose value holds texts by split and document name."""
+
+
+@dataclass(frozen=True)
+class EnglishStage(TextSource):
     """Documents by split: about 80 topics (0.4 million characters) and 500 modules (1.6 million).
 
     Args:
@@ -53,7 +58,7 @@ class EnglishStage(Stage):
         if self.release != python_release():
             raise RuntimeError(f"the English corpus of {self.release} cannot be made by {python_release()}")
         documents: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
-        for name, text in sorted([*_topics(), *_docstrings()]):
+        for name, text in sorted([*topics(), *_docstrings()]):
             documents[split_of(name)][name] = text
         seen = {paragraph for text in documents["train"].values() for paragraph in text.split("\n\n")}
         kept = {name: _without(text, seen) for name, text in documents["test"].items()}
@@ -76,24 +81,32 @@ def _without(text: str, paragraphs: set[str]) -> str:
     return "\n\n".join(paragraph for paragraph in text.split("\n\n") if paragraph not in paragraphs)
 
 
-def _topics() -> Iterator[tuple[str, str]]:
-    from pydoc_data.topics import topics
+def topics() -> Iterator[tuple[str, str]]:
+    """Names and texts of the language reference's topics."""
+    from pydoc_data.topics import topics as found
 
-    for name, text in topics.items():
+    for name, text in found.items():
         yield f"topic:{name}", text
 
 
-def _docstrings() -> Iterator[tuple[str, str]]:
+def modules() -> Iterator[tuple[str, Path]]:
+    """Names and source files of the standard library's modules."""
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.rglob("*.py")):
         module = path.relative_to(library)
         if SKIPPED.isdisjoint(module.parts):
-            text = "\n\n".join(_docstrings_of(path))
-            if text:
-                yield f"module:{module.as_posix()}", text
+            yield f"module:{module.as_posix()}", path
 
 
-def _docstrings_of(path: Path) -> Iterator[str]:
+def _docstrings() -> Iterator[tuple[str, str]]:
+    for name, path in modules():
+        text = "\n\n".join(docstrings_of(path))
+        if text:
+            yield name, text
+
+
+def docstrings_of(path: Path) -> Iterator[str]:
+    """The docstrings of a source file, of its module, classes and functions."""
     try:
         tree: Any = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):  # a deliberately broken example file

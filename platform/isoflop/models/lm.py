@@ -22,7 +22,8 @@ from isoflop.core.stage import StageContext
 from isoflop.models.base import ModelInfo
 from isoflop.models.calibration import CalibrationText
 from isoflop.models.decoder_model import DecoderModel
-from isoflop.models.lm_text import TokenizerSource
+from isoflop.models.lm_text import TokenizerSource, TokensStage
+from isoflop.models.text_pool import Selection, TrainingPool
 
 NOT_SCORED = -100
 
@@ -35,6 +36,8 @@ class LmInfo(ModelInfo):
         text: where calibration examples come from; None when nothing is known of its training.
         vocabulary: name of the raw vocabulary it was trained on, or None for one with a tokenizer.
         tokenizer: the stage whose value is its tokenizer, or None.
+        test: held-out text of what it was trained for, in its tokens; None for that of the English corpus.
+        pool: the training documents that data-selection methods choose from, or None.
 
     ``geometry`` holds ``width``, ``layers``, ``heads``, ``kv_heads``, ``head_width``, ``vocab_size``, ``positions``.
     """
@@ -42,6 +45,8 @@ class LmInfo(ModelInfo):
     text: CalibrationText | None
     vocabulary: str | None = None
     tokenizer: TokenizerSource | None = None
+    test: TokensStage | None = None
+    pool: TrainingPool | None = None
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,13 @@ class LmModel(DecoderModel):
 
     Args:
         tokenizer: gives the model's tokenizer, which is read when text is handed to the model; None where it has none.
+
+    Attributes:
+        selection: what the data-selection method that is applied kept of its training documents, or None.
     """
 
     info: LmInfo
+    selection: Selection | None = None
 
     def __init__(self, info: LmInfo, module: nn.Module, tokenizer: Callable[[], Any] | None = None) -> None:
         self.info = info

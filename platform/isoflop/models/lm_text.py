@@ -18,7 +18,7 @@ from torch import Tensor
 from isoflop.core.hashing import derive_seed
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.calibration import CalibrationText
-from isoflop.models.english import EnglishStage
+from isoflop.models.english import TextSource
 
 END_OF_TEXT = "<|endoftext|>"
 CALIBRATION_BATCH = 16
@@ -27,6 +27,10 @@ CALIBRATION_BATCH = 16
 @dataclass(frozen=True)
 class TokenizerSource(Stage):
     """A stage whose value is a Hugging Face fast tokenizer."""
+
+    def not_byte_level(self) -> str:
+        """Why bytes have no probabilities under it; empty when they have. Known before anything is computed."""
+        return ""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class TrainedTokenizer(TokenizerSource):
 
     kind: ClassVar[str] = "tokenizer"
 
-    english: EnglishStage
+    english: TextSource
     vocabulary: int
 
     def compute(self, ctx: StageContext, folder: Path) -> None:
@@ -88,11 +92,11 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TokensStage(Stage):
-    """A split of the English corpus as token ids."""
+    """A split of a corpus as token ids."""
 
     kind: ClassVar[str] = "tokens"
 
-    english: EnglishStage
+    english: TextSource
     tokenizer: TokenizerSource
     split: str
 

@@ -33,7 +33,8 @@ class BitsPerByte(LanguageTask):
     metrics: ``nll`` (nats per token) and ``accuracy`` (share of tokens that the model would have chosen).
 
     The text comes with the Python installation, so that its release is part of the task's version. Documents without
-    room for a window are left out; where there are fewer windows than ``examples``, all of them are taken.
+    room for a window are left out; where there are fewer windows than ``examples``, all of them are taken. A model that
+    was trained for other text brings its own held-out text (``LmInfo.test``).
     """
 
     version: ClassVar[str] = f"1-{python_release()}"
@@ -100,4 +101,6 @@ class BitsPerByte(LanguageTask):
 def _test_tokens(info: LmInfo) -> TokensStage:
     if info.tokenizer is None:
         raise Infeasible(f"task bits-per-byte needs a tokenizer, which model {info.ref} does not offer")
+    if info.test is not None:
+        return info.test
     return TokensStage(EnglishStage.here(), info.tokenizer, "test")

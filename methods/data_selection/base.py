@@ -1,0 +1,277 @@
+"""Data-selection methods: the model is trained on what they keep of a pool of documents.
+
+A method gives a :class:`DocumentScorer`. The base class owns the rest: the scores are one stage for all budgets, the kept
+documents another, on which the model's training depends. Nothing acts at inference; ``apply`` only notes on the model what
+it was trained on, so that its cost can be told.
+
+Shape suffixes: N documents of the pool, K kept documents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import numpy as np
+
+from isoflop.core.errors import Infeasible
+from isoflop.core.knobs import Knob
+from isoflop.core.stage import Stage, StageContext
+from isoflop.methods.base import Method, build
+from isoflop.methods.data_selection.scorers import DocumentScorer
+from isoflop.methods.data_selection.select import UNITS, Budget, select
+from isoflop.models.base import Model, ModelInfo
+from isoflop.models.lm import LmInfo, LmModel
+from isoflop.models.text_pool import Document, Selection, SelectionSource, TrainingPool
+
+if TYPE_CHECKING:
+    from isoflop.methods.probe import Probe
+
+FEWEST = 4
+"""Documents that a selection must be able to hold on average; single ones may be longer than a small budget."""
+
+
+@dataclass(frozen=True)
+class DataSelectionMethod(Method):
+    """Base class of methods that keep a part of a pool of training documents, measured in tokens or documents.
+
+    Class attributes:
+        wants_target: scores depend on the target; without it, one training serves all targets.
+        by_chance: scores depend on the job's seed; without it, one scoring serves all repeats.
+    """
+
+    family: ClassVar[str] = "data-selection"
+    needs: ClassVar[frozenset[str]] = frozenset({"data-selection"})
+    order: ClassVar[int] = 0
+    slot: ClassVar[str] = "training-data"
+    trains_model: ClassVar[bool] = True
+    wants_target: ClassVar[bool] = True
+    by_chance: ClassVar[bool] = False
+
+    keep: Annotated[
+        float, Knob(low=0.001, high=1.0, log=True, ratio=True, doc="share of the pool that is kept, in units")
+    ] = 0.1
+    unit: Annotated[str, Knob(choices=UNITS, doc="what the share counts")] = "tokens"
+
+    @abstractmethod
+    def scorer(self, seed: int) -> DocumentScorer:
+        """The scorer for these knobs, not yet fitted; ``keep`` and ``unit`` make no difference to it."""
+
+    @classmethod
+    def identity(cls, info: ModelInfo) -> DataSelectionMethod:
+        """Everything is kept."""
+        return cls(keep=1.0)
+
+    def check(self, info: ModelInfo) -> None:
+        """Refuse models that train on no pool, and shares that keep next to nothing of it."""
+        super().check(info)
+        documents = info.geometry["pool_documents"]
+        if self.keep * documents < FEWEST:
+            raise Infeasible(
+                f"method {self.name}: keep = {self.keep} of {documents} documents leaves less than {FEWEST}; "
+                f"allowed: {FEWEST / documents:.2g} … 1"
+            )
+
+    def prepare(
+        self, info: ModelInfo, weights: Stage | None, seed: int, trained_with: tuple[Method, ...] = ()
+    ) -> SelectionStage:
+        """The stage that selects; the model's training depends on it."""
+        self.check(info)
+        return self.selection(info, seed)
+
+    def selection(self, info: ModelInfo, seed: int) -> SelectionStage:
+        """What is kept of the model's pool, the scores one stage for every ``keep`` and ``unit``."""
+        pool = pool_of(info)
+        knobs = {name: value for name, value in self.knobs().items() if name not in ("keep", "unit")}
+        scores = ScoreStage(
+            (self.name, self.version, tuple(sorted(knobs.items()))),
+            pool if self.wants_target else dataclasses.replace(pool, target=None),
+            seed if self.by_chance else None,
+        )
+        return SelectionStage(scores, self.keep, self.unit)
+
+    def trained_on(self, info: ModelInfo, seed: int) -> SelectionStage | None:
+        """What the training depends on: the selection, or None where everything is kept, whoever decides that."""
+        return None if self.keep == 1.0 else self.selection(info, seed)
+
+    @contextmanager
+    def apply(self, model: Model, prepared: Any) -> Iterator[None]:
+        """Note on the model what it was trained on.
+
+        Args:
+            prepared: the :class:`Selection` that its training used.
+        """
+        self.check(model.info)
+        if not isinstance(model, LmModel) or not isinstance(prepared, Selection):
+            raise ValueError(f"method {self.name}: apply() needs a language model and the value of its prepare() stage")
+        if model.selection is not None:
+            raise Infeasible(f"method {self.name}: the training data are selected already; a trial takes one selection")
+        model.selection = prepared
+        try:
+            yield
+        finally:
+            del model.selection
+
+    def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
+        """``ratio`` = tokens of the pool over kept ones, and what the selection cost and chose.
+
+        ``selection_seconds`` are CPU seconds of fitting and scoring; ``method_bytes`` what the scorer held, which a
+        served model does not need; ``target_share`` is the share of kept tokens from the target's domain;
+        ``length_correlation`` that of the scores with the documents' tokens.
+        """
+        assert isinstance(model, LmModel)
+        found = model.selection
+        if found is None:
+            raise ValueError(f"method {self.name} is not applied")
+        target = pool_of(model.info).target or ""
+        return {
+            "ratio": found.pool_tokens / found.kept_tokens,
+            "kept_tokens": float(found.kept_tokens),
+            "pool_tokens": float(found.pool_tokens),
+            "kept_documents": float(len(found.kept_K)),
+            "target_share": found.domains.get(target, 0) / found.kept_tokens,
+            "length_correlation": found.length_correlation,
+            "selection_seconds": found.seconds,
+            "method_bytes": found.method_bytes,
+        }
+
+    @classmethod
+    def probe(cls) -> Probe:
+        """A tiny decoder that is trained for a few steps on what is kept of a small pool."""
+        from isoflop.methods.data_selection.probe import DataSelectionProbe
+
+        return DataSelectionProbe()
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of a pool.
+
+    Attributes:
+        scores_N: of each document, higher is better.
+        seconds: CPU seconds of fitting and scoring.
+        method_bytes: bytes of what the fitted scorer holds.
+    """
+
+    scores_N: np.ndarray
+    seconds: float
+    method_bytes: float
+
+
+def scored(scorer: DocumentScorer, pool: Sequence[Document], target: Sequence[Document]) -> Scored:
+    """Fit and score, timed."""
+    started = time.process_time()
+    scorer.fit(pool, target)
+    scores_N = scorer.score(pool)
+    return Scored(scores_N, time.process_time() - started, scorer.nbytes)
+
+
+def selection_of(pool: Sequence[Document], found: Scored, keep: float, unit: str) -> Selection:
+    """The documents that a share keeps.
+
+    Raises:
+        Infeasible: the best document alone is larger than the share.
+    """
+    tokens_N = np.array([document.tokens for document in pool])
+    kept_K = np.sort(select(found.scores_N, tokens_N, Budget(fraction=keep), unit))
+    if not len(kept_K):
+        raise Infeasible(f"keep = {keep} is less than the best of {len(pool)} documents; raise keep")
+    domains: dict[str, int] = {}
+    for number in kept_K:
+        domains[pool[number].domain] = domains.get(pool[number].domain, 0) + pool[number].tokens
+    return Selection(
+        kept_K,
+        int(tokens_N[kept_K].sum()),
+        int(tokens_N.sum()),
+        domains,
+        _correlation(found.scores_N, tokens_N),
+        found.seconds,
+        found.method_bytes,
+    )
+
+
+@dataclass(frozen=True)
+class ScoreStage(Stage):
+    """Scores of every document of a pool.
+
+    Args:
+        method: name, version and the knobs that scores depend on.
+        pool: the documents and the target examples; no target for methods that look at none.
+        seed: of the job, or None where nothing is drawn.
+    """
+
+    kind: ClassVar[str] = "document-scores"
+
+    method: tuple[str, str, tuple[tuple[str, Any], ...]]
+    pool: TrainingPool
+    seed: int | None
+
+    def deps(self) -> tuple[Stage, ...]:
+        """The texts and their tokens."""
+        return self.pool.stages()
+
+    def spec(self) -> dict[str, Any]:
+        """The pool by the keys of its stages."""
+        pool = [self.pool.tokens.key, self.pool.target]
+        return {**super().spec(), "pool": pool}
+
+    def compute(self, ctx: StageContext, folder: Path) -> None:
+        """Fit and score."""
+        name, _, knobs = self.method
+        method = build(name, dict(knobs))
+        assert isinstance(method, DataSelectionMethod)
+        found = scored(method.scorer(self.seed or 0), self.pool.pool(ctx), self.pool.wanted(ctx))
+        np.save(folder / "scores.npy", found.scores_N)
+        costs = {"seconds": found.seconds, "method_bytes": found.method_bytes}
+        (folder / "costs.json").write_text(json.dumps(costs) + "\n")
+
+    def load(self, ctx: StageContext, folder: Path) -> Scored:
+        """Scores and costs."""
+        return Scored(np.load(folder / "scores.npy"), **json.loads((folder / "costs.json").read_text()))
+
+
+@dataclass(frozen=True)
+class SelectionStage(SelectionSource):
+    """What a share keeps of a scored pool."""
+
+    kind: ClassVar[str] = "selection"
+
+    scores: ScoreStage
+    keep: float
+    unit: str
+
+    def deps(self) -> tuple[Stage, ...]:
+        """The scores and what they are of."""
+        return (self.scores, *self.scores.deps())
+
+    def compute(self, ctx: StageContext, folder: Path) -> None:
+        """Select."""
+        found = selection_of(self.scores.pool.pool(ctx), ctx.get(self.scores), self.keep, self.unit)
+        np.save(folder / "kept.npy", found.kept_K)
+        figures = {name: value for name, value in vars(found).items() if name != "kept_K"}
+        (folder / "figures.json").write_text(json.dumps(figures) + "\n")
+
+    def load(self, ctx: StageContext, folder: Path) -> Selection:
+        """The numbers of the kept documents, and figures."""
+        return Selection(np.load(folder / "kept.npy"), **json.loads((folder / "figures.json").read_text()))
+
+
+def pool_of(info: ModelInfo) -> TrainingPool:
+    """The pool that a model trains on; Infeasible where there is none."""
+    pool = info.pool if isinstance(info, LmInfo) else None
+    if pool is None:
+        raise Infeasible(f"model {info.ref} trains on no pool of documents to select from")
+    return pool
+
+
+def _correlation(scores_N: np.ndarray, tokens_N: np.ndarray) -> float:
+    if len(scores_N) < 2 or np.ptp(scores_N) == 0 or np.ptp(tokens_N) == 0:
+        return 0.0
+    return float(np.corrcoef(scores_N, tokens_N)[0, 1])
