@@ -1,4 +1,4 @@
-"""The built-in family ``tiny-lm``: Llama decoders with grouped queries, trained on the spot on one of three corpora.
+"""The built-in family ``tiny-lm``: Llama decoders with grouped queries, trained on the spot on one of four corpora.
 
 ``tiny-lm/recall-<size>`` knows a world of symbols (see ``recall_world``): it looks keys up and copies. At the default
 options ``recall-d128`` takes about 100 CPU seconds and answers 99.8 % of 24 asked pairs and of 48 copied symbols; it is
@@ -12,6 +12,8 @@ weights of a step on the way: ``tiny-lm/text-d64?act=relu&at=64`` and ``…&at=5
 
 ``tiny-lm/facts-<size>`` answers questions about facts in plain English (see ``fact_world``), also where words are missing:
 the reader to judge compressed prompts with.
+
+``tiny-lm/mixed-<size>`` trains on prose, docstrings and code, then on documents chosen from a pool (see ``mixed_lm``).
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from isoflop.models.english import EnglishStage
 from isoflop.models.fact_reader import WORDS, FactRecipe, FactStage, FactText, WordTokenizer
 from isoflop.models.lm import LmInfo, LmModel, tokenizer_of
 from isoflop.models.lm_text import EnglishText, TokensStage, TrainedTokenizer
+from isoflop.models.mixed_lm import MixedRecipe, mixed_info, mixed_weights
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.tiny_lm_config import FACT_SIZES, RECALL_SIZES, TEXT_SIZES
 from isoflop.models.tiny_lm_training import (
@@ -47,10 +50,16 @@ from isoflop.models.vlm import Checkpoint
 
 if TYPE_CHECKING:
     from isoflop.methods.base import Method
+    from isoflop.methods.data_selection.base import DataSelectionMethod
 
 FAMILY = "tiny-lm"
 HOOKS = frozenset({"kv-cache", "attention", "weights", "mlp"})
-RECIPES: dict[str, type[LmRecipe]] = {"recall": RecallRecipe, "text": TextRecipe, "facts": FactRecipe}
+RECIPES: dict[str, type[LmRecipe]] = {
+    "recall": RecallRecipe,
+    "text": TextRecipe,
+    "facts": FactRecipe,
+    "mixed": MixedRecipe,
+}
 CALIBRATION_PAIRS = 16
 CALIBRATION_LENGTH = 128
 Options = tuple[tuple[str, Any], ...]
@@ -62,8 +71,8 @@ class TinyLm(ModelFamily):
     name: ClassVar[str] = FAMILY
 
     def members(self) -> list[str]:
-        """``tiny-lm/recall-d64`` … ``tiny-lm/facts-d192``."""
-        sizes = {"recall": RECALL_SIZES, "text": TEXT_SIZES, "facts": FACT_SIZES}
+        """``tiny-lm/recall-d64`` … ``tiny-lm/mixed-d256``."""
+        sizes = {"recall": RECALL_SIZES, "text": TEXT_SIZES, "facts": FACT_SIZES, "mixed": TEXT_SIZES}
         return [f"{FAMILY}/{corpus}-{size}" for corpus in sizes for size in sizes[corpus]]
 
     def info(self, ref: str, options: Mapping[str, Any]) -> LmInfo:
@@ -81,10 +90,14 @@ class TinyLm(ModelFamily):
 
     def weights(self, info: ModelInfo, methods: tuple[Method, ...], seed: int) -> Stage:
         """The training stage of a size, a recipe and a seed."""
-        taking_part = [m.name for m in methods if m.trains_model]
-        if taking_part:
-            raise Infeasible(f"model {info.ref}: no method takes part in its training, so not {', '.join(taking_part)}")
         corpus, size = _parts(info.ref)
+        selecting = _selecting(methods) if corpus == "mixed" else []
+        others = [m.name for m in methods if m.trains_model and m not in selecting]
+        if others:
+            raise Infeasible(f"model {info.ref}: no method takes part in its training, so not {', '.join(others)}")
+        if corpus == "mixed":
+            selection = next((m.trained_on(info, seed) for m in selecting), None)
+            return mixed_weights(info, selection, size, seed)
         if corpus == "recall":
             return RecallStage(size, seed, info.options)
         if corpus == "facts":
@@ -139,6 +152,13 @@ def _all_options(ref: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, **named}
 
 
+def _selecting(methods: tuple[Method, ...]) -> list[DataSelectionMethod]:
+    """Those that decide which documents are trained on; a trial has at most one."""
+    from isoflop.methods.data_selection.base import DataSelectionMethod
+
+    return [method for method in methods if isinstance(method, DataSelectionMethod)]
+
+
 def _parts(ref: str) -> tuple[str, str]:
     corpus, _, size = split_ref(ref)[0].partition("/")[2].partition("-")
     return corpus, size
@@ -147,7 +167,7 @@ def _parts(ref: str) -> tuple[str, str]:
 @lru_cache(maxsize=256)
 def _info(ref: str, options: Options) -> LmInfo:
     corpus, size = _parts(ref)
-    describe = {"recall": _recall_info, "text": _text_info, "facts": _facts_info}
+    describe = {"recall": _recall_info, "text": _text_info, "facts": _facts_info, "mixed": _mixed_info}
     return describe[corpus](ref, size, options)
 
 
@@ -201,6 +221,10 @@ def _facts_info(ref: str, size: str, options: Options) -> LmInfo:
         text=FactText(),
         tokenizer=tokenizer,
     )
+
+
+def _mixed_info(ref: str, size: str, options: Options) -> LmInfo:
+    return mixed_info(ref, FAMILY, size, HOOKS, options)
 
 
 def _train_tokens(vocabulary: int) -> TokensStage:
