@@ -56,6 +56,8 @@ _BINARY: dict[str, Callable[[Array, Array], Array]] = {
     "leq": _leq,
 }
 FUNCTIONS = ("abs", "exp", "expm1", "log", "max", "min", "sigmoid", "softplus", "sqrt")
+RECORDS = ("metrics", "footprint")
+"""Columns that hold numbers by name; ``footprint.train_tokens`` is one of these numbers, and a name like any other."""
 _OPERATORS: dict[type[ast.operator], str] = {
     ast.Add: "add",
     ast.Sub: "sub",
@@ -316,6 +318,8 @@ def _convert(node: ast.expr, graph: Graph, text: str, where: str) -> int:
             raise UserError(f"{where}: a number in {text!r} is too large") from None
     if isinstance(node, ast.Name):
         return graph.name(node.id)
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in RECORDS:
+        return graph.name(f"{node.value.id}.{node.attr}")
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
         return graph.unary("neg", go(node.operand)) if isinstance(node.op, ast.USub) else go(node.operand)
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:

@@ -71,19 +71,39 @@ def where(table: pa.Table, condition: str | None) -> pa.Table:
 
 
 def column(table: pa.Table, text: str, where_: str) -> Array:
-    """A column, or an expression of columns, as float64 with nan for nulls."""
+    """A column, or an expression of columns, as float64 with nan for nulls.
+
+    ``metrics.nll`` and ``footprint.train_tokens`` are entries of a ledger's map columns, nan in rows without them.
+    """
     if text in table.column_names:
         return _numbers(table, text, where_)
     parsed = parse(text, where_)
     for name in sorted(parsed.names):
-        if name not in table.column_names:
+        if name not in table.column_names and not _is_entry(table, name):
             raise unknown("column", name, table.column_names, where_)
     if not parsed.names:
         raise UserError(f"{where_}: {text!r} names no column; allowed: {', '.join(table.column_names)}")
     return parsed({n: _numbers(table, n, where_) for n in parsed.names})
 
 
+def _is_entry(table: pa.Table, name: str) -> bool:
+    record, dot, _ = name.partition(".")
+    return bool(dot) and record in table.column_names and pa.types.is_map(table.schema.field(record).type)
+
+
+def _entries(table: pa.Table, name: str, where_: str) -> Array:
+    """One key of a map column."""
+    record, _, key = name.partition(".")
+    rows = [dict(row or ()) for row in table[record].to_pylist()]
+    known = sorted({k for row in rows for k in row})
+    if key not in known:
+        raise unknown(f"entry of {record}", key, known, where_)
+    return np.array([np.nan if row.get(key) is None else row[key] for row in rows], dtype=np.float64)
+
+
 def _numbers(table: pa.Table, name: str, where_: str) -> Array:
+    if name not in table.column_names:
+        return _entries(table, name, where_)
     kind = table.schema.field(name).type
     if not (
         pa.types.is_integer(kind)

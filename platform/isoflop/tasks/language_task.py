@@ -27,6 +27,8 @@ from isoflop.tasks.footprint import byte_costs, decoder_cache, module_bytes, pea
 
 MOST_LOGITS = 2**24
 """Logits of one forward pass, batch times tokens times vocabulary."""
+SIZES = ("width", "layers", "train_tokens")
+"""What a row says of its model besides N, for laws."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,12 @@ class LanguageTask(Task):
         size = max(1, MOST_LOGITS // (suite.sequences.ids_BT.shape[1] * lm.info.geometry["vocab_size"]))
         for part in batches(len(order_N), self.shard):
             ids = order_N[part]
-            pieces = [score(lm, suite.rows(ids[piece])) for piece in batches(len(ids), size)]
-            nll_B, right_B, scored_B = (np.concatenate(column) for column in zip(*pieces, strict=True))
-            yield self.shard_of(ids, nll_B, right_B, scored_B, suite.units_N[ids])
+            pieces = [(score(lm, suite.rows(ids[piece])), observed(lm)) for piece in batches(len(ids), size)]
+            columns = zip(*(scores for scores, _ in pieces), strict=True)
+            nll_B, right_B, scored_B = (np.concatenate(column) for column in columns)
+            shard = self.shard_of(ids, nll_B, right_B, scored_B, suite.units_N[ids])
+            seen = {name: np.concatenate([found[name] for _, found in pieces]) for name in pieces[0][1]}
+            yield replace(shard, metrics={**shard.metrics, **seen})
 
     @torch.no_grad()
     def measure(self, model: Model, ctx: StageContext) -> dict[str, float]:
@@ -124,6 +129,7 @@ class LanguageTask(Task):
             "visual_tokens": 0.0,
             "text_tokens": float(length),
             "prompt_tokens": float(batch.prefix),
+            **{name: float(lm.info.geometry[name]) for name in SIZES if name in lm.info.geometry},
             "flops": float(flops),
             "flops_llm": float(flops),
             **byte_costs(lm, decoder_cache(lm, lambda: lm.logits(whole)), lm.dense_cache_bytes(length)),
@@ -141,6 +147,11 @@ def score(model: LmModel, batch: LmBatch) -> tuple[np.ndarray, np.ndarray, np.nd
     right_BT = (logits_BTW.argmax(-1) == batch.targets_BT) & scored_BT
     columns = nll_BT.double().sum(1), right_BT.sum(1).double(), scored_BT.sum(1).double()
     return tuple(column.cpu().numpy() for column in columns)  # type: ignore[return-value]
+
+
+def observed(model: LmModel) -> dict[str, np.ndarray]:
+    """What the method on the feed-forward blocks noted of each sequence of the last pass, by name; each (B,)."""
+    return {} if model.mlp is None else {name: x_B.cpu().numpy() for name, x_B in model.mlp.observed().items()}
 
 
 def lm_model(model: Model, task: str) -> LmModel:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from isoflop.laws.base import LAWS, LawForm, Parameter, Variable
 from isoflop.laws.forms.classic import D, N
 from isoflop.laws.forms.common import coefficient, exponent, floor, positive
@@ -76,6 +78,25 @@ LAWS.register("sparsing_relu")(
         search_points=2304,
         starts=16,
         source="Sparsing Law, arXiv 2411.02335 (ReLU): activation ratio falls to A0",
+    )
+)
+
+LAWS.register("linear_flat")(
+    LawForm(
+        name="linear_flat",
+        formula="a + b*min(r, r0)",
+        variables=(Variable("r", doc="any one size, e.g. width over depth"),),
+        parameters=(
+            Parameter("a", -math.inf, math.inf, linear=True, unit="unit of y", doc="value at r = 0"),
+            Parameter("b", -math.inf, math.inf, linear=True, unit="unit of y", doc="slope before the bottleneck"),
+            positive("r0", 0.2, 5.0, "unit of r", "bottleneck: what lies beyond makes no difference"),
+        ),
+        natural={"b": "b/u_r", "r0": "r0*u_r"},
+        asymptote="a + b*r0",
+        search_points=512,
+        starts=12,
+        source="Sparsing Law, arXiv 2411.02335, section 5: limits of the activation ratio against width over depth",
+        doc="Two straight pieces. A bottleneck beyond all points, or before all of them, is not identified.",
     )
 )
 
