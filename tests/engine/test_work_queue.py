@@ -14,6 +14,8 @@ from isoflop.sweep.queue import WorkQueue
 
 
 class FakeStage:
+    slots = 1
+
     def __init__(self, key: str, *deps: FakeStage) -> None:
         self.key, self._deps = key, deps
 

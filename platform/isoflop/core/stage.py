@@ -43,6 +43,14 @@ class Stage:
     version: ClassVar[str] = "1"
     kind: ClassVar[str] = ""
 
+    @property
+    def slots(self) -> int:
+        """Workers' places on one host that ``compute`` fills: the local processes that it runs at a time.
+
+        Whoever runs stages keeps as many free while it runs, or all of the host's where there are fewer.
+        """
+        return 1
+
     def deps(self) -> tuple[Stage, ...]:
         """Stages whose values ``compute`` or ``load`` asks for; by default, every field that is a stage."""
         return tuple(v for f in dataclasses.fields(self) if isinstance(v := getattr(self, f.name), Stage))

@@ -32,6 +32,7 @@ class WorkItem:
         id: unique per attempt.
         stage: key of the stage to compute, for ``kind="stage"``.
         needs: keys of the stages that must be at hand first, dependencies first.
+        slots: workers' places on one host that it fills (``Stage.slots``).
     """
 
     id: str
@@ -39,6 +40,7 @@ class WorkItem:
     job: Job
     stage: str = ""
     needs: tuple[str, ...] = ()
+    slots: int = 1
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from isoflop.core.stage import Stage, StageContext
 
 if TYPE_CHECKING:
     from isoflop.methods.base import Method
+    from isoflop.models.distributed import ExchangeReport
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,13 @@ class Model(ABC):
         module: the Hugging Face model, in evaluation mode.
         stored: bytes of the weights that a method holds in a compressed form, by parameter name in ``module``; every
             other tensor counts ``info.dense_bits`` per element (see ``weight_bytes``).
+        exchange: what its training recorded of the exchange of gradients, while a method on gradients is applied.
     """
 
     info: ModelInfo
     module: nn.Module
     stored: Mapping[str, float] = {}  # noqa: RUF012: replaced, never changed in place
+    exchange: ExchangeReport | None = None
 
     def calibration(self, ctx: StageContext, examples: int, seed: int) -> Iterator[Any]:
         """Batches of training examples (never test examples), about ``examples`` rows in all, for ``supervised``.

@@ -59,19 +59,35 @@ def descend(
         optimizer: each group's learning rate is its peak.
         loss_of: the scalar loss of a step, with gradients.
     """
-    groups = optimizer.param_groups
-    peaks = [group["lr"] for group in groups]
-    parameters = [p for group in groups for p in group["params"]]
-    losses: list[Tensor] = []
-    for number, step in enumerate(steps):
-        for group, peak in zip(groups, peaks, strict=True):
-            group["lr"] = peak * schedule(number, recipe)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def differentiate(step: StepT) -> Tensor:
         loss = loss_of(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, recipe.clip)
+        return loss.detach()
+
+    return follow(optimizer, recipe, steps, differentiate)
+
+
+def follow(
+    optimizer: torch.optim.Optimizer, recipe: Schedule, steps: Iterable[StepT], differentiate: Callable[[StepT], Tensor]
+) -> list[float]:
+    """Step along directions with the recipe's schedule of learning rates; returns the losses.
+
+    Args:
+        optimizer: each group's learning rate is its peak.
+        differentiate: leaves in ``grad`` of the parameters the direction of a step, and returns its loss.
+    """
+    groups = optimizer.param_groups
+    peaks = [group["lr"] for group in groups]
+    losses: list[Tensor] = []
+    for number, step in enumerate(steps):
+        for group, peak in zip(groups, peaks, strict=True):
+            group["lr"] = peak * schedule(number, recipe)
+        losses.append(differentiate(step))
         optimizer.step()
-        losses.append(loss.detach())
     return torch.stack(losses).tolist()
 
 

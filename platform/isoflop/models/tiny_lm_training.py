@@ -202,8 +202,7 @@ class TextStage(Stage):
         recipe = TextRecipe(**dict(self.recipe))
         module = untrained_lm(recipe.shaped(TEXT_SIZES[self.size]), recipe.vocabulary, self.seed, **recipe.config)
         tokens: Tokens = ctx.get(self.tokens)
-        lessons = text_lessons(tokens, recipe, self.seed)
-        losses = train_lm(module, recipe, self.watched(lessons, module, recipe, folder))
+        losses = self.train(module, recipe, tokens, folder)
         ctx.get(self.tokens.tokenizer).save_pretrained(folder)
         save_lm(
             folder,
@@ -212,6 +211,11 @@ class TextStage(Stage):
             losses,
             started,
         )
+
+    def train(self, module: Any, recipe: TextRecipe, tokens: Tokens, folder: Path) -> list[float]:
+        """Train ``module``; returns the loss of every step."""
+        lessons = text_lessons(tokens.ids_N, recipe, self.seed)
+        return train_lm(module, recipe, self.watched(lessons, module, recipe, folder))
 
     def watched(self, lessons: Iterator[LmBatch], module: Any, recipe: TextRecipe, folder: Path) -> Iterator[LmBatch]:
         """The lessons as they are trained on; asked for the next one, the weights have learned from the one before."""
@@ -257,12 +261,12 @@ class SeriesCheckpoint(Stage):
         return Checkpoint(series.folder / f"step-{self.at}", {**series.log, "steps": self.at})
 
 
-def text_lessons(tokens: Tokens, recipe: TextRecipe, seed: int) -> Iterator[LmBatch]:
+def text_lessons(ids_N: np.ndarray, recipe: TextRecipe, seed: int) -> Iterator[LmBatch]:
     """Windows at random places of the corpus; documents follow each other in them."""
     rng = np.random.default_rng(derive_seed("text lessons", seed))
     for _ in range(recipe.steps):
-        starts_B = rng.integers(0, len(tokens.ids_N) - recipe.context, recipe.batch)
-        rows_BT = tokens.ids_N[starts_B[:, None] + np.arange(recipe.context + 1)]
+        starts_B = rng.integers(0, len(ids_N) - recipe.context, recipe.batch)
+        rows_BT = ids_N[starts_B[:, None] + np.arange(recipe.context + 1)]
         yield LmBatch(torch.from_numpy(rows_BT[:, :-1]), torch.from_numpy(rows_BT[:, 1:]))
 
 

@@ -18,10 +18,11 @@ from typing import Any
 import pyarrow as pa
 
 from isoflop.core.errors import Infeasible
-from isoflop.execute import Done, Executor, Lost, ShardReport, WorkItem
+from isoflop.execute import Done, Executor, Lost, ShardReport, WorkerInfo, WorkItem
 from isoflop.jobs import Job, Outcome, ResolvedJob
 from isoflop.ledger import Ledger
 from isoflop.search import Proposer
+from isoflop.sweep.places import Places
 from isoflop.sweep.progress import Progress, Snapshot
 from isoflop.sweep.queue import Pending, WorkQueue
 from isoflop.sweep.resolve import Sweep
@@ -106,6 +107,7 @@ class Driver:
         self._trials = TrialBook(sweep, proposer)
         self._queue = WorkQueue(self._spec.limits.retries)
         self._slots: dict[str, _Slot] = {}
+        self._places = Places()
         self._rows: list[dict[str, Any]] = []
         self._summary = Summary()
         self._state = Snapshot()
@@ -266,21 +268,38 @@ class Driver:
         if newcomers:
             self._slots.update({worker: _Slot([], self._clock()) for worker in newcomers})
             self._queue.stages_exist(self._executor.cached_stages())
+        if self._budget_ended() is None:
+            self._settle(workers)
         depth = 2 if self._job_seconds < _SHORT_JOB else 1
         for level in range(depth):
             for worker in workers:
                 slot = self._slots[worker.id]
                 if len(slot.items) != level or (level and slot.items[0].kind == "stage"):
                     continue
+                if self._places.taken(worker.id) or (level and self._places.wanted(worker.node)):
+                    continue
                 if self._budget_ended() is not None:
                     return
                 item = self._queue.next_for(worker.id, jobs_only=bool(level))
                 if item is None:
                     continue
-                if not slot.items:
-                    slot.since = self._clock()
-                slot.items.append(item)
-                self._executor.submit(worker.id, item)
+                if item.slots == 1:
+                    self._hand_out(worker.id, item)
+                    continue
+                self._places.claim(worker, item)
+                self._settle(workers)
+
+    def _settle(self, workers: list[WorkerInfo]) -> None:
+        """Hand out stages of several processes for which enough workers stand aside by now."""
+        for worker, item in self._places.settle(workers, lambda name: not self._slots[name].items):
+            self._hand_out(worker, item)
+
+    def _hand_out(self, worker: str, item: WorkItem) -> None:
+        slot = self._slots[worker]
+        if not slot.items:
+            slot.since = self._clock()
+        slot.items.append(item)
+        self._executor.submit(worker, item)
 
     # events
 
@@ -289,6 +308,7 @@ class Driver:
         if slot is not None:
             slot.items = [i for i in slot.items if i.id != event.item.id]
             slot.since = self._clock()
+        self._places.ended(event.worker, event.item.id)
         if event.item.kind == "stage":
             self._on_stage(event)
         else:
@@ -342,6 +362,9 @@ class Driver:
     def _on_lost(self, event: Lost) -> None:
         self._slots.pop(event.worker, None)
         self._progress.line(f"worker {event.worker} lost: {event.reason}")
+        waiting = self._places.lost(event.worker)
+        if waiting is not None:  # had not been handed out: nobody's fault
+            self._queue.worker_lost(event.worker, (waiting,), blame_first=False)
         exhausted: list[Pending] = self._queue.worker_lost(event.worker, event.items, event.blame)
         for item in event.items[:1]:
             if item.kind == "stage" and not self._queue.stage_attempts_left(item.stage):
@@ -408,7 +431,7 @@ class Driver:
             return False
         if self._proposer.pending:  # it has something to think about; more so before it runs out of it
             return len(self._rows) >= len(self._slots) * self._asked_per_slot() // 2
-        return not all(slot.items for slot in self._slots.values())
+        return not all(slot.items or self._places.taken(worker) for worker, slot in self._slots.items())
 
     # outside
 
@@ -431,10 +454,15 @@ class Driver:
         state.draining = bool(self._interrupts)
         now = self._clock()
         state.doing = {
-            worker: f"{self._title(slot.items[0])} ({now - slot.since:.0f} s)" if slot.items else "idle"
+            worker: f"{self._title(slot.items[0])} ({now - slot.since:.0f} s)" if slot.items else self._idle(worker)
             for worker, slot in self._slots.items()
         }
         self._progress.update(state)
+
+    def _idle(self, worker: str) -> str:
+        """What a worker without work does: nothing, or it leaves its place to a stage of several processes."""
+        other = self._places.beside(worker)
+        return "idle" if other is None else f"leaves its place to {other}"
 
     def _title(self, item: WorkItem) -> str:
         if item.kind == "job":

@@ -37,6 +37,7 @@ class _StageState:
     key: str
     deps: frozenset[str]
     job: Job  # any job that needs it: workers rebuild the stage from it
+    slots: int = 1
     waiting: set[str] = field(default_factory=set)
     attempt: int = 0
     running: bool = False
@@ -65,6 +66,7 @@ class WorkQueue:
         self._available: set[str] = set(cached or ())
         self._stages: dict[str, _StageState] = {}
         self._deps: dict[str, frozenset[str]] = {}  # of every stage ever heard of
+        self._slots: dict[str, int] = {}  # of those that fill more than one
         self._blocked: dict[str, Pending] = {}
         self._ready: OrderedDict[str, deque[Pending]] = OrderedDict()
         self._running: dict[str, Pending] = {}
@@ -84,6 +86,8 @@ class WorkQueue:
         for stage in stages:
             if stage.key not in self._deps:
                 self._deps[stage.key] = frozenset(d.key for d in stage.deps())
+                if stage.slots > 1:
+                    self._slots[stage.key] = stage.slots
         self._admit(Pending(job, resolved.model_key, tuple(s.key for s in stages)))
 
     def _admit(self, pending: Pending) -> None:
@@ -96,7 +100,7 @@ class WorkQueue:
         for key in missing:
             state = self._stages.get(key)
             if state is None:
-                state = self._stages[key] = _StageState(key, self._deps[key], pending.job)
+                state = self._stages[key] = _StageState(key, self._deps[key], pending.job, self._slots.get(key, 1))
                 for dep in state.deps:
                     self._dependents.setdefault(dep, []).append(key)
             state.waiting.add(pending.job.id)
@@ -128,7 +132,7 @@ class WorkQueue:
             return None
         stage.running = True
         stage.attempt += 1
-        return WorkItem(f"s{next(self._ids)}", "stage", stage.job, stage.key, tuple(sorted(stage.deps)))
+        return WorkItem(f"s{next(self._ids)}", "stage", stage.job, stage.key, tuple(sorted(stage.deps)), stage.slots)
 
     def _start_job(self, pending: Pending, worker: str) -> WorkItem:
         pending.attempt += 1

@@ -1,0 +1,1 @@
+"""Gradient compression: what data-parallel workers send each other in place of whole gradients."""

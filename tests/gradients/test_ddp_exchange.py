@@ -1,0 +1,61 @@
+"""The exchange over real processes: the same bits as in the simulation, and the bytes that sockets really carry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gradient_processes as processes
+import pytest
+import torch
+from gradient_cases import Recipe, simulated
+
+from isoflop.core.local_processes import run_local_processes
+from isoflop.models.distributed import ExchangeReport, ReplicasDiffer, gather_records
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, here: None) -> tuple[int, Path]:
+    """All methods trained by processes."""
+    folder = tmp_path_factory.mktemp("trained")
+    run_local_processes("gradient_processes:train_all", folder, request.param)
+    return request.param, folder
+
+
+def test_processes_and_simulation_give_the_same_bits(trained: tuple[int, Path]) -> None:
+    workers, folder = trained
+    for name, method in processes.methods(workers, "simulated").items():
+        network, expected = simulated(method, Recipe(steps=processes.STEPS))
+        weights = torch.load(folder / name / "weights-0.pt", weights_only=True)
+        for parameter, value in network.named_parameters():
+            assert torch.equal(weights[parameter], value), f"{name}: {parameter}"
+        report = gather_records(folder / name, workers)
+        assert report.wire_bytes == pytest.approx(expected.wire_bytes, rel=1e-12), name
+        assert report.payload_bytes == pytest.approx(expected.payload_bytes, rel=1e-12), name
+        assert report.loss == pytest.approx(expected.loss, rel=1e-12), name
+
+
+def test_replicas_are_bit_identical_after_all_steps(trained: tuple[int, Path]) -> None:
+    workers, folder = trained
+    for name in processes.methods(workers, "ddp"):
+        weights = [torch.load(folder / name / f"weights-{rank}.pt", weights_only=True) for rank in range(workers)]
+        for parameter, value in weights[0].items():
+            assert all(torch.equal(value, other[parameter]) for other in weights[1:]), f"{name}: {parameter}"
+
+
+def test_replicas_that_differ_are_an_error(trained: tuple[int, Path], tmp_path: Path) -> None:
+    workers, folder = trained
+    for rank in range(workers):
+        text = (folder / "dense" / f"record-{rank}.json").read_text()
+        (tmp_path / f"record-{rank}.json").write_text(text.replace('"20": "', '"20": "x') if rank else text)
+    with pytest.raises(ReplicasDiffer, match="before step 20"):
+        gather_records(tmp_path, workers)
+
+
+def test_counted_bytes_are_those_of_the_sockets(tmp_path: Path, here: None) -> None:
+    run_local_processes("gradient_processes:train_wide", tmp_path, 2)
+    for name in processes.wide(2, "ddp"):
+        report: ExchangeReport = gather_records(tmp_path / name, 2)
+        if report.socket_bytes is None:
+            pytest.skip("this system does not count what sockets send")
+        assert report.payload_bytes[0] > 1e6
+        assert report.socket_bytes == pytest.approx(sum(report.wire_bytes), rel=0.05), name
