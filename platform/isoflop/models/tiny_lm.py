@@ -36,6 +36,7 @@ from isoflop.models.lm_text import EnglishText, TokensStage, TrainedTokenizer
 from isoflop.models.mixed_lm import MixedRecipe, mixed_info, mixed_weights
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.tiny_lm_config import FACT_SIZES, RECALL_SIZES, TEXT_SIZES
+from isoflop.models.tiny_lm_exchange import ExchangedTextStage
 from isoflop.models.tiny_lm_training import (
     LATER_OPTIONS,
     LmRecipe,
@@ -51,6 +52,7 @@ from isoflop.models.vlm import Checkpoint
 if TYPE_CHECKING:
     from isoflop.methods.base import Method
     from isoflop.methods.data_selection.base import DataSelectionMethod
+    from isoflop.methods.gradients.base import GradientMethod
 
 FAMILY = "tiny-lm"
 HOOKS = frozenset({"kv-cache", "attention", "weights", "mlp"})
@@ -92,7 +94,8 @@ class TinyLm(ModelFamily):
         """The training stage of a size, a recipe and a seed."""
         corpus, size = _parts(info.ref)
         selecting = _selecting(methods) if corpus == "mixed" else []
-        others = [m.name for m in methods if m.trains_model and m not in selecting]
+        exchanging = _exchanging(methods) if corpus == "text" else []
+        others = [m.name for m in methods if m.trains_model and m not in [*selecting, *exchanging]]
         if others:
             raise Infeasible(f"model {info.ref}: no method takes part in its training, so not {', '.join(others)}")
         if corpus == "mixed":
@@ -104,6 +107,8 @@ class TinyLm(ModelFamily):
             return FactStage(size, seed, info.options, WordTokenizer())
         recipe = dict(info.options)
         at, tokens = recipe.pop("at", 0), _train_tokens(recipe["vocabulary"])
+        if exchanging:
+            return _exchanged(info, size, seed, tokens, exchanging[0])
         if at:
             return SeriesCheckpoint(TextSeriesStage(size, seed, tuple(sorted(recipe.items())), tokens), at)
         return TextStage(size, seed, info.options, tokens)
@@ -159,6 +164,24 @@ def _selecting(methods: tuple[Method, ...]) -> list[DataSelectionMethod]:
     return [method for method in methods if isinstance(method, DataSelectionMethod)]
 
 
+def _exchanging(methods: tuple[Method, ...]) -> list[GradientMethod]:
+    """Those that exchange the gradients of workers; a trial has at most one."""
+    from isoflop.methods.gradients.base import GradientMethod
+
+    return [method for method in methods if isinstance(method, GradientMethod)]
+
+
+def _exchanged(info: ModelInfo, size: str, seed: int, tokens: TokensStage, method: GradientMethod) -> Stage:
+    """The training by several workers; of its steps only the last one is kept."""
+    if dict(info.options).get("at"):
+        raise Infeasible(
+            f"model {info.ref}: at = {dict(info.options)['at']} is not kept with method {method.name}; allowed: 0"
+        )
+    trained = method.as_trained()
+    spec = (trained.name, trained.version, tuple(sorted(trained.knobs().items())))
+    return ExchangedTextStage(size, seed, info.options, tokens, spec)
+
+
 def _parts(ref: str) -> tuple[str, str]:
     corpus, _, size = split_ref(ref)[0].partition("/")[2].partition("-")
     return corpus, size
@@ -197,7 +220,7 @@ def _text_info(ref: str, size: str, options: Options) -> LmInfo:
         family=FAMILY,
         version=content_hash({"stage": TextStage.version, "tokens": tokens.key, "recipe": dict(options)}, 12),
         n_params=shape.n_params,
-        hooks=HOOKS | {"tokenizer", "context"},
+        hooks=HOOKS | {"tokenizer", "context", "gradients"},
         geometry={
             **shape.geometry(recipe.vocabulary),
             "train_tokens": (recipe.at or recipe.steps) * recipe.batch * recipe.context,
