@@ -20,7 +20,8 @@ from isoflop.core.knobs import Knob, check_knobs, knob_specs
 from isoflop.core.registry import Registry
 from isoflop.core.yaml_source import load_yaml, parse_yaml
 from isoflop.jobs import Job, MethodSpec
-from isoflop.sweep.spec import Limits, ResourcesBlock, load_spec
+from isoflop.sweep.blocks import Limits, ResourcesBlock
+from isoflop.sweep.spec import load_spec
 
 SCALARS = (
     st.none()

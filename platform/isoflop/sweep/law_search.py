@@ -28,8 +28,9 @@ from isoflop.search.law.axes import AxisSpec, Config, Reader
 from isoflop.search.law.contenders import LawChoice
 from isoflop.search.law.forecast import Forecast
 from isoflop.search.law.proposer import LawProposer
+from isoflop.sweep.blocks import ContenderBlock, TargetBlock
 from isoflop.sweep.resolve import Sweep
-from isoflop.sweep.spec import ContenderBlock, SweepSpec, TargetBlock
+from isoflop.sweep.spec import SweepSpec
 
 _KINDS: dict[str, tuple[type[Target], tuple[str, ...], tuple[str, ...]]] = {
     "allocation": (OptimalAllocation, ("budget",), ("of", "group")),

@@ -20,7 +20,8 @@ from isoflop.methods.base import METHODS, method_knobs
 from isoflop.models.base import family_of
 from isoflop.search import Branch, Config, Param, Space, Zip, make_pruner, make_sampler
 from isoflop.search.space import MAX_GRID, Exclusion, Value
-from isoflop.sweep.spec import KnobEntry, MethodEntry, SweepSpec, import_modules, load_spec
+from isoflop.sweep.blocks import KnobEntry, MethodEntry
+from isoflop.sweep.spec import SweepSpec, import_modules, load_spec
 from isoflop.tasks.base import TASKS
 
 _CHECKED_POINTS = 20_000  # of a grid; impossible points beyond become rows
@@ -324,10 +325,10 @@ def _check_laws(spec: SweepSpec, source: Source) -> None:
 
 
 def _check_columns(text: str, where: str) -> None:
-    """An expression of columns that rows have."""
+    """An expression of columns that rows have; which metrics and costs these will hold is not known yet."""
     expression = parse(text, where)
     for name in sorted(expression.graph.names(expression.root)):
-        if name not in SCHEMA.names:
+        if name.partition(".")[0] not in SCHEMA.names:
             raise unknown("column of results", name, SCHEMA.names, where)
 
 

@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.feather
 
 from isoflop.core.errors import UserError
-from isoflop.sweep.spec import FrontierBlock, LawBlock, SweepSpec
+from isoflop.sweep.blocks import FrontierBlock, LawBlock
+from isoflop.sweep.spec import SweepSpec
 from isoflop.track import Artifact
 
 if TYPE_CHECKING:

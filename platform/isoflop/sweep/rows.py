@@ -17,7 +17,7 @@ from isoflop.jobs import Job, Outcome
 from isoflop.jobs.traces import Trace
 from isoflop.ledger.schema import FOOTPRINT_COLUMNS
 from isoflop.methods.base import METHODS
-from isoflop.sweep.spec import Objective
+from isoflop.sweep.blocks import Objective
 
 FINAL_OK = ("ok", "pruned")
 
