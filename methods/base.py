@@ -32,7 +32,8 @@ class Method:
         paper: reference, e.g. "arXiv 2411.03312".
         needs: hook points and capabilities that the model must offer (``ModelInfo.hooks``).
         order: methods of one trial are applied in ascending order: weights 0, tokens inside the vision tower 5,
-            visual tokens 10, tokens between decoder layers 20, KV cache and attention 30.
+            visual tokens 10, tokens between decoder layers 20, neurons of the feed-forward blocks 25, KV cache and
+            attention 30.
         trains_model: takes part in training a model family that is trained here.
         slot: the place in the model that the method takes for itself; a trial has at most one method per slot; ""
             where methods of a family can be applied together.

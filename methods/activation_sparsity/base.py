@@ -159,10 +159,8 @@ class Sparsity:
         return None if self._valid_BT is None else self._valid_BT[:, -like_BT.shape[1] :]
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entering = (
-            args[0] if args else next(kwargs[k] for k in ("input_ids", "inputs_embeds") if kwargs.get(k) is not None)
-        )
-        self._rows = len(entering)
+        given = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+        self._rows = len(next(tensor for tensor in given if tensor is not None))
         mask = kwargs.get("attention_mask")
         self._valid_BT = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self._gates, self._last = {}, {}
@@ -172,9 +170,8 @@ class Sparsity:
 
     def _mask(self, place: int, a_BTF: Tensor) -> Tensor:
         kept_BTF = self._rules[place](a_BTF, self._gates.pop(place, a_BTF))
-        self._last[place] = (kept_BTF.sum(-1).double() / kept_BTF.shape[-1]).view(
-            self._rows, -1
-        )  # OPT's blocks see (B·T, F)
+        share_BT = kept_BTF.sum(-1).double() / kept_BTF.shape[-1]
+        self._last[place] = share_BT.view(self._rows, -1)  # OPT's blocks see (B·T, F)
         return torch.where(kept_BTF, a_BTF, torch.zeros((), dtype=a_BTF.dtype, device=a_BTF.device))
 
 

@@ -1,0 +1,47 @@
+"""Models and helpers that tests of activation sparsity share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isoflop.core.folder_context import FolderContext
+from isoflop.methods.activation_sparsity.base import Rule, Sparsity
+from isoflop.models.base import family_of
+from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
+from isoflop.models.mlps import mlps_of
+
+SHORT: dict[str, Any] = {
+    "layers": 2, "steps": 64, "batch": 8, "context": 64, "vocabulary": 400, "warmup": 0.05, "final": 1.0, "lr": 6e-3,
+}  # fmt: skip
+"""Two seconds of training, after which losing neurons costs something."""
+
+
+def loaded(ctx: FolderContext, ref: str, seed: int = 0, **options: Any) -> LmModel:
+    """A member of the tiny family, trained unless the cache has it."""
+    family = family_of(ref)
+    info = family.info(ref, {**SHORT, **options})
+    model = family.load(info, family.weights(info, (), seed), ctx)
+    assert isinstance(model, LmModel)
+    return model
+
+
+def sequences(model: LmModel, count: int = 4, length: int = 24, seed: int = 5) -> LmBatch:
+    """Random sequences, every next token scored."""
+    rng = np.random.default_rng(seed)
+    ids_BT = torch.from_numpy(rng.integers(0, model.info.geometry["vocab_size"], (count, length)))
+    targets_BT = torch.full_like(ids_BT, NOT_SCORED)
+    targets_BT[:, :-1] = ids_BT[:, 1:]
+    return LmBatch(ids_BT, targets_BT)
+
+
+@torch.no_grad()
+def under(model: LmModel, rules: Sequence[Rule], batch: LmBatch) -> tuple[Tensor, Sparsity]:
+    """Logits of a pass under rules, and what counted it."""
+    sparsity = Sparsity(model, mlps_of(model.decoder), rules)
+    with sparsity.hooked():
+        return model.logits(batch), sparsity
