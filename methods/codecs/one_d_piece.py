@@ -72,7 +72,8 @@ class OneDPiece(CodecMethod):
     n_latent: Annotated[int, Knob(low=1, high=MOST_CODES, log=True, unit="tokens", doc="L, of the whole code")] = 32
     codebook_size: Annotated[int, Knob(choices=(16, 64, 256, 1024, 4096), doc="K")] = 256
     quantizer: Annotated[
-        str, Knob(choices=KINDS, doc="a learned codebook, or finite scalar quantization, which has no use for token_dim")
+        str,
+        Knob(choices=KINDS, doc="a learned codebook, or finite scalar quantization, which has no use for token_dim"),
     ] = "vq"
     token_dim: Annotated[int, Knob(low=1, high=256, log=True, doc="D, numbers per token of a learned codebook")] = 12
     l2_norm: Annotated[bool, Knob(doc="a learned codebook compares directions")] = True

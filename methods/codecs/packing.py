@@ -34,5 +34,7 @@ def write_codes(codes_M: np.ndarray, bits: int) -> bytes:
 def read_codes(data: bytes, bits: int) -> np.ndarray:
     """The codes, int64 (M,), that ``write_codes`` wrote."""
     count = data[0] + 1
-    digits_Mb = np.unpackbits(np.frombuffer(data, np.uint8, offset=COUNT_BYTES), count=count * bits).reshape(count, bits)
+    digits_Mb = np.unpackbits(np.frombuffer(data, np.uint8, offset=COUNT_BYTES), count=count * bits).reshape(
+        count, bits
+    )
     return digits_Mb.astype(np.int64) @ (1 << np.arange(bits - 1, -1, -1))

@@ -43,7 +43,7 @@ class PcaCodec(CodecMethod):
         int, Knob(low=1, high=MOST_CODES, log=True, ratio=True, unit="numbers", doc="kept coefficients")
     ] = 8
     bits: Annotated[int, Knob(low=1, high=16, unit="bits", doc="per coefficient")] = 6
-    examples: Annotated[int, Knob(low=MOST_CODES + 1, high=65536, log=True, doc="training images")] = 1024
+    examples: Annotated[int, Knob(low=MOST_CODES + 1, high=2048, log=True, doc="training images")] = 1024
 
     def prepare(
         self, info: ModelInfo, weights: Stage | None, seed: int, trained_with: tuple[Method, ...] = ()
@@ -111,9 +111,12 @@ def fit_basis(images_NCHW: Tensor) -> Basis:
     """The first 256 principal components of images in [0, 1]."""
     x_NI = images_NCHW.flatten(1).double()
     mean_I = x_NI.mean(0)
-    _, scale_R, rows_RI = torch.linalg.svd(x_NI - mean_I, full_matrices=False)
-    deviation_R = scale_R / len(x_NI) ** 0.5
-    return Basis(mean_I.float(), rows_RI[:MOST_CODES].float().contiguous(), deviation_R[:MOST_CODES].float())
+    centred_NI = x_NI - mean_I
+    # images are fewer than numbers per image, so that their products are the smaller problem
+    energy_N, left_NN = torch.linalg.eigh(centred_NI @ centred_NI.T)
+    scale_R, left_NR = energy_N.flip(0)[:MOST_CODES].sqrt(), left_NN.flip(1)[:, :MOST_CODES]
+    rows_RI = left_NR.T @ centred_NI / scale_R[:, None]
+    return Basis(mean_I.float(), rows_RI.float().contiguous(), (scale_R / len(x_NI) ** 0.5).float())
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,9 @@ class CodecProbe(Probe):
         images_BCHW = to_bytes(self._images)
         coded = codec.encode(images_BCHW)
         together_BCHW = codec.decode([code.data for code in coded])
-        assert together_BCHW.shape == images_BCHW.shape, f"{tuple(images_BCHW.shape)} became {tuple(together_BCHW.shape)}"
+        assert together_BCHW.shape == images_BCHW.shape, (
+            f"{tuple(images_BCHW.shape)} became {tuple(together_BCHW.shape)}"
+        )
         assert together_BCHW.dtype == torch.uint8, f"decoded images are {together_BCHW.dtype}"
         for code, decoded_CHW in zip(coded, together_BCHW, strict=True):
             assert 0 <= code.header < len(code.data), f"{code.header} header bytes of {len(code.data)}"

@@ -102,6 +102,7 @@ class Trainer:
         self.tokenizer = tokenizer
         self.recipe = recipe
         self._used_K = torch.zeros(tokenizer.quantizer.codes, dtype=torch.bool)
+        self._latents_BLD = torch.empty(0)
         self._generator = torch.Generator().manual_seed(derive_seed("revived codes", seed))
 
     def run(self, data: str, seed: int) -> list[float]:
@@ -117,8 +118,10 @@ class Trainer:
 
     def loss(self, step: Step) -> Tensor:
         """Squared error of the pixels, in [-1, 1], behind the tail drop, and the quantizer's loss of all tokens."""
+        self._revive(step.number)
         found = self.tokenizer.quantizer(self.tokenizer.latents(step.images_BCHW))
-        self._note(step.number, found.indices_BL, found.inputs_BLD)
+        self._used_K[found.indices_BL.flatten()] = True
+        self._latents_BLD = found.inputs_BLD.detach()
         length = int(step.kept_B.max())
         kept_B = step.kept_B if self.recipe.each else None
         images_BCHW = self.tokenizer.render(found.values_BLD, length, kept_B)
@@ -131,16 +134,14 @@ class Trainer:
         self.tokenizer.train()
         return descend(optimizer, schedule, (next(steps) for _ in range(count)), self.loss)
 
-    def _note(self, number: int, indices_BL: Tensor, inputs_BLD: Tensor) -> None:
-        """Follow which codes are in use, and revive the others when it is time."""
-        quantizer = self.tokenizer.quantizer
-        first = self.recipe.steps - self.recipe.second_steps
-        if not self.recipe.revive or not isinstance(quantizer, VectorQuantizer) or number >= first // 2:
+    def _revive(self, number: int) -> None:
+        """Before a step for which it is time: put codes that the last steps did not use on latents of the last batch."""
+        quantizer, every = self.tokenizer.quantizer, self.recipe.revive
+        half = (self.recipe.steps - self.recipe.second_steps) // 2
+        if not every or not isinstance(quantizer, VectorQuantizer) or not 0 < number <= half or number % every:
             return
-        self._used_K[indices_BL.flatten()] = True
-        if (number + 1) % self.recipe.revive == 0:
-            quantizer.revive(self._used_K, inputs_BLD, self._generator)
-            self._used_K.fill_(False)
+        quantizer.revive(self._used_K, self._latents_BLD, self._generator)
+        self._used_K.fill_(False)
 
 
 @dataclass(frozen=True)

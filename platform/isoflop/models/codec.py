@@ -94,8 +94,12 @@ class CodecRun:
             ValueError: there were none.
         """
         if not self._sizes:
-            raise ValueError("no image has gone through the codec yet; its bytes are counted on those that the model sees")
-        coded, header, raw, pixels = (sum(column) / len(self._sizes) for column in zip(*self._sizes.values(), strict=True))
+            raise ValueError(
+                "no image has gone through the codec yet; its bytes are counted on those that the model sees"
+            )
+        coded, header, raw, pixels = (
+            sum(column) / len(self._sizes) for column in zip(*self._sizes.values(), strict=True)
+        )
         return CodecBytes(len(self._sizes), coded, header, raw, pixels)
 
 
