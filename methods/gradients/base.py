@@ -65,7 +65,7 @@ class GradientMethod(Method):
     def check(self, info: ModelInfo) -> None:
         """Refuse models that are not trained here, and numbers of workers that do not divide their batch."""
         super().check(info)
-        batch = dict(info.options)["batch"]
+        batch = dict(info.options).get("batch", 0)
         if batch % self.workers:
             fitting = ", ".join(str(n) for n in (2, 3, 4) if batch % n == 0) or "none"
             raise Infeasible(

@@ -16,13 +16,13 @@ from isoflop.models.collectives import dense_wire_bytes
 from isoflop.models.descent import descend
 
 SHAPES = {"w": torch.Size((20, 30)), "conv": torch.Size((4, 3, 3)), "bias": torch.Size((20,))}
-ALL = {"density": 1.0, "warmup": 0.0, "clip": False}
+ALL = {"density": 1.0, "warmup": 0.0, "clip": False, "lr": 0.02}
 
 
 def alone(momentum: float, nesterov: bool = False, clip: float = 1e9) -> Network:
     """The network trained by one process on whole batches."""
     network, recipe = Network(), Recipe(clip=clip)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.3, momentum=momentum, nesterov=nesterov)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=momentum, nesterov=nesterov)
     descend(optimizer, recipe, lessons(recipe.steps), network)
     return network
 
@@ -49,7 +49,7 @@ def test_everything_sent_with_masking_is_sgd_without_momentum() -> None:
 
 
 def test_dense_is_the_training_of_one_process() -> None:
-    network, report = simulated(DenseGradients(workers=2), Recipe(clip=0.5))
+    network, report = simulated(DenseGradients(workers=2, lr=0.02), Recipe(clip=0.5))
     assert_close(network, alone(0.9, clip=0.5))
     assert report.steady(report.wire_bytes) == pytest.approx(report.dense_step_bytes, rel=0.01)
 

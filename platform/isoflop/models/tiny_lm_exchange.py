@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import resource
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -64,15 +64,16 @@ class ExchangedTextStage(TextStage):
             report = simulate(LmLoss(module), method, recipe, lessons, rows_of, self.seed)
             module.eval()
         else:
-            report = self._train_in_processes(module, method, tokens)
+            report = self._train_in_processes(module, method, tokens, folder / "workers")
         report.save(folder)
         return report.loss
 
-    def _train_in_processes(self, module: Any, method: GradientMethod, tokens: Tokens) -> ExchangeReport:
+    def _train_in_processes(self, module: Any, method: GradientMethod, tokens: Tokens, work: Path) -> ExchangeReport:
+        """Train in processes that meet in the folder ``work``, which lies in the stage's own and is removed with it."""
         from safetensors.torch import load_file
 
-        with TemporaryDirectory(prefix="isoflop-workers-") as name:
-            work = Path(name)
+        work.mkdir()
+        try:
             np.save(work / "ids.npy", tokens.ids_N)
             task = {
                 "size": self.size,
@@ -89,6 +90,8 @@ class ExchangedTextStage(TextStage):
             report = gather_records(work, method.workers)
             report.worker_cpu_seconds = _children_cpu_seconds() - before
             module.load_state_dict(load_file(work / "weights.safetensors"))
+        finally:
+            shutil.rmtree(work)
         return report
 
 
