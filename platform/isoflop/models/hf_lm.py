@@ -13,12 +13,14 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.stage import StageContext
 from isoflop.models import recall_world
 from isoflop.models.base import ModelInfo
+from isoflop.models.byte_view_vocabulary import not_byte_level
 from isoflop.models.calibration import CalibrationText
 from isoflop.models.english import EnglishStage
 from isoflop.models.hf_decoder import decoder_geometry
 from isoflop.models.hf_source import FAMILY, Content, Options, content_of, locate, read_config, require_safetensors
 from isoflop.models.lm import LmInfo, LmModel, decoder_layers, tokenizer_of
 from isoflop.models.lm_text import EnglishText, TokenizerSource, TokensStage, has_tokenizer, read_tokenizer
+from isoflop.models.mlps import has_mlps
 from isoflop.models.quiet import no_progress_bars
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -50,6 +52,11 @@ class CheckpointTokenizer(TokenizerSource):
         """The tokenizer, read from the checkpoint."""
         return read_tokenizer(locate(self.ref, self.revision, weights=False))
 
+    def not_byte_level(self) -> str:
+        """Read off ``tokenizer.json``."""
+        stored = locate(self.ref, self.revision, weights=False) / "tokenizer.json"
+        return not_byte_level(json.loads(stored.read_text()))
+
 
 def handles(architecture: str) -> bool:
     """Whether an architecture is a causal language model by its name."""
@@ -70,6 +77,7 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
     tokenizer = _tokenizer(ref, source, chosen)
     positions = int(config.max_position_embeddings)
     named = {f"vocabulary:{vocabulary}"} if vocabulary else set()
+    named |= {"mlp"} if has_mlps(skeleton.get_decoder() or skeleton) else set()
     return LmInfo(
         ref=ref,
         family=FAMILY,

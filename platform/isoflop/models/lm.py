@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from isoflop.core.errors import Infeasible
 from isoflop.core.stage import StageContext
 from isoflop.models.base import ModelInfo
+from isoflop.models.byte_view import ByteView
 from isoflop.models.calibration import CalibrationText
 from isoflop.models.decoder_model import DecoderModel
 from isoflop.models.lm_text import TokenizerSource, TokensStage
@@ -79,9 +80,11 @@ class LmModel(DecoderModel):
 
     Attributes:
         selection: what the data-selection method that is applied kept of its training documents, or None.
+        byte_view: how it gives probabilities of bytes; None where no method says so (see ``byte_view``).
     """
 
     info: LmInfo
+    byte_view: ByteView | None = None
     selection: Selection | None = None
 
     def __init__(self, info: LmInfo, module: nn.Module, tokenizer: Callable[[], Any] | None = None) -> None:

@@ -1,0 +1,1 @@
+"""How a language model over tokens gives probabilities of bytes."""

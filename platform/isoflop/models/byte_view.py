@@ -1,0 +1,129 @@
+"""The slot ``LmModel.byte_view``: how a language model over tokens gives probabilities of bytes.
+
+A task that scores bytes asks the model's view, or ``TokenView`` where no method has put one there.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from isoflop.core.errors import Infeasible
+from isoflop.core.stage import Stage, StageContext
+from isoflop.models.base import ModelInfo
+from isoflop.models.byte_view_segmentations import Segmentations
+from isoflop.models.byte_view_tree import RENORMALISED, Counts, CoveringTree, Start, prompt_start
+from isoflop.models.byte_view_vocabulary import ByteVocabulary
+
+if TYPE_CHECKING:
+    from isoflop.models.lm import LmModel
+    from isoflop.models.lm_text import TokenizerSource
+
+
+@dataclass(frozen=True)
+class ByteText:
+    """Bytes of which some are scored.
+
+    Attributes:
+        data: the start of a UTF-8 text; it may stop inside a character.
+        first: bytes of the prompt; those behind it are scored.
+    """
+
+    data: bytes
+    first: int
+
+
+class ByteView(ABC):
+    """Probabilities of the next byte at every scored position of some texts.
+
+    Attributes:
+        counts: what the last call took, of all models together.
+        members: models that are asked besides the one whose slot it is.
+    """
+
+    counts: Counts
+    members: tuple[LmModel, ...] = ()
+
+    @abstractmethod
+    def next_bytes(self, model: LmModel, segmentations: Segmentations, texts: Sequence[ByteText]) -> list[np.ndarray]:
+        """Log-probabilities (positions, 257) of each text: the 256 bytes and "no byte follows", summing to 1.
+
+        Row i is the distribution of byte ``first + i`` given all bytes before it.
+
+        Args:
+            segmentations: of the model's tokenizer.
+        """
+
+
+@dataclass
+class TreeView(ByteView):
+    """A view by covering trees; subclasses say where a tree begins.
+
+    Args:
+        mass, beam: see ``CoveringTree``.
+    """
+
+    mass: str = RENORMALISED
+    beam: int = 0
+    counts: Counts = field(default_factory=Counts)
+
+    @abstractmethod
+    def start(self, segmentations: Segmentations, text: ByteText) -> Start:
+        """The tokens that the prompt is given as, and the offset from which on segmentations are summed over."""
+
+    def next_bytes(self, model: LmModel, segmentations: Segmentations, texts: Sequence[ByteText]) -> list[np.ndarray]:
+        """One tree per text, all in one batch."""
+        tree = CoveringTree(model, segmentations, self.mass, self.beam)
+        found = tree.next_bytes([self.start(segmentations, text) for text in texts])
+        self.counts = tree.counts
+        return found
+
+
+@dataclass
+class TokenView(TreeView):
+    """The model as it is served: the prompt is tokenised by itself, and what follows is conditioned on those tokens.
+
+    A prompt that ends inside a word ends in a token that the model has rarely seen there.
+    """
+
+    def start(self, segmentations: Segmentations, text: ByteText) -> Start:
+        """Behind the prompt."""
+        return prompt_start(segmentations.vocabulary, text.data, text.first)
+
+
+@dataclass(frozen=True)
+class SegmentationsStage(Stage):
+    """What is known of a tokenizer's segmentations; nothing is stored, it is read when it is loaded."""
+
+    kind: ClassVar[str] = "segmentations"
+
+    tokenizer: TokenizerSource
+
+    def compute(self, ctx: StageContext, folder: Path) -> None:
+        """Write down whose they are."""
+        (folder / "source.json").write_text(json.dumps({"tokenizer": self.tokenizer.key}) + "\n")
+
+    def load(self, ctx: StageContext, folder: Path) -> Segmentations:
+        """The segmentations, whose answers are kept as long as the value is."""
+        return Segmentations(ByteVocabulary(ctx.get(self.tokenizer)))
+
+
+def segmentations_of(info: ModelInfo, asker: str) -> SegmentationsStage:
+    """The stage of a model's segmentations.
+
+    Raises:
+        Infeasible: the model has no tokenizer, or one under which bytes have no probabilities.
+    """
+    tokenizer = getattr(info, "tokenizer", None)
+    if tokenizer is None:
+        raise Infeasible(f"{asker} needs a tokenizer, which model {info.ref} does not offer")
+    reason = tokenizer.not_byte_level()
+    if reason:
+        raise Infeasible(f"{asker} needs byte-level BPE (as of GPT-2, Llama 3 or Qwen); model {info.ref}: {reason}")
+    return SegmentationsStage(tokenizer)
