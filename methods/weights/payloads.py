@@ -86,6 +86,26 @@ class DensePayload(Payload):
 
 
 @dataclass(frozen=True, eq=False)
+class AbsentPayload(Payload):
+    """Nothing: the matrix of a part that is left out."""
+
+    kind: ClassVar[str] = "absent"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+    @classmethod
+    def restore(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AbsentPayload:
+        """The inverse of ``settings``."""
+        return cls(_shape(settings))
+
+    def decode(self) -> Tensor:
+        """Zeros."""
+        return torch.zeros(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
 class GridPayload(Payload):
     """Codes on uniform grids, one grid per group of weights of a row: bits + 32/group bits per weight."""
 
@@ -257,7 +277,7 @@ class StackPayload(Payload):
 
 
 PAYLOADS: dict[str, type[Payload]] = {
-    cls.kind: cls for cls in (DensePayload, GridPayload, BitmapPayload, PatternPayload, StackPayload)
+    cls.kind: cls for cls in (DensePayload, AbsentPayload, GridPayload, BitmapPayload, PatternPayload, StackPayload)
 }
 
 

@@ -31,8 +31,8 @@ SETTINGS_LENGTH = 256
 class WeightProbe(Probe):
     """Logits of an untrained decoder; the cost is the bytes of its matrices as stored."""
 
-    def __init__(self, examples: int = 4) -> None:
-        self.model: LmModel = untrained_decoder(layers=1)
+    def __init__(self, examples: int = 4, layers: int = 1) -> None:
+        self.model: LmModel = untrained_decoder(layers=layers)
         shapes = Counter((view.rows, view.cols) for view in linear_views(self.model))
         matrices = tuple((rows, cols, count) for (rows, cols), count in shapes.items())
         self.model.info = replace(self.model.info, geometry={**self.model.info.geometry, "matrices": matrices})

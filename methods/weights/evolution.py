@@ -1,0 +1,183 @@
+"""EvoPress's search: offspring by exchanging levels, selected in steps on more and more data (arXiv 2410.14649, section 3).
+
+Knows nothing of models: a configuration is one level per unit (matrix, half of a block), and what serves and scores it
+is handed in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+Levels = tuple[int, ...]
+"""The level of each unit."""
+
+_FLIPS = 3
+_TRIES = 100
+
+
+@dataclass(frozen=True)
+class Space:
+    """The configurations of one budget.
+
+    Attributes:
+        low, high: bounds of each unit's level.
+        groups: units among which a step of level costs the same, so that they may exchange levels one for one.
+    """
+
+    low: Levels
+    high: Levels
+    groups: tuple[tuple[int, ...], ...]
+
+    def switch(self, levels: Levels, rng: np.random.Generator) -> Levels:
+        """One level down in one unit and one up in another of its group; the same levels where nothing can move.
+
+        Groups are drawn in proportion to their units, units evenly among those that can move.
+        """
+        groups = [group for group in self.groups if self._downs(group, levels)]
+        if not groups:
+            return levels
+        sizes = np.array([len(group) for group in groups], dtype=float)
+        group = groups[rng.choice(len(groups), p=sizes / sizes.sum())]
+        down = int(rng.choice(self._downs(group, levels)))
+        up = int(rng.choice([i for i in group if i != down and levels[i] < self.high[i]]))
+        changed = list(levels)
+        changed[down] -= 1
+        changed[up] += 1
+        return tuple(changed)
+
+    def mutate(self, levels: Levels, rng: np.random.Generator) -> Levels:
+        """One to three switches: the smaller of two draws, so that one is the most likely."""
+        for _ in range(int(rng.integers(1, _FLIPS + 1, 2).min())):
+            levels = self.switch(levels, rng)
+        return levels
+
+    def shuffle(self, levels: Levels, rng: np.random.Generator) -> Levels:
+        """A configuration that keeps nothing but the budget: four switches per unit."""
+        for _ in range(4 * len(levels)):
+            levels = self.switch(levels, rng)
+        return levels
+
+    def _downs(self, group: tuple[int, ...], levels: Levels) -> list[int]:
+        """Units of a group that can go down while another goes up."""
+        ups = [i for i in group if levels[i] < self.high[i]]
+        return [i for i in group if levels[i] > self.low[i] and (len(ups) > 1 or ups not in ([], [i]))]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One step of selection: how many survive, judged on how many examples."""
+
+    survivors: int
+    examples: int
+
+
+def selections(steps: int, survivors: int, examples: int, growth: int) -> tuple[Selection, ...]:
+    """``survivors`` in the first step and a quarter of them in each further one, one in the last; examples grow by ``growth``.
+
+    With 3 steps and 16 (8) survivors these are the 16, 4, 1 (8, 2, 1) of the paper's searches for bits (sparsity).
+    """
+    return tuple(
+        Selection(1 if step == steps - 1 else max(1, survivors // 4**step), examples * growth**step)
+        for step in range(steps)
+    )
+
+
+class Judge(Protocol):
+    """Scores configurations.
+
+    Attributes:
+        tokens: scored positions so far, over all configurations: what a search costs.
+    """
+
+    tokens: int
+
+    def scores(self, candidates: Sequence[Levels], examples: int, rng: np.random.Generator) -> list[float]:
+        """The fitness of each on the same ``examples`` drawn from the calibration set; all of it, when it holds no more.
+
+        Lower is better.
+        """
+
+
+Propose = Callable[[Levels, np.random.Generator], Levels]
+
+
+@dataclass
+class Search:
+    """A finished search.
+
+    Attributes:
+        levels: what was found.
+        fitness: of the configuration that was best, at the start and after each generation, on the examples of the last step of
+            selection; they differ from one generation to the next unless that step sees the whole set.
+        tokens: scored positions until then.
+        moved: exchanges of levels between it and the start.
+    """
+
+    levels: Levels
+    fitness: list[float] = field(default_factory=list)
+    tokens: list[float] = field(default_factory=list)
+    moved: list[float] = field(default_factory=list)
+
+    def note(self, start: Levels, fitness: float, tokens: int) -> None:
+        """Record a generation."""
+        self.fitness.append(fitness)
+        self.tokens.append(float(tokens))
+        self.moved.append(sum(abs(a - b) for a, b in zip(self.levels, start, strict=True)) / 2)
+
+
+def evolve(
+    starts: Sequence[Levels],
+    propose: Propose,
+    judge: Judge,
+    plan: Sequence[Selection],
+    generations: int,
+    offspring: int,
+    rng: np.random.Generator,
+) -> Search:
+    """A (1 + offspring) search.
+
+    Each generation's offspring are distinct and differ from the parent. They pass through the steps of ``plan``; the
+    parent joins at the last and is scored on the same examples. Where a space is so small that distinct offspring are
+    hard to draw, a generation has fewer.
+
+    Args:
+        starts: configurations of the budget; the fittest on the first step's examples is the first parent.
+        propose: an offspring of a parent.
+    """
+    parent = _fittest(starts, judge.scores(starts, plan[0].examples, rng), 1)[0][0] if len(starts) > 1 else starts[0]
+    start, search = parent, Search(parent)
+    search.note(start, judge.scores([parent], plan[-1].examples, rng)[0], judge.tokens)
+    for _ in range(generations):
+        candidates = distinct(search.levels, propose, offspring, rng)
+        scores: list[float] = []
+        for step, selection in enumerate(plan):
+            if step == len(plan) - 1:
+                candidates = [*candidates, search.levels]
+            scores = judge.scores(candidates, selection.examples, rng)
+            candidates, scores = _fittest(candidates, scores, selection.survivors)
+        search.levels = candidates[0]
+        search.note(start, scores[0], judge.tokens)
+    return search
+
+
+def distinct(parent: Levels, propose: Propose, count: int, rng: np.random.Generator) -> list[Levels]:
+    """Up to ``count`` different proposals other than the parent, in the order in which they were drawn."""
+    found: dict[Levels, None] = {}
+    for _ in range(_TRIES * count):
+        if len(found) == count:
+            break
+        levels = propose(parent, rng)
+        if levels != parent:
+            found[levels] = None
+    return list(found)
+
+
+def _fittest(candidates: Sequence[Levels], scores: Sequence[float], count: int) -> tuple[list[Levels], list[float]]:
+    """The ``count`` of lowest score, best first; among equals the earlier; what is no number comes last."""
+    order = sorted(range(len(candidates)), key=lambda i: (math.isnan(scores[i]), scores[i]))[:count]
+    return [candidates[i] for i in order], [scores[i] for i in order]

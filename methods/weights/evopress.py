@@ -1,0 +1,373 @@
+"""EvoPress: bits or sparsity per matrix, found by evolutionary search under one budget (arXiv 2410.14649).
+
+The levels of every matrix are computed once and kept as payloads (the paper's level database); the search serves them in
+place and compares the model's outputs with the uncompressed ones. See ``evolution`` for the search, ``search_base`` for
+its baselines, and ``evopress_drop`` for dropping attentions and MLPs.
+
+Shape suffixes: O outputs (rows), I inputs (columns).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isoflop.core.errors import Infeasible
+from isoflop.core.knobs import Knob
+from isoflop.core.stage import Stage, StageContext
+from isoflop.methods.allocation import allocate
+from isoflop.methods.base import METHODS
+from isoflop.methods.calibration import OnModel, Spec
+from isoflop.methods.weights.artefact import Artefact
+from isoflop.methods.weights.base import CodecMethod, Served
+from isoflop.methods.weights.evolution import Levels, Space
+from isoflop.methods.weights.fitness import Fitness
+from isoflop.methods.weights.gptq import Gptq
+from isoflop.methods.weights.level_bank import LevelBank
+from isoflop.methods.weights.magnitude import Magnitude
+from isoflop.methods.weights.payloads import Payload
+from isoflop.methods.weights.rtn import RoundToNearest
+from isoflop.methods.weights.search_base import UNIFORM, SearchMethod, method_of, spec_of
+from isoflop.methods.weights.sparsegpt import SparseGpt
+from isoflop.methods.weights.statistics import CalibrationStage, Statistics, ViewStats, calibration_seed, collect
+from isoflop.methods.weights.views import LinearView, linear_views
+from isoflop.methods.weights.wanda import Wanda
+from isoflop.models.base import Model, ModelInfo
+
+_ERRORS = "errors.json"
+GPTQ, RTN = "gptq", "rtn"
+SPARSEGPT, WANDA, MAGNITUDE = "sparsegpt", "wanda", "magnitude"
+
+
+@dataclass(frozen=True, eq=False)
+class Database:
+    """Every matrix at every level.
+
+    Attributes:
+        payloads: by ``<view>@<level>``.
+        errors: by view and level, the relative error of the matrix' outputs on the calibration inputs,
+            tr(Δ·H·Δᵀ) / tr(W·H·Wᵀ).
+    """
+
+    payloads: Artefact
+    errors: dict[str, dict[int, float]]
+
+    def payload(self, view: LinearView, level: int) -> Payload:
+        """A matrix at a level."""
+        return self.payloads[f"{view.name}@{level}"]
+
+    def save(self, folder: Path) -> None:
+        """Write everything into a folder."""
+        self.payloads.save(folder)
+        (folder / _ERRORS).write_text(json.dumps(self.errors) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path, device: str) -> Database:
+        """The inverse of :meth:`save`; payloads are read when they are asked for."""
+        found = json.loads((folder / _ERRORS).read_text())
+        errors = {name: {int(level): error for level, error in levels.items()} for name, levels in found.items()}
+        return cls(Artefact(folder, device=device), errors)
+
+
+@dataclass(frozen=True)
+class LevelMethod(SearchMethod):
+    """Base class of searches whose units are matrices and whose levels are settings of a codec."""
+
+    database_knobs: ClassVar[tuple[str, ...]]
+    n_calib: Annotated[int, Knob(low=1, high=100_000, log=True, unit="examples", doc="training examples that matrices are compressed on")] = 128  # fmt: skip
+
+    @abstractmethod
+    def space(self, views: list[LinearView]) -> Space:
+        """Bounds of the levels, and which matrices may exchange them."""
+
+    @abstractmethod
+    def codec(self, view: LinearView, views: list[LinearView], level: int) -> CodecMethod:
+        """What compresses a matrix to a level."""
+
+    @abstractmethod
+    def uniform(self, views: list[LinearView]) -> Levels:
+        """The same level for all matrices."""
+
+    def starts(self, views: list[LinearView], count: int, rng: np.random.Generator) -> list[Levels]:
+        """See ``Problem``."""
+        return [self.uniform(views)]
+
+    @abstractmethod
+    def costs(self, views: list[LinearView], space: Space) -> tuple[list[list[float]], float]:
+        """What the levels of each matrix cost, from the lowest up, and the budget."""
+
+    def names(self, model: Model) -> list[str]:
+        """Those of the views."""
+        return [view.name for view in linear_views(model)]
+
+    def parts_knobs(self) -> dict[str, Any]:
+        """Those of the level database."""
+        return {name: getattr(self, name) for name in self.database_knobs}
+
+    def parts_stage(self, source: Mapping[str, Any]) -> Stage:
+        """The level database."""
+        database = type(self)(**self.parts_knobs())
+        calibration = CalibrationStage(**source, n_calib=self.n_calib)
+        return DatabaseStage(**source, method=spec_of(database), calibration=calibration)
+
+    def compute_parts(self, model: Model, ctx: StageContext, seed: int) -> Database:
+        """The level database."""
+        return self.database(model, collect(model, ctx, self.n_calib, calibration_seed(seed)))
+
+    @torch.no_grad()
+    def database(self, model: Model, statistics: Statistics) -> Database:
+        """Compress every matrix to every level."""
+        views = linear_views(model)
+        space = self.space(views)
+        payloads: dict[str, Payload] = {}
+        errors: dict[str, dict[int, float]] = {}
+        for view, low, high in zip(views, space.low, space.high, strict=True):
+            stats = statistics.of(view)
+            found = {
+                level: self.codec(view, views, level).encode(view.weight(), stats) for level in range(low, high + 1)
+            }
+            payloads |= {f"{view.name}@{level}": payload for level, payload in found.items()}
+            errors[view.name] = {
+                level: output_error(view.weight(), payload.decode(), stats) for level, payload in found.items()
+            }
+        return Database(Artefact(payloads), errors)
+
+    def problem(self, model: Model, parts: Any) -> LevelProblem:
+        """Levels of the model's matrices."""
+        assert isinstance(parts, Database)
+        return LevelProblem(self, model, parts)
+
+    def served(self, model: Model, views: list[LinearView], prepared: Any) -> Served:
+        """Each matrix at its level."""
+        found = self.found(prepared)
+        return (lambda view: found.parts.payload(view, found.levels[view.name])), {}
+
+
+class LevelProblem:
+    """The search for levels of a model's matrices (a ``Problem``)."""
+
+    def __init__(self, method: LevelMethod, model: Model, database: Database) -> None:
+        self._method, self._model, self._database = method, model, database
+        self._views = linear_views(model)
+        self.space = method.space(self._views)
+
+    def starts(self, count: int, rng: np.random.Generator) -> list[Levels]:
+        """See ``Problem``."""
+        return self._method.starts(self._views, count, rng)
+
+    def uniform(self) -> Levels:
+        """See ``Problem``."""
+        return self._method.uniform(self._views)
+
+    def additive(self, judge: Fitness) -> Levels:
+        """The least sum of the matrices' output errors, over all of them together."""
+        costs, budget = self._method.costs(self._views, self.space)
+        errors = [
+            [self._database.errors[view.name][level] for level in range(low, high + 1)]
+            for view, low, high in zip(self._views, self.space.low, self.space.high, strict=True)
+        ]
+        choice = allocate(costs, errors, budget).choice
+        return tuple(low + option for low, option in zip(self.space.low, choice, strict=True))
+
+    @contextmanager
+    def serving(self) -> Iterator[Callable[[Levels], None]]:
+        """Levels are switched in place; matrices that keep theirs are left alone."""
+        bank: LevelBank[int] = LevelBank(self._views, self._database.payload)
+
+        def serve(levels: Levels) -> None:
+            for view, level in zip(self._views, levels, strict=True):
+                bank.switch(view, level)
+
+        with bank.in_place(self._model):
+            yield serve
+
+
+@dataclass(frozen=True)
+class DatabaseStage(OnModel):
+    """A level database."""
+
+    kind: ClassVar[str] = "level-database"
+
+    method: Spec
+    calibration: CalibrationStage
+
+    def deps(self) -> tuple[Stage, ...]:
+        """Those of the model, and the calibration."""
+        return (*super().deps(), self.calibration)
+
+    def compute(self, ctx: StageContext, folder: Path) -> None:
+        """Compress every matrix to every level."""
+        method = method_of(self.method)
+        assert isinstance(method, LevelMethod)
+        with self.model(ctx) as model:
+            method.database(model, ctx.get(self.calibration)).save(folder)
+
+    def load(self, ctx: StageContext, folder: Path) -> Database:
+        """The levels, read lazily."""
+        return Database.load(folder, ctx.device)
+
+
+@METHODS.register("evopress")
+@dataclass(frozen=True)
+class EvoPress(LevelMethod):
+    """Bits per matrix, ``bits`` on average over all weights.
+
+    Levels are whole bits from ``lowest`` to ``highest`` on the grids of ``gptq`` or ``rtn``. Matrices of equal size
+    exchange bits one for one, so that every configuration stores exactly as many (section 3 of the paper; the published code
+    groups by size). A fraction of bits starts from random configurations, everything rounded up and then lowered until the
+    average holds. Stored bits per weight are ``bits + 32/group``, and never more.
+    """
+
+    database_knobs: ClassVar[tuple[str, ...]] = ("compressor", "group", "lowest", "highest", "n_calib")
+
+    bits: Annotated[float, Knob(low=1.0, high=8.0, ratio=True, unit="bits", doc="per weight on average, without scales and zeros")] = 3.0  # fmt: skip
+    compressor: Annotated[str, Knob(choices=(GPTQ, RTN), doc="what rounds to a level")] = GPTQ
+    group: Annotated[int, Knob(low=8, high=65536, log=True, unit="weights", doc="of a row that share a grid")] = 32
+    lowest: Annotated[int, Knob(low=1, high=8, unit="bits", doc="fewest of a matrix")] = 2
+    highest: Annotated[int, Knob(low=1, high=8, unit="bits", doc="most of a matrix")] = 6
+
+    def check(self, info: ModelInfo) -> None:
+        """The average lies between the levels; all matrices can only have the same level when it is whole."""
+        super().check(info)
+        if not self.lowest <= self.bits <= self.highest:
+            raise Infeasible(
+                f"method evopress: bits = {self.bits:g} lies outside of lowest = {self.lowest} … highest = {self.highest}; "
+                "allowed: bits between them"
+            )
+        if self.allocation == UNIFORM and self.bits != int(self.bits):
+            raise Infeasible(
+                f"method evopress: bits = {self.bits:g} is no level that all matrices can have; with allocation = uniform "
+                "allowed: whole bits"
+            )
+
+    def space(self, views: list[LinearView]) -> Space:
+        """Matrices of equal size exchange bits."""
+        groups: dict[int, list[int]] = {}
+        for index, view in enumerate(views):
+            groups.setdefault(view.numel, []).append(index)
+        count = len(views)
+        return Space((self.lowest,) * count, (self.highest,) * count, tuple(map(tuple, groups.values())))
+
+    def codec(self, view: LinearView, views: list[LinearView], level: int) -> CodecMethod:
+        """Rounding to so many bits."""
+        codec = Gptq if self.compressor == GPTQ else RoundToNearest
+        return codec(bits=level, group=self.group)
+
+    def uniform(self, views: list[LinearView]) -> Levels:
+        """All matrices at ``bits``."""
+        return (int(self.bits),) * len(views)
+
+    def starts(self, views: list[LinearView], count: int, rng: np.random.Generator) -> list[Levels]:
+        """The uniform configuration, or random ones of the average where that is no whole number."""
+        return [self._lowered(views, rng) for _ in range(count if self.bits != int(self.bits) else 1)]
+
+    def costs(self, views: list[LinearView], space: Space) -> tuple[list[list[float]], float]:
+        """Bits."""
+        levels = range(self.lowest, self.highest + 1)
+        return [[float(view.numel * level) for level in levels] for view in views], self._budget(views)
+
+    def _lowered(self, views: list[LinearView], rng: np.random.Generator) -> Levels:
+        """Everything rounded up, then bits taken from random matrices until the budget holds."""
+        levels = [math.ceil(self.bits)] * len(views)
+        left = sum(view.numel * level for view, level in zip(views, levels, strict=True)) - self._budget(views)
+        while left > 0:
+            index = int(rng.choice([i for i, level in enumerate(levels) if level > self.lowest]))
+            levels[index] -= 1
+            left -= views[index].numel
+        return tuple(levels)
+
+    def _budget(self, views: list[LinearView]) -> float:
+        return self.bits * sum(view.numel for view in views)
+
+
+@METHODS.register("evopress-sparse")
+@dataclass(frozen=True)
+class EvoPressSparse(LevelMethod):
+    """Zeros per matrix, a share ``sparsity`` of all weights.
+
+    A level more is the same number of zeros more in every matrix, whatever its size, so that all matrices exchange levels one
+    for one and every configuration has exactly as many zeros. Level 0 is the compressor at ``sparsity``. Scores are compared
+    over whole matrices (SparseGPT: over its blocks of columns).
+    """
+
+    database_knobs: ClassVar[tuple[str, ...]] = ("sparsity", "compressor", "levels", "n_calib")
+
+    sparsity: Annotated[float, Knob(low=0.0, high=0.95, ratio=True, doc="share of zeros")] = 0.5
+    compressor: Annotated[str, Knob(choices=(SPARSEGPT, WANDA, MAGNITUDE), doc="what prunes to a level")] = SPARSEGPT
+    levels: Annotated[int, Knob(low=1, high=64, doc="up and down from the average, as far as a matrix allows")] = 8
+
+    @classmethod
+    def identity(cls, info: ModelInfo) -> EvoPressSparse:
+        """Nothing removed."""
+        return cls(sparsity=0.0)
+
+    def relevant(self) -> EvoPressSparse:
+        """Where nothing goes there is one configuration."""
+        if self.sparsity == 0:
+            return self.with_defaults("allocation", "generations", "offspring", "survivors")
+        return super().relevant()
+
+    def space(self, views: list[LinearView]) -> Space:
+        """All matrices exchange levels."""
+        step = self.step(views)
+        low = tuple(-min(int(self.sparsity * view.numel) // step, self.levels) for view in views)
+        high = tuple(min(math.ceil((1 - self.sparsity) * view.numel) // step, self.levels) for view in views)
+        if self.sparsity == 0:
+            high = low
+        return Space(low, high, (tuple(range(len(views))),))
+
+    def step(self, views: list[LinearView]) -> int:
+        """Zeros from one level to the next: ½·min(s, 1 - s)/levels·d², d the model's width, as in the published code.
+
+        Rounded to what the compressor can prune in every matrix.
+        """
+        unit = reduce(math.lcm, (self._grain(view) for view in views))
+        wanted = 0.5 * min(self.sparsity, 1 - self.sparsity) / self.levels * views[0].cols ** 2
+        return max(1, round(wanted / unit)) * unit
+
+    def codec(self, view: LinearView, views: list[LinearView], level: int) -> CodecMethod:
+        """Pruning to ``level`` steps more."""
+        # the nudge, a small part of one weight, keeps rounding from losing one
+        more = (level * self.step(views) + 1e-5) / view.numel if level else 0.0
+        if self.compressor == SPARSEGPT:
+            return SparseGpt(sparsity=self.sparsity + more)
+        codec = Wanda if self.compressor == WANDA else Magnitude
+        return codec(sparsity=self.sparsity + more, compare="matrix")
+
+    def uniform(self, views: list[LinearView]) -> Levels:
+        """Level 0."""
+        return (0,) * len(views)
+
+    def costs(self, views: list[LinearView], space: Space) -> tuple[list[list[float]], float]:
+        """Steps that a matrix stays below the sparsest it can be."""
+        options = [
+            [float(high - level) for level in range(low, high + 1)]
+            for low, high in zip(space.low, space.high, strict=True)
+        ]
+        return options, float(sum(space.high))
+
+    def _grain(self, view: LinearView) -> int:
+        """Numbers of zeros that are multiples of it, and only those, are pruned exactly when each block takes its share."""
+        if self.compressor != SPARSEGPT:
+            return 1
+        block = min(SparseGpt().mask_block, view.cols)
+        return view.cols // math.gcd(block, view.cols % block or block)
+
+
+def output_error(weight_OI: Tensor, served_OI: Tensor, stats: ViewStats) -> float:
+    """tr(Δ·H·Δᵀ) / tr(W·H·Wᵀ): the squared error of a matrix' outputs, relative to their square."""
+    weight_OI, difference_OI = weight_OI.float(), (weight_OI - served_OI).float()
+    whole = float(((weight_OI @ stats.hessian_II) * weight_OI).sum())
+    error = float(((difference_OI @ stats.hessian_II) * difference_OI).sum())
+    return error / whole if whole > 0 else 0.0
