@@ -32,7 +32,8 @@ from isoflop.models.mlps import Mlp
 MOST_CETT = 0.95
 """At 1 nothing need stay."""
 LAST_CHECKPOINTS = 5
-CETT_TOLERANCE = 1e-5
+CETT_TOLERANCE = 1e-4
+"""A perplexity ratio moves by about 0.1 times that."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class MlpCettActive(CettRule):
         def inactive(value: float) -> float:
             return 1 - calibration.nll(cett_rules(calibration.mlps, calibration.thresholds(value)))[1]
 
-        reached = largest_allowed(inactive, 1 - self.active, 0.0, MOST_CETT, 10 * CETT_TOLERANCE, slack=0.01)
+        reached = largest_allowed(inactive, 1 - self.active, 0.0, MOST_CETT, CETT_TOLERANCE, slack=0.01)
         return self.found(calibration, float(reached.x))
 
 

@@ -35,7 +35,8 @@ class MlpFat(ThresholdMethod):
     """A neuron is inactive where a magnitude is below eps, one number for all layers, whatever the neuron's weights are.
 
     ``gate``, the output of the activation function, is what the released code of arXiv 2411.02335 looks at; ``value`` is
-    the whole a_i. eps is found on training text.
+    the whole a_i. eps is found on training text. Exact zeros always go, which alone may leave fewer
+    neurons than asked for.
     """
 
     active: Annotated[
@@ -57,7 +58,7 @@ class MlpFat(ThresholdMethod):
         ranked, blocks = calibration.scores(self.score), len(calibration.mlps)
 
         def eps_of(rank: float) -> float:
-            return just_above(float(ranked[int(rank) - 1])) if rank else 0.0
+            return just_above(float(ranked[int(rank) - 1]) if rank else 0.0)
 
         def inactive(rank: float) -> float:
             return 1 - calibration.nll([self._rule(eps_of(rank))] * blocks)[1]

@@ -139,7 +139,7 @@ def test_rescaling_a_neuron_leaves_its_mask(short_lm: LmModel, sparsity_ctx: Fol
     for before, after in zip(*masks, strict=True):
         assert torch.equal(before, after)
     values = [torch.cat([a.flatten() for a in hidden(model, batch)]).abs() for model in (short_lm, scaled)]
-    assert not torch.equal(*(v >= v.median() for v in values))  # what a threshold on values would keep
+    assert not torch.equal(*(v >= v.quantile(0.9) for v in values))  # what a threshold on values would keep
 
 
 @pytest.mark.parametrize("act", ["relu", "silu"])
@@ -185,6 +185,17 @@ def test_tokens_whose_contributions_are_all_zero_are_left_out() -> None:
     with_silent = torch.cat((a_SF, torch.zeros(9, a_SF.shape[1])))
     assert Contributions(with_silent, out_Fd).threshold(0.2) == Contributions(a_SF, out_Fd).threshold(0.2)
     assert Contributions(torch.zeros(4, a_SF.shape[1]), out_Fd).cett(1.0) == 0.0
+
+
+@pytest.mark.parametrize("score", ["gate", "value"])
+def test_only_zeros_go_where_fewer_are_active_than_asked_for(
+    score: str, relu_lm: LmModel, sparsity_ctx: FolderContext
+) -> None:
+    natural = MlpCett(cett=0.0).calibrate(relu_lm, sparsity_ctx, 0).figures["calibration_active"]
+    for method in (MlpFat(active=0.9, score=score), MlpCettActive(active=0.9)):
+        found = method.calibrate(relu_lm, sparsity_ctx, 0)
+        assert found.figures["calibration_active"] == pytest.approx(natural, abs=1e-6)
+        assert found.figures["calibration_ppl_ratio"] == 1.0
 
 
 @pytest.mark.parametrize("method", [MlpCettActive(active=0.3), MlpFat(active=0.3), MlpFat(active=0.3, score="value")])
