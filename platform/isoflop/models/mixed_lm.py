@@ -11,7 +11,6 @@ import dataclasses
 import json
 import time
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -125,7 +124,6 @@ class SelectedTextStage(Stage):
         return selection.kept_K
 
 
-@lru_cache(maxsize=256)
 def mixed_info(ref: str, family: str, size: str, hooks: frozenset[str], options: Fields) -> LmInfo:
     """Describe a member."""
     recipe = MixedRecipe(**dict(options))
