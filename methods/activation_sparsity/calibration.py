@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
@@ -29,6 +30,7 @@ from isoflop.methods.base import build
 from isoflop.methods.calibration import OnModel, Spec
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.decoder_model import decoder_model
+from isoflop.models.lm import LmInfo
 from isoflop.models.taps import ActivationTap, real_tokens
 
 
@@ -136,6 +138,15 @@ class ThresholdMethod(ActivationSparsityMethod):
     n_calib: Annotated[
         int, Knob(low=1, high=100_000, log=True, unit="sequences", doc="training sequences to find thresholds on")
     ] = 16
+
+    def check(self, info: ModelInfo) -> None:
+        """Refuse models that nothing is known to calibrate on."""
+        super().check(info)
+        if isinstance(info, LmInfo) and info.text is None:
+            raise Infeasible(
+                f"method {self.name}: model {info.ref} has neither a tokenizer nor a known vocabulary to find thresholds "
+                "with; allowed: models with one, or mlp-topk and mlp-exact-zero, which need no text"
+            )
 
     @abstractmethod
     def find(self, calibration: Calibration, cett: float | None) -> Thresholds:

@@ -35,8 +35,7 @@ class MlpFat(ThresholdMethod):
     """A neuron is inactive where a magnitude is below eps, one number for all layers, whatever the neuron's weights are.
 
     ``gate``, the output of the activation function, is what the released code of arXiv 2411.02335 looks at; ``value`` is
-    the whole a_i. eps is found on training text. Exact zeros always go, which alone may leave fewer
-    neurons than asked for.
+    the whole a_i. eps is found on training text. Exact zeros always go, which alone may leave fewer neurons than asked for.
     """
 
     active: Annotated[

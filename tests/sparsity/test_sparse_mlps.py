@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from isoflop.core.folder_context import FolderContext
 from isoflop.methods.activation_sparsity.probe import ActivationProbe
 from isoflop.methods.activation_sparsity.rules import nonzero, top_of_each, units_kept
 from isoflop.methods.base import build
+from isoflop.models.base import family_of
 from isoflop.models.lm import LmBatch, LmModel
 from isoflop.models.mlps import mlps_of
 from isoflop.tasks.base import TASKS
@@ -85,8 +87,22 @@ def test_exact_zeros_cost_nothing_and_change_nothing(name: str, sparsity_ctx: Fo
         assert 0.2 < active < 0.8
 
 
+def experts() -> Any:
+    return untrained(MixtralForCausalLM, MixtralConfig(**PLAIN, num_local_experts=2, num_key_value_heads=2))
+
+
+def test_a_checkpoint_offers_the_hook_where_its_blocks_are_found(tmp_path: Path) -> None:
+    modules = {"opt": untrained(*ARCHITECTURES["opt"][:2]), "mixtral": experts()}
+    offered = {}
+    for name, module in modules.items():
+        module.save_pretrained(tmp_path / name)
+        offered[name] = family_of("hf:x").info(f"hf:{tmp_path / name}", {}).hooks
+    assert "mlp" in offered["opt"]
+    assert "mlp" not in offered["mixtral"]
+
+
 def test_experts_are_refused() -> None:
-    module = untrained(MixtralForCausalLM, MixtralConfig(**PLAIN, num_local_experts=2, num_key_value_heads=2))
+    module = experts()
     model = LmModel(ActivationProbe().model.info, module)
     assert mlps_of(model.decoder) == []
     with (
@@ -189,6 +205,13 @@ def test_a_task_notes_the_share_of_every_example(relu_lm: LmModel, sparsity_ctx:
     plain = list(task.evaluate(relu_lm, sparsity_ctx, 0))
     assert "activation_ratio" not in plain[0].metrics
     assert [s.errors.tolist() for s in plain] == [s.errors.tolist() for s in shards]
+
+
+def test_a_model_without_text_is_refused_before_it_runs() -> None:
+    info = dataclasses.replace(ActivationProbe().model.info, text=None)
+    with pytest.raises(Infeasible, match="method mlp-fat: model probe/llama has neither a tokenizer"):
+        build("mlp-fat", {}).check(info)
+    build("mlp-topk", {}).check(info)
 
 
 def test_calibrated_methods_want_their_thresholds() -> None:
