@@ -33,12 +33,13 @@ def series(
     dash: bool = False,
     hollow: bool = False,
     of: str = "",
+    step: bool = False,
 ) -> Json:
     """Points that belong together. ``band``: their intervals as an area; otherwise as bars at the points.
 
-    ``of``: the series that this one is shown and hidden with, instead of having an entry of its own in the legend.
+    ``step``: the line keeps its height until the next point. ``of``: the series that this one is shown and hidden with, instead of having an entry of its own in the legend.
     """
-    style = {"line": line, "dots": dots, "band": band, "dash": dash, "hollow": hollow, "of": of}
+    style = {"line": line, "dots": dots, "band": band, "dash": dash, "hollow": hollow, "of": of, "step": step}
     return {"name": name, "colour": colour, "points": list(points), **style}
 
 

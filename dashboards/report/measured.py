@@ -58,8 +58,8 @@ def _panel(task: str, configs: Sequence[Config], cost: Cost, palette: Mapping[st
         for i, name in enumerate(dict.fromkeys(c.variant for c in named))
     ]
     stairs = frontier(known, cost.key)
-    steps = [charts.point(c.costs[cost.key], c.error, c.title) for c in stairs]
-    content.insert(0, charts.series("best measured", -1, steps, line=True, dots=False, dash=True))
+    steps = [_point(c, cost) for c in stairs]
+    content.insert(0, charts.series("best measured", -1, steps, line=True, dots=False, dash=True, step=True))
     title = f"{task}: error against {cost.label}"
     chart = charts.xy(
         title,
@@ -111,7 +111,9 @@ def against_uncompressed(
     """How much cheaper a choice is than the cheapest uncompressed configuration of at most its error, in words."""
     own, reached = price(choice), choice.error if error is None else error
     dense = [(p, c) for c in configs if c.uncompressed and (p := price(c)) is not None]
-    if choice.uncompressed or not dense or not own:
+    if choice.uncompressed:
+        return "; it is uncompressed"
+    if not dense or not own:
         return ""
     as_good = [(p, c) for p, c in dense if c.error <= reached]
     if as_good:

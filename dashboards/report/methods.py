@@ -111,7 +111,7 @@ def _comparison_panel(task: str, rows: pa.Table, variants: Sequence[str], best: 
             for v, p in found
         ],
     )
-    head = ["variant", "its error", f"{best}", "difference", "95 % interval", "pairs", "repeats", "verdict"]
+    head = ["variant", "error", "reference's", "difference", "95 % interval", "pairs", "repeats", "verdict"]
     body = [
         [v, short(p.a), short(p.b), short(p.difference), between(p.low, p.high), p.pairs, p.repeats, p.verdict]
         for v, p in found

@@ -96,7 +96,8 @@ def provenance(table: pa.Table, everything: int, source: Source, findings: Findi
     ]
     for law in findings.laws:
         facts += [
-            [f"rows of law {fit.law} {dict(fit.key) or ''}", f"n {fit.n}, hash {fit.data_hash}"] for fit in law.fits
+            [f"rows of law {fit.law} {', '.join(map(str, fit.key.values()))}", f"n {fit.n}, hash {fit.data_hash}"]
+            for fit in law.fits
         ]
     versions: dict[str, set[str]] = {}
     for row in table["versions"].to_pylist():

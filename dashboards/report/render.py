@@ -56,7 +56,7 @@ class _Page:
             "name": escape(report["name"]),
             "description": escape(report["description"]),
             "facts": escape(" · ".join(report["facts"])),
-            "headline": escape("; ".join(report["headline"]) + "."),
+            "headline": "".join(f"<p>{escape(line)}.</p>" for line in report["headline"]),
             "contents": "".join(f'<li><a href="#{s["id"]}">{escape(s["title"])}</a></li>' for s in report["sections"]),
             "sections": body,
             "left_out": _left_out(report["left_out"]),
@@ -234,4 +234,10 @@ def _cell(value: Any) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         text = str(value) if isinstance(value, int) else short(value, 4)
         return f'<td class="number">{escape(text)}</td>'
-    return f"<td>{escape('–' if value is None else str(value))}</td>"
+    text = "–" if value is None else str(value)
+    return f"<td{' class=span' if _is_span(text) else ''}>{escape(text)}</td>"
+
+
+def _is_span(text: str) -> bool:
+    """An interval, which must not be broken over lines."""
+    return " … " in text and len(text) < 30

@@ -43,12 +43,12 @@ function wireGroups(section) {
 function main() {
   const data = readData();
   document.documentElement.classList.add("scripted");
+  document.querySelectorAll("section").forEach(wireGroups); // first: what is hidden is drawn when it is shown
   for (const figure of document.querySelectorAll("figure[data-chart]")) {
     const chart = data.charts[Number(figure.dataset.chart)];
     const drawn = DRAW[chart.kind](figure, chart);
     if (figure.dataset.slider) wireSlider(figure.closest(".panel"), data.sliders[Number(figure.dataset.slider)], drawn);
   }
-  document.querySelectorAll("section").forEach(wireGroups);
 }
 
 main();

@@ -8,7 +8,7 @@ function drawParallel(figure, chart) {
   const stage = html("div", { class: "stage wide", tabindex: 0, role: "group", "aria-label": `${chart.title}; scrolls sideways` });
   const share = html("input", { type: "range", min: 1, max: 100, value: 100, "aria-label": "share of configurations shown, the best first" });
   const told = html("output", {});
-  figure.append(html("label", { class: "slider" }, "Show the best ", share, told), stage);
+  figure.append(html("label", { class: "slider" }, "Show the best ", told, share), stage);
   const tooltip = new Tooltip(stage);
   const ranked = [...chart.lines].sort((a, b) => a.error - b.error);
   const rank = new Map(ranked.map((line, i) => [line, i]));
@@ -16,7 +16,7 @@ function drawParallel(figure, chart) {
 
   function fade() {
     const kept = Math.max(1, Math.round((ranked.length * share.value) / 100));
-    told.textContent = ` ${share.value} % (${kept} of ${ranked.length})`;
+    told.textContent = `${share.value} % (${kept} of ${ranked.length})`;
     for (const { line, path } of drawn) path.classList.toggle("faded", rank.get(line) >= kept);
   }
 

@@ -9,6 +9,7 @@ function drawXY(figure, chart) {
   let marked = null;
   let width = 0;
   let view = null;
+  const crowded = chart.series.reduce((sum, s) => sum + (s.line ? 0 : s.points.length), 0) > 40; // tooltips tell intervals then
 
   function legend() {
     const entries = chart.series.filter((s) => !s.of);
@@ -39,7 +40,7 @@ function drawXY(figure, chart) {
     const xs = all.map((p) => p.x);
     const ys = all.flatMap((p) => [p.y, p.low, p.high]).filter((v) => v !== null && v !== undefined && v >= floor(all));
     const both = chart.diagonal ? [...xs, ...ys] : null;
-    const x = makeScale(both || xs, chart.x.log, margin.left, width - margin.right);
+    const x = makeScale(both || xs, chart.x.log, margin.left, width - margin.right, chart.diagonal);
     const y = makeScale(both || ys, chart.y.log, height - margin.bottom, margin.top, true);
     const root = svg("svg", {
       viewBox: `0 0 ${width} ${height}`, class: "chart", role: "img", tabindex: 0,
@@ -47,10 +48,10 @@ function drawXY(figure, chart) {
     });
     root.append(axes(x, y, width, height, margin));
     if (chart.diagonal) root.append(diagonal(x, y, both));
-    for (const s of shown) root.append(drawSeries(s, x, y, height - margin.bottom));
     const markLayer = svg("g", { class: "mark" });
-    root.append(markLayer);
     view = { x, y, height, margin, markLayer, points: targets(shown, x, y) };
+    for (const s of shown) root.append(drawSeries(s));
+    root.append(markLayer);
     listen(root);
     stage.querySelector("svg")?.remove();
     stage.prepend(root);
@@ -86,7 +87,9 @@ function drawXY(figure, chart) {
     return svg("path", { d: `M${x(low)},${y(low)}L${x(high)},${y(high)}`, class: "curve ink dash" });
   }
 
-  function drawSeries(s, x, y, end) {
+  function drawSeries(s) {
+    const { x, y } = view;
+    const end = view.height - view.margin.bottom;
     const layer = svg("g", { class: "series", "data-name": s.name });
     const points = s.points.filter((p) => x.shows(p.x) && y.shows(p.y));
     const limited = points.filter((p) => y.shows(p.high) && p.low !== null && p.low !== undefined);
@@ -98,16 +101,26 @@ function drawXY(figure, chart) {
       layer.append(svg("path", { d: `M${[...upper, ...lower].join("L")}Z`, class: `band ${colour}` }));
     }
     if (s.line && points.length > 1) {
-      const path = points.map((p) => `${x(p.x).toFixed(1)},${y(p.y).toFixed(1)}`).join("L");
-      layer.append(svg("path", { d: `M${path}`, class: `curve ${colour}${s.dash ? " dash" : ""}` }));
+      layer.append(svg("path", { d: s.step ? stairs(points) : curve(points), class: `curve ${colour}${s.dash ? " dash" : ""}` }));
     }
-    if (!s.band) {
+    if (!s.band && (s.line || !crowded)) {
       for (const p of limited) {
         layer.append(svg("path", { d: `M${x(p.x).toFixed(1)},${foot(p).toFixed(1)}V${y(p.high).toFixed(1)}`, class: `whisker ${colour}` }));
       }
     }
     if (s.dots) for (const p of points) layer.append(marker(x(p.x), y(p.y), s.colour, s.hollow, points.length > 150 ? 3 : 4.5));
     return layer;
+  }
+
+  function curve(points) {
+    return `M${points.map((p) => `${view.x(p.x).toFixed(1)},${view.y(p.y).toFixed(1)}`).join("L")}`;
+  }
+
+  /** What a budget buys stays the same until it pays for the next better thing. */
+  function stairs(points) {
+    const [first, ...rest] = points;
+    const steps = rest.map((p) => `H${view.x(p.x).toFixed(1)}V${view.y(p.y).toFixed(1)}`).join("");
+    return `M${view.x(first.x).toFixed(1)},${view.y(first.y).toFixed(1)}${steps}H${width - view.margin.right}`;
   }
 
   function targets(shown, x, y) {
