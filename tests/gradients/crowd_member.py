@@ -1,4 +1,4 @@
-"""One process of a crowd; imports nothing that takes time."""
+"""What processes that the tests start do, other than train; imports nothing that takes time."""
 
 from __future__ import annotations
 
@@ -14,3 +14,24 @@ def live(folder: Path, rank: int, count: int) -> None:
     with Path(task["log"]).open("a") as file:
         file.write(f"member {os.getpid()} of {os.getppid()}\n")
     time.sleep(task["seconds"])
+
+
+def sleep(folder: Path, rank: int, count: int) -> None:
+    """Live on, having said so."""
+    (folder / f"alive-{rank}").touch()
+    time.sleep(600)
+
+
+def fail(folder: Path, rank: int, count: int) -> None:
+    """The second one fails while the first would live on."""
+    if rank == 1:
+        raise ValueError("the second one fails")
+    time.sleep(600)
+
+
+def launch_sleepers(folder: Path, rank: int, count: int) -> None:
+    """Start sleepers of one's own, in the folder of the same name below."""
+    from isoflop.core.local_processes import run_local_processes
+
+    (folder / "below").mkdir()
+    run_local_processes("crowd_member:sleep", folder / "below", 2)

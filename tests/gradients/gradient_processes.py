@@ -1,8 +1,7 @@
-"""Entries for processes that the tests start; importing this module loads no test."""
+"""What processes that the tests start do to train; importing this module loads no test."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from gradient_cases import Recipe, trained_in_processes
@@ -44,24 +43,3 @@ def train_all(folder: Path, rank: int, count: int) -> None:
 def train_wide(folder: Path, rank: int, count: int) -> None:
     """Each of ``wide``."""
     trained_in_processes(folder, rank, count, wide(count, "ddp"), WIDE, Recipe(steps=3))
-
-
-def sleep(folder: Path, rank: int, count: int) -> None:
-    """Live on, having said so."""
-    (folder / f"alive-{rank}").touch()
-    time.sleep(600)
-
-
-def fail(folder: Path, rank: int, count: int) -> None:
-    """The second one fails while the first would live on."""
-    if rank == 1:
-        raise ValueError("the second one fails")
-    time.sleep(600)
-
-
-def launch_sleepers(folder: Path, rank: int, count: int) -> None:
-    """Start sleepers of one's own, in the folder of the same name below."""
-    from isoflop.core.local_processes import run_local_processes
-
-    (folder / "below").mkdir()
-    run_local_processes("gradient_processes:sleep", folder / "below", 2)

@@ -46,7 +46,7 @@ def alive(folder: Path, count: int) -> bool:
 
 def test_a_failure_ends_the_others_and_says_who_and_why(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"process 1 of 2 ended with code 1: ValueError: the second one fails"):
-        run_local_processes("gradient_processes:fail", tmp_path, 2)
+        run_local_processes("crowd_member:fail", tmp_path, 2)
     assert not living(tmp_path)
 
 
@@ -57,7 +57,7 @@ def test_a_killed_process_is_a_failure(tmp_path: Path) -> None:
 
     threading.Thread(target=killer, daemon=True).start()
     with pytest.raises(RuntimeError, match="was ended by SIGKILL"):
-        run_local_processes("gradient_processes:sleep", tmp_path, 2)
+        run_local_processes("crowd_member:sleep", tmp_path, 2)
     assert not living(tmp_path)
 
 
@@ -65,7 +65,7 @@ def test_a_killed_process_is_a_failure(tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGTERM])
 def test_none_is_left_when_the_one_that_started_them_is_killed(tmp_path: Path, way: signal.Signals) -> None:
     """Also with children of children, and while they work."""
-    command = [sys.executable, "-m", "isoflop.core.local_processes", "gradient_processes:launch_sleepers"]
+    command = [sys.executable, "-m", "isoflop.core.local_processes", "crowd_member:launch_sleepers"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     launcher = subprocess.Popen(
         [*command, str(tmp_path), "0", "1", str(os.getpid())], stdin=subprocess.PIPE, env=environment
@@ -81,7 +81,7 @@ def test_none_is_left_when_the_one_that_started_them_is_killed(tmp_path: Path, w
 
 def test_none_begins_to_work_for_a_parent_that_is_gone(tmp_path: Path) -> None:
     """A child that wakes up after its parent's end (here: told of another parent) leaves at once."""
-    command = [sys.executable, "-m", "isoflop.core.local_processes", "gradient_processes:sleep"]
+    command = [sys.executable, "-m", "isoflop.core.local_processes", "crowd_member:sleep"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     ended = subprocess.run(
         [*command, str(tmp_path), "0", "1", "1"], stdin=subprocess.DEVNULL, env=environment, timeout=SECONDS
