@@ -20,7 +20,7 @@ from isoflop.methods.tokenization.members import Member, MembersStage, parse_mem
 from isoflop.models.base import ModelInfo
 from isoflop.models.byte_view import ByteText, ByteView, TreeView, segmentations_of
 from isoflop.models.byte_view_segmentations import Segmentations
-from isoflop.models.byte_view_tree import EVERY, MASSES, RENORMALISED, Start, boundary_start
+from isoflop.models.byte_view_tree import MASSES, RENORMALISED, Start, boundary_start
 from isoflop.models.lm import LmModel
 
 
@@ -72,7 +72,8 @@ class ByteProbs(TokenizationMethod):
     lemma, arXiv 2410.09303), so that a prompt may end anywhere, and models with different vocabularies can be averaged.
     ``mass`` says what becomes of sequences that the tokenizer never makes: the released code drops them token by token
     and normalises at each byte (``canonical-masked``), which is the distribution of no text model; renormalising at each
-    token (the default) is one, as is counting every segmentation.
+    token (the default) is one, as is counting every segmentation; their number grows exponentially with the bytes behind
+    the prompt's last cut, so that only the heaviest are followed there.
     """
 
     version: ClassVar[str] = "1"
@@ -83,21 +84,16 @@ class ByteProbs(TokenizationMethod):
         str, Knob(choices=MASSES, doc="what becomes of the probability of token sequences that no text is tokenised to")
     ] = RENORMALISED
     beam: Annotated[
-        int, Knob(low=0, high=4096, doc="heaviest token sequences kept at each byte; 0 keeps all, and is exact")
-    ] = 0
+        int, Knob(low=1, high=4096, doc="with all-segmentations: heaviest token sequences followed at each byte")
+    ] = 64
     temperature: Annotated[float, Knob(low=0.05, high=20.0, log=True, doc="of the byte probabilities")] = 1.0
     members: Annotated[
         str, Knob(doc="more models for the mean: references with options, as in 'tiny-lm/text-d64 vocabulary=512; …'")
     ] = ""
 
     def check(self, info: ModelInfo) -> None:
-        """Refuse a sum over exponentially many segmentations, and members that cannot be asked."""
+        """Refuse members that cannot be asked."""
         super().check(info)
-        if self.mass == EVERY and not self.beam:
-            raise Infeasible(
-                f"method {self.name}: mass = {EVERY} with beam = 0 would follow exponentially many token sequences; "
-                "allowed: beam from 1 on, 64 say"
-            )
         for other in self._infos():
             if (other.ref, other.options) == (info.ref, info.options):
                 raise Infeasible(f"method {self.name}: members = {self.members!r} names the model {info.ref} itself")

@@ -22,6 +22,7 @@ from isoflop.methods.tokenization.byte_probs import ByteProbs
 from isoflop.methods.tokenization.members import Member, parse_members
 from isoflop.models.byte_view import ByteText, SegmentationsStage, TokenView
 from isoflop.models.byte_view_segmentations import Segmentations
+from isoflop.models.byte_view_tree import EVERY
 from isoflop.models.counting import flops_of
 from isoflop.models.lm import LmInfo, LmModel
 from isoflop.models.lm_text import TokenizerSource, read_tokenizer
@@ -123,7 +124,9 @@ class TokenizationProbe(Probe):
         return tuple(self._member(int(info.geometry["vocab_size"])) for info in infos)
 
     def settings(self, knob: str) -> Sequence[Mapping[str, KnobValue]]:
-        """Members are named in free text."""
+        """Members are named in free text; a beam bounds the sum over all segmentations."""
+        if knob == "beam":
+            return [{"mass": EVERY, "beam": beam} for beam in (1, 4)]
         return ({}, {"members": "tiny-lm/text-d64 vocabulary=300"}) if knob == "members" else ()
 
     def untouched(self, method: Method) -> Sequence[int]:

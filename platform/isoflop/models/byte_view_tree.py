@@ -65,6 +65,7 @@ class Counts:
         nodes: of all trees, their roots included.
         widest: most covers at one position, by the node that they share.
         symbols: positions whose next byte was asked for.
+        per_model: ``tokens`` of each model, where there are several.
     """
 
     calls: int = 0
@@ -73,9 +74,11 @@ class Counts:
     nodes: int = 0
     widest: int = 0
     symbols: int = 0
+    per_model: tuple[int, ...] = ()
 
     def add(self, other: Counts) -> None:
         """Count what another model took for the same positions."""
+        self.per_model = (*(self.per_model or (self.tokens,)), other.tokens)
         for name in ("calls", "tokens", "context_tokens", "nodes"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.widest = max(self.widest, other.widest)
@@ -186,7 +189,7 @@ class CoveringTree:
         mass: what becomes of probability that the model gives to sequences which its tokenizer never makes:
             ``canonical-renormalised`` shares it out among the others at each token, ``canonical-masked`` drops it there
             and normalises at each byte, ``all-segmentations`` counts it, as every sequence that spells the bytes counts.
-        beam: nodes that are kept at each position, the heaviest; 0 for all.
+        beam: nodes that are kept at each position with ``all-segmentations``, the heaviest; 0 for all.
     """
 
     def __init__(self, model: LmModel, segmentations: Segmentations, mass: str = RENORMALISED, beam: int = 0) -> None:
@@ -281,8 +284,8 @@ class _Growing:
             self._live += [node for node in born if node.weight > 0]
         p_NS = np.array([node.weight * self._symbols(node, at) for node in self._live]).reshape(-1, SYMBOLS)
         total_N = p_NS.sum(1)
-        if self._tree.beam and len(total_N) > self._tree.beam:
-            best = np.sort(np.argsort(-total_N, kind="stable")[: self._tree.beam])
+        if self._tree.mass == EVERY and 0 < self._tree.beam < len(total_N):
+            best = self._heaviest(total_N, at)
             self._live, p_NS, total_N = [self._live[i] for i in best], p_NS[best], total_N[best]
         total = total_N.sum()
         if not total > 0:
@@ -293,6 +296,14 @@ class _Growing:
         if at >= start.first:
             with np.errstate(divide="ignore"):
                 self.asked.append(np.log(p_NS.sum(0) / total))
+
+    def _heaviest(self, total_N: np.ndarray, at: int) -> np.ndarray:
+        """Numbers of the nodes that stay, ascending; one that ends here always does, so that every byte can follow."""
+        ending_N = np.array([node.at == at for node in self._live])
+        first = int(np.argmax(np.where(ending_N, total_N, -1.0)))
+        order_N = np.argsort(-total_N, kind="stable")
+        rest = order_N[order_N != first][: self._tree.beam - 1]
+        return np.sort([first, *rest])
 
     def _child(self, node: _Node, rank: int, at: int) -> _Node:
         vocabulary = self._tree.vocabulary
