@@ -89,13 +89,15 @@ def test_length_matched_documents_have_the_lengths_of_the_reference() -> None:
     tokens = np.array([d.tokens for d in documents])
     bins = {n: group for group, ns in enumerate(np.array_split(np.argsort(tokens, kind="stable"), 8)) for n in ns}
 
+    wanted = tokens + np.random.default_rng(0).random(len(tokens))  # prefers long ones; no two are equal
+
     class ByLength(RandomScorer):
         def score(self, documents: object) -> np.ndarray:
-            return tokens.astype(float)
+            return wanted
 
     matched = LengthMatchedScorer(ByLength(0), 8, seed=1)
     matched.fit(documents, [])
-    orders = [np.argsort(-scores, kind="stable") for scores in (tokens.astype(float), matched.score(documents))]
+    orders = [np.argsort(-scores, kind="stable") for scores in (wanted, matched.score(documents))]
     for count in (10, 20, 40):
         kept = [Counter(bins[n] for n in order[:count]) for order in orders]
         assert kept[0] == kept[1]
@@ -104,7 +106,7 @@ def test_length_matched_documents_have_the_lengths_of_the_reference() -> None:
 
 def test_dsir_weights_equal_a_direct_count() -> None:
     """With so many buckets that nothing collides: sums of log ratios of n-gram frequencies."""
-    documents, examples = pool(4), target(3)
+    documents, examples = pool(2, 150), target(2, 150)
     scorer = DsirScorer(ngrams=2, buckets=1_000_003)
     scorer.fit(documents, examples)
 
