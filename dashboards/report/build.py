@@ -12,7 +12,7 @@ from isoflop.dashboards.report.charts import Json
 from isoflop.dashboards.report.configs import Config, colours, read_configs
 from isoflop.sweep.api import SweepResults, stored_source
 from isoflop.sweep.law_search import describe
-from isoflop.sweep.results import Findings, usable
+from isoflop.sweep.results import Findings, find, usable
 
 
 def build(sweep: SweepResults, findings: Findings | None = None) -> Json:
@@ -32,8 +32,8 @@ def build(sweep: SweepResults, findings: Findings | None = None) -> Json:
     table = sweep.results()
     if not table.num_rows:
         raise UserError(f"sweep {sweep.name!r} has no results yet: nothing to report")
-    findings = findings or sweep.findings()
     good = usable(table)
+    findings = findings or find(sweep.spec, good)
     configs = read_configs(good)
     palette = colours(c.variant for c in configs)
     drawn = lawful.pairs(findings)
@@ -46,7 +46,7 @@ def build(sweep: SweepResults, findings: Findings | None = None) -> Json:
         charts.section("parallel", "Parallel coordinates", knobs.coordinates(configs), _PARALLEL),
         charts.section("costs", "Where costs go", costs.breakdown(configs)),
         charts.section("failures", "Failed jobs", record.failures(table)),
-        _provenance(sweep, findings),
+        _provenance(sweep, table, findings),
     ]
     shown = []
     for section in sections:
@@ -124,10 +124,10 @@ def _knobs(configs: Sequence[Config]) -> Json:
 _IMPORTANCE = "Optuna's fANOVA on a study rebuilt from the rows, inside the settings that this sweep tried."
 
 
-def _provenance(sweep: SweepResults, findings: Findings) -> Json:
+def _provenance(sweep: SweepResults, table: Any, findings: Findings) -> Json:
     everything = sweep.results(["job_id"], everything=True).num_rows
     source = stored_source(sweep.store, sweep.name)
-    groups = record.provenance(sweep.results(), everything, source, findings, sweep.store.uri)
+    groups = record.provenance(table, everything, source, findings, sweep.store.uri)
     searched = sweep.law_search()
     notes = describe(searched) if searched is not None else []
     return charts.section("provenance", "Where the numbers come from", groups, notes=notes)
