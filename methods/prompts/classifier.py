@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from isoflop.core.hashing import derive_seed
@@ -240,7 +240,7 @@ def train_pieces(texts: Sequence[str]) -> Any:
     )
 
 
-def untrained_classifier(width: int, vocabulary: int, seed: int) -> nn.Module:
+def untrained_classifier(width: int, vocabulary: int, seed: int) -> Any:
     """An encoder with initial weights drawn from ``seed``."""
     from transformers import BertConfig, BertForTokenClassification
 

@@ -300,9 +300,10 @@ def test_the_stage_depends_on_nothing_but_training_knobs(reader: LmModel) -> Non
     assert build("llmlingua2", {"noise": 0.1}).prepare(reader.info, None, 0) == ClassifierStage(64, 0.1, 0)
 
 
+@pytest.mark.slow
 def test_a_trained_classifier_tells_facts_from_filler_by_context(prompt_ctx: FolderContext) -> None:
     """The same words stand in both, so that a list of words would not do."""
-    trained = brief_classifier(prompt_ctx, chunks=800, epochs=8, batch=16)
+    trained = prompt_ctx.get(ClassifierStage(64, 0.0, 0))
     assert trained.log["token_accuracy"] > 0.97
     text = "the colour of otter is red. the otter vanished near the pale road. the colour of the road was pale."
     (chunk,) = trained.chunks(text)

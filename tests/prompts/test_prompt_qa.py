@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from prompt_cases import DOCUMENTS, RATES, brief_classifier, is_subsequence, mean_error, shortened, task_of, words
+from prompt_cases import DOCUMENTS, RATES, is_subsequence, mean_error, shortened, task_of, words
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.folder_context import FolderContext
 from isoflop.jobs.job import _one_per_slot
 from isoflop.methods.base import METHODS, build
 from isoflop.methods.prompts.base import PromptMethod
-from isoflop.methods.prompts.classifier import TokenClassifier
+from isoflop.methods.prompts.classifier import ClassifierStage, TokenClassifier
 from isoflop.methods.prompts.selective_context import self_information
 from isoflop.methods.prompts.units import words_of
 from isoflop.models import fact_world as world
@@ -351,7 +351,7 @@ def test_the_trained_reader_answers_and_the_classifier_beats_the_baselines(promp
     info = family.info(ref, {})
     reader = family.load(info, family.weights(info, (), 1), prompt_ctx)
     assert isinstance(reader, LmModel)
-    trained = brief_classifier(prompt_ctx, chunks=2000, epochs=8)
+    trained = prompt_ctx.get(ClassifierStage(64, 0.0, 0))
     errors: dict[tuple[str, float], float] = {}
     for rate in (0.2, 0.33):
         for name in ("llmlingua2", "selective-context", "prompt-random"):
