@@ -89,10 +89,9 @@ class ByteTask(Task):
         """All examples, in order of their numbers; a shorter suite is a prefix of a longer one."""
         documents: dict[str, str] = ctx.get(EnglishStage.here())["test"]
         data = [text.encode() for _, text in sorted(documents.items())]
-        places = [
-            (number, match.start()) for number, text in enumerate(data) for match in CUTS[self.cut].finditer(text)
-        ]
-        rng = np.random.default_rng(derive_seed("places", self.places().pattern.decode()))
+        pattern = self.places()
+        places = [(number, match.start()) for number, text in enumerate(data) for match in pattern.finditer(text)]
+        rng = np.random.default_rng(derive_seed("places", pattern.pattern.decode()))
         found: list[ByteText] = []
         for index in rng.permutation(len(places)):
             number, at = places[index]
