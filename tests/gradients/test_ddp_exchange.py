@@ -53,9 +53,12 @@ def test_replicas_that_differ_are_an_error(trained: tuple[int, Path], tmp_path: 
 
 def test_counted_bytes_are_those_of_the_sockets(tmp_path: Path, here: None) -> None:
     run_local_processes("gradient_processes:train_wide", tmp_path, 2)
-    for name in processes.wide(2, "ddp"):
+    for name, method in processes.wide(2, "simulated").items():
         report: ExchangeReport = gather_records(tmp_path / name, 2)
         if report.socket_bytes is None:
             pytest.skip("this system does not count what sockets send")
         assert report.payload_bytes[0] > 1e6
         assert report.socket_bytes == pytest.approx(sum(report.wire_bytes), rel=0.05), name
+        network, _ = simulated(method, Recipe(steps=3), processes.WIDE)  # whose gradients fill several buckets
+        weights = torch.load(tmp_path / name / "weights-0.pt", weights_only=True)
+        assert all(torch.equal(weights[n], value) for n, value in network.named_parameters()), name

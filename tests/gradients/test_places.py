@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isoflop.execute import WorkerInfo, WorkItem
+from isoflop.execute.simulated import Rates
 from isoflop.jobs import Job, MethodSpec
 from isoflop.sweep.places import Places
+from isoflop.sweep.resolve import resolve
+from isoflop.sweep.simulate import simulate as run_simulated
 
 JOB = Job(model="m", methods=(MethodSpec("x"),), task="t", repeat=0, seed=0)
 
@@ -110,3 +113,35 @@ def test_slots_are_never_oversubscribed_and_everything_ends(
             places.ended(name, ended.id)
             done.append(ended.id)
     assert sorted(done) == sorted(f"i{number}" for number in range(len(sizes)))
+
+
+def makespan(workers: int, backend: str, slots: int = 4, nodes: int = 1, rates: Rates | None = None) -> float:
+    """Simulated seconds of the real driver for twelve trainings of 100 s, once text and tokenizer are there."""
+    densities = [round(0.01 * (n + 1), 2) for n in range(12)]
+    spec = {
+        "name": "places",
+        "models": [{"tiny-lm/text-d64": {"batch": 12}}],
+        "methods": [{"dgc": {"workers": workers, "backend": backend, "density": densities}}],
+        "tasks": ["bits-per-byte"],
+        "search": {"sampler": "grid"},
+        "limits": {"retries": 20},
+    }
+    found = run_simulated(resolve(spec), nodes, slots, rates or Rates(job=1.0, load=0.0, stage=100.0, spread=0.0))
+    assert (found.jobs, found.failed) == (12, 0)
+    return found.makespan
+
+
+def test_the_driver_runs_as_many_trainings_at_a_time_as_have_room() -> None:
+    """Four processes fill a host of four slots; two leave room for another two; a simulated exchange takes one slot."""
+    text = 400  # at most four stages in a row before the first training
+    for workers, backend, rounds in ((4, "ddp", 12), (3, "ddp", 12), (2, "ddp", 6), (4, "simulated", 3)):
+        assert 100 * rounds <= makespan(workers, backend) <= 100 * rounds + text + 50
+
+
+def test_a_small_host_still_runs_it() -> None:
+    assert makespan(4, "ddp", slots=1) >= 1200
+
+
+def test_lost_nodes_do_not_block_places() -> None:
+    stormy = Rates(job=1.0, load=0.0, stage=100.0, spread=0.3, node_hours=0.2)
+    assert makespan(2, "ddp", slots=3, nodes=3, rates=stormy) > 0

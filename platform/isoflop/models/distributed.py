@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -358,19 +358,21 @@ class _Hook:
         self._waiting = []
 
 
-class _Replica(Generic[BatchT]):
+class _Replica:
     """Parameters by name, and momentum SGD that leaves alone what the exchange has given its momentum."""
 
     def __init__(self, loss: nn.Module, method: ExchangingMethod, exchange: GradientExchange) -> None:
         self.parameters = dict(loss.named_parameters())
         self.names = {id(parameter): name for name, parameter in self.parameters.items()}
         self.elements = sum(parameter.numel() for parameter in self.parameters.values())
-        groups = [
-            {"params": [p for n, p in self.parameters.items() if n not in exchange.corrected], "momentum": method.momentum,
-             "nesterov": method.nesterov and method.momentum > 0},
-            {"params": [p for n, p in self.parameters.items() if n in exchange.corrected], "momentum": 0.0},
-        ]  # fmt: skip
-        self.optimizer = torch.optim.SGD([g for g in groups if g["params"]], lr=method.lr)
+        corrected = [p for name, p in self.parameters.items() if name in exchange.corrected]
+        others = [p for name, p in self.parameters.items() if name not in exchange.corrected]
+        nesterov = method.nesterov and method.momentum > 0  # which torch refuses without momentum
+        groups: list[dict[str, Any]] = [
+            {"params": others, "momentum": method.momentum, "nesterov": nesterov},
+            {"params": corrected, "momentum": 0.0},
+        ]
+        self.optimizer = torch.optim.SGD([group for group in groups if group["params"]], lr=method.lr)
 
     def backward(self, loss: Tensor) -> float:
         """New gradients; returns the loss as a number."""
