@@ -17,7 +17,6 @@ from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.byte_view import ByteView, segmentations_of
-from isoflop.models.byte_view_tree import as_numbers
 from isoflop.models.lm import LmModel
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ class TokenizationMethod(Method):
         if view is None:
             raise ValueError(f"method {self.name} is not applied")
         return {
-            **as_numbers(view.counts),
+            **view.counts.per_symbol(),
             "method_params": float(sum(member.info.n_params for member in view.members)),
             "method_bytes": float(sum(member.weight_bytes() for member in view.members)),
         }

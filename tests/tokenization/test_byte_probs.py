@@ -25,7 +25,7 @@ from isoflop.methods.tokenization.byte_probs import ByteProbs, ExactView
 from isoflop.methods.tokenization.members import Member, parse_members
 from isoflop.methods.tokenization.probe import TokenizationProbe, untrained_reader
 from isoflop.models.byte_view import ByteText, TokenView
-from isoflop.models.byte_view_segmentations import folded
+from isoflop.models.byte_view_segmentations import Tail, folded
 from isoflop.models.byte_view_tree import (
     EVERY,
     MASKED,
@@ -151,6 +151,17 @@ def test_forms_keep_what_patterns_look_at() -> None:
     assert form == b"aaa aa"
     assert places[6] == 3
     assert 4 not in places
+
+
+def test_a_text_ends_where_its_tokens_are_those_of_the_whole() -> None:
+    segmentations = segmentations_of_letters("a ", [(" ", " ")], GPT2)
+    text = b"a  a"  # cut before the last space when a word follows, behind it at the end of the text
+    model = double_model(4)
+    (logs_PS,) = CoveringTree(model, segmentations).next_bytes([whole(text, segmentations.vocabulary)])
+    assert 0 < np.exp(logs_PS[3, NO_BYTE]) < 1
+    assert segmentations.may_end(Tail(b"  ", (), (), segmentations.vocabulary.encode(b"  ")[0]))
+    assert not segmentations.may_end(Tail(b"  ", (1,), (False,), segmentations.vocabulary.encode(b" ")[0]))
+    assert not segmentations.may_end(Tail(b"\xc3", (), (), 0))
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from isoflop.models.base import family_of
 from isoflop.models.byte_view import ByteText, TokenView
 from isoflop.models.byte_view_tree import NO_BYTE
 from isoflop.models.byte_view_vocabulary import ByteSegmenter, Segmenter, completions
+from isoflop.models.english import EnglishStage
 from isoflop.models.lm import LmModel
 from isoflop.tasks.base import TASKS
 from isoflop.tasks.byte_completion import ByteBoundary, ByteCompletion
@@ -36,7 +37,16 @@ MEMBER = f"{REF} steps=3 batch=2 context=64 vocabulary=320"
 
 @pytest.fixture(scope="module")
 def ctx(tmp_path_factory: pytest.TempPathFactory) -> FolderContext:
-    return FolderContext(tmp_path_factory.mktemp("byte-stages"))
+    """A cache whose English corpus is a few topics, so that nothing has to be collected."""
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    context = FolderContext(tmp_path_factory.mktemp("byte-stages"))
+    context._values[EnglishStage.here().key] = {
+        "train": {name: topics[name] for name in names[:8]},
+        "test": {name: topics[name] for name in names[8:12]},
+    }
+    return context
 
 
 @pytest.fixture(scope="module")

@@ -62,6 +62,15 @@ class Segmentations:
         mask_W = split_W & self.vocabulary.alone_W
         return mask_W if tail.last is None else mask_W | (inside_W & self.vocabulary.joins(tail.last))
 
+    def may_end(self, tail: Tail) -> bool:
+        """Whether the sequence that ``tail`` ends is what the tokenizer makes of its bytes as a whole text."""
+        try:
+            cuts = self.vocabulary.pieces(tail.text.decode())[:-1]
+        except UnicodeDecodeError:
+            return False
+        apart = (end for end, joined in zip(tail.ends, tail.joined, strict=True) if not joined)
+        return set(cuts) <= set(tail.ends) and all(end in cuts for end in apart)
+
     def settled(self, text: bytes) -> int:
         """The last offset in ``text``, a text from a cut on, at which every continuation cuts; 0 if there is none."""
         cuts = self.cuts(text)

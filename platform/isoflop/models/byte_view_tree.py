@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -45,7 +45,8 @@ class Start:
         context: ids of the tokens that the prompt is given as; at least one.
         offset: the bytes that they stand for; the tree spells those from here on.
         first: offset of the first byte that is asked for.
-        forced: bytes from ``offset`` on that the first token must spell whole; empty for none.
+        forced: bytes from ``offset`` on that the first token must start with; empty for none. What follows that token is
+            tokenised by itself, as what follows a prompt is.
     """
 
     data: bytes
@@ -76,6 +77,16 @@ class Counts:
     symbols: int = 0
     per_model: tuple[int, ...] = ()
 
+    def per_symbol(self) -> dict[str, float]:
+        """By name, per position asked for."""
+        asked = max(1, self.symbols)
+        return {
+            "lm_calls_per_byte": self.calls / asked,
+            "tokens_per_byte": self.tokens / asked,
+            "tree_tokens_per_byte": (self.tokens - self.context_tokens) / asked,
+            "largest_cover": float(self.widest),
+        }
+
     def add(self, other: Counts) -> None:
         """Count what another model took for the same positions."""
         self.per_model = (*(self.per_model or (self.tokens,)), other.tokens)
@@ -89,8 +100,9 @@ class _Node:
     """A token sequence that spells ``data[: at]``, and the tokens behind it that spell what follows ``at``.
 
     Attributes:
-        tokens, ends, joined: since the start of the tree: ids, where they end, whether they may share a piece with
-            the token before.
+        token: its last token; -1 for the root.
+        since: where its tokens are tokenised from: the start of the tree, or behind a forced token.
+        tokens, ends, joined: since then: ids, where they end, whether they may share a piece with the token before.
         weight: its probability over that of the bytes reached so far.
         columns: of the cache, that it sees.
         p_W: probabilities of the next token; ``no_byte`` that of no further byte.
@@ -98,6 +110,8 @@ class _Node:
     """
 
     at: int
+    token: int
+    since: int
     tokens: tuple[int, ...]
     ends: tuple[int, ...]
     joined: tuple[bool, ...]
@@ -150,7 +164,7 @@ class TreePass:
         seen[:, np.arange(width), first + np.arange(width)] = True
         for row, own in enumerate(nodes):
             for place, node in enumerate(own):
-                ids[row, place], positions[row, place] = node.tokens[-1], len(node.columns)
+                ids[row, place], positions[row, place] = node.token, len(node.columns)
                 seen[row, place, node.columns] = True
                 node.columns = np.append(node.columns, first + place)
         found = self._run(ids, positions, seen, sum(map(len, nodes)))
@@ -226,8 +240,9 @@ class CoveringTree:
         node.no_byte = float(np.exp(log_V[self.vocabulary.end_ids]).sum())
         if self.mass != EVERY:
             p_W *= self.segmentations.following(tail)
-        if self.mass == RENORMALISED:
-            total = p_W.sum() + node.no_byte
+            node.no_byte *= self.segmentations.may_end(tail)
+        total = p_W.sum() + node.no_byte
+        if self.mass == RENORMALISED and total > 0:  # nothing follows a token that ends inside a character by itself
             p_W, node.no_byte = p_W / total, node.no_byte / total
         node.p_W, node.low, node.high = p_W, 0, len(p_W)
 
@@ -237,7 +252,7 @@ class _Growing:
 
     def __init__(self, tree: CoveringTree, start: Start, columns: np.ndarray) -> None:
         self._tree, self._start = tree, start
-        self._live: list[_Node] = [_Node(start.offset, (), (), (), 1.0, columns)]
+        self._live: list[_Node] = [_Node(start.offset, -1, start.offset, (), (), (), 1.0, columns)]
         self._cut = start.offset
         self.asked: list[np.ndarray] = []
         self.nodes = 1
@@ -307,16 +322,12 @@ class _Growing:
 
     def _child(self, node: _Node, rank: int, at: int) -> _Node:
         vocabulary = self._tree.vocabulary
-        token = int(vocabulary.order_W[rank])
+        token, weight = int(vocabulary.order_W[rank]), node.weight * float(node.p_W[rank])
+        if self._start.forced and node.token < 0:
+            return _Node(at, token, at, (), (), (), weight, node.columns)
         pair = self._tree.mass != EVERY and bool(node.tokens) and bool(vocabulary.joins(node.tokens[-1])[rank])
-        return _Node(
-            at,
-            (*node.tokens, token),
-            (*node.ends, at),
-            (*node.joined, pair),
-            node.weight * float(node.p_W[rank]),
-            node.columns,
-        )
+        tokens, ends, joined = (*node.tokens, token), (*node.ends, at), (*node.joined, pair)
+        return _Node(at, token, node.since, tokens, ends, joined, weight, node.columns)
 
     def _symbols(self, node: _Node, at: int) -> np.ndarray:
         """Probabilities (S,) of what follows ``at`` behind a node."""
@@ -343,15 +354,18 @@ class _Growing:
         """What ``Segmentations`` must know of a node: its tokens behind the cut; None where one lies across it."""
         if self._tree.mass == EVERY:
             return Tail(b"", (), (), None)
-        if self._cut not in (self._start.offset, *node.ends):
-            return None
-        count = sum(end > self._cut for end in node.ends)
+        cut = self._cut
+        if cut not in (node.since, *node.ends):
+            if node.since == self._start.offset:
+                return None
+            cut = node.since  # tokenised by itself, it need not be cut where the whole is
+        count = sum(end > cut for end in node.ends)
         if not count:
             return Tail(b"", (), (), None)
-        ends = tuple(end - self._cut for end in node.ends[-count:-1]) if count > 1 else ()
+        ends = tuple(end - cut for end in node.ends[-count:-1])
         # joined[i] is the boundary before token i, that is at ends[i - 1]
-        joined = node.joined[len(node.joined) - count + 1 :] if count > 1 else ()
-        return Tail(self._start.data[self._cut : node.at], ends, joined, node.tokens[-1])
+        joined = node.joined[len(node.joined) - count + 1 :]
+        return Tail(self._start.data[cut : node.at], ends, joined, node.tokens[-1])
 
 
 def boundary_start(segmentations: Segmentations, data: bytes, first: int) -> Start:
@@ -400,14 +414,3 @@ def log_likelihood(logs_PS: np.ndarray, data: bytes) -> np.ndarray:
     """Log-probabilities (P,) of the last P bytes of a text, from those of all symbols."""
     picked: np.ndarray = logs_PS[np.arange(len(logs_PS)), list(data[len(data) - len(logs_PS) :])]
     return picked
-
-
-def as_numbers(counts: Counts) -> dict[str, Any]:
-    """``Counts`` by name, per symbol asked for."""
-    per = max(1, counts.symbols)
-    return {
-        "lm_calls_per_byte": counts.calls / per,
-        "tokens_per_byte": counts.tokens / per,
-        "tree_tokens_per_byte": (counts.tokens - counts.context_tokens) / per,
-        "largest_cover": float(counts.widest),
-    }
