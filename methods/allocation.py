@@ -87,7 +87,7 @@ def _program(costs: list[NDArray[np.float64]], scores: list[NDArray[np.float64]]
         order = order[totals[order] + rest[number + 1] <= limit * (1 + _SLACK)]
         kept = order[_improving(sums[order])]
         total, score = totals[kept], sums[kept]
-        came.append(tuple(np.divmod(kept, len(item_costs))))  # type: ignore[arg-type]
+        came.append(tuple(np.divmod(kept, len(item_costs))))
     place = len(total) - 1  # scores fall along the totals
     choice = []
     for before, option in reversed(came):

@@ -105,6 +105,11 @@ class WeightMethod(Method):
             "compressed_params": float(count),
         }
 
+    def at_defaults(self, *knobs: str) -> Self:
+        """The same method with these knobs at their defaults."""
+        specs = knob_specs(type(self))
+        return replace(self, **{name: specs[name].default for name in knobs})
+
     @classmethod
     def probe(cls) -> Probe:
         """An untrained decoder."""
@@ -158,11 +163,6 @@ class CalibratedMethod(CodecMethod):
     def relevant(self) -> Self:
         """The same method with knobs at their defaults that the others leave without effect: one stage for all of them."""
         return self
-
-    def at_defaults(self, *knobs: str) -> Self:
-        """The same method with these knobs at their defaults."""
-        specs = knob_specs(type(self))
-        return replace(self, **{name: specs[name].default for name in knobs})
 
     def calibrate(self, model: Model, ctx: StageContext, seed: int) -> Artefact:
         """What the stage computes, on a loaded model."""

@@ -315,7 +315,7 @@ class EvoPressSparse(LevelMethod):
     def relevant(self) -> EvoPressSparse:
         """Where nothing goes there is one configuration."""
         if self.sparsity == 0:
-            return self.with_defaults("allocation", "generations", "offspring", "survivors")
+            return self.at_defaults("allocation", "generations", "offspring", "survivors")
         return super().relevant()
 
     def space(self, views: list[LinearView]) -> Space:

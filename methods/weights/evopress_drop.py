@@ -99,14 +99,14 @@ class Skipping:
             _count_tokens(kwargs.get("past_key_values"), module, zeros_BTd)
             return zeros_BTd, None
 
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
         try:
             yield
         finally:
             if before is None:
                 del module.forward
             else:
-                module.forward = before  # type: ignore[method-assign]
+                module.forward = before
 
 
 def _count_tokens(cache: Any, module: nn.Module, x_BTd: torch.Tensor) -> None:
@@ -152,7 +152,7 @@ class EvoPressDrop(SearchMethod):
     def relevant(self) -> EvoPressDrop:
         """Where nothing goes there is one configuration."""
         if self.dropped == 0:
-            return self.with_defaults("allocation", "generations", "offspring", "survivors")
+            return self.at_defaults("allocation", "generations", "offspring", "survivors")
         return super().relevant()
 
     def names(self, model: Model) -> list[str]:

@@ -136,12 +136,7 @@ class SearchMethod(WeightMethod):
         """The same method with knobs at their defaults that have no effect on what is found."""
         if self.allocation in (EVOLUTION, RANDOM):
             return self
-        return self.with_defaults("generations", "offspring", "survivors")
-
-    def with_defaults(self, *knobs: str) -> Self:
-        """The same method with these knobs at their defaults."""
-        kept = {name: value for name, value in self.knobs().items() if name not in knobs}
-        return type(self)(**kept)
+        return self.at_defaults("generations", "offspring", "survivors")
 
     def search(self, model: Model, ctx: StageContext, parts: Any, seed: int) -> Found:
         """Allocate levels on the uncompressed model."""

@@ -26,7 +26,7 @@ class SearchProbe(WeightProbe):
             return super().prepared(method, seed)
         limits = {"generations": GENERATIONS, "offspring": OFFSPRING, "n_calib": CALIBRATION}
         knobs = {name: value for name, value in method.knobs().items() if name in limits}
-        short = replace(method, **{name: min(value, limits[name]) for name, value in knobs.items()})  # type: ignore[type-var, arg-type]
+        short = replace(method, **{name: min(value, limits[name]) for name, value in knobs.items()})  # type: ignore[arg-type]
         key = f"{method.name} {short.knobs()} {seed}"
         if key not in self._calibrated:
             parts = f"{method.name} {short.parts_knobs()} {seed}"

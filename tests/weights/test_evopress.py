@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -15,11 +14,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from weight_cases import TOKENS, Bare, context, gpt2, held_out_loss, mixtral, seeded, trained_decoder
+from weight_cases import TOKENS, Bare, context, gpt2, mixtral, seeded, trained_decoder
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import Method, build
+from isoflop.methods.kv_cache.probe import untrained_decoder
 from isoflop.methods.weights.evolution import Levels, Selection, Space, distinct, evolve, selections
 from isoflop.methods.weights.evopress import EvoPress, EvoPressSparse
 from isoflop.methods.weights.fitness import FITNESSES, Fitness, rows_of, size_of
@@ -32,7 +32,7 @@ from isoflop.methods.weights.sparsegpt import SparseGpt
 from isoflop.methods.weights.views import linear_views
 from isoflop.methods.weights.wanda import Wanda
 from isoflop.models.base import Model, family_of
-from isoflop.models.lm import NOT_SCORED, LmBatch
+from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
 
 SMALL: dict[str, Any] = {"generations": 6, "offspring": 6, "survivors": 4, "n_search": 8, "examples": 1, "n_calib": 16}
 
@@ -315,16 +315,28 @@ def test_bits_are_identical_for_parent_and_all_offspring(bits: float, seed: int)
             assert all(2 <= level <= 6 for level in levels)
 
 
+@lru_cache
+def uneven() -> LmModel:
+    """Two layers of which the second hardly changes what the first has left: bits are wasted on it."""
+    model = untrained_decoder(layers=2)
+    for view in linear_views(model):
+        if view.layer == 1 and view.role in ("o_proj", "down_proj"):
+            view.write(view.weight() * 0.02)
+    return model
+
+
 @pytest.mark.parametrize("allocation", ["evolution", "random", "dp"])
 def test_every_allocation_stores_the_same_bytes(allocation: str) -> None:
-    model = trained_decoder()
+    model = uneven()
     uniform = served(EvoPress(bits=3, allocation="uniform", **SMALL), model)
     other = served(EvoPress(bits=3, allocation=allocation, **SMALL), model)
-    assert other[0].levels != uniform[0].levels
     if allocation == "dp":  # over matrices of all sizes: up to the budget
         assert 0.97 * uniform[2]["bits"] < other[2]["bits"] <= uniform[2]["bits"]
     else:
         assert other[2] == uniform[2]
+    if allocation == "evolution":
+        assert other[0].levels != uniform[0].levels
+        assert other[0].trace["fitness"][-1] < uniform[0].trace["fitness"][-1]
 
 
 def test_the_budget_in_measured_bytes_is_bits_and_overhead() -> None:
@@ -366,7 +378,7 @@ def test_output_errors_are_those_of_the_outputs() -> None:
 
 def search(bits: float = 2.5, allocation: str = "evolution", seed: int = 0) -> Found:
     method = EvoPress(bits=bits, allocation=allocation, generations=12, offspring=8, survivors=4, n_search=16, examples=1, n_calib=32)  # fmt: skip
-    return method.calibrate(trained_decoder(), context(), seed)
+    return method.calibrate(uneven(), context(), seed)
 
 
 searched = lru_cache(search)
@@ -379,7 +391,7 @@ def test_the_best_never_worsens_on_the_whole_calibration_set() -> None:
     assert len(fitness) == 13
     assert all(after <= before for before, after in pairwise(fitness))
     assert fitness[-1] < fitness[0]
-    model = trained_decoder()
+    model = uneven()
     method = EvoPress(bits=2.5, n_search=16, examples=1)
     again = replace(method, generations=0).search(model, context(), found.parts, 0)
     assert len(again.trace["fitness"]) == 1
@@ -394,21 +406,16 @@ def test_the_best_never_worsens_on_the_whole_calibration_set() -> None:
 
 
 def test_the_same_seed_gives_the_same_search_on_a_model() -> None:
-    """(f): whatever the number of threads."""
+    """(f): one stage in one process, whatever the number of workers, and nothing of torch's global random state."""
     first = searched()
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
         again = search()
-    finally:
-        torch.set_num_threads(before)
-    assert again.levels == first.levels
-    assert again.trace["tokens"] == first.trace["tokens"]
-    assert again.trace["fitness"] == pytest.approx(first.trace["fitness"], rel=1e-4)
+    assert (again.levels, again.trace) == (first.levels, first.trace)
 
 
 def test_the_search_leaves_the_model_as_it_was_and_is_served_from_its_payloads() -> None:
-    model = trained_decoder()
+    model = uneven()
     dense = {view.name: view.weight().clone() for view in linear_views(model)}
     found = search(seed=1)
     assert all(torch.equal(view.weight(), dense[view.name]) for view in linear_views(model))
@@ -417,16 +424,16 @@ def test_the_search_leaves_the_model_as_it_was_and_is_served_from_its_payloads()
             assert torch.equal(view.weight(), found.parts.payload(view, found.levels[view.name]).decode())
 
 
-def test_the_search_beats_uniform_random_and_additive_allocation_on_text_it_has_not_seen() -> None:
-    model = trained_decoder()
-    losses = {}
-    for allocation in ("evolution", "random"):
-        found = searched(allocation=allocation)
-        with EvoPress(bits=2.5).apply(model, found):
-            losses[allocation] = held_out_loss(model)
-    assert searched().trace["tokens"][-1] == searched(allocation="random").trace["tokens"][-1]
-    assert searched().trace["fitness"][-1] <= searched(allocation="random").trace["fitness"][-1]
-    assert all(math.isfinite(loss) for loss in losses.values())
+def test_the_search_beats_random_and_additive_allocation_where_layers_matter_unevenly() -> None:
+    """Errors of single matrices do not tell that the second layer hardly matters; the search finds out."""
+    evolution, random, additive = (searched(allocation=name) for name in ("evolution", "random", "dp"))
+    assert evolution.trace["tokens"] == random.trace["tokens"]
+    assert evolution.trace["fitness"][-1] < random.trace["fitness"][-1]
+    assert evolution.trace["fitness"][-1] < additive.trace["fitness"][-1]
+    bits = [
+        np.mean([level for name, level in evolution.levels.items() if f"layers.{layer}." in name]) for layer in (0, 1)
+    ]
+    assert bits[0] > bits[1]
 
 
 def test_the_trace_is_that_of_the_search() -> None:
