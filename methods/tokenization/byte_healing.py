@@ -9,7 +9,8 @@ from isoflop.methods.base import METHODS
 from isoflop.methods.tokenization.base import TokenizationMethod
 from isoflop.models.byte_view import ByteText, ByteView, TreeView
 from isoflop.models.byte_view_segmentations import Segmentations
-from isoflop.models.byte_view_tree import Start, healed_start
+from isoflop.models.byte_view_starts import healed_start
+from isoflop.models.byte_view_tree import Start
 
 
 @dataclass

@@ -20,7 +20,8 @@ from isoflop.methods.tokenization.members import Member, MembersStage, parse_mem
 from isoflop.models.base import ModelInfo
 from isoflop.models.byte_view import ByteText, ByteView, TreeView, segmentations_of
 from isoflop.models.byte_view_segmentations import Segmentations
-from isoflop.models.byte_view_tree import MASSES, RENORMALISED, Start, boundary_start
+from isoflop.models.byte_view_starts import boundary_start
+from isoflop.models.byte_view_tree import MASSES, RENORMALISED, Start
 from isoflop.models.lm import LmModel
 
 
@@ -47,7 +48,7 @@ class EnsembleView(ByteView):
         self.counts = exact[0].counts
 
     def next_bytes(self, model: LmModel, segmentations: Segmentations, texts: Sequence[ByteText]) -> list[np.ndarray]:
-        """Eq. for the ensemble in section 5: the uniform mean over the members, position by position."""
+        """The uniform mean of the members' probabilities, position by position."""
         asked = [(model, segmentations), *((member.model, member.segmentations) for member in self._others)]
         found = [view.next_bytes(*pair, texts) for view, pair in zip(self._exact, asked, strict=True)]
         self.counts = self._exact[0].counts

@@ -26,6 +26,7 @@ from isoflop.methods.tokenization.members import Member, parse_members
 from isoflop.methods.tokenization.probe import TokenizationProbe, untrained_reader
 from isoflop.models.byte_view import ByteText, TokenView
 from isoflop.models.byte_view_segmentations import Tail, folded
+from isoflop.models.byte_view_starts import boundary_start
 from isoflop.models.byte_view_tree import (
     EVERY,
     MASKED,
@@ -33,7 +34,6 @@ from isoflop.models.byte_view_tree import (
     NO_BYTE,
     RENORMALISED,
     CoveringTree,
-    boundary_start,
     log_likelihood,
 )
 

@@ -18,7 +18,8 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import ModelInfo
 from isoflop.models.byte_view_segmentations import Segmentations
-from isoflop.models.byte_view_tree import RENORMALISED, Counts, CoveringTree, Start, prompt_start
+from isoflop.models.byte_view_starts import prompt_start
+from isoflop.models.byte_view_tree import RENORMALISED, Counts, CoveringTree, Start
 from isoflop.models.byte_view_vocabulary import ByteVocabulary
 
 if TYPE_CHECKING:

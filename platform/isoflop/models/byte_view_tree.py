@@ -23,7 +23,6 @@ import torch
 
 from isoflop.core.errors import Infeasible
 from isoflop.models.byte_view_segmentations import Segmentations, Tail
-from isoflop.models.byte_view_vocabulary import ByteVocabulary, whole_characters
 
 if TYPE_CHECKING:
     from isoflop.models.lm import LmModel
@@ -366,48 +365,6 @@ class _Growing:
         # joined[i] is the boundary before token i, that is at ends[i - 1]
         joined = node.joined[len(node.joined) - count + 1 :]
         return Tail(self._start.data[cut : node.at], ends, joined, node.tokens[-1])
-
-
-def boundary_start(segmentations: Segmentations, data: bytes, first: int) -> Start:
-    """Begin at the last cut of the prompt that no continuation can move; before it only one segmentation is possible.
-
-    Raises:
-        ValueError: there is no such cut, and the tokenizer puts no token before a text.
-    """
-    cut = 0
-    for at in range(1, first + 1):  # step by step, because a pattern looks at what follows, never at what was
-        cut += segmentations.settled(data[cut:at])
-    return Start(data, _context(segmentations.vocabulary, data[:cut]), cut, first)
-
-
-def prompt_start(vocabulary: ByteVocabulary, data: bytes, first: int) -> Start:
-    """Begin behind the prompt, whose tokens are taken as they are; behind its last whole character, if it ends inside one."""
-    whole = whole_characters(data[:first])
-    return Start(data, _context(vocabulary, data[:whole]), whole, first)
-
-
-def healed_start(vocabulary: ByteVocabulary, data: bytes, first: int) -> Start:
-    """Begin before the last token of the prompt; the next token must start with its bytes.
-
-    A prompt that ends inside a character gives no token there, so that nothing needs healing.
-
-    Raises:
-        ValueError: nothing is left of the prompt.
-    """
-    if whole_characters(data[:first]) < first:
-        return prompt_start(vocabulary, data, first)
-    *context, last = vocabulary.encode(data[:first])
-    forced = vocabulary.bytes_of[last]
-    if not context and not vocabulary.start_ids:
-        raise ValueError(f"nothing is left of the prompt {data[:first]!r} before its last token")
-    return Start(data, [*vocabulary.start_ids, *context], first - len(forced), first, forced)
-
-
-def _context(vocabulary: ByteVocabulary, prompt: bytes) -> list[int]:
-    context = [*vocabulary.start_ids, *vocabulary.encode(prompt)]
-    if not context:
-        raise ValueError(f"the prompt {prompt!r} has no token to begin with")
-    return context
 
 
 def log_likelihood(logs_PS: np.ndarray, data: bytes) -> np.ndarray:
