@@ -67,7 +67,8 @@ def build(sweep: SweepResults, findings: Findings | None = None) -> Json:
 _FRONTIER = (
     "Error against the cost of an answer. The slider sets a budget; the text under it states the best configuration that it "
     "pays for. Bars and bands are 95 % intervals: of measured means over repeats (Student's t; over examples where there is "
-    "one repeat), of laws by bootstrap."
+    "one repeat), of laws by bootstrap. An uncompressed model is called not worse where its mean error lies inside or below the "
+    "interval of the measured choice."
 )
 _PARALLEL = "A line is a configuration, mean over repeats; its colour is the error. The slider fades all but the best."
 

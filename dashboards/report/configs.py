@@ -48,7 +48,8 @@ class Config:
     """One configuration.
 
     Attributes:
-        settings: knobs of its methods, then options of model and task (``model.steps``); those that vary in the sweep.
+        scene: the task, with those of its options that vary in the sweep: errors of different scenes are never compared.
+        settings: knobs of its methods, then options of the model (``model.steps``); those that vary in the sweep.
         variant: the method with the settings that make it another method rather than more or less of it.
         error: mean over repeats; ``low``, ``high``: its 95 % interval, Student's t over repeats, or the examples' standard
             error where there is one repeat; None when neither is known.
@@ -57,6 +58,7 @@ class Config:
     """
 
     task: str
+    scene: str
     model: str
     method: str
     variant: str
@@ -101,15 +103,28 @@ def read_configs(table: pa.Table) -> list[Config]:
     methods = {key: rows[0]["method"] for key, rows in groups.items()}
     shown = _varied({key: (methods[key], settings[key]) for key in groups})
     variants = _variants(specs, methods, shown)
-    return [_config(rows, shown[key], variants[key]) for key, rows in groups.items()]
+    scenes = _scenes(specs, {key: rows[0]["task"] for key, rows in groups.items()})
+    return [_config(rows, scenes[key], shown[key], variants[key]) for key, rows in groups.items()]
+
+
+def _scenes(specs: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, str]) -> dict[str, str]:
+    options = {key: spec.get("task_options") or {} for key, spec in specs.items()}
+    seen: dict[tuple[str, str], set[str]] = {}
+    for key, values in options.items():
+        for name, value in values.items():
+            seen.setdefault((tasks[key], name), set()).add(repr(value))
+    found = {}
+    for key, values in options.items():
+        varied = ", ".join(f"{k} {_text(v)}" for k, v in values.items() if len(seen[tasks[key], k]) > 1)
+        found[key] = f"{tasks[key]} ({varied})" if varied else tasks[key]
+    return found
 
 
 def _settings(spec: Mapping[str, Any]) -> dict[str, Any]:
     parts = spec.get("methods") or []
     prefix = len(parts) > 1
     found = {f"{p['name']}.{k}" if prefix else k: v for p in parts for k, v in p.get("knobs", {}).items()}
-    for owner in ("model", "task"):
-        found.update({f"{owner}.{k}": v for k, v in (spec.get(f"{owner}_options") or {}).items()})
+    found.update({f"model.{k}": v for k, v in (spec.get("model_options") or {}).items()})
     return {k: v if isinstance(v, (bool, int, float, str)) or v is None else json.dumps(v) for k, v in found.items()}
 
 
@@ -137,9 +152,7 @@ def _variants(
         parts = [
             f"{name} {_text(value)}"
             for name, value in values.items()
-            if name not in amounts
-            and (not _is_number(value) or len(levels[methods[key], name]) <= _MOST_LEVELS)
-            and not name.startswith("task.")
+            if name not in amounts and (not _is_number(value) or len(levels[methods[key], name]) <= _MOST_LEVELS)
         ]
         found[key] = " · ".join([methods[key], *parts])
     return found if len(set(found.values())) <= MOST_VARIANTS else dict(methods)
@@ -166,12 +179,13 @@ def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _config(rows: Sequence[Mapping[str, Any]], settings: dict[str, Any], variant: str) -> Config:
+def _config(rows: Sequence[Mapping[str, Any]], scene: str, settings: dict[str, Any], variant: str) -> Config:
     first = rows[0]
     errors = [float(r["error"]) for r in rows]
     low, high = interval(errors, [r["error_se"] for r in rows])
     return Config(
         task=first["task"],
+        scene=scene,
         model=first["model"],
         method=first["method"],
         variant=variant,
@@ -243,11 +257,11 @@ def varying_costs(configs: Sequence[Config], least: float = 1.1) -> list[Cost]:
     return found
 
 
-def by_task(configs: Iterable[Config]) -> dict[str, list[Config]]:
-    """Configurations of each task."""
+def by_scene(configs: Iterable[Config]) -> dict[str, list[Config]]:
+    """Configurations of each task and setting of its options."""
     found: dict[str, list[Config]] = {}
     for config in configs:
-        found.setdefault(config.task, []).append(config)
+        found.setdefault(config.scene, []).append(config)
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from isoflop.dashboards.report import charts
 from isoflop.dashboards.report.charts import Json
-from isoflop.dashboards.report.configs import COSTS, Config, by_task, varying_costs
+from isoflop.dashboards.report.configs import COSTS, Config, by_scene, varying_costs
 from isoflop.dashboards.report.numbers import plain
 from isoflop.search.importance import FEWEST_ROWS, importances
 
@@ -18,7 +18,7 @@ _MOST_AXES = 9
 def importance(configs: Sequence[Config]) -> list[Json]:
     """Per task: what explains the error over all configurations, and inside each method."""
     found = []
-    for task, own in by_task(configs).items():
+    for task, own in by_scene(configs).items():
         panels = []
         across = _bars(f"{task}: model and method", [{"model": c.model, "method": c.method} for c in own], own)
         panels += [across] if across else []
@@ -47,7 +47,7 @@ NO_IMPORTANCE = (
 def coordinates(configs: Sequence[Config]) -> list[Json]:
     """A panel per task: every configuration as a line through its settings, costs and error."""
     found = []
-    for task, own in by_task(configs).items():
+    for task, own in by_scene(configs).items():
         panel = _parallel(task, own)
         if panel is not None:
             found.append(charts.group(task, [panel]))
@@ -83,7 +83,7 @@ def _parallel(task: str, configs: Sequence[Config]) -> Json | None:
 
 def _values(c: Config) -> dict[str, Any]:
     found: dict[str, Any] = {"model": c.model, "method": c.method}
-    found |= {k: plain(v) for k, v in c.settings.items() if not k.startswith("task.")}
+    found |= {k: plain(v) for k, v in c.settings.items()}
     return {**found, "V": c.V, "ratio": c.ratio, **{k.key: c.costs.get(k.key) for k in COSTS}}
 
 

@@ -9,37 +9,48 @@ import numpy as np
 
 from isoflop.dashboards.report import charts
 from isoflop.dashboards.report.charts import Json
-from isoflop.dashboards.report.configs import Config, Cost, by_task, varying_costs
+from isoflop.dashboards.report.configs import Config, Cost, by_scene, varying_costs
 from isoflop.dashboards.report.numbers import quantity, short, with_interval
 
 STEPS = 41
 _MOST_SERIES = 8
+_TOTALS = ("flops", "bytes")  # a headline rather tells of these than of a part of them
 
 
 def groups(configs: Sequence[Config], palette: Mapping[str, int]) -> list[Json]:
     """A group per measured cost, with a panel per task."""
     found: dict[Cost, list[Json]] = {}
-    for task, own in by_task(configs).items():
+    for task, own in by_scene(configs).items():
         for cost in varying_costs(own):
             found.setdefault(cost, []).append(_panel(task, own, cost, palette))
     return [charts.group(f"measured: {cost.label}", panels) for cost, panels in found.items()]
 
 
 def headline(configs: Sequence[Config]) -> list[str]:
-    """Per task: the cheapest configuration whose error lies within the interval of the best one's."""
+    """Per task: the cheapest configuration whose error lies within the interval of the best one's.
+
+    In compute or in memory, whichever is saved more.
+    """
     found = []
-    for task, own in by_task(configs).items():
+    for task, own in by_scene(configs).items():
         costs = varying_costs(own)
         if not costs:
             best = min(own, key=lambda c: c.error)
             found.append(f"{task}: {best.title} has the least error, {_error(best)}")
             continue
-        cost = costs[0]
+        cost = max(costs, key=lambda cost: (cost.key in _TOTALS, _saving(own, cost)))
         choice = enough(own, cost.key)
         place = quantity(choice.costs[cost.key], cost.unit)
         comparison = against_uncompressed(choice, own, lambda c, key=cost.key: c.costs.get(key))  # type: ignore[misc]
         found.append(f"{task}: at {place} ({cost.label}), {choice.title}, error {_error(choice)}{comparison}")
     return found
+
+
+def _saving(configs: Sequence[Config], cost: Cost) -> float:
+    """The cheapest uncompressed configuration's cost over that of the choice: which cost this sweep's methods save."""
+    chosen = enough(configs, cost.key).costs[cost.key]
+    dense = [c.costs[cost.key] for c in configs if c.uncompressed and cost.key in c.costs]
+    return min(dense, default=chosen) / chosen if chosen else 0.0
 
 
 def enough(configs: Sequence[Config], key: str) -> Config:
@@ -105,21 +116,25 @@ def _error(c: Config) -> str:
     return with_interval(c.error, c.low, c.high, f"{c.repeats} repeats" if c.repeats > 1 else "one seed")
 
 
-def against_uncompressed(
-    choice: Config, configs: Sequence[Config], price: Callable[[Config], float | None], error: float | None = None
-) -> str:
-    """How much cheaper a choice is than the cheapest uncompressed configuration of at most its error, in words."""
-    own, reached = price(choice), choice.error if error is None else error
+def against_uncompressed(choice: Config, configs: Sequence[Config], price: Callable[[Config], float | None]) -> str:
+    """How much cheaper a choice is than the cheapest uncompressed configuration that is not worse, in words.
+
+    Not worse: its mean error is not above the upper end of the choice's interval, so that noise makes no claim.
+    """
+    own, reached = price(choice), choice.error if choice.high is None else choice.high
     dense = [(p, c) for c in configs if c.uncompressed and (p := price(c)) is not None]
     if choice.uncompressed:
         return "; it is uncompressed"
     if not dense or not own:
         return ""
-    as_good = [(p, c) for p, c in dense if c.error <= reached]
-    if as_good:
-        cost, other = min(as_good, key=lambda pair: pair[0])
+    not_worse = [(p, c) for p, c in dense if c.error <= reached]
+    if not_worse:
+        cost, other = min(not_worse, key=lambda pair: pair[0])
         factor = cost / own
-        words = f"{short(factor)} × cheaper than" if factor >= 1 else f"{short(1 / factor)} × dearer than"
-        return f"; {words} the cheapest uncompressed model that is as good ({other.model}, error {short(other.error)})"
+        words = f"{short(factor)} × cheaper than" if factor > 1 else f"{short(1 / factor)} × dearer than"
+        words = "as dear as" if abs(factor - 1) < 0.005 else words
+        return (
+            f"; {words} the cheapest uncompressed model that is not worse ({other.model}, error {short(other.error)})"
+        )
     cost, other = min(dense, key=lambda pair: pair[1].error)
     return f"; no uncompressed model reaches that error (the best, {other.model}: {short(other.error)} at {short(cost / own)} × the cost)"

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from isoflop.core.errors import UserError
 from isoflop.dashboards.report import charts
 from isoflop.dashboards.report.charts import Json
-from isoflop.dashboards.report.configs import Config, by_task
+from isoflop.dashboards.report.configs import Config, by_scene
 from isoflop.dashboards.report.numbers import between, short
 from isoflop.frontier.paired import Paired, paired
 
@@ -21,7 +21,7 @@ _MOST_ROWS = 3000  # scores are compared in Python
 def curves(configs: Sequence[Config], palette: Mapping[str, int]) -> list[Json]:
     """Error against compression, a panel per task and model."""
     panels = []
-    for task, everything in by_task(configs).items():
+    for task, everything in by_scene(configs).items():
         for model in dict.fromkeys(c.model for c in everything):
             own = [c for c in everything if c.model == model and c.ratio is not None]
             if len({c.ratio for c in own}) > 1:
@@ -49,8 +49,9 @@ def comparisons(table: pa.Table, configs: Sequence[Config]) -> list[Json]:
     """Per task: every variant against the best one, pair by pair on the same model, repeat and examples."""
     labelled = _label(table, configs)
     panels = []
-    for task, own in by_task(configs).items():
-        rows = labelled.filter(pc.equal(labelled["task"], task))
+    for task, own in by_scene(configs).items():
+        jobs = pa.array([job for c in own for job in c.jobs], pa.string())
+        rows = labelled.filter(pc.is_in(labelled["job_id"], jobs))
         variants = list(dict.fromkeys(c.variant for c in own))
         if len(variants) > 1 and rows.num_rows <= _MOST_ROWS:
             panel = _comparison_panel(task, rows, variants, reference(own))
