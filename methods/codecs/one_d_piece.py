@@ -77,12 +77,12 @@ class OneDPiece(CodecMethod):
     ] = "vq"
     token_dim: Annotated[int, Knob(low=1, high=256, log=True, doc="D, numbers per token of a learned codebook")] = 12
     l2_norm: Annotated[bool, Knob(doc="a learned codebook compares directions")] = True
-    patch: Annotated[int, Knob(choices=(2, 4, 8, 16), unit="pixels", doc="side of a patch")] = 4
+    patch: Annotated[int, Knob(choices=(2, 4, 8, 16), unit="pixels", doc="side of a patch")] = 8
     width: Annotated[int, Knob(choices=(32, 64, 96, 128, 256), doc="of both transformers; heads have 16 channels")] = 64
-    layers: Annotated[int, Knob(low=1, high=24, log=True, doc="of each transformer")] = 3
-    steps: Annotated[int, Knob(low=1, high=1_000_000, log=True, doc="optimiser steps")] = 1000
+    layers: Annotated[int, Knob(low=1, high=24, log=True, doc="of each transformer")] = 2
+    steps: Annotated[int, Knob(low=1, high=1_000_000, log=True, doc="optimiser steps")] = 1500
     batch: Annotated[int, Knob(choices=(8, 16, 32, 64, 128, 256), doc="images per step")] = 32
-    lr: Annotated[float, Knob(low=1e-5, high=1e-1, log=True, doc="peak learning rate")] = 2e-3
+    lr: Annotated[float, Knob(low=1e-5, high=1e-1, log=True, doc="peak learning rate")] = 3e-3
     second: Annotated[float, Knob(low=0.0, high=0.9, doc="share of the steps with encoder and codebook frozen")] = 0.2
     quantizer_weight: Annotated[
         float, Knob(low=0.0, high=10.0, doc="of the quantizer's loss; the pixels' is their squared error in [-1, 1]")

@@ -124,7 +124,7 @@ def test_the_network_of_a_tokenizer_is_counted_and_token_reduction_is_not_blamed
         cost = method.footprint(probe.model, probe.ctx)
         assert reduction.footprint(probe.model, probe.ctx) == alone
         merged = merge_footprints(measured, [(method, cost), (reduction, alone)])
-    assert measured["flops_codec"] > 1e7
+    assert measured["flops_codec"] > 1e6
     reduced = alone["macs_share"] * measured["flops_dense"]
     assert measured["flops"] == pytest.approx(measured["flops_codec"] + reduced)
     assert cost["method_bytes"] == 2 * cost["method_params"]

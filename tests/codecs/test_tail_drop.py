@@ -1,0 +1,82 @@
+"""What tail drop is for: trained with it, every prefix decodes well; trained without, only the whole code does.
+
+Images of four flat squares on a common shade are easy enough for a tokenizer to learn in seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from isoflop.methods.budgets import BudgetSampler
+from isoflop.methods.codecs.one_d_piece import OneDPiece, contributions
+from isoflop.methods.codecs.tokenizer_training import Recipe, Step, Trainer
+from isoflop.models.base import family_of
+from isoflop.models.descent import descend
+from isoflop.models.sprite_world import ImageSet
+from isoflop.models.tokenizer import Tokenizer, TokenizerSize
+from isoflop.testing import FolderContext
+
+TOKENS = 4
+SIZE = TokenizerSize(8, 3, 4, TOKENS, 4, "vq", 8, True, 32, 1, 2)
+RECIPE = Recipe(300, 64, 5e-3, "every", True, 0.0, 0.1, 20)
+
+
+def squares(count: int, seed: int) -> Tensor:
+    """Images (count, 3, 8, 8): a shade of grey that all share, and a smaller one for each quarter."""
+    generator = torch.Generator().manual_seed(seed)
+    shade = torch.rand(count, 1, 1, 1, generator=generator) * 0.6
+    quarters = torch.rand(count, 1, 2, 2, generator=generator) * 0.4
+    return (shade + quarters).repeat_interleave(4, -1).repeat_interleave(4, -2).expand(-1, 3, -1, -1).contiguous()
+
+
+def trained(drop: str) -> Tokenizer:
+    recipe = dataclasses.replace(RECIPE, drop=drop, each=drop != "full")
+    net = Tokenizer(SIZE, 0)
+    trainer, sampler = Trainer(net, recipe, 0), BudgetSampler(drop, TOKENS, TOKENS)
+    steps = (
+        Step(n, squares(recipe.batch, n), torch.tensor(sampler.draw_each(n, 0, recipe.batch)))
+        for n in range(recipe.steps)
+    )
+    descend(torch.optim.AdamW(net.parameters(), lr=recipe.lr, weight_decay=1e-4), recipe, steps, trainer.loss)
+    return net.eval().requires_grad_(False)
+
+
+def errors(net: Tokenizer, images: Tensor) -> list[float]:
+    codes = net.encode(images)
+    lengths = range(1, codes.shape[1] + 1)
+    return [float((net.decode(codes[:, :length]) - images).square().mean()) for length in lengths]
+
+
+def test_prefixes_decode_well_after_tail_drop_only() -> None:
+    images = squares(256, 10_000)
+    mean = float((images - images.mean(0)).square().mean())
+    with_drop, without = trained("every"), trained("full")
+    dropped, whole = errors(with_drop, images), errors(without, images)
+    assert dropped == sorted(dropped, reverse=True)
+    assert dropped[0] < mean / 2
+    assert dropped[-1] < dropped[0] / 1.5
+    assert all(a < b for a, b in zip(dropped[:-1], whole[:-1], strict=True))
+    assert whole[0] > mean / 2
+    assert whole[-1] < dropped[-1]  # the price of prefixes
+    change = contributions(with_drop, images)
+    assert int(change.argmax()) == 0
+
+
+@pytest.mark.slow
+def test_error_falls_with_every_doubling_of_the_tokens_of_real_digits(tmp_path: Path) -> None:
+    """The recipe of ``sweeps/one-d-piece.yaml``."""
+    torch.set_num_threads(1)
+    info = family_of("tiny-vit/c48").info("tiny-vit/c48", {})
+    images = torch.from_numpy(next(ImageSet("digits", "test", 256, 0.4, 1).images()))
+    found = {}
+    for drop in ("uniform", "none"):
+        method = OneDPiece(tail_drop=drop, drop_scope="sample")
+        curve = errors(FolderContext(tmp_path).get(method.prepare(info, None, 0)), images)
+        found[drop] = [curve[n - 1] for n in (1, 2, 4, 8, 16, 32)]
+    assert found["uniform"] == sorted(found["uniform"], reverse=True)
+    assert all(a < b for a, b in zip(found["uniform"][:-1], found["none"][:-1], strict=True))
