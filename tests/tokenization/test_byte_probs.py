@@ -1,4 +1,4 @@
-"""Exact byte probabilities against enumeration; the card's tests that an imitation would fail."""
+"""Exact byte probabilities against enumeration of all token sequences."""
 
 from __future__ import annotations
 
