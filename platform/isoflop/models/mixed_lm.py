@@ -144,7 +144,7 @@ def mixed_info(ref: str, family: str, size: str, hooks: frozenset[str], options:
         text=EnglishText(train, min(CALIBRATION_LENGTH, recipe.context)),
         tokenizer=train.tokenizer,
         test=_tokens(recipe, f"test-{recipe.target}"),
-        pool=TrainingPool(train.english, _tokens(recipe, "pool"), recipe.target),
+        pool=TrainingPool(_corpus(recipe), _tokens(recipe, "pool"), recipe.target),
     )
 
 
@@ -160,6 +160,10 @@ def mixed_weights(info: ModelInfo, selection: SelectionSource | None, size: str,
     return SelectedTextStage(size, seed, own, first, _tokens(recipe, "pool"), selection)
 
 
+def _corpus(recipe: MixedRecipe) -> DomainsStage:
+    return DomainsStage.here(recipe.pool, recipe.examples, recipe.piece, recipe.spread)
+
+
 def _tokens(recipe: MixedRecipe, split: str) -> TokensStage:
-    corpus = DomainsStage.here(recipe.pool, recipe.examples, recipe.piece, recipe.spread)
+    corpus = _corpus(recipe)
     return TokensStage(corpus, TrainedTokenizer(corpus, recipe.vocabulary), split)
