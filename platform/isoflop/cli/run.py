@@ -141,6 +141,7 @@ def _print_end(opened: SweepResults, options: RunOptions) -> None:
     if summary.failed:
         out.print(Text(f"try again:  {program} resume {opened.name} --retry-failed{where}"))
     out.print(Text(f"look:       {program} show {opened.name}{where}"))
+    out.print(Text(f"report:     {program} report {opened.name}{where}"))
     if options.tracking_uri != "none":
         out.print(Text(f"browse:     {program} ui{where}"))
     if opened.spec.laws:

@@ -41,6 +41,8 @@ def sweep_schema() -> dict[str, Any]:
     memory = definitions["ResourcesBlock"]["properties"]["memory"]
     definitions["ResourcesBlock"]["properties"]["memory"] = {**_SIZE, "description": memory.get("description", "")}
     method = _named({name: _method(knob_specs(METHODS.get(name)), METHODS.get(name)) for name in METHODS}, "method")
+    definitions["Method"] = method
+    method = {"$ref": "#/$defs/Method"}
     properties = schema["properties"]
     properties["models"] = {
         "type": "array",
