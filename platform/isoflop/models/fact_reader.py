@@ -44,7 +44,7 @@ CALIBRATION_FACTS = 8
 class FactRecipe(LmRecipe):
     """First repeated sequences, then questions; a part is over when its loss falls below ``solved``."""
 
-    steps: Annotated[int, Knob(low=1, high=1_000_000, doc="optimiser steps")] = 1100
+    steps: Annotated[int, Knob(low=1, high=1_000_000, doc="optimiser steps")] = 1800
     batch: Annotated[int, Knob(low=1, high=4096, doc="contexts per step")] = 16
     length: Annotated[int, Knob(low=8, high=512, doc="repeated sequences: their length", unit="tokens")] = 96
     facts: Annotated[int, Knob(low=2, high=32, doc="most facts of a context")] = 8
