@@ -128,12 +128,13 @@ def composition_page(composed: Sequence[Composed], joint: Sequence[Mapping[str, 
         "alone, every smaller combination, the uncompressed model) over that of the combination: above 1, combining is cheaper.",
     ]
     for part in composed:
-        for task in dict.fromkeys(c.task for c in part.configurations):
-            lines += _joint_frontier(part, task)
-    for task in dict.fromkeys(entry["task"] for entry in joint):
-        count = Counter(entry["method"] for entry in joint if entry["task"] == task)
+        for model, task in dict.fromkeys((c.model, c.task) for c in part.configurations):
+            lines += _joint_frontier(part, model, task)
+        lines += [f"\nLeft out, because a repeat is missing: {name}." for name in part.left_out]
+    for model, task in dict.fromkeys((entry["model"], entry["task"]) for entry in joint):
+        count = Counter(entry["method"] for entry in joint if (entry["model"], entry["task"]) == (model, task))
         lines += [
-            f"\n### {task}: error, bytes and FLOPs at once",
+            f"\n### {model}, {task}: error, bytes and FLOPs at once",
             "",
             f"{count.total()} configurations are beaten by no other in all three: "
             + ", ".join(f"{number} of {method}" for method, number in count.most_common())
@@ -142,17 +143,17 @@ def composition_page(composed: Sequence[Composed], joint: Sequence[Mapping[str, 
     return "\n".join(lines) + "\n"
 
 
-def _joint_frontier(part: Composed, task: str) -> list[str]:
-    """One task's frontier and gains in one cost."""
-    gains = [g for g in part.gains if g.task == task]
+def _joint_frontier(part: Composed, model: str, task: str) -> list[str]:
+    """Frontier and gains of one model and task in one cost."""
+    gains = [g for g in part.gains if (g.model, g.task) == (model, task)]
     lines = [
-        f"\n### {task}: error against {part.cost}",
+        f"\n### {model}, {task}: error against {part.cost}",
         "",
         f"| frontier | knobs | {part.cost} | error |",
         "|---|---|---|---|",
     ]
     for c in part.frontier:
-        if c.task == task:
+        if (c.model, c.task) == (model, task):
             lines.append(f"| {c.method} | {_swept(c, part)} | {c.cost:,.0f} | {c.error:.4f} |")
     lines += [
         "",
@@ -176,7 +177,7 @@ def _swept(configuration: Configuration, composed: Composed) -> str:
     """The knobs that differ between the configurations of the same methods."""
     mine = json.loads(configuration.knobs)
     others = [json.loads(c.knobs) for c in composed.configurations if c.method == configuration.method]
-    return ", ".join(f"{name} {value}" for name, value in mine.items() if len({str(o[name]) for o in others}) > 1)
+    return ", ".join(f"{name} {value}" for name, value in mine.items() if len({str(o.get(name)) for o in others}) > 1)
 
 
 def write(

@@ -109,3 +109,44 @@ def test_an_unknown_cost_is_named() -> None:
         compose(to_table([row("a", 1, 0.1)]), "flops")
     with pytest.raises(UserError, match="no finished row"):
         compose(to_table([]), "bytes")
+
+
+def test_configurations_are_compared_on_the_same_repeats_only() -> None:
+    rows = [
+        row(m, cost, error, r)
+        for m, cost, shift in (("none", 100, 0.0), ("a", 60, 0.02))
+        for r, error in enumerate((0.1 + shift, 0.3 + shift, 0.5 + shift))
+    ]
+    found = compose(to_table([*rows, row("a+b", 30, 0.15, 0)]), "bytes", margins=(0.05,))
+    assert [c.method for c in found.configurations] == ["none", "a"]
+    assert not found.gains
+    assert found.left_out == ['a+b {"k": 0} on m, t']
+
+
+def test_a_tie_with_the_accepted_error_counts_as_within() -> None:
+    def scored(method: str, cost: float, wrong: int) -> dict[str, object]:
+        scores = [1.0] * wrong + [0.0] * (100 - wrong)
+        return row(method, cost, wrong / 100) | {"scores": scores}
+
+    rows = [scored("none", 100, 15), scored("a", 60, 17), scored("a+b", 30, 17)]
+    (gain,) = compose(to_table(rows), "bytes", margins=(0.02,)).gains
+    assert (gain.cost, gain.alone) == (30, 60)
+
+
+def test_the_same_task_with_other_options_is_another_task() -> None:
+    rows = [
+        row("none", cost, error) | {"job_id": kind, "spec": json.dumps({"task_options": {"pairs": kind}})}
+        for kind, cost, error in (("easy", 10, 0.1), ("hard", 30, 0.5))
+    ]
+    found = compose(to_table(rows), "bytes").configurations
+    assert [(c.task, c.cost) for c in found] == [("t pairs=easy", 10), ("t pairs=hard", 30)]
+
+
+def test_a_repeat_that_stands_twice_is_refused() -> None:
+    with pytest.raises(UserError, match="repeat 0 of a on m stands twice"):
+        compose(to_table([row("a", 1, 0.1), row("a", 1, 0.1) | {"job_id": "other"}]), "bytes")
+
+
+def test_a_cost_of_nothing_gives_no_factor() -> None:
+    (gain,) = compose(to_table([row("a", 0, 0.1), row("a+b", 0, 0.1)]), "bytes", margins=(0.1,)).gains
+    assert math.isnan(gain.factor)
