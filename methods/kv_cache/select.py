@@ -73,6 +73,8 @@ def count_of(share: float, length: int, least: int = 1) -> int:
 
 def check_share(method: str, knob: str, share: float, prompt: int, task: str) -> None:
     """Raise Infeasible when ``share`` of a prompt of ``prompt`` tokens rounds to none of them."""
+    if prompt < 1:
+        raise Infeasible(f"method {method}: task {task} has no prompt that it could compress")
     if count_of(share, prompt, least=0) == 0:
         raise Infeasible(
             f"method {method}: {knob} = {share:g} of the {prompt} tokens of a prompt of task {task} keeps none of them; "

@@ -267,3 +267,33 @@ def test_the_filters_of_the_readme_find_runs(uri: str) -> None:
         found = {r.data.tags["isoflop.job_id"] for r in client.search_runs([experiment], text)}
         assert found, text
         assert "c" not in found, text
+
+
+def test_long_versions_do_not_make_two_data_sets_one() -> None:
+    version = "2026-01-01-a-long-version-of-a-plugin"
+
+    def digest(**options: Any) -> str:
+        data = RunData.of(row("a", 1, versions=[("task", version)], spec=json.dumps({"task_options": options})))
+        assert data.dataset is not None
+        return data.dataset.digest
+
+    assert len({digest(x=1), digest(x=2), digest()}) == 3
+    assert max(len(digest(x=1)), len(digest())) <= 36
+
+
+def test_rows_with_long_traces_are_written_in_portions(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    from isoflop.track import bulk
+    from isoflop.track.projection import Projection
+
+    monkeypatch.setattr(bulk, "_VALUES", 50)
+    series = [("loss", [{"step": i, "value": float(i)} for i in range(40)])]
+    projection = Projection(uri, "s", None)
+    projection.begin("spec", {})
+    projection.show([RunData.of(row(f"j{i}", i + 1, traces=series)) for i in range(5)])
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("s").experiment_id
+    runs = client.search_runs([experiment], "tags.`isoflop.job_id` != ''")
+    assert len(runs) == 5
+    assert {len(client.get_metric_history(r.info.run_id, "trace/loss")) for r in runs} == {40}

@@ -148,3 +148,21 @@ def test_a_column_of_the_future_is_an_error_and_stays_where_it_is(tmp_path: Path
     with pytest.raises(UserError, match="columns more were added by a later isoflop"):
         book.read()
     assert path.exists()
+
+
+def test_a_trace_that_fails_costs_nothing_but_itself() -> None:
+    from isoflop.jobs.traces import traces_of
+
+    class Broken:
+        name = "broken"
+
+        def trace(self, prepared: object) -> dict[str, list[object]]:
+            return {"loss": [1.0, None]}
+
+    class Sound(Broken):
+        name = "sound"
+
+        def trace(self, prepared: object) -> dict[str, list[object]]:
+            return {"loss": [1.0, 0.5]}
+
+    assert traces_of([(Broken(), None), (Sound(), None)]) == {"sound.loss": [(0, 1.0), (1, 0.5)]}  # type: ignore[list-item]

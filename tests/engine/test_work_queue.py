@@ -326,3 +326,57 @@ def test_a_stage_that_was_lost_with_its_host_is_computed_again() -> None:
     assert again == ["base", "weights"]
     assert item is not None
     assert item.kind == "job"
+
+
+@pytest.mark.parametrize("times", [1, 14])
+def test_what_is_given_back_is_as_if_it_had_never_been_handed_out(times: int) -> None:
+    queue = WorkQueue(retries=0)
+    made = add(queue, 0, "m", FakeStage("base"))
+    for kind in ("stage", "job"):
+        for _ in range(times):
+            item = queue.next_for("a")
+            assert item is not None
+            assert item.kind == kind
+            queue.give_back(item)
+            queue.give_back(item)  # it is there already
+        item = queue.next_for("a")
+        assert item is not None
+        if kind == "stage":
+            assert queue.stage_attempts_left("base") is False  # it is the one attempt now
+            queue.stage_done("base")
+    pending = queue.job_failed(made.id, "a")
+    assert pending is not None
+    assert (pending.attempt, pending.misfortunes) == (1, 0)
+
+
+def test_a_stage_is_sound_while_jobs_wait_for_it_and_all_it_needs_is_there() -> None:
+    queue = WorkQueue(retries=0, cached={"base"})
+    base = FakeStage("base")
+    add(queue, 0, "m", base, FakeStage("weights", base))
+    item = queue.next_for("a")
+    assert item is not None
+    assert queue.is_sound(item)
+    queue.stages_lost({"base"})
+    assert not queue.is_sound(item)
+    queue.stage_done("base")
+    assert queue.is_sound(item)
+    queue.drop_waiting()
+    assert not queue.is_sound(item)
+    queue.give_back(item)
+    assert queue.stages_left == 0
+
+
+def test_stages_without_room_do_not_hide_those_that_have_it() -> None:
+    queue = WorkQueue(retries=0)
+    for number in range(100):
+        wide = FakeStage(f"wide{number}")
+        wide.slots = 2
+        add(queue, number, "m", wide)
+    add(queue, 100, "m", FakeStage("narrow"))
+    item = queue.next_for("a", room=1)
+    assert item is not None
+    assert item.stage == "narrow"
+    assert queue.next_for("a", room=1) is None
+    item = queue.next_for("a", room=2)
+    assert item is not None
+    assert item.slots == 2

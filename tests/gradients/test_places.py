@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isoflop.execute import WorkerInfo, WorkItem
+from isoflop.execute import Done, Event, Executor, Lost, WorkerInfo, WorkItem
 from isoflop.execute.simulated import Rates
 from isoflop.jobs import Job, MethodSpec
-from isoflop.sweep.places import Places
+from isoflop.ledger import Ledger, Store
+from isoflop.search import make_proposer
+from isoflop.sweep.driver import Driver
+from isoflop.sweep.places import Places, room
+from isoflop.sweep.progress import Quiet
 from isoflop.sweep.resolve import resolve
 from isoflop.sweep.simulate import simulate as run_simulated
+from isoflop.track import NullTracker
 
 JOB = Job(model="m", methods=(MethodSpec("x"),), task="t", repeat=0, seed=0)
 
@@ -70,6 +79,32 @@ def test_a_new_worker_takes_the_place_of_a_lost_one() -> None:
     assert places.lost("b") is None
     places.settle([workers[0], worker("c")], lambda w: w != "a")
     assert places.taken("c")
+
+
+def test_only_the_largest_hosts_have_room_for_anything() -> None:
+    rooms = room([worker("a"), *(worker(name, node) for node in ("n1", "n2") for name in "bcd")])
+    assert rooms["n0"] == 1
+    assert rooms["n1"] == rooms["n2"] == float("inf")
+    assert room([]) == {}
+
+
+def test_only_claims_that_have_not_started_are_withdrawn() -> None:
+    places = Places()
+    workers = [worker("a"), worker("b"), worker("c", "n1"), worker("d", "n1")]
+    places.claim(workers[0], item("s", 2))
+    assert len(places.settle(workers, lambda w: True)) == 1
+    places.claim(workers[2], item("t", 2))
+    assert places.settle(workers, lambda w: w == "c") == []
+    assert places.withdraw(workers, lambda i: True) == []
+    assert [i.id for i in places.withdraw(workers, lambda i: False)] == ["t"]
+    assert [w.id for w in workers if places.taken(w.id)] == ["a", "b"]
+
+
+def test_a_claim_is_withdrawn_when_its_host_has_become_too_small() -> None:
+    places = Places()
+    workers = [worker("a"), worker("b"), worker("c", "n1"), worker("d", "n1")]
+    places.claim(workers[0], item("s", 2))
+    assert [i.id for i in places.withdraw([workers[0], *workers[2:]], lambda i: True)] == ["s"]
 
 
 @settings(max_examples=60)
@@ -145,3 +180,187 @@ def test_a_small_host_still_runs_it() -> None:
 def test_lost_nodes_do_not_block_places() -> None:
     stormy = Rates(job=1.0, load=0.0, stage=100.0, spread=0.3, node_hours=0.2)
     assert makespan(2, "ddp", slots=3, nodes=3, rates=stormy) > 0
+
+
+# the driver's own rounds, with stages and workers made up
+
+
+class MadeUpStage:
+    def __init__(self, key: str, *deps: MadeUpStage, slots: int = 1) -> None:
+        self.key, self._deps, self.slots = key, deps, slots
+
+    def deps(self) -> tuple[MadeUpStage, ...]:
+        return self._deps
+
+
+class MadeUpJob:
+    model_key = "m"
+
+    def __init__(self, *stages: MadeUpStage) -> None:
+        self._stages = stages
+
+    def stages(self) -> tuple[MadeUpStage, ...]:
+        return self._stages
+
+
+class Workers(Executor):
+    """Takes note of what it is given."""
+
+    def __init__(self, *live: WorkerInfo) -> None:
+        self.live = list(live)
+        self.given: list[tuple[str, WorkItem]] = []
+
+    def start(self) -> None:
+        pass
+
+    def workers(self) -> list[WorkerInfo]:
+        return self.live
+
+    def submit(self, worker: str, item: WorkItem) -> None:
+        self.given.append((worker, item))
+
+    def poll(self, timeout: float) -> list[Event]:
+        return []
+
+    def kill(self, worker: str, reason: str, blame: bool = True) -> None:
+        raise AssertionError(reason)
+
+    def close(self, now: bool = False) -> None:
+        pass
+
+    @property
+    def stages(self) -> list[tuple[str, str]]:
+        """Workers and the stages that they were given."""
+        return [(worker, item.stage) for worker, item in self.given]
+
+
+class Office:
+    """A driver whose rounds are taken one by one; ``dropped`` are the jobs that it recorded."""
+
+    def __init__(self, ledger: Ledger, *live: WorkerInfo) -> None:
+        spec = {
+            "name": "office",
+            "models": [{"tiny-lm/text-d64": {"batch": 12}}],
+            "methods": [{"dgc": {"workers": 2, "density": 0.01}}],
+            "tasks": ["bits-per-byte"],
+            "search": {"sampler": "grid"},
+            "limits": {"retries": 1},
+        }
+        sweep = resolve(spec)
+        self.workers = Workers(*live)
+        self.driver = Driver(sweep, ledger, self.workers, make_proposer(sweep.space, "grid"), NullTracker(), Quiet())
+        self.queue, self.round = self.driver._queue, self.driver._dispatch
+        self.dropped: list[str] = []
+        self.driver._record = lambda job, outcome, attempt: self.dropped.append(job.id)  # type: ignore[method-assign]
+
+    def add(self, number: int, *stages: MadeUpStage) -> Job:
+        job = Job(model="m", methods=(MethodSpec("x", (("n", number),)),), task="t", repeat=0, seed=0)
+        self.queue.add(job, MadeUpJob(*stages))  # type: ignore[arg-type]
+        return job
+
+    def end(self, stage: str, status: str = "ok") -> None:
+        """The worker that computes a stage is done with it."""
+        name, found = next((w, i) for w, i in self.workers.given if i.stage == stage)
+        result: dict[str, Any] = {"ok": status == "ok", "status": status, "seconds": 0.0}
+        self.driver._on_done(Done(name, found, {**result, "error_type": "X", "error_text": "no"}))
+
+    def lose(self, name: str, gone: frozenset[str] = frozenset()) -> None:
+        """A worker is lost, and another takes its place in the next round."""
+        self.driver._on_lost(Lost(name, tuple(self.driver._slots[name].items), "gone", False, gone))
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    found = Ledger(Store.open(str(tmp_path)), "office").lock()
+    yield found
+    found.unlock()
+
+
+def test_a_stage_goes_to_a_host_that_has_its_slots(ledger: Ledger) -> None:
+    """A small host asks first; while a host with eight slots is there, it gets what fits, and nothing else."""
+    office = Office(ledger, worker("a0", "small"), *(worker(f"b{n}", "large") for n in range(8)))
+    for number in range(2):
+        office.add(number, MadeUpStage("wide", slots=8))
+    office.add(2, MadeUpStage("narrow"))
+    office.round()
+    assert office.workers.stages == [("a0", "narrow"), ("b0", "wide")]
+
+
+def test_without_a_large_host_the_largest_takes_it(ledger: Ledger) -> None:
+    office = Office(ledger, worker("a0", "small"), *(worker(f"b{n}", "larger") for n in range(3)))
+    office.add(0, MadeUpStage("wide", slots=8))
+    office.round()
+    assert office.workers.stages == [("b0", "wide")]
+
+
+def crowd_waits(office: Office) -> None:
+    """``other`` runs on a; ``crowd``, which asks for two slots, is claimed by b and waits for a."""
+    office.add(1, MadeUpStage("other"), MadeUpStage("crowd", slots=2))
+    office.round()
+    assert office.workers.stages == [("a", "other")]
+    assert office.driver._places.taken("b")
+
+
+def test_a_claim_ends_with_the_last_job_that_needs_it(ledger: Ledger) -> None:
+    office = Office(ledger, worker("a"), worker("b"))
+    crowd_waits(office)
+    office.end("other", "infeasible")
+    assert len(office.dropped) == 1
+    office.round()
+    assert office.workers.stages == [("a", "other")]  # not crowd: nobody needs it
+    assert not office.driver._places.taken("b")
+    assert (len(office.queue), office.queue.stages_left) == (0, 0)
+    office.add(2, MadeUpStage("crowd", slots=2))
+    office.round()
+    assert office.workers.stages[1:] == [("a", "crowd")]  # until somebody does
+
+
+def test_a_claim_ends_when_all_that_waits_is_dropped(ledger: Ledger) -> None:
+    office = Office(ledger, worker("a"), worker("b"))
+    crowd_waits(office)
+    office.queue.drop_waiting()
+    office.end("other")
+    office.round()
+    assert office.workers.stages == [("a", "other")]
+    assert office.queue.stages_left == 0
+
+
+def test_losing_a_worker_that_waits_counts_against_nothing(ledger: Ledger) -> None:
+    """As often as it may happen: the stage keeps all its attempts, and is not held to be what kills workers."""
+    office = Office(ledger, worker("a"), worker("b"))
+    crowd_waits(office)
+    for _ in range(14):
+        office.lose("b")
+        office.round()
+        assert office.driver._places.taken("b")
+    state = office.queue._stages["crowd"]
+    assert (state.attempt, state.misfortunes) == (1, 0)
+    office.end("other")
+    office.round()
+    assert office.workers.stages[1:] == [("b", "crowd")]
+    office.lose("b")  # the first time that it ran
+    assert office.queue.stage_attempts_left("crowd")
+    assert not office.dropped
+
+
+def test_a_claim_goes_back_when_what_it_needs_is_lost(ledger: Ledger) -> None:
+    """``dep`` was on a third worker's host only: it is computed again, alone, and the claim is made anew after that."""
+    office = Office(ledger, worker("a"), worker("b"), worker("c", "n1"))
+    dep = MadeUpStage("dep")
+    office.queue.stages_exist({"dep"})
+    office.add(1, MadeUpStage("long"))
+    office.add(2, dep, MadeUpStage("crowd", dep, slots=2))
+    office.round()
+    assert office.workers.stages == [("a", "long")]
+    assert office.driver._places.taken("b")
+    office.workers.live.pop()
+    office.lose("c", gone=frozenset({"dep"}))
+    office.round()
+    assert office.workers.stages[1:] == [("b", "dep")]
+    assert not office.driver._places.taken("b")
+    office.end("dep")
+    office.round()
+    office.end("long")
+    office.round()
+    assert office.workers.stages[2:3] == [("b", "crowd")]
+    assert office.workers.given[2][1].needs == ("dep",)

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from isoflop.cli import main
+from isoflop.core.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("toy_parts")
 
@@ -345,3 +346,36 @@ def test_the_good_spec_is_good(
     assert (caught.value.code, err) == (0, "")
     assert '"trials": 6' in out
     assert untouched(folder)  # a plan writes nothing
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("tiny-lm/text-d64?act=relu&layers=2", "tiny-lm/text-d64?layers=2&act=relu"),
+        ("tiny-lm/text-d64", "tiny-lm/text-d64?at=0"),
+        ("tiny-lm/text-d64?steps=500", "tiny-lm/text-d64"),
+        ("tiny-lm/text-d64?lr=0.004", "tiny-lm/text-d64?lr=4e-3"),
+    ],
+)
+def test_a_model_under_two_spellings_is_told(first: str, second: str) -> None:
+    from isoflop.sweep.resolve import resolve
+
+    spec = {"name": "s", "models": [first, second], "methods": ["rtn"], "tasks": ["bits-per-byte"]}
+    with pytest.raises(UserError, match=r"models\[1\].* is the same model as"):
+        resolve(spec)
+    assert resolve(spec | {"models": [first, "tiny-lm/text-d64?lr=0.005"]})
+
+
+def test_an_option_in_a_reference_that_is_no_number_is_refused_in_one_line() -> None:
+    from isoflop.models.base import family_of
+
+    with pytest.raises(UserError, match="lr"):
+        family_of("tiny-lm/text-d64?lr=nan").info("tiny-lm/text-d64?lr=nan", {})
+
+
+def test_the_order_of_a_composition_makes_no_other_method() -> None:
+    from isoflop.sweep.spec import load_spec
+
+    spec = {"name": "s", "models": ["tiny-llava/d24"], "methods": [["mqt", "zipcache"], ["zipcache", "mqt"]], "tasks": ["reading"]}  # fmt: skip
+    with pytest.raises(UserError, match=r"'mqt\+zipcache' is named twice"):
+        load_spec(spec)

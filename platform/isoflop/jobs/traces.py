@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from isoflop.methods.base import Method
 
+log = logging.getLogger(__name__)
 POINTS = 200
 """Most points that a row keeps of one series."""
 
@@ -31,7 +33,10 @@ def traces_of(methods: Sequence[tuple[Method, Any]]) -> dict[str, Trace]:
     """
     found: dict[str, Trace] = {}
     for method, prepared in methods:
-        series: Mapping[str, Sequence[float]] = method.trace(prepared)
         prefix = f"{method.name}." if len(methods) > 1 else ""
-        found |= {f"{prefix}{name}": thinned(values) for name, values in series.items() if len(values)}
+        try:
+            series: Mapping[str, Sequence[float]] = method.trace(prepared)
+            found |= {f"{prefix}{name}": thinned(values) for name, values in series.items() if len(values)}
+        except Exception as error:  # what a job measured must not be lost for something to look at
+            log.warning("method %s: its trace is left out: %s: %s", method.name, type(error).__name__, error)
     return found

@@ -150,7 +150,7 @@ def _all_options(ref: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The given options with those that the reference names; these may be given again, but not otherwise."""
     named = split_ref(ref)[1]
     for name, value in named.items():
-        if options.get(name, value) != value:
+        if name in options and options[name] != value:
             raise UserError(
                 f"model {ref}: {name} = {options[name]!r} is given beside the reference; allowed: one of both"
             )

@@ -22,7 +22,7 @@ from isoflop.execute import Done, Executor, Lost, ShardReport, WorkerInfo, WorkI
 from isoflop.jobs import Job, Outcome, ResolvedJob
 from isoflop.ledger import Ledger
 from isoflop.search import Proposer
-from isoflop.sweep.places import Places
+from isoflop.sweep.places import Places, room
 from isoflop.sweep.progress import Progress, Snapshot
 from isoflop.sweep.queue import Pending, WorkQueue
 from isoflop.sweep.resolve import Sweep
@@ -270,6 +270,7 @@ class Driver:
             self._queue.stages_exist(self._executor.cached_stages())
         if self._budget_ended() is None:
             self._settle(workers)
+        rooms = room(workers)
         depth = 2 if self._job_seconds < _SHORT_JOB else 1
         for level in range(depth):
             for worker in workers:
@@ -280,7 +281,7 @@ class Driver:
                     continue
                 if self._budget_ended() is not None:
                     return
-                item = self._queue.next_for(worker.id, jobs_only=bool(level))
+                item = self._queue.next_for(worker.id, jobs_only=bool(level), room=rooms[worker.node])
                 if item is None:
                     continue
                 if item.slots == 1:
@@ -290,7 +291,12 @@ class Driver:
                 self._settle(workers)
 
     def _settle(self, workers: list[WorkerInfo]) -> None:
-        """Hand out stages of several processes for which enough workers stand aside by now."""
+        """Hand out stages of several processes for which enough workers stand aside by now.
+
+        What has happened since they were claimed may have made some of them pointless or impossible: these go back.
+        """
+        for item in self._places.withdraw(workers, self._queue.is_sound):
+            self._queue.give_back(item)
         for worker, item in self._places.settle(workers, lambda name: not self._slots[name].items):
             self._hand_out(worker, item)
 
@@ -363,8 +369,8 @@ class Driver:
         self._slots.pop(event.worker, None)
         self._progress.line(f"worker {event.worker} lost: {event.reason}")
         waiting = self._places.lost(event.worker)
-        if waiting is not None:  # had not been handed out: nobody's fault
-            self._queue.worker_lost(event.worker, (waiting,), blame_first=False)
+        if waiting is not None:
+            self._queue.give_back(waiting)
         exhausted: list[Pending] = self._queue.worker_lost(event.worker, event.items, event.blame)
         for item in event.items[:1]:
             if item.kind == "stage" and not self._queue.stage_attempts_left(item.stage):

@@ -6,6 +6,8 @@ others that are given nothing meanwhile. Pure bookkeeping; the driver asks it be
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -29,6 +31,16 @@ class _Claim:
     started: bool = False
 
 
+def room(workers: Sequence[WorkerInfo]) -> dict[str, float]:
+    """How many slots a stage may ask for, by host: as many as it has workers, on the largest hosts any number.
+
+    So a stage waits for a host that can hold it where there is one, and otherwise shares the slots of a largest one.
+    """
+    sizes = Counter(worker.node for worker in workers)
+    most = max(sizes.values(), default=0)
+    return {node: math.inf if size == most else size for node, size in sizes.items()}
+
+
 class Places:
     """At most one claim per host is incomplete; idle workers of that host join it before they are given anything else.
 
@@ -42,6 +54,23 @@ class Places:
     def claim(self, worker: WorkerInfo, item: WorkItem) -> None:
         """``worker`` will compute ``item`` once enough others of its host stand aside."""
         self._claims[worker.id] = _Claim(item, worker.id, worker.node)
+
+    def withdraw(self, workers: Sequence[WorkerInfo], sound: Callable[[WorkItem], bool]) -> list[WorkItem]:
+        """Give up the claims that have not started and should not any more; returns their items.
+
+        Args:
+            workers: all that live; a claim is given up when its host has come to be too small for it.
+            sound: whether an item can be computed now and something still waits for it.
+        """
+        rooms = room(workers)
+        unsound = [
+            claim
+            for claim in self._claims.values()
+            if not claim.started and not (claim.item.slots <= rooms.get(claim.node, 0) and sound(claim.item))
+        ]
+        for claim in unsound:
+            del self._claims[claim.worker]
+        return [claim.item for claim in unsound]
 
     def settle(self, workers: Sequence[WorkerInfo], idle: Callable[[str], bool]) -> list[tuple[str, WorkItem]]:
         """Let idle workers stand aside where they are wanted; items that can be handed out now, with their workers.

@@ -7,6 +7,7 @@ worker holds, any job, the stage that most jobs wait for. Results therefore come
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Set
 from dataclasses import dataclass, field
@@ -122,12 +123,16 @@ class WorkQueue:
 
     # dispatch
 
-    def next_for(self, worker: str, jobs_only: bool = False) -> WorkItem | None:
-        """The best item for a worker, or None when there is nothing for it now."""
+    def next_for(self, worker: str, jobs_only: bool = False, room: float = math.inf) -> WorkItem | None:
+        """The best item for a worker, or None when there is nothing for it now.
+
+        Args:
+            room: slots that a stage may ask for on the worker's host.
+        """
         pending = self._next_job(worker)
         if pending is not None:
             return self._start_job(pending, worker)
-        stage = None if jobs_only else self._next_stage()
+        stage = None if jobs_only else self._next_stage(room)
         if stage is None:
             return None
         stage.running = True
@@ -156,19 +161,17 @@ class WorkQueue:
         if not state.running and state.deps <= self._available:
             self._startable[state.key] = None
 
-    def _next_stage(self) -> _StageState | None:
-        """Of the oldest stages that can start, the one that most jobs wait for."""
+    def _next_stage(self, room: float) -> _StageState | None:
+        """Of the oldest stages that can start and ask for at most ``room`` slots, the one that most jobs wait for."""
         while self._startable:  # leave out those that nobody waits for any more, because another stage failed
             first = self._stages.get(next(iter(self._startable)))
             if first is not None and first.waiting:
                 break
             del self._startable[next(iter(self._startable))]
-        found = [
-            s
-            for key in islice(self._startable, _STAGE_CHOICE)
-            if (s := self._stages.get(key)) is not None and s.waiting
-        ]
-        best = max(found, key=lambda s: len(s.waiting), default=None)
+        found = (
+            s for key in self._startable if (s := self._stages.get(key)) is not None and s.waiting and s.slots <= room
+        )
+        best = max(islice(found, _STAGE_CHOICE), key=lambda s: len(s.waiting), default=None)
         if best is not None:
             del self._startable[best.key]
         return best
@@ -241,6 +244,29 @@ class WorkQueue:
         self._admit(pending)
         return None
 
+    def is_sound(self, item: WorkItem) -> bool:
+        """Whether a stage that a worker has been given is still to be computed: jobs wait for it, all it needs is there."""
+        state = self._stages.get(item.stage)
+        return state is not None and state.running and bool(state.waiting) and state.deps <= self._available
+
+    def give_back(self, item: WorkItem) -> None:
+        """A worker did not begin what it had been given: as if it had never had it."""
+        if item.kind == "job":
+            pending = self._running.pop(item.job.id, None)
+            if pending is not None:
+                pending.attempt -= 1
+                self._admit(pending)
+            return
+        state = self._stages.get(item.stage)
+        if state is None or not state.running:
+            return
+        state.running = False
+        state.attempt -= 1
+        if state.waiting:
+            self._note_startable(state)
+        else:
+            del self._stages[state.key]
+
     def worker_lost(self, worker: str, items: tuple[WorkItem, ...], blame_first: bool) -> list[Pending]:
         """Requeue what a dead worker had; returns jobs that have used up their attempts.
 
@@ -251,19 +277,21 @@ class WorkQueue:
             self._holders[key] -= 1
         exhausted: list[Pending] = []
         for index, item in enumerate(items):
-            lost = self._stages.get(item.stage) if item.kind == "stage" else self._running.pop(item.job.id, None)
+            lost = self._stages.get(item.stage) if item.kind == "stage" else self._running.get(item.job.id)
             if lost is None:
                 continue
             lost.misfortunes += index == 0
-            guilty = index == 0 and (blame_first or lost.misfortunes > _MISFORTUNES)
-            lost.attempt -= 0 if guilty else 1
-            if isinstance(lost, _StageState):
+            if index > 0 or not (blame_first or lost.misfortunes > _MISFORTUNES):
+                self.give_back(item)
+            elif isinstance(lost, _StageState):
                 lost.running = False
                 self._note_startable(lost)
-            elif guilty and lost.attempt > self._retries:
-                exhausted.append(lost)
             else:
-                self._admit(lost)
+                del self._running[item.job.id]
+                if lost.attempt > self._retries:
+                    exhausted.append(lost)
+                else:
+                    self._admit(lost)
         return exhausted
 
     def stages_lost(self, keys: Set[str]) -> None:

@@ -259,12 +259,17 @@ def _range(full: str, spec: KnobSpec, entry: KnobEntry, place: str, common: dict
 
 
 def _check_models(spec: SweepSpec, source: Source) -> None:
+    """Every model exists, and none stands there twice under two spellings of its options."""
+    seen: dict[tuple[str, str], str] = {}
     for index, entry in enumerate(spec.models):
         where = source.where(("models", index))
         try:
-            family_of(entry.ref, where).info(entry.ref, entry.options)
+            info = family_of(entry.ref, where).info(entry.ref, entry.options)
         except UserError as error:
             raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
+        same = seen.setdefault((entry.ref.partition("?")[0], info.version), entry.ref)
+        if same != entry.ref:
+            raise UserError(f"{where}: {entry.ref} is the same model as {same}, with the same options; keep one")
 
 
 def _task_options(spec: SweepSpec, source: Source) -> dict[str, dict[str, Any]]:

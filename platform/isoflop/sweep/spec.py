@@ -102,7 +102,7 @@ class SweepSpec(Block):
     def _unique(self) -> SweepSpec:
         for what, names in (
             ("models", [m.ref for m in self.models]),
-            ("methods", ["+".join(m.name for m in c) for c in self.methods]),
+            ("methods", ["+".join(sorted(m.name for m in c)) for c in self.methods]),
             ("tasks", [t.name for t in self.tasks]),
         ):
             double = sorted({n for n in names if names.count(n) > 1})

@@ -33,6 +33,7 @@ _COLUMNS = {
     "input_tags": {"input_uuid", "name", "value"},
 }  # fmt: skip
 _BUSY_MS = 30_000
+_VALUES = 20_000  # of metrics, per transaction
 
 
 def run_id_of(experiment: str, job_id: str) -> str:
@@ -67,12 +68,16 @@ class BulkWriter:
         return cls(path, experiment_id, artifact_root)
 
     def write(self, runs: Iterable[tuple[str, RunData, dict[str, str]]]) -> None:
-        """Write runs in one transaction: all of them or none. A run that exists is replaced.
+        """Write runs, many per transaction, each run whole or not at all. A run that exists is replaced.
 
         Args:
             runs: run id, content, further tags.
         """
-        batch = list(runs)
+        for batch in _portions(runs):
+            self._write(batch)
+
+    def _write(self, batch: _Batch) -> None:
+        """One transaction."""
         ids = [(run_id,) for run_id, _, _ in batch]
         with closing(sqlite3.connect(self._path, timeout=_BUSY_MS / 1000, isolation_level=None)) as connection:
             connection.execute("PRAGMA synchronous=NORMAL")
@@ -148,6 +153,20 @@ class BulkWriter:
 
 
 _Batch = list[tuple[str, RunData, dict[str, str]]]
+
+
+def _portions(runs: Iterable[tuple[str, RunData, dict[str, str]]]) -> Iterator[_Batch]:
+    """Runs in portions of about ``_VALUES`` metric values: others wait for the database as long as one takes."""
+    batch: _Batch = []
+    values = 0
+    for run in runs:
+        batch.append(run)
+        values += len(run[1].metrics) + len(run[1].steps)
+        if values >= _VALUES:
+            yield batch
+            batch, values = [], 0
+    if batch:
+        yield batch
 
 
 def _each(batch: _Batch, rows: object) -> Iterator[tuple[object, ...]]:

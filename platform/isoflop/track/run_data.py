@@ -50,11 +50,10 @@ class TaskData:
         if not row["task"] or not version:
             return None
         options = json.loads(row.get("spec") or "{}").get("task_options") or {}
-        digest = f"{version}-{content_hash(options, 8)}" if options else version
+        tail = f"-{content_hash(options, 8)}" if options else ""
+        digest = version[: _MAX_DIGEST - len(tail)] + tail
         source = {"tags": {"mlflow.source.name": f"isoflop task {row['task']}", "mlflow.source.type": "LOCAL"}}
-        return cls(
-            str(row["task"])[:500], digest[:_MAX_DIGEST], json.dumps(source), json.dumps(options, sort_keys=True)
-        )
+        return cls(str(row["task"])[:500], digest, json.dumps(source), json.dumps(options, sort_keys=True))
 
 
 @dataclass(frozen=True)
