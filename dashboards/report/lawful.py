@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -12,8 +12,9 @@ from isoflop.core.expressions import Array, parse
 from isoflop.dashboards.report import charts
 from isoflop.dashboards.report.charts import Json
 from isoflop.dashboards.report.configs import Config
-from isoflop.dashboards.report.measured import STEPS, against_uncompressed
+from isoflop.dashboards.report.measured import STEPS
 from isoflop.dashboards.report.numbers import quantity, short, with_interval
+from isoflop.dashboards.report.savings import Pairing, Price, against_uncompressed
 from isoflop.frontier import frontier as draw_frontier
 from isoflop.frontier.optimum import CostModel, make_space, spend
 from isoflop.frontier.result import Frontier, FrontierPoint
@@ -60,11 +61,11 @@ def unit_of(cost: str) -> str:
     return "FLOPs" if cost.replace(" ", "").startswith(("2*N*", "6*N*", "2*(N")) else ""
 
 
-def groups(found: Sequence[Pair], configs: Sequence[Config]) -> list[Json]:
+def groups(found: Sequence[Pair], configs: Sequence[Config], pairing: Pairing) -> list[Json]:
     """A group per law and cost, a panel per group of the fit."""
     out: dict[str, list[Json]] = {}
     for fit, line in found:
-        panel = _frontier_panel(fit, line, [c for c in configs if _belongs(c, fit.key)])
+        panel = _frontier_panel(fit, line, [c for c in configs if _belongs(c, fit.key)], pairing)
         out.setdefault(f"{fit.law} law: cost {line.cost}", []).append(panel)
     return [charts.group(title, panels) for title, panels in out.items()]
 
@@ -73,7 +74,7 @@ def _belongs(c: Config, key: Mapping[str, object]) -> bool:
     return all(getattr(c, k, None) == v for k, v in key.items())
 
 
-def _frontier_panel(fit: Fit, line: Frontier, configs: Sequence[Config]) -> Json:
+def _frontier_panel(fit: Fit, line: Frontier, configs: Sequence[Config], pairing: Pairing) -> Json:
     unit, title = unit_of(line.cost), name(fit.key, fit.law)
     assert fit.data is not None
     price = _price(fit, line)
@@ -95,7 +96,7 @@ def _frontier_panel(fit: Fit, line: Frontier, configs: Sequence[Config]) -> Json
         charts.axis(fit.columns.y, log=charts.spread(known)),
         content,
     )
-    states = [_state(fit, p, line, configs, unit) for p in line.points]
+    states = [_state(fit, p, line, configs, pairing) for p in line.points]
     slider = {"label": f"Budget: {line.cost}", "states": states, "start": len(states) // 2}
     notes = list(dict.fromkeys(n for p in line.points for n in p.notes if "lies" not in n and "end of" not in n))
     return charts.panel(title, chart, slider=slider, text=" ".join(notes))
@@ -129,10 +130,10 @@ def _levels(fit: Fit, x: Array) -> list[Json]:
     return found
 
 
-def _state(fit: Fit, p: FrontierPoint, line: Frontier, configs: Sequence[Config], unit: str) -> Json:
+def _state(fit: Fit, p: FrontierPoint, line: Frontier, configs: Sequence[Config], pairing: Pairing) -> Json:
     text = [sentence(fit, p)]
     if p.discrete:
-        text.append(at_hand(p, line, configs))
+        text.append(at_hand(p, line, configs, pairing))
     far = {v: d for v, d in p.extrapolation.items() if d > 0.01}
     if far:
         text.append(
@@ -142,7 +143,7 @@ def _state(fit: Fit, p: FrontierPoint, line: Frontier, configs: Sequence[Config]
         )
     low, high = p.error.interval or (None, None)
     mark = charts.point(p.budget, p.error.value, "", low, high)
-    return {"budget": p.budget, "label": quantity(p.budget, unit), "text": " ".join(text), "mark": mark}
+    return {"budget": p.budget, "label": quantity(p.budget, unit_of(line.cost)), "text": " ".join(text), "mark": mark}
 
 
 def sentence(fit: Fit, p: FrontierPoint) -> str:
@@ -157,7 +158,7 @@ def _ends(ends: tuple[float, float] | None) -> tuple[float | None, float | None]
     return ends
 
 
-def at_hand(p: FrontierPoint, line: Frontier, configs: Sequence[Config]) -> str:
+def at_hand(p: FrontierPoint, line: Frontier, configs: Sequence[Config], pairing: Pairing) -> str:
     """The best of the models that were swept, with how sure that is, and against what is uncompressed."""
     best = p.discrete[0]
     sure = "" if best.probability is None else f", the best in {100 * best.probability:.0f} % of resamples"
@@ -166,7 +167,7 @@ def at_hand(p: FrontierPoint, line: Frontier, configs: Sequence[Config]) -> str:
     label = f"{twin.title}, " if twin else ""
     levels = ", ".join(f"{v} = {short(x)}" for v, x in best.x.items())
     measured = f", measured {short(twin.error)}" if twin else ""
-    comparison = against_uncompressed(twin, configs, pricer(line)) if twin else ""
+    comparison = against_uncompressed(twin, configs, pricer(line), pairing).text if twin else ""
     return f"Best of those swept: {label}{levels}; predicted error {error}{measured}{sure}{comparison}."
 
 
@@ -178,7 +179,7 @@ def _config_at(x: Mapping[str, float], configs: Sequence[Config]) -> Config | No
     return next((c for c in configs if same(c)), None)
 
 
-def pricer(line: Frontier) -> Callable[[Config], float | None]:
+def pricer(line: Frontier) -> Price:
     """The frontier's cost of a measured configuration."""
     formula = parse(line.cost, "cost")
 
@@ -191,7 +192,7 @@ def pricer(line: Frontier) -> Callable[[Config], float | None]:
     return price
 
 
-def headline(found: Sequence[Pair], configs: Sequence[Config]) -> list[str]:
+def headline(found: Sequence[Pair], configs: Sequence[Config], pairing: Pairing) -> list[str]:
     """Per frontier: the choice at the middle of its budgets."""
     lines = []
     for fit, line in found:
@@ -203,7 +204,7 @@ def headline(found: Sequence[Pair], configs: Sequence[Config]) -> list[str]:
         what = twin.title if twin else ", ".join(f"{v} = {short(x)}" for v, x in (best.x if best else {}).items())
         estimate = best.error if best else p.error
         error = with_interval(estimate.value, *_ends(estimate.interval))
-        comparison = against_uncompressed(twin, own, pricer(line)) if twin else ""
+        comparison = against_uncompressed(twin, own, pricer(line), pairing).text if twin else ""
         lines.append(f"{name(fit.key, fit.law)}: at {budget} per answer {what}, error {error} by the law{comparison}")
     return lines
 

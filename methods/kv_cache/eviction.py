@@ -30,7 +30,13 @@ class Eviction(KvCacheMethod):
     """Base class: each key-value head keeps its best tokens of the prompt. At least one token is always kept."""
 
     keep: Annotated[
-        float, Knob(low=0.01, high=1.0, ratio=True, doc="share of the tokens kept: the nearest number, at least one")
+        float,
+        Knob(
+            low=0.01,
+            high=1.0,
+            ratio=True,
+            doc="share of the tokens kept, to the nearest number; none of a known prompt is refused",
+        ),
     ] = 0.5
 
     @classmethod

@@ -200,7 +200,23 @@ class ServesMoreThanItStores(SoundGptq):
         return MoreThanItStores(payload.shape, payload.packed) if isinstance(payload, GridPayload) else payload
 
 
+@dataclass(frozen=True)
+class BareKnob(First):
+    """A number without an annotation, which nobody can sweep."""
+
+    power = 2.0
+
+
+@dataclass(frozen=True)
+class HalfWritten(VisualTokenMethod):
+    """What its family leaves to it is missing."""
+
+    name: ClassVar[str] = "half-written"
+
+
 VISUAL_BREACHES = [
+    (BareKnob, conformance.check_declaration, "power has no annotation"),
+    (HalfWritten, conformance.check_declaration, "leaves compress, tokens_left to it"),
     (LeavesWeightsChanged, conformance.check_restored, "multi_modal_projector.linear_1.weight changed"),
     (ForgetsOnException, conformance.check_restored, "left behind: _forward_hooks of lm_head"),
     (UsesGlobalRandomness, conformance.check_deterministic, "global random state"),

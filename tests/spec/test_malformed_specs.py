@@ -366,6 +366,21 @@ def test_a_model_under_two_spellings_is_told(first: str, second: str) -> None:
     assert resolve(spec | {"models": [first, "tiny-lm/text-d64?lr=0.005"]})
 
 
+def test_a_task_that_a_model_cannot_do_is_blamed_itself() -> None:
+    from isoflop.sweep.resolve import resolve
+
+    spec = {"name": "s", "models": ["tiny-llava/d24"], "methods": ["none"], "tasks": ["reading", "kv-recall"]}
+    with pytest.raises(UserError, match=r"tasks\[1\]: task kv-recall needs .*; every task runs on every model"):
+        resolve(spec)
+
+
+def test_a_list_of_nothing_is_called_empty() -> None:
+    from isoflop.sweep.spec import load_spec
+
+    with pytest.raises(UserError, match=r"tasks: is empty; at least one entry is needed"):
+        load_spec({"name": "s", "models": ["tiny-llava/d24"], "methods": ["none"], "tasks": []})
+
+
 def test_an_option_in_a_reference_that_is_no_number_is_refused_in_one_line() -> None:
     from isoflop.models.base import family_of
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from isoflop.cli.common import console, emit, grid, json_option
+from isoflop.core.errors import unknown
 from isoflop.core.knobs import KnobSpec, knob_specs
 from isoflop.methods.base import METHODS
 from isoflop.models.base import FAMILIES
@@ -41,9 +42,11 @@ def _knob_dict(spec: KnobSpec) -> dict[str, Any]:
 
 @click.command("methods")
 @click.argument("name", required=False)
+@click.option("--family", help="Only the methods of a family.")
+@click.option("--brief", is_flag=True, help="Without knobs.")
 @import_option
 @json_option
-def methods_command(name: str | None, modules: tuple[str, ...], as_json: bool) -> None:
+def methods_command(name: str | None, family: str | None, brief: bool, modules: tuple[str, ...], as_json: bool) -> None:
     """List compression methods by family, or document one."""
     _import(modules)
     if name is not None:
@@ -51,6 +54,11 @@ def methods_command(name: str | None, modules: tuple[str, ...], as_json: bool) -
         return
     found = [(n, METHODS.get(n)) for n in METHODS]
     found.sort(key=lambda pair: (pair[1].family, pair[0]))
+    if family is not None:
+        families = sorted({c.family for _, c in found})
+        if family not in families:
+            raise unknown("family", family, families)
+        found = [pair for pair in found if pair[1].family == family]
     data: list[dict[str, Any]] = [
         {
             "name": n,
@@ -63,11 +71,12 @@ def methods_command(name: str | None, modules: tuple[str, ...], as_json: bool) -
     ]
 
     def human() -> None:
-        rows = [
-            (d["family"], d["name"], "\n".join(_knob_line(k) for k in d["knobs"]) or "-", d["paper"] or "-")
-            for d in data
-        ]
-        console().print(grid(("family", "method", "knobs (* sets the ratio)", "paper"), rows))
+        columns = ("family", "method", "paper") if brief else ("family", "method", "knobs (* sets the ratio)", "paper")
+        rows = []
+        for d in data:
+            knobs = "\n".join(_knob_line(k) for k in d["knobs"]) or "-"
+            rows.append((d["family"], d["name"], *(() if brief else (knobs,)), d["paper"] or "-"))
+        console().print(grid(columns, rows))
         console().print("\n`isoflop methods NAME` documents one.")
 
     emit(data, as_json, human)

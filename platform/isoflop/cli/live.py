@@ -103,7 +103,7 @@ def counts(s: Snapshot) -> str:
             (s.failed, "failed"),
             (s.infeasible, "infeasible"),
             (s.pruned, "pruned"),
-            (s.stages_left, "stages to go"),
+            (s.stages_left, "stage to go" if s.stages_left == 1 else "stages to go"),
         )
         if n
     ]

@@ -35,6 +35,8 @@ def explain(error: ValidationError, source: Source, whole: type[blocks.Block]) -
         hint = nearest(str(value), options)
         guess = f" (did you mean {hint!r}?)" if hint else ""
         return f"{where}:{shown} is not allowed{guess}; allowed: {', '.join(options)}{more}"
+    if kind == "too_short":
+        return f"{where}: is empty; at least one entry is needed{more}"
     text = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     text = text[0].lower() + text[1:]
     return f"{where}:{shown} {text}{more}" if shown else f"{where}: {text}{more}"

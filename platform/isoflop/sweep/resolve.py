@@ -132,6 +132,7 @@ def resolve(given: Any) -> Sweep:
         methods[label] = tuple(m.name for m in composition)
     _check_models(spec, source)
     tasks = _task_options(spec, source)
+    _check_tasks(spec, tasks, source)
     _check_objectives(spec, source)
     _check_search(spec, source)
     _check_laws(spec, source)
@@ -278,6 +279,19 @@ def _task_options(spec: SweepSpec, source: Source) -> dict[str, dict[str, Any]]:
         where = source.where(("tasks", index))
         out[entry.name] = dict(check_knobs(TASKS.get(entry.name, where), entry.options, f"task {entry.name}", where))
     return out
+
+
+def _check_tasks(spec: SweepSpec, options: Mapping[str, Mapping[str, Any]], source: Source) -> None:
+    """Every model can do every task: a sweep runs them all."""
+    for index, entry in enumerate(spec.tasks):
+        task = TASKS.get(entry.name)(**options[entry.name])
+        for model in spec.models:
+            try:
+                task.check(family_of(model.ref).info(model.ref, model.options))
+            except Infeasible as error:
+                where = source.where(("tasks", index))
+                more = "; every task runs on every model: give it a sweep of its own" if len(spec.models) > 1 or len(spec.tasks) > 1 else ""  # fmt: skip
+                raise UserError(f"{where}: {error}{more}") from None
 
 
 def _check_objectives(spec: SweepSpec, source: Source) -> None:

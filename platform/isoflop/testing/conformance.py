@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -64,6 +65,17 @@ def check_declaration(cls: type[Method], probe: Probe) -> None:
     assert cls.family, "it has no family"
     assert cls.version, "it has no version"
     assert (cls.__doc__ or "").strip(), "it has no docstring"
+    unwritten = [n for n in dir(cls) if getattr(getattr(cls, n, None), "__isabstractmethod__", False)]
+    assert not unwritten, f"its family leaves {', '.join(unwritten)} to it, which it does not define"
+    bare = [
+        n
+        for n, value in vars(cls).items()
+        if isinstance(value, (bool, int, float, str))
+        and not n.startswith("_")
+        and n not in inspect.get_annotations(cls)
+        and not any(hasattr(base, n) for base in cls.__mro__[1:])
+    ]
+    assert not bare, f"{', '.join(bare)} has no annotation, so that it is no knob"
     specs = knob_specs(cls)
     strangers = {f.name for f in dataclasses.fields(cls)} - set(specs)
     assert not strangers, f"fields without a Knob annotation: {', '.join(sorted(strangers))}"
