@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from isoflop import __version__
@@ -10,6 +10,7 @@ from isoflop.core.errors import UserError
 from isoflop.dashboards.report import charts, costs, knobs, lawful, measured, methods, record
 from isoflop.dashboards.report.charts import Json
 from isoflop.dashboards.report.configs import Config, colours, read_configs
+from isoflop.dashboards.report.savings import Pairing
 from isoflop.sweep.api import SweepResults, stored_source
 from isoflop.sweep.law_search import describe
 from isoflop.sweep.results import Findings, find, usable
@@ -35,49 +36,50 @@ def build(sweep: SweepResults, findings: Findings | None = None) -> Json:
     good = usable(table)
     findings = findings or find(sweep.spec, good)
     configs = read_configs(good)
-    palette = colours(c.variant for c in configs)
+    palette, pairing = colours(c.variant for c in configs), Pairing(good)
     drawn = lawful.pairs(findings)
-    left_out: list[str] = []
     sections = [
-        _frontier(configs, drawn, palette),
+        _frontier(configs, drawn, palette, pairing),
         *_law_sections(findings, drawn),
         _methods(good, configs, palette),
         _knobs(configs),
-        charts.section("parallel", "Parallel coordinates", knobs.coordinates(configs), _PARALLEL),
-        charts.section("costs", "Where costs go", costs.breakdown(configs)),
+        _parallel(configs),
+        charts.section("costs", "Where costs go", costs.breakdown(configs), why=_none(configs, "no cost was measured")),
         charts.section("failures", "Failed jobs", record.failures(table)),
         _provenance(sweep, table, findings),
     ]
-    shown = []
-    for section in sections:
-        if section["groups"]:
-            shown.append(section)
-        elif why := _why_empty(section["id"], findings, configs):
-            left_out.append(f"{section['title']}: {why}")
+    shown = [s for s in sections if s["groups"]]
     return {
         "name": sweep.name,
         "description": sweep.spec.description or "",
         "facts": [record.counts(table), f"results up to {_last(table)}", f"isoflop {__version__}"],
-        "headline": _headline(configs, drawn, table),
+        "headline": _headline(configs, drawn, table, pairing),
         "sections": shown,
-        "left_out": left_out,
+        "left_out": [f"{s['title']}: {s['why']}" for s in sections if s["why"] and not s["groups"]],
     }
+
+
+def _none(configs: Sequence[Config], otherwise: str) -> str:
+    """Why a section about configurations is empty."""
+    return otherwise if configs else "no finished job"
 
 
 _FRONTIER = (
     "Error against the cost of an answer. The slider sets a budget; the text under it states the best configuration that it "
     "pays for. Bars and bands are 95 % intervals: of measured means over repeats (Student's t; over examples where there is "
-    "one repeat), of laws by bootstrap. An uncompressed model is called not worse where its mean error lies inside or below the "
-    "interval of the measured choice."
+    "one repeat), of laws by bootstrap. Two measured configurations are told apart by the differences of their errors on the "
+    "examples that they share, whose 95 % interval is a bootstrap over repeats and examples: one is worse where it lies above 0, "
+    "both are as good where it holds 0. A saving is stated against the cheapest uncompressed model that is not worse, and only "
+    "where the choice is as good."
 )
 _PARALLEL = "A line is a configuration, mean over repeats; its colour is the error. The slider fades all but the best."
 
 
-def _headline(configs: Sequence[Config], drawn: Sequence[lawful.Pair], table: Any) -> list[str]:
+def _headline(configs: Sequence[Config], drawn: Sequence[lawful.Pair], table: Any, pairing: Pairing) -> list[str]:
     if drawn:
-        return lawful.headline(drawn, configs)
+        return lawful.headline(drawn, configs, pairing)
     if configs:
-        return measured.headline(configs)
+        return measured.headline(configs, pairing)
     return [f"No job of this sweep has finished: {record.counts(table)}"]
 
 
@@ -86,20 +88,43 @@ def _last(table: Any) -> str:
     return f"{max(known):%Y-%m-%d %H:%M} UTC" if known else "–"
 
 
-def _frontier(configs: Sequence[Config], drawn: Sequence[lawful.Pair], palette: dict[str, int]) -> Json:
-    groups = [*lawful.groups(drawn, configs), *measured.groups(configs, palette)]
-    return charts.section("frontier", "Frontier", groups, _FRONTIER)
+def _frontier(
+    configs: Sequence[Config], drawn: Sequence[lawful.Pair], palette: dict[str, int], pairing: Pairing
+) -> Json:
+    groups = [*lawful.groups(drawn, configs, pairing), *measured.groups(configs, palette, pairing)]
+    why = _none(configs, "no cost that half of a task's configurations know differs by 10 % among them")
+    return charts.section("frontier", "Frontier", groups, _FRONTIER, why=why)
 
 
 def _law_sections(findings: Findings, drawn: Sequence[lawful.Pair]) -> list[Json]:
     problems = [f"{law.block.law}: {law.problem}" for law in findings.laws if law.problem]
     problems += [f"frontier of {f.block.law}: {f.problem}" for f in findings.frontiers if f.problem]
+    no_law = _no_law(findings)
+    curves, no_curves = lawful.isoflop(drawn)
+    flat = no_law or "no variable of a fitted law varies"
+    predicted = lawful.predictions(findings)
     return [
-        charts.section("laws", "Error against size and tokens", lawful.curves(findings), _LAWS, problems),
-        charts.section("isoflop", "IsoFLOP curves", lawful.isoflop(drawn), _ISOFLOP),
-        charts.section("predicted", "Observed against predicted", lawful.predictions(findings), _PREDICTED),
-        charts.section("parameters", "Parameters of the laws", record.laws(findings)),
+        charts.section("laws", "Error against size and tokens", lawful.curves(findings), _LAWS, problems, flat),
+        charts.section(
+            "isoflop", "IsoFLOP curves", curves, _ISOFLOP, why=no_law or no_curves or _no_frontier(findings)
+        ),
+        charts.section("predicted", "Observed against predicted", predicted, _PREDICTED, why=no_law),
+        charts.section("parameters", "Parameters of the laws", record.laws(findings)),  # missing only where curves are
     ]
+
+
+def _no_law(findings: Findings) -> str:
+    """Why no law is fitted; empty where one is."""
+    if not findings.laws:
+        return "the sweep asks for no law"
+    if any(fit.data is not None for law in findings.laws for fit in law.fits):
+        return ""
+    return "; ".join(f"{law.block.law}: {law.problem or 'its fit has no rows'}" for law in findings.laws)
+
+
+def _no_frontier(findings: Findings) -> str:
+    problems = [f"{f.block.law}: {f.problem}" for f in findings.frontiers if f.problem]
+    return "; ".join(problems) or "the sweep asks for no frontier of a law that is fitted"
 
 
 _LAWS = (
@@ -110,16 +135,26 @@ _PREDICTED = "Points on the diagonal are predicted exactly. Hollow ones were hel
 
 
 def _methods(table: Any, configs: Sequence[Config], palette: dict[str, int]) -> Json:
-    several = len({c.variant for c in configs}) > 1
+    if len({c.variant for c in configs}) < 2:
+        return charts.section("methods", "Methods compared", [], why=_none(configs, "there is one method"))
+    paired, missing = methods.comparisons(table, configs)
     groups = [
-        charts.group("paired differences", methods.comparisons(table, configs) if several else []),
-        charts.group("error along the ratio", methods.curves(configs, palette) if several else []),
+        charts.group("paired differences", paired),
+        charts.group("error along the ratio", methods.curves(configs, palette)),
     ]
-    return charts.section("methods", "Methods compared", groups)
+    notes = [f"No paired differences of {reason}." for reason in missing]
+    why = "; ".join([*missing, "no model was measured at two known ratios"])
+    return charts.section("methods", "Methods compared", groups, notes=notes, why=why)
 
 
 def _knobs(configs: Sequence[Config]) -> Json:
-    return charts.section("importance", "Importance of settings", knobs.importance(configs), _IMPORTANCE)
+    groups, missing = knobs.importance(configs)
+    return charts.section("importance", "Importance of settings", groups, _IMPORTANCE, why=_none(configs, missing))
+
+
+def _parallel(configs: Sequence[Config]) -> Json:
+    why = _none(configs, "there is one configuration" if len(configs) == 1 else "fewer than two settings or costs vary")
+    return charts.section("parallel", "Parallel coordinates", knobs.coordinates(configs), _PARALLEL, why=why)
 
 
 _IMPORTANCE = "Optuna's fANOVA on a study rebuilt from the rows, inside the settings that this sweep tried."
@@ -132,24 +167,3 @@ def _provenance(sweep: SweepResults, table: Any, findings: Findings) -> Json:
     searched = sweep.law_search()
     notes = describe(searched) if searched is not None else []
     return charts.section("provenance", "Where the numbers come from", groups, notes=notes)
-
-
-def _why_empty(key: str, findings: Findings, configs: Sequence[Config]) -> str:
-    reasons: dict[str, Callable[[], str]] = {
-        "frontier": lambda: "no finished job" if not configs else "no cost differs between the configurations",
-        "laws": lambda: _no_law(findings),
-        "isoflop": lambda: _no_law(findings) or "the sweep asks for no frontier of a law with two variables",
-        "predicted": lambda: _no_law(findings),
-        "methods": lambda: "there is one method" if configs else "no finished job",
-        "importance": lambda: knobs.NO_IMPORTANCE,
-        "parallel": lambda: "fewer than two settings vary",
-        "costs": lambda: "no finished job",
-    }
-    return reasons.get(key, lambda: "")()
-
-
-def _no_law(findings: Findings) -> str:
-    if not findings.laws:
-        return "the sweep asks for no law"
-    problems = [law.problem for law in findings.laws if law.problem]
-    return "; ".join(problems)

@@ -78,9 +78,12 @@ def group(name: str, panels: Sequence[Json]) -> Json:
     return {"name": name, "panels": list(panels)}
 
 
-def section(key: str, title: str, groups: Sequence[Json], lead: str = "", notes: Sequence[str] = ()) -> Json:
-    """A part of the report. Groups without panels are left out."""
-    return {"id": key, "title": title, "lead": lead, "groups": [g for g in groups if g["panels"]], "notes": list(notes)}
+def section(
+    key: str, title: str, groups: Sequence[Json], lead: str = "", notes: Sequence[str] = (), why: str = ""
+) -> Json:
+    """A part of the report. Groups without panels are left out; ``why``: the reason where no group is left."""
+    shown = [g for g in groups if g["panels"]]
+    return {"id": key, "title": title, "lead": lead, "groups": shown, "notes": list(notes), "why": why}
 
 
 def spread(values: Sequence[float | None], least: float = 8.0) -> bool:

@@ -15,33 +15,49 @@ MOST_LINES = 1500
 _MOST_AXES = 9
 
 
-def importance(configs: Sequence[Config]) -> list[Json]:
-    """Per task: what explains the error over all configurations, and inside each method."""
-    found = []
+def importance(configs: Sequence[Config]) -> tuple[list[Json], str]:
+    """Per task: what explains the error over all configurations, and inside each method.
+
+    Returns:
+        The groups, and why what is missing among them is.
+    """
+    found: list[Json] = []
+    missing: dict[str, list[str]] = {}
     for task, own in by_scene(configs).items():
-        panels = []
-        across = _bars(f"{task}: model and method", [{"model": c.model, "method": c.method} for c in own], own)
-        panels += [across] if across else []
+        asked = {"model and method": (own, [{"model": c.model, "method": c.method} for c in own])}
         for method in dict.fromkeys(c.method for c in own):
             inside = [c for c in own if c.method == method]
-            panel = _bars(f"{task}: {method}", [{"model": c.model, **c.settings} for c in inside], inside)
-            panels += [panel] if panel else []
+            asked[method] = inside, [{"model": c.model, **c.settings} for c in inside]
+        panels = []
+        for what, (members, points) in asked.items():
+            panel = _bars(f"{task}: {what}", points, members)
+            if isinstance(panel, str):
+                missing.setdefault(panel, []).append(f"{task}: {what}")
+            else:
+                panels.append(panel)
         found.append(charts.group(task, panels))
-    return found
+    return found, "; ".join(f"{reason} ({_listed(titles)})" for reason, titles in missing.items())
 
 
-def _bars(title: str, points: Sequence[dict[str, Any]], configs: Sequence[Config]) -> Json | None:
-    shares = importances(points, [c.error for c in configs])
+def _listed(titles: Sequence[str], most: int = 3) -> str:
+    more = f", {len(titles) - most} more" if len(titles) > most else ""
+    return ", ".join(titles[:most]) + more
+
+
+def _bars(title: str, points: Sequence[dict[str, Any]], configs: Sequence[Config]) -> Json | str:
+    """A panel, or why there is none."""
+    errors = [c.error for c in configs]
+    shares = importances(points, errors)
     if not shares:
-        return None
+        if len(points) < FEWEST_ROWS:
+            return f"fewer than {FEWEST_ROWS} configurations"
+        return "all errors are equal" if min(errors) == max(errors) else _FEW_SETTINGS
     rows = [{"label": name, "values": [share]} for name, share in shares.items()]
     axis = charts.axis("share of the variance of the error (fANOVA)", to=1.0)
     return charts.panel(title, charts.bars(title, axis, ["importance"], rows), f"{len(points)} configurations.")
 
 
-NO_IMPORTANCE = (
-    f"Importance needs {FEWEST_ROWS} configurations and two settings that vary; no method of this sweep has them."
-)
+_FEW_SETTINGS = "fewer than two settings that vary and that every configuration has"
 
 
 def coordinates(configs: Sequence[Config]) -> list[Json]:

@@ -268,25 +268,33 @@ def _between(low: float, high: float) -> Array:
     return np.geomspace(low, high, _GRID) if low > 0 else np.linspace(low, high, _GRID)
 
 
-def isoflop(found: Sequence[Pair]) -> list[Json]:
-    """The law along curves of equal cost, and the rows whose cost lies within 20 % of one."""
+def isoflop(found: Sequence[Pair]) -> tuple[list[Json], str]:
+    """The law along curves of equal cost, and the rows whose cost lies within 20 % of one.
+
+    Returns:
+        The groups, and why a frontier has no curves.
+    """
     out: dict[str, list[Json]] = {}
+    missing: dict[str, None] = {}
     for fit, line in found:
         panel = _isoflop_panel(fit, line)
-        if panel is not None:
+        if isinstance(panel, str):
+            missing[f"frontier of {fit.law}: {panel}"] = None
+        else:
             out.setdefault(f"{fit.law}, cost {line.cost}", []).append(panel)
-    return [charts.group(title, panels) for title, panels in out.items()]
+    return [charts.group(title, panels) for title, panels in out.items()], "; ".join(missing)
 
 
-def _isoflop_panel(fit: Fit, line: Frontier) -> Json | None:
+def _isoflop_panel(fit: Fit, line: Frontier) -> Json | str:
+    """A panel, or why there is none."""
     assert fit.data is not None
     model = CostModel.build(line.cost, fit.form.variable_names, line.constants)
     try:
         space = make_space(fit, model, None, None)
-    except UserError:
-        return None
+    except UserError as problem:
+        return str(problem)
     if space.searched is None:
-        return None
+        return "its cost leaves one variable only"
     low, high = fit.record["data"]["ranges"][space.spender]
     searched = _between(*space.limits[space.searched])
     price = np.broadcast_to(model(fit.data.x), fit.data.n)

@@ -15,7 +15,7 @@ from isoflop.dashboards.report.numbers import between, short
 from isoflop.frontier.paired import Paired, paired
 
 TOLERANCE = 0.1  # of the ratio, within which two rows count as equally compressed
-_MOST_ROWS = 3000  # scores are compared in Python
+MOST_ROWS = 3000  # of a task; scores are compared in Python
 
 
 def curves(configs: Sequence[Config], palette: Mapping[str, int]) -> list[Json]:
@@ -45,19 +45,27 @@ def _curve_panel(task: str, model: str, configs: Sequence[Config], palette: Mapp
     return charts.panel(f"{task} on {model}", chart)
 
 
-def comparisons(table: pa.Table, configs: Sequence[Config]) -> list[Json]:
-    """Per task: every variant against the best one, pair by pair on the same model, repeat and examples."""
+def comparisons(table: pa.Table, configs: Sequence[Config]) -> tuple[list[Json], list[str]]:
+    """Per task: every variant against the best one, pair by pair on the same model, repeat and examples.
+
+    Returns:
+        The panels, and a reason for every task without one.
+    """
     labelled = _label(table, configs)
-    panels = []
+    panels, missing = [], []
     for task, own in by_scene(configs).items():
         jobs = pa.array([job for c in own for job in c.jobs], pa.string())
         rows = labelled.filter(pc.is_in(labelled["job_id"], jobs))
         variants = list(dict.fromkeys(c.variant for c in own))
-        if len(variants) > 1 and rows.num_rows <= _MOST_ROWS:
-            panel = _comparison_panel(task, rows, variants, reference(own))
-            if panel is not None:
-                panels.append(panel)
-    return panels
+        if len(variants) < 2:
+            missing.append(f"{task}: all rows are of one method, {variants[0]}")
+        elif rows.num_rows > MOST_ROWS:
+            missing.append(f"{task}: {rows.num_rows} rows, scores are compared for up to {MOST_ROWS}")
+        elif (panel := _comparison_panel(task, rows, variants, reference(own))) is not None:
+            panels.append(panel)
+        else:
+            missing.append(f"{task}: no rows of two methods agree in model, repeat and ratio")
+    return panels, missing
 
 
 def reference(configs: Sequence[Config]) -> str:
@@ -92,7 +100,7 @@ def _label(table: pa.Table, configs: Sequence[Config]) -> pa.Table:
 def _comparison_panel(task: str, rows: pa.Table, variants: Sequence[str], best: str) -> Json | None:
     found: list[tuple[str, Paired]] = []
     alone = []
-    known = pc.sum(pc.is_valid(rows["ratio"])).as_py()
+    known = pc.any(pc.is_finite(rows["ratio"])).as_py()
     match = {"model": 0.0, **({"ratio": TOLERANCE} if known else {})}
     for variant in variants:
         if variant == best:
@@ -119,7 +127,8 @@ def _comparison_panel(task: str, rows: pa.Table, variants: Sequence[str], best: 
     ]
     text = (
         f"Against {best}, which wins most comparisons with others at like ratios: on the same model, repeat and examples, "
-        f"at ratios within {TOLERANCE:.0%} of each other. Filled marks: the interval does not hold zero."
+        f"{f'at ratios within {TOLERANCE:.0%} of each other' if known else 'at ratios that are not known'}. "
+        "Filled marks: the interval does not hold zero."
     )
     if alone:
         text += f" Not comparable with it at any ratio: {', '.join(alone)}."

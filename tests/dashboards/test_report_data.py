@@ -97,12 +97,25 @@ def test_law_slider_states_what_the_frontier_says(lawful: Reported) -> None:
 
 def test_factor_against_uncompressed_is_a_ratio_of_costs(lawful: Reported) -> None:
     configs = read_configs(usable(lawful.sweep.results()))
-    stated = re.search(r"([\d.,]+) × cheaper than .* not worse \((\S+), error ([\d.]+)\)", lawful.data["headline"][0])
+    stated = re.search(r"([\d.,]+) × cheaper than .* as good \((\S+), error ([\d.]+);", lawful.data["headline"][0])
     assert stated is not None
     chosen = next(c for c in configs if c.title in lawful.data["headline"][0])
-    dense = [c for c in configs if c.V == 36 and c.error <= (chosen.high or 0)]
-    cheapest = min(c.costs["flops"] for c in dense)
-    assert float(stated[1]) == pytest.approx(cheapest / chosen.costs["flops"], rel=0.01)
+    table = usable(lawful.sweep.results())
+    differences = {
+        c.model: (
+            c,
+            paired(table, f"model = '{chosen.model}' AND V = {chosen.V}", f"model = '{c.model}' AND V = 36", ()),
+        )
+        for c in configs
+        if c.V == 36
+    }
+    cheapest, difference = min(
+        (pair for pair in differences.values() if pair[1].verdict != "better"), key=lambda pair: pair[0].costs["flops"]
+    )
+    assert difference.verdict == "not separated"
+    assert stated[2] == cheapest.model
+    assert float(stated[1]) == pytest.approx(cheapest.costs["flops"] / chosen.costs["flops"], rel=0.01)
+    assert f"{short(difference.difference)} (95 %: {short(difference.low)} …" in lawful.data["headline"][0]
 
 
 def test_iso_cost_curves_cost_the_same_everywhere(lawful: Reported) -> None:
