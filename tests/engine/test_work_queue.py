@@ -262,7 +262,7 @@ def test_every_job_ends_exactly_once_whatever_happens(data: st.DataObject) -> No
                 end(pending.job.id, "lost")
             if items[0].kind == "stage" and not queue.stage_attempts_left(items[0].stage):
                 fail_stage(items[0].stage, "failed")
-            if there and data.draw(st.booleans()):
+            if data.draw(st.booleans()) and there:
                 gone = data.draw(st.sets(st.sampled_from(sorted(there))))
                 there -= gone
                 queue.stages_lost(gone)

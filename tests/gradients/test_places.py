@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isoflop.execute import Done, Event, Executor, Lost, WorkerInfo, WorkItem
-from isoflop.execute.simulated import Rates
+from isoflop.execute.simulated import Rates, SimulatedExecutor
 from isoflop.jobs import Job, MethodSpec
 from isoflop.ledger import Ledger, Store
 from isoflop.search import make_proposer
@@ -180,6 +180,41 @@ def test_a_small_host_still_runs_it() -> None:
 def test_lost_nodes_do_not_block_places() -> None:
     stormy = Rates(job=1.0, load=0.0, stage=100.0, spread=0.3, node_hours=0.2)
     assert makespan(2, "ddp", slots=3, nodes=3, rates=stormy) > 0
+
+
+class UnevenCluster(SimulatedExecutor):
+    """One slot on the first host, two on the second, and so on; notes how many slots the host of each stage had."""
+
+    room: list[tuple[int, int]]
+
+    def start(self) -> None:
+        if self.workers():
+            return
+        self.room = []
+        super().start()
+        for worker in self.workers():
+            if int(worker.slot) > int(worker.node[1:]):
+                del self._slots[worker.id]
+
+    def submit(self, worker: str, item: WorkItem) -> None:
+        super().submit(worker, item)
+        self.room.append((item.slots, int(self._slots[worker].info.node[1:]) + 1))
+
+
+@pytest.mark.parametrize("node_hours", [0.0, 0.1])
+def test_hosts_of_different_sizes_run_everything(monkeypatch: pytest.MonkeyPatch, node_hours: float) -> None:
+    made: list[UnevenCluster] = []
+
+    def make(*args: Any) -> UnevenCluster:
+        made.append(UnevenCluster(*args))
+        return made[-1]
+
+    monkeypatch.setattr("isoflop.sweep.simulate.SimulatedExecutor", make)
+    rates = Rates(job=1.0, load=0.0, stage=100.0, spread=0.3, node_hours=node_hours)
+    makespan(3, "ddp", slots=4, nodes=4, rates=rates)
+    wide = [has for slots, has in made[0].room if slots == 3]
+    assert len(wide) >= 12
+    assert node_hours or min(wide) >= 3  # with losses the largest that is left may be smaller
 
 
 # the driver's own rounds, with stages and workers made up

@@ -194,7 +194,7 @@ class Driver:
             else:
                 self._on_lost(event)
         self._enforce_deadlines()
-        self._commit()
+        self._commit(force=not busy)  # no more rows are about to come
         self._ledger.keep_lease()
         self._show()
         return True
