@@ -28,6 +28,7 @@ from isoflop.sweep.metrics import MetricsProgress
 from isoflop.sweep.progress import LogFile, Progress, Quiet
 from isoflop.sweep.resolve import Sweep, resolve
 from isoflop.sweep.spec import SweepSpec, load_spec
+from isoflop.sweep.state import StateFile
 from isoflop.track import MlflowTracker, NullTracker, Tracker
 
 EXECUTORS = ("ray", "local")
@@ -92,8 +93,10 @@ def run_resolved(sweep: Sweep, options: RunOptions, progress: Progress) -> Sweep
         stack.callback(ledger.unlock)
         ledger.fold()
         save_spec(store, sweep, ledger)
-        log = LogFile(store.local / "sweeps" / spec.name / "log.txt" if store.local else None, shown)
+        state = StateFile(store, spec.name, shown)
+        log = LogFile(store.local / "sweeps" / spec.name / "log.txt" if store.local else None, state)
         stack.callback(log.close)
+        stack.callback(state.close)
         log.line(f"sweep {spec.name}: store {store.uri}")
         tracker.start(spec_text(sweep), {"spec": spec.digest, "store": store.uri})
         stack.push(partial(_end_tracking, tracker))
