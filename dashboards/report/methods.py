@@ -64,7 +64,7 @@ def comparisons(table: pa.Table, configs: Sequence[Config]) -> tuple[list[Json],
         elif (panel := _comparison_panel(task, rows, variants, reference(own))) is not None:
             panels.append(panel)
         else:
-            missing.append(f"{task}: no rows of two methods agree in model, repeat and ratio")
+            missing.append(f"{task}: nothing agrees with the rows of {reference(own)} in model, repeat and ratio")
     return panels, missing
 
 
