@@ -68,23 +68,27 @@ class StateFile:
         self._seconds = _LOCAL_SECONDS if store.local is not None else _REMOTE_SECONDS
         self._snapshot = Snapshot()
         self._line = ""
-        self._written = 0.0
+        self._written = float("-inf")
 
     def update(self, snapshot: Snapshot) -> None:
         """Show the state, and write it down when the last time is long enough ago."""
         self._inner.update(snapshot)
         self._snapshot = snapshot
-        if time.monotonic() - self._written >= self._seconds:
-            self._write(ended=False)
+        self._now_and_then()
 
     def line(self, text: str) -> None:
         """Pass an event on, and remember it."""
         self._inner.line(text)
         self._line = text
+        self._now_and_then()
 
     def close(self) -> None:
         """The session is over."""
         self._write(ended=True)
+
+    def _now_and_then(self) -> None:
+        if time.monotonic() - self._written >= self._seconds:
+            self._write(ended=False)
 
     def _write(self, ended: bool) -> None:
         self._written = time.monotonic()
