@@ -28,7 +28,7 @@ from isoflop.dashboards.report.numbers import short, with_interval
 from isoflop.frontier.paired import paired
 
 _COLUMNS = ["job_id", "task", "repeat", "status", "error", "scores"]
-_PLAIN = 4.0  # standard errors above 0 in every repeat: whatever is resampled, less than 1 in 1000 means are below 0
+_DOUBT = (1.0, 4.0)  # standard errors: the interval ends at about 2, and resampling takes a while
 Price = Callable[[Config], float | None]
 
 
@@ -98,14 +98,16 @@ class Pairing:
         return [(i, j) for i, j in found if j is not None and i != j and counts[i] and counts[i] == counts[j]]
 
     def _plain(self, shared: Sequence[tuple[int, int]]) -> bool | None:
-        """Whether the difference is above 0, where that is plain without resampling: most of a sweep is far from its best."""
-        differences = [self._scores(i) - self._scores(j) for i, j in shared]
-        if not differences:
+        """Whether the interval lies above 0, where the standard error of what is resampled leaves no doubt."""
+        if not shared:
             return None
-        if np.mean([d.mean() for d in differences]) <= 0:
+        differences = [self._scores(i) - self._scores(j) for i, j in shared]
+        means = np.array([d.mean() for d in differences])
+        inside = np.mean([d.var() / len(d) for d in differences])
+        distance, error = float(means.mean()), math.sqrt((means.var() + inside) / len(means))
+        if distance <= _DOUBT[0] * error:
             return False
-        above = all(d.mean() > _PLAIN * d.std() / math.sqrt(len(d)) for d in differences)
-        return True if above else None
+        return True if distance > _DOUBT[1] * error else None
 
     def _scores(self, row: int) -> np.ndarray:
         return np.asarray(self._rows["scores"][row].values, dtype=float)
