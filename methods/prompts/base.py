@@ -53,6 +53,7 @@ class PromptMethod(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"context"})
     order: ClassVar[int] = 40
     slot: ClassVar[str] = "context"
+    asked_by_task: ClassVar[bool] = True
     query_aware: ClassVar[bool] = False
 
     def split(self, text: str) -> list[Span]:

@@ -32,6 +32,7 @@ class TokenizationMethod(Method):
 
     family: ClassVar[str] = "tokenization"
     slot: ClassVar[str] = "byte-view"
+    asked_by_task: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"tokenizer"})
     order: ClassVar[int] = 40
     exact_at_cuts: ClassVar[bool] = False

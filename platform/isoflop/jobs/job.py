@@ -152,6 +152,7 @@ class ResolvedJob:
         for method in methods:
             method.check(info)
             built.check_method(method, info)
+            _asked_for(method, built)
             prompt = built.prompt_length(info)
             if prompt is not None:
                 method.check_prompt(prompt, built.name)
@@ -175,6 +176,15 @@ class ResolvedJob:
         """All stages, dependencies first."""
         own = (self.weights, *self.prepared, *self.task.stages(self.info))
         return tuple(walk(tuple(s for s in own if s is not None)))
+
+
+def _asked_for(method: Method, task: Task) -> None:
+    """A method that acts through a slot which the task never looks at would do nothing."""
+    if method.asked_by_task and method.slot not in task.asks:
+        asking = [name for name in TASKS if method.slot in TASKS.get(name).asks]
+        raise Infeasible(
+            f"task {task.name} does not use the {method.slot} of a model, where method {method.name} acts; tasks that do: {', '.join(asking)}"
+        )
 
 
 def _one_per_slot(methods: tuple[Method, ...]) -> None:

@@ -119,7 +119,8 @@ def segmentations_of(info: ModelInfo, asker: str) -> SegmentationsStage:
     """The stage of a model's segmentations.
 
     Raises:
-        Infeasible: the model has no tokenizer, or one under which bytes have no probabilities.
+        Infeasible: the model has no tokenizer, or one under which bytes have no probabilities; or it is trained on
+            another cut of the texts whose bytes are scored.
     """
     tokenizer = getattr(info, "tokenizer", None)
     if tokenizer is None:
@@ -127,4 +128,9 @@ def segmentations_of(info: ModelInfo, asker: str) -> SegmentationsStage:
     reason = tokenizer.not_byte_level()
     if reason:
         raise Infeasible(f"{asker} needs byte-level BPE (as of GPT-2, Llama 3 or Qwen); model {info.ref}: {reason}")
+    if getattr(info, "test", None) is not None:
+        raise Infeasible(
+            f"{asker} scores held-out English, of which model {info.ref} has seen parts in training; allowed: tiny-lm/text "
+            "and checkpoints"
+        )
     return SegmentationsStage(tokenizer)

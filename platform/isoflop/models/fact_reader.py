@@ -66,6 +66,10 @@ class WordTokenizer(TokenizerSource):
 
     words: tuple[str, ...] = WORDS
 
+    def not_byte_level(self) -> str:
+        """Other words are all the same to it."""
+        return "its tokens are the words of a small world"
+
     def compute(self, ctx: StageContext, folder: Path) -> None:
         """Save in ``save_pretrained`` form."""
         from tokenizers import Tokenizer, models, pre_tokenizers

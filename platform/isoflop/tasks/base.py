@@ -38,6 +38,8 @@ class Task(ABC):
     """Base class of tasks: a frozen dataclass whose ``Knob`` fields are the task's options.
 
     ``version`` is part of every job id: raise it whenever the same options would give other examples or another metric.
+    ``asks`` names slots of the model that the task uses besides running it (``context``, ``byte-view``); methods that act
+    there and nowhere else are refused by other tasks.
     ``chance`` is the expected error of the best answerer that sees the question only, at the default options.
     """
 
@@ -46,6 +48,7 @@ class Task(ABC):
     metric: ClassVar[str] = "error"
     needs: ClassVar[frozenset[str]] = frozenset()
     chance: ClassVar[float] = float("nan")
+    asks: ClassVar[frozenset[str]] = frozenset()
 
     def check(self, info: ModelInfo) -> None:
         """Raise Infeasible when the model cannot do this task; says what is missing."""

@@ -52,6 +52,7 @@ class ByteTask(Task):
     version: ClassVar[str] = f"1-{python_release()}"
     metric: ClassVar[str] = "bits per byte"
     needs: ClassVar[frozenset[str]] = frozenset({"tokenizer"})
+    asks: ClassVar[frozenset[str]] = frozenset({"byte-view"})
 
     examples: Annotated[int, Knob(low=1, high=100_000, doc="places in the text")] = 128
     prompt: Annotated[int, Knob(low=24, high=100_000, doc="most bytes of a prompt", unit="bytes")] = 128

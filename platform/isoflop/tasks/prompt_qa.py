@@ -52,6 +52,7 @@ class PromptQa(Task):
 
     version: ClassVar[str] = "1"
     needs: ClassVar[frozenset[str]] = frozenset({"context"})
+    asks: ClassVar[frozenset[str]] = frozenset({"context"})
     chance: ClassVar[float] = 1.0 - 1.0 / world.CHOICES
 
     examples: Annotated[int, Knob(low=1, high=100_000, doc="number of questions, each with documents of its own")] = 256

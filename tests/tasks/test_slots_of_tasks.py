@@ -1,0 +1,42 @@
+"""Methods that act through a slot of the model are refused by tasks that never look at it."""
+
+from __future__ import annotations
+
+import pytest
+
+from isoflop.core.errors import UserError
+from isoflop.methods.base import METHODS
+from isoflop.sweep.resolve import resolve
+from isoflop.tasks.base import TASKS
+
+
+def plan(model: str, method: object, task: str) -> None:
+    resolve({"name": "s", "models": [model], "methods": [method], "tasks": [task]})
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "task", "named"),
+    [
+        ("tiny-lm/text-d64", "byte-probs", "bits-per-byte", "byte-completion"),
+        ("tiny-lm/facts-d64", "byte-greedy", "prompt-qa", "words of a small world"),
+        ("tiny-lm/text-d64", "llmlingua2", "bits-per-byte", "prompt-qa"),
+        ("tiny-lm/mixed-d64", "byte-probs", "byte-completion", "has seen parts in training"),
+        ("tiny-lm/text-d64", {"byte-probs": {"members": "tiny-lm/mixed-d64"}}, "byte-completion", "has seen parts"),
+        ("tiny-lm/facts-d64", "byte-tokens", "byte-completion", "words of a small world"),
+    ],
+)
+def test_a_method_or_model_that_a_task_cannot_use_is_refused_at_plan(
+    model: str, method: object, task: str, named: str
+) -> None:
+    with pytest.raises(UserError, match=named):
+        plan(model, method, task)
+
+
+def test_what_a_task_asks_for_some_method_gives() -> None:
+    given = {METHODS.get(name).slot for name in METHODS.names() if METHODS.get(name).asked_by_task}
+    assert given == {"context", "byte-view"} == {slot for name in TASKS for slot in TASKS.get(name).asks}
+
+
+def test_they_are_accepted_where_they_act() -> None:
+    plan("tiny-lm/text-d64", "byte-probs", "byte-completion")
+    plan("tiny-lm/facts-d64", "llmlingua2", "prompt-qa")
