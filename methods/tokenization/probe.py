@@ -137,6 +137,11 @@ class TokenizationProbe(Probe):
         """Probabilities of the next byte, and of no byte, sum to one at every position."""
         total_RP = self.outputs(range(self.examples)).view(self.examples, -1, 257).sum(-1)
         assert bool(((total_RP - 1).abs() < 1e-9).all()), f"{method}: byte probabilities sum to {total_RP.flatten()}"
+        view = self.model.byte_view or TokenView()
+        for text in self._texts:  # the last byte comes after everything that is predicted
+            other = ByteText(text.data[:-1] + (b"q" if text.data[-1:] != b"q" else b"z"), text.first)
+            (seen,), (changed,) = (view.next_bytes(self.model, self.segmentations, [t]) for t in (text, other))
+            assert np.allclose(np.exp(seen), np.exp(changed), atol=1e-6), f"{method}: it looks at the byte it predicts"
 
     def outputs(self, rows: Sequence[int]) -> Tensor:
         """Probabilities of all symbols at the scored positions, (B, positions · 257)."""

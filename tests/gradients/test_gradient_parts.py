@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isoflop.methods.gradients.coding import CODINGS, Entries, EntryCoding, decode_varint, encode_varint
-from isoflop.methods.gradients.compressors import LowRank, RandomK, worth_factoring
+from isoflop.methods.gradients.compressors import LowRank, RandomK
 from isoflop.methods.gradients.exchange import Compression, Exchanger, clipped
 from isoflop.methods.gradients.memory import ErrorFeedback, MomentumCorrection, Sent
 from isoflop.methods.gradients.selection import (
@@ -144,19 +144,28 @@ def test_clipping_takes_all_tensors_together() -> None:
     assert clipped(grads, 10.0)["a"] == 3.0
 
 
-def test_low_rank_of_full_rank_returns_the_mean() -> None:
-    """The factors' product is the average gradient, the left factor orthonormal, both the same on all workers."""
-    shapes = {"w": torch.Size((5, 30))}
-    grads = random_gradients(3, shapes, 0)
-    compressors = [LowRank(5, 3, 0) for _ in range(3)]
-    first = {"w": torch.randn(30, 5, generator=torch.Generator().manual_seed(1))}
-    for compressor in compressors:
-        compressor.factors = dict(first)
-    assert not worth_factoring(shapes["w"], 5)
+def test_low_rank_returns_a_mean_of_that_rank_exactly() -> None:
+    """One power iteration spans the columns of a matrix whose rank is not above its own, through the real exchange."""
+    draw = torch.Generator().manual_seed(0)
+    grads = [{"w": torch.outer(torch.randn(20, generator=draw), torch.randn(30, generator=draw))} for _ in range(2)]
     mean = torch.stack([g["w"] for g in grads]).mean(0)
-    left = torch.linalg.qr(mean @ first["w"]).Q
-    assert torch.allclose(left.T @ left, torch.eye(5), atol=1e-5)
-    assert torch.allclose(left @ (mean.T @ left).T, mean, atol=1e-5)
+    for rank, exact in ((2, True), (1, False)):
+        exchanges = [
+            Exchanger(2, Compression(LowRank(rank, 2, 0), ErrorFeedback(), frozenset({"w"}))) for _ in range(2)
+        ]
+        directions, _ = exchanged(exchanges, 0, grads)
+        assert torch.equal(directions[0]["w"], directions[1]["w"])
+        assert torch.allclose(directions[0]["w"], mean, atol=1e-4) is exact
+
+
+def test_low_rank_is_a_projection_of_the_mean() -> None:
+    """What is applied is the mean projected on as many directions, so that the rest is orthogonal to it."""
+    grads = random_gradients(2, {"w": torch.Size((20, 30))}, 0)
+    exchanges = [Exchanger(2, Compression(LowRank(2, 2, 0), ErrorFeedback(), frozenset({"w"}))) for _ in range(2)]
+    directions, _ = exchanged(exchanges, 0, grads)
+    mean, applied = torch.stack([g["w"] for g in grads]).mean(0), directions[0]["w"]
+    assert torch.allclose(((mean - applied) * applied).sum(), torch.tensor(0.0), atol=1e-3)
+    assert applied.norm() > 0.2 * mean.norm()  # two of twenty directions of noise hold more than a tenth of its square
 
 
 def test_low_rank_errors_add_up_to_what_is_missing() -> None:

@@ -10,8 +10,10 @@ from isoflop.sweep.resolve import resolve
 from isoflop.tasks.base import TASKS
 
 
-def plan(model: str, method: object, task: str) -> None:
-    resolve({"name": "s", "models": [model], "methods": [method], "tasks": [task]})
+def plan(model: str, method: object, task: str) -> int:
+    """Jobs that would run."""
+    sweep = resolve({"name": "s", "models": [model], "methods": [method], "tasks": [task]})
+    return sum(len(sweep.jobs_of(config)) for config in sweep.space.grid())
 
 
 @pytest.mark.parametrize(
@@ -38,5 +40,5 @@ def test_what_a_task_asks_for_some_method_gives() -> None:
 
 
 def test_they_are_accepted_where_they_act() -> None:
-    plan("tiny-lm/text-d64", "byte-probs", "byte-completion")
-    plan("tiny-lm/facts-d64", "llmlingua2", "prompt-qa")
+    assert plan("tiny-lm/text-d64", "byte-probs", "byte-completion") == 1
+    assert plan("tiny-lm/facts-d64", "llmlingua2", "prompt-qa") == 1
