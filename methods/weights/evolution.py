@@ -57,10 +57,18 @@ class Space:
         return levels
 
     def shuffle(self, levels: Levels, rng: np.random.Generator) -> Levels:
-        """A configuration that keeps nothing but the budget: four switches per unit."""
-        for _ in range(4 * len(levels)):
-            levels = self.switch(levels, rng)
-        return levels
+        """A configuration that keeps nothing but the budget of every group: levels drawn anew, then moved until they add up."""
+        fresh = list(levels)
+        for group in self.groups:
+            for i in group:
+                fresh[i] = int(rng.integers(self.low[i], self.high[i] + 1))
+            missing = sum(levels[i] for i in group) - sum(fresh[i] for i in group)
+            while missing:
+                step = 1 if missing > 0 else -1
+                i = int(rng.choice([i for i in group if self.low[i] <= fresh[i] + step <= self.high[i]]))
+                fresh[i] += step
+                missing -= step
+        return tuple(fresh)
 
     def _downs(self, group: tuple[int, ...], levels: Levels) -> list[int]:
         """Units of a group that can go down while another goes up."""

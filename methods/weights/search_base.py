@@ -88,6 +88,7 @@ class SearchMethod(WeightMethod):
     the units' separate errors, ``uniform`` gives all units the same level.
     """
 
+    version: ClassVar[str] = "2"
     paper: ClassVar[str] = "arXiv 2410.14649"
 
     allocation: Annotated[str, Knob(choices=ALLOCATIONS, doc="how levels are given to units")] = EVOLUTION

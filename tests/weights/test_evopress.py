@@ -492,3 +492,17 @@ def test_impossible_budgets_are_refused_in_one_line(knobs: dict[str, Any], messa
     method: Method = build("evopress", knobs)
     with pytest.raises(Infeasible, match=message):
         method.check(trained_decoder().info)
+
+
+def test_random_search_does_not_stay_near_its_parent() -> None:
+    """Levels are drawn anew, whatever the parent's, and every group keeps its sum."""
+    space = Space((-8,) * 12, (8,) * 12, (tuple(range(8)), tuple(range(8, 12))))
+    parent = (8,) * 4 + (-8,) * 4 + (8, 8, -8, -8)
+    rng = np.random.default_rng(0)
+    found = np.array([space.shuffle(parent, rng) for _ in range(400)])
+    assert (found[:, :8].sum(1) == 0).all()
+    assert (found[:, 8:].sum(1) == 0).all()
+    assert found.min() >= -8
+    assert found.max() <= 8
+    assert np.abs(found.mean(0)).max() < 1.0
+    assert len({tuple(row) for row in found.tolist()}) == 400
