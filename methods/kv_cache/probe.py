@@ -17,6 +17,7 @@ from isoflop.core.folder_context import FolderContext
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
 from isoflop.methods.probe import Probe
+from isoflop.methods.untrained import untrained_llama
 from isoflop.models.calibration import CalibrationText
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmInfo, LmModel
 
@@ -38,33 +39,16 @@ class RandomTokens(CalibrationText):
 
 def untrained_decoder(seed: int = 0, layers: int = 2) -> LmModel:
     """A Llama with 4 query heads on 2 key-value heads, width 64, and weights large enough to attend unevenly."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.15,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
+    module, n_params, geometry = untrained_llama(
+        VOCABULARY, width=64, mlp=96, layers=layers, heads=4, kv_heads=2, positions=256, spread=0.15, seed=seed
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = LlamaForCausalLM(config).eval().requires_grad_(False)
     info = LmInfo(
         ref="probe/llama",
         family="probe",
         version="1",
-        n_params=sum(p.numel() for p in module.model.layers.parameters()),
+        n_params=n_params,
         hooks=frozenset({"kv-cache", "attention", "weights"}),
-        geometry={
-            "width": 64, "layers": layers, "heads": 4, "kv_heads": 2, "head_width": 16, "vocab_size": VOCABULARY, "positions": 256,
-        },
+        geometry=geometry,
         text=RandomTokens(VOCABULARY, PROMPT + TAIL),
         vocabulary="probe",
     )  # fmt: skip

@@ -18,6 +18,7 @@ from isoflop.methods.probe import Probe
 from isoflop.methods.prompts.base import PromptMethod
 from isoflop.methods.prompts.classifier import ClassifierStage
 from isoflop.methods.prompts.units import words_of
+from isoflop.methods.untrained import untrained_llama
 from isoflop.models.context import Compressed, joined
 from isoflop.models.fact_reader import WORDS, WordTokenizer
 from isoflop.models.fact_world import FactQuestion, question_number
@@ -31,33 +32,16 @@ FEW = {"chunks": 48, "epochs": 1}
 
 def untrained_reader(ctx: FolderContext, seed: int = 0) -> LmModel:
     """A Llama over the words of the fact world, with weights large enough to attend unevenly."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        initializer_range=0.15,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
+    module, n_params, geometry = untrained_llama(
+        len(WORDS), width=32, mlp=48, layers=2, heads=2, kv_heads=1, positions=256, spread=0.15, seed=seed
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = LlamaForCausalLM(config).eval().requires_grad_(False)
     info = LmInfo(
         ref="probe/reader",
         family="probe",
         version="1",
-        n_params=sum(p.numel() for p in module.model.layers.parameters()),
+        n_params=n_params,
         hooks=frozenset({"kv-cache", "attention", "weights", "tokenizer", "context"}),
-        geometry={
-            "width": 32, "layers": 2, "heads": 2, "kv_heads": 1, "head_width": 16, "vocab_size": len(WORDS), "positions": 256,
-        },
+        geometry=geometry,
         text=None,
         tokenizer=WordTokenizer(),
     )  # fmt: skip

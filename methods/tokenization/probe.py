@@ -20,6 +20,7 @@ from isoflop.methods.probe import Probe
 from isoflop.methods.tokenization.base import TokenizationMethod
 from isoflop.methods.tokenization.byte_probs import ByteProbs
 from isoflop.methods.tokenization.members import Member, parse_members
+from isoflop.methods.untrained import untrained_llama
 from isoflop.models.byte_view import ByteText, SegmentationsStage, TokenView
 from isoflop.models.byte_view_segmentations import Segmentations
 from isoflop.models.byte_view_tree import EVERY
@@ -68,33 +69,16 @@ class ProbeTokenizer(TokenizerSource):
 
 def untrained_reader(vocabulary: int, seed: int = 0) -> LmModel:
     """A Llama of width 32 with weights large enough to prefer some tokens."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
+    module, n_params, geometry = untrained_llama(
+        vocabulary, width=32, mlp=48, layers=2, heads=2, kv_heads=1, positions=128, spread=0.3, seed=seed
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = LlamaForCausalLM(config).eval().requires_grad_(False)
     info = LmInfo(
         ref="probe/bytes",
         family="probe",
         version="1",
-        n_params=sum(p.numel() for p in module.model.layers.parameters()),
+        n_params=n_params,
         hooks=frozenset({"weights", "tokenizer"}),
-        geometry={
-            "width": 32, "layers": 2, "heads": 2, "kv_heads": 1, "head_width": 16, "vocab_size": vocabulary, "positions": 128,
-        },
+        geometry=geometry,
         text=None,
         tokenizer=ProbeTokenizer(vocabulary),
     )  # fmt: skip
