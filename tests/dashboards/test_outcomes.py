@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from pathlib import Path
 
 import pytest
 
 from isoflop.core.errors import UserError
-from isoflop.dashboards.outcomes import Claim, judge, load_claims, page
+from isoflop.dashboards.outcomes import RECORD, Claim, Record, judge, load_claims, page
+from isoflop.frontier.composition import compose
 from isoflop.frontier.paired import Paired
 from isoflop.jobs import Job
 from isoflop.ledger.schema import to_table
@@ -59,6 +62,10 @@ def test_outcomes_follow_the_interval(expect: str, low: float, high: float, outc
     assert claim.shows(Paired(0.1, 0.2, (low + high) / 2, low, high, 3, 3, [])) == outcome
 
 
+def _numbers(low: float, high: float) -> Paired:
+    return Paired(0.1, 0.2, (low + high) / 2, low, high, 3, 3, [{"task": "t", "a": 0.1, "b": 0.2, "difference": -0.1}])
+
+
 def test_the_page_holds_every_claim_with_its_numbers() -> None:
     rows = [
         {"job_id": m + str(r), "model": "x", "task": "t", "method": m, "repeat": r, "status": "ok", "error": e, "scores": [e, e + 0.1]}
@@ -66,11 +73,51 @@ def test_the_page_holds_every_claim_with_its_numbers() -> None:
         for m, e in (("new", 0.1), ("old", 0.3))
     ]  # fmt: skip
     claim = Claim("new", "arXiv 1", "s", "new beats old", "method = 'new'", "method = 'old'")
-    judged = judge([claim], lambda name: to_table(rows))
-    assert judged[0]["outcome"] == "shows"
-    assert "| new beats old | **shows** | 0.1000 | 0.3000 | -0.2000 [-0.2000, -0.2000] | 2 in 2 repeats | s |" in page(
-        judged
-    )
+    record = Record(judge([claim], lambda name: to_table(rows)))
+    assert claim.shows(record.numbers[claim.test]) == "shows"
+    shown = page([claim], record)
+    assert "| new beats old | **shows** | 0.1000 | 0.3000 | -0.2000 [-0.2000, -0.2000] | 2 in 2 repeats | s |" in shown
+
+
+def test_what_was_not_judged_says_so() -> None:
+    claim = Claim("new", "arXiv 1", "s", "new beats old", "method = 'new'", "method = 'old'")
+    assert "| new beats old | not judged |" in page([claim], Record())
+
+
+def test_judging_some_methods_keeps_the_numbers_of_the_others(tmp_path: Path) -> None:
+    first, second = (Claim(m, "p", "s", f"{m} wins", f"method = '{m}'", "method = 'x'") for m in ("one", "two"))
+    path = tmp_path / "outcomes.json"
+    Record({first.test: _numbers(-0.2, -0.1), second.test: _numbers(0.1, math.nan)}).save([first, second], path)
+    assert path.read_text().count("NaN") == 0
+    record = Record.load(path).with_numbers({second.test: _numbers(-0.3, -0.2)})
+    assert record.numbers == {first.test: _numbers(-0.2, -0.1), second.test: _numbers(-0.3, -0.2)}
+    record.save([second], path)  # the first claim is gone from the claims
+    assert set(Record.load(path).numbers) == {second.test}
+
+
+def test_a_claim_that_compares_something_else_is_not_taken_for_judged() -> None:
+    claim = Claim("m", "p", "s", "c", "a", "b", match={"V": 0.0})
+    assert dataclasses.replace(claim, claim="other words", why="reason").test == claim.test
+    for change in ({"a": "c"}, {"b": "c"}, {"sweep": "t"}, {"match": {"V": 0.1}}, {"expect": "worse"}, {"margin": 0.1}):
+        assert dataclasses.replace(claim, **change).test != claim.test  # type: ignore[arg-type]
+
+
+def test_the_composition_is_read_as_it_was_written(tmp_path: Path) -> None:
+    rows = [
+        {"job_id": f"{m}{r}", "model": "x", "task": "t", "method": m, "repeat": r, "status": "ok", "error": e,
+         "scores": [e, e], "knobs": "{}", "footprint": [("bytes", cost)]}
+        for r in range(2)
+        for m, e, cost in (("none", 0.1, 9.0), ("a", 0.12, 5.0), ("b", 0.11, 6.0), ("a+b", 0.13, 4.0))
+    ]  # fmt: skip
+    record = Record(composition=[compose(to_table(rows), "bytes")])
+    record.save([], tmp_path / "outcomes.json")
+    assert page([], Record.load(tmp_path / "outcomes.json")) == page([], record)
+
+
+def test_the_committed_page_is_the_record_of_the_committed_claims() -> None:
+    claims, record = load_claims(), Record.load()
+    assert RECORD.with_suffix(".md").read_text() == page(claims, record)
+    assert [claim.claim for claim in claims if claim.test not in record.numbers] == []
 
 
 def test_a_wrong_entry_is_told_by_its_number(tmp_path: Path) -> None:

@@ -1,0 +1,92 @@
+"""What papers lead one to expect, and the test of it on rows.
+
+``claims/<family>.yaml`` says, method by method, what to expect and which rows of which sweep would show it: ``a`` should have
+less error than ``b`` (expect: better), more (worse, for controls that must lose), or at most ``margin`` more (equal).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import yaml
+
+from isoflop.core.errors import UserError
+from isoflop.frontier.paired import Paired, paired
+
+CLAIMS = Path(__file__).parent / "claims"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One expectation.
+
+    Attributes:
+        method, paper: what is judged.
+        sweep: name of the sweep whose rows are compared (``sweeps/<sweep>.yaml``).
+        claim: the expectation in one sentence: a has less error than b.
+        a, b: SQL conditions on the rows; ``knobs->>'name'`` reads a knob.
+        match: columns that must agree, with the share by which numbers may differ.
+        expect: ``better``; ``worse`` for a control that must lose; ``equal`` where a must not lose more than ``margin``.
+        margin: for ``equal``.
+        why: the likely reason where it does not show, for people.
+    """
+
+    method: str
+    paper: str
+    sweep: str
+    claim: str
+    a: str
+    b: str
+    match: dict[str, float] = field(default_factory=dict)
+    expect: str = "better"
+    margin: float = 0.0
+    why: str = ""
+
+    @property
+    def test(self) -> str:
+        """A hash of what is compared, and how: wording and reasons may change without judging anew."""
+        compared = [self.sweep, self.a, self.b, sorted(self.match.items()), self.expect, self.margin]
+        return hashlib.sha256(json.dumps(compared).encode()).hexdigest()[:16]
+
+    def shows(self, result: Paired) -> str:
+        """``shows``, ``not separated`` or ``reversed``."""
+        if self.expect == "equal":
+            return (
+                "shows" if result.high <= self.margin else "reversed" if result.low > self.margin else "not separated"
+            )
+        if result.verdict == self.expect:
+            return "shows"
+        return "not separated" if result.verdict == "not separated" else "reversed"
+
+
+def load_claims(path: Path = CLAIMS) -> list[Claim]:
+    """The claims of a file, or of all files of a folder. Raises UserError naming the file and the entry that is wrong."""
+    files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+    return [claim for file in files for claim in _claims_of(file)]
+
+
+def _claims_of(file: Path) -> Iterator[Claim]:
+    for number, entry in enumerate(yaml.safe_load(file.read_text()), 1):
+        try:
+            claim = Claim(**entry)
+        except TypeError as error:
+            raise UserError(f"{file}: entry {number} ({entry.get('claim', '?')}): {error}") from None
+        if claim.expect not in ("better", "worse", "equal"):
+            raise UserError(f"{file}: entry {number}: expect = {claim.expect!r}; allowed: better, worse, equal")
+        yield claim
+
+
+def judge(claims: Sequence[Claim], rows_of: Callable[[str], pa.Table]) -> dict[str, Paired]:
+    """The numbers of every claim, by ``Claim.test``.
+
+    Args:
+        rows_of: the finished rows of a sweep by its name.
+    """
+    return {
+        claim.test: paired(rows_of(claim.sweep), claim.a, claim.b, {"model": 0.0, **claim.match}) for claim in claims
+    }

@@ -1,0 +1,112 @@
+"""The outcomes page in Markdown."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from isoflop.dashboards.outcomes.claims import Claim
+from isoflop.dashboards.outcomes.record import Record
+from isoflop.frontier.composition import Composed, Configuration
+from isoflop.frontier.paired import Paired
+
+
+def page(claims: Sequence[Claim], record: Record) -> str:
+    """Claims with their numbers, method by method, and what combining methods gains."""
+    lines = [
+        "# Outcomes at small scale",
+        "",
+        "Written by `make outcomes`; do not edit. Errors are means over matched runs; the difference is that of the same",
+        "examples, with a 95 % interval over repeats and examples. Tiny models trained on the spot, on a laptop's CPU: an",
+        "ordering that shows here says that the method does what its paper says, not that it would win at scale, and one",
+        "that does not show says as much about the scale as about the method.",
+    ]
+    for method in dict.fromkeys(claim.method for claim in claims):
+        own = [claim for claim in claims if claim.method == method]
+        lines += ["", f"## {method} ({own[0].paper})", ""]
+        lines += [
+            "| claim | outcome | error a | error b | difference [95 %] | pairs | sweep |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        lines += [_row(claim, record.numbers.get(claim.test)) for claim in own]
+        for claim in own:
+            numbers = record.numbers.get(claim.test)
+            if claim.why and numbers is not None and claim.shows(numbers) != "shows":
+                lines.append(f"\n{claim.claim}: {claim.why}")
+    return "\n".join(lines) + "\n\n" + composition_page(record.composition, record.joint)
+
+
+def _row(claim: Claim, numbers: Paired | None) -> str:
+    """A claim's line of the table."""
+    if numbers is None:
+        return f"| {claim.claim} | not judged | | | | | {claim.sweep} |"
+    difference = f"{numbers.difference:+.4f} [{numbers.low:+.4f}, {numbers.high:+.4f}]"
+    return (
+        f"| {claim.claim} | **{claim.shows(numbers)}** | {numbers.a:.4f} | {numbers.b:.4f} | "
+        f"{difference} | {numbers.pairs} in {numbers.repeats} repeats | {claim.sweep} |"
+    )
+
+
+def composition_page(composed: Sequence[Composed], joint: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The composed sweep in Markdown: joint frontiers, and what each combination gains over its parts."""
+    lines = [
+        "## Combining methods",
+        "",
+        "Visual tokens (mqt), KV cache (zipcache) and weights (bitstack), alone and together, in the sweep `composed`. Means over",
+        "repeats. The gain at an accepted error is the cost of the cheapest configuration of the combination's parts (each",
+        "alone, every smaller combination, the uncompressed model) over that of the combination: above 1, combining is cheaper.",
+    ]
+    for part in composed:
+        for model, task in dict.fromkeys((c.model, c.task) for c in part.configurations):
+            lines += _joint_frontier(part, model, task)
+        lines += [f"\nLeft out, because a repeat is missing: {name}." for name in part.left_out]
+    for model, task in dict.fromkeys((entry["model"], entry["task"]) for entry in joint):
+        count = Counter(entry["method"] for entry in joint if (entry["model"], entry["task"]) == (model, task))
+        lines += [
+            f"\n### {model}, {task}: error, bytes and FLOPs at once",
+            "",
+            f"{count.total()} configurations are beaten by no other in all three: "
+            + ", ".join(f"{number} of {method}" for method, number in count.most_common())
+            + ".",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _joint_frontier(part: Composed, model: str, task: str) -> list[str]:
+    """Frontier and gains of one model and task in one cost."""
+    gains = [g for g in part.gains if (g.model, g.task) == (model, task)]
+    lines = [
+        f"\n### {model}, {task}: error against {part.cost}",
+        "",
+        f"| frontier | knobs | {part.cost} | error |",
+        "|---|---|---|---|",
+    ]
+    for c in part.frontier:
+        if (c.model, c.task) == (model, task):
+            lines.append(f"| {c.method} | {_swept(c, part)} | {c.cost:,.0f} | {c.error:.4f} |")
+    lines += [
+        "",
+        f"| combination | accepted error | its {part.cost} | its parts' | gain [95 %] |",
+        "|---|---|---|---|---|",
+    ]
+    for g in gains:
+        if math.isfinite(g.factor):
+            interval = f" [{g.low:.3f}, {g.high:.3f}]" if math.isfinite(g.low) else " (no interval)"
+            lines.append(
+                f"| {g.method} | {g.accepted:.3f} | {g.cost:,.0f} | {g.alone:,.0f} | {g.factor:.3f}{interval} |"
+            )
+    for method in dict.fromkeys(g.method for g in gains):
+        missed = [f"{g.accepted:.3f}" for g in gains if g.method == method and not math.isfinite(g.factor)]
+        if missed:
+            lines.append(f"\n{method}: no configuration within an error of {', '.join(missed)}.")
+    return lines
+
+
+def _swept(configuration: Configuration, composed: Composed) -> str:
+    """The knobs that differ between the configurations of the same methods."""
+    mine = json.loads(configuration.knobs)
+    others = [json.loads(c.knobs) for c in composed.configurations if c.method == configuration.method]
+    return ", ".join(f"{name} {value}" for name, value in mine.items() if len({str(o.get(name)) for o in others}) > 1)
