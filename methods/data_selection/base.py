@@ -13,9 +13,9 @@ import dataclasses
 import json
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -25,7 +25,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Method, build
-from isoflop.methods.data_selection.scorers import DocumentScorer
+from isoflop.methods.data_selection.scorers import DocumentScorer, OracleScorer
 from isoflop.methods.data_selection.select import UNITS, Budget, select
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.lm import LmInfo, LmModel
@@ -61,8 +61,11 @@ class DataSelectionMethod(Method):
     unit: Annotated[str, Knob(choices=UNITS, doc="what the share counts")] = "tokens"
 
     @abstractmethod
-    def scorer(self, seed: int) -> DocumentScorer:
-        """The scorer for these knobs, not yet fitted; ``keep`` and ``unit`` make no difference to it."""
+    def scorer(self, seed: int) -> DocumentScorer | OracleScorer:
+        """The scorer for these knobs, not yet fitted; ``keep`` and ``unit`` make no difference to it.
+
+        It sees no domains, unless it is the oracle's.
+        """
 
     @classmethod
     def identity(cls, info: ModelInfo) -> DataSelectionMethod:
@@ -122,9 +125,10 @@ class DataSelectionMethod(Method):
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
         """``ratio`` = tokens of the pool over kept ones, and what the selection cost and chose.
 
-        ``selection_seconds`` are CPU seconds of fitting and scoring; ``method_bytes`` what the scorer held, which a
-        served model does not need; ``target_share`` is the share of kept tokens from the target's domain;
-        ``length_correlation`` that of the scores with the documents' tokens.
+        ``selection_seconds`` are CPU seconds of fitting and scoring the pool, once for all budgets, and
+        ``selection_<operation>`` the operations that the scorer counted meanwhile (compressions, n-grams);
+        ``method_bytes`` is what the scorer held, which a served model does not need; ``target_share`` the share of kept
+        tokens from the target's domain; ``length_correlation`` that of the scores with the documents' tokens.
         """
         assert isinstance(model, LmModel)
         found = model.selection
@@ -139,6 +143,7 @@ class DataSelectionMethod(Method):
             "target_share": found.domains.get(target, 0) / found.kept_tokens,
             "length_correlation": found.length_correlation,
             "selection_seconds": found.seconds,
+            **{f"selection_{operation}": number for operation, number in found.work.items()},
             "method_bytes": found.method_bytes,
         }
 
@@ -158,19 +163,27 @@ class Scored:
         scores_N: of each document, higher is better.
         seconds: CPU seconds of fitting and scoring.
         method_bytes: bytes of what the fitted scorer holds.
+        work: operations of fitting and scoring by name.
     """
 
     scores_N: np.ndarray
     seconds: float
     method_bytes: float
+    work: Mapping[str, float] = field(default_factory=dict)
 
 
-def scored(scorer: DocumentScorer, pool: Sequence[Document], target: Sequence[Document]) -> Scored:
-    """Fit and score, timed."""
+def scored(scorer: DocumentScorer | OracleScorer, pool: Sequence[Document], target: Sequence[Document]) -> Scored:
+    """Fit and score, timed. Here documents lose their domains, which the oracle alone, and nothing derived of it, is told."""
+    if type(scorer) is OracleScorer:
+        domains_N, sought = [document.domain for document in pool], {document.domain for document in target}
+        started = time.process_time()
+        return Scored(scorer.score(domains_N, sought), time.process_time() - started, 0.0)
+    assert isinstance(scorer, DocumentScorer), f"{type(scorer).__name__} scores no documents"
+    texts, wanted = ([document.unlabelled() for document in part] for part in (pool, target))
     started = time.process_time()
-    scorer.fit(pool, target)
-    scores_N = scorer.score(pool)
-    return Scored(scores_N, time.process_time() - started, scorer.nbytes)
+    scorer.fit(texts, wanted)
+    scores_N = scorer.score(texts)
+    return Scored(scores_N, time.process_time() - started, scorer.nbytes, scorer.work)
 
 
 def selection_of(pool: Sequence[Document], found: Scored, keep: float, unit: str) -> Selection:
@@ -194,6 +207,7 @@ def selection_of(pool: Sequence[Document], found: Scored, keep: float, unit: str
         _correlation(found.scores_N, tokens_N),
         found.seconds,
         found.method_bytes,
+        found.work,
     )
 
 
@@ -207,6 +221,7 @@ class ScoreStage(Stage):
         seed: of the job, or None where nothing is drawn.
     """
 
+    version: ClassVar[str] = "2"
     kind: ClassVar[str] = "document-scores"
 
     method: tuple[str, str, tuple[tuple[str, Any], ...]]
@@ -229,7 +244,7 @@ class ScoreStage(Stage):
         assert isinstance(method, DataSelectionMethod)
         found = scored(method.scorer(self.seed or 0), self.pool.pool(ctx), self.pool.wanted(ctx))
         np.save(folder / "scores.npy", found.scores_N)
-        costs = {"seconds": found.seconds, "method_bytes": found.method_bytes}
+        costs = {"seconds": found.seconds, "method_bytes": found.method_bytes, "work": dict(found.work)}
         (folder / "costs.json").write_text(json.dumps(costs) + "\n")
 
     def load(self, ctx: StageContext, folder: Path) -> Scored:
@@ -241,6 +256,7 @@ class ScoreStage(Stage):
 class SelectionStage(SelectionSource):
     """What a share keeps of a scored pool."""
 
+    version: ClassVar[str] = "2"
     kind: ClassVar[str] = "selection"
 
     scores: ScoreStage

@@ -22,7 +22,7 @@ COMPRESSORS: dict[str, tuple[Compress, range]] = {
 
 
 class CompressedLength:
-    """C(x): compressed bytes of a text in UTF-8.
+    """C(x): compressed bytes of a text in UTF-8. Counts its work: ``calls`` and the ``read`` bytes of what was compressed.
 
     Args:
         name: one of ``COMPRESSORS``.
@@ -39,10 +39,14 @@ class CompressedLength:
             raise ValueError(f"{name} has no level {level} that compresses")
         self._level = level
         self._cache: dict[str, int] | None = {} if cache else None
+        self.calls = self.read = 0
 
     def __call__(self, text: str) -> int:
         """Computed anew."""
-        return len(self._compress(text.encode(), self._level))
+        data = text.encode()
+        self.calls += 1
+        self.read += len(data)
+        return len(self._compress(data, self._level))
 
     def kept(self, text: str) -> int:
         """Of a text that is asked for again and again."""

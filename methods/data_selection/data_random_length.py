@@ -9,7 +9,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS, build
 from isoflop.methods.data_selection.base import DataSelectionMethod
-from isoflop.methods.data_selection.scorers import LengthMatchedScorer
+from isoflop.methods.data_selection.scorers import DocumentScorer, LengthMatchedScorer
 from isoflop.models.base import ModelInfo
 
 
@@ -43,4 +43,6 @@ class DataRandomLength(DataSelectionMethod):
 
     def scorer(self, seed: int) -> LengthMatchedScorer:
         """The matched method's scores, shuffled among equals."""
-        return LengthMatchedScorer(self.reference().scorer(seed), self.bins, seed)
+        reference = self.reference().scorer(seed)
+        assert isinstance(reference, DocumentScorer)
+        return LengthMatchedScorer(reference, self.bins, seed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, ClassVar
@@ -20,7 +20,7 @@ from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
 from isoflop.methods.data_selection.base import DataSelectionMethod
 from isoflop.methods.data_selection.scorers import DocumentScorer
-from isoflop.models.text_pool import Document
+from isoflop.models.text_pool import Text
 
 SMOOTHING = 1e-8
 WORD = re.compile(r"\w+|[^\w\s]+")
@@ -67,13 +67,14 @@ class DsirScorer(DocumentScorer):
         self.buckets = buckets
         self.seed = seed
         self._log_ratio_H = np.zeros(buckets)
+        self._counted = 0
 
-    def fit(self, pool: Sequence[Document], target: Sequence[Document]) -> None:
+    def fit(self, pool: Sequence[Text], target: Sequence[Text]) -> None:
         """The two bags."""
         wanted_H, present_H = (self._shares(documents) for documents in (target, pool))
         self._log_ratio_H = np.log(wanted_H + SMOOTHING) - np.log(present_H + SMOOTHING)
 
-    def score(self, documents: Sequence[Document]) -> np.ndarray:
+    def score(self, documents: Sequence[Text]) -> np.ndarray:
         """log w, plus noise."""
         scores_N = np.array([self.counts(document.text) @ self._log_ratio_H for document in documents])
         if self.seed is None:
@@ -86,6 +87,7 @@ class DsirScorer(DocumentScorer):
         words = WORD.findall(text.lower())
         for length in range(1, self.ngrams + 1):
             grams = Counter(" ".join(words[start : start + length]) for start in range(len(words) - length + 1))
+            self._counted += grams.total()
             for gram, number in grams.items():
                 counts_H[_hash(gram) % self.buckets] += number
         return counts_H
@@ -95,7 +97,12 @@ class DsirScorer(DocumentScorer):
         """The table of log ratios."""
         return float(self._log_ratio_H.nbytes)
 
-    def _shares(self, documents: Iterable[Document]) -> np.ndarray:
+    @property
+    def work(self) -> Mapping[str, float]:
+        """Words and n-grams that were counted."""
+        return {"ngrams": float(self._counted)}
+
+    def _shares(self, documents: Iterable[Text]) -> np.ndarray:
         total_H = sum((self.counts(document.text) for document in documents), np.zeros(self.buckets))
         return total_H / max(1.0, total_H.sum())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -16,7 +16,7 @@ from isoflop.methods.data_selection.base import DataSelectionMethod
 from isoflop.methods.data_selection.compressors import COMPRESSORS, CompressedLength, ncd
 from isoflop.methods.data_selection.scorers import DocumentScorer
 from isoflop.models.base import ModelInfo
-from isoflop.models.text_pool import Document
+from isoflop.models.text_pool import Text
 
 AGGREGATES = ("mean", "max", "top-5", "concatenated")
 ORDERS = ("document-first", "target-first", "symmetric")
@@ -100,12 +100,12 @@ class ZipFitScorer(DocumentScorer):
         self.max_chars = max_chars
         self._targets: list[str] = []
 
-    def fit(self, pool: Sequence[Document], target: Sequence[Document]) -> None:
+    def fit(self, pool: Sequence[Text], target: Sequence[Text]) -> None:
         """Take the target examples; in an order of their own where they become one text."""
         texts = [document.text[: self.max_chars] for document in target[: self.n_target]]
         self._targets = ["".join(sorted(texts))] if self.aggregate == "concatenated" else texts
 
-    def score(self, documents: Sequence[Document]) -> np.ndarray:
+    def score(self, documents: Sequence[Text]) -> np.ndarray:
         """align(x) of each document; usually in [0, 1]."""
         return np.array([self._align(document.text[: self.max_chars]) for document in documents])
 
@@ -113,6 +113,11 @@ class ZipFitScorer(DocumentScorer):
     def nbytes(self) -> float:
         """The target examples in UTF-8, and the kept lengths."""
         return sum(len(text.encode()) for text in self._targets) + self.length.nbytes
+
+    @property
+    def work(self) -> Mapping[str, float]:
+        """Texts that were compressed, and their bytes."""
+        return {"compressions": float(self.length.calls), "compressed_bytes": float(self.length.read)}
 
     def _align(self, text: str) -> float:
         found = sorted((1 - self._distance(text, target) for target in self._targets), reverse=True)

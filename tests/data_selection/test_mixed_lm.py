@@ -117,6 +117,28 @@ def test_a_job_scores_held_out_text_of_the_target_and_tells_what_was_kept(pool_c
     assert trained["kept_tokens"] == costs["kept_tokens"]
 
 
+@pytest.mark.parametrize(
+    ("name", "knobs", "work"),
+    [
+        ("zip-fit", {"n_target": 20}, "selection_compressions"),
+        ("data-random-length", {"matched": "dsir"}, "selection_ngrams"),
+    ],
+)
+def test_rows_tell_what_the_selection_cost(
+    name: str, knobs: dict[str, Any], work: str, pool_ctx: FolderContext
+) -> None:
+    method = build(name, {"keep": 0.25, **knobs})
+    model = loaded(pool_ctx, (method,))
+    prepared = method.prepare(model.info, None, 0)
+    assert prepared is not None
+    with method.apply(model, pool_ctx.get(prepared)):
+        costs = method.footprint(model, pool_ctx)
+    assert costs["selection_seconds"] > 0
+    assert costs["method_bytes"] > 0
+    expected = 120 + 20 + 120 * 20  # every text of the pool and of the target, and every pair
+    assert costs[work] == expected if name == "zip-fit" else costs[work] > 120
+
+
 def test_a_weight_method_is_applied_to_the_model_that_the_selection_trained(pool_ctx: FolderContext) -> None:
     names = {"data-oracle": {"keep": 0.25}, "gptq": {"bits": 4, "n_calib": 2}}
     specs = tuple(MethodSpec.of(name, build(name, knobs).knobs()) for name, knobs in names.items())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -18,7 +20,7 @@ from isoflop.methods.data_selection.probe import documents_of
 from isoflop.methods.data_selection.scorers import LengthMatchedScorer, OracleScorer, RandomScorer
 from isoflop.methods.data_selection.select import Budget, select
 from isoflop.models.lm_text import Tokens
-from isoflop.models.text_pool import pool_lessons
+from isoflop.models.text_pool import Text, pool_lessons
 
 NAMES = [name for name in METHODS.names() if issubclass(METHODS.get(name), DataSelectionMethod)]
 DOCUMENTS = st.lists(st.tuples(st.integers(-5, 5), st.integers(1, 50)), min_size=1, max_size=30)
@@ -74,11 +76,29 @@ def test_methods_keep_nested_sets_that_a_seed_gives(name: str) -> None:
     assert sets[-1] == set(range(len(documents)))
 
 
+def test_seconds_are_those_of_the_processor_while_fitting_and_scoring() -> None:
+    class Slow(RandomScorer):
+        """Works 20 ms in each, and rests."""
+
+        def _toil(self) -> None:
+            until = time.process_time() + 0.02
+            while time.process_time() < until:
+                pass
+            time.sleep(0.2)
+
+        def fit(self, pool: Sequence[Text], target: Sequence[Text]) -> None:
+            self._toil()
+
+        def score(self, documents: Sequence[Text]) -> np.ndarray:
+            self._toil()
+            return super().score(documents)
+
+    assert 0.04 <= scored(Slow(0), pool(4), target()).seconds < 0.3
+
+
 def test_the_oracle_keeps_the_domain_first() -> None:
     documents = pool(10)
-    scorer = OracleScorer(0)
-    scorer.fit(documents, target())
-    order = np.argsort(-scorer.score(documents))
+    order = np.argsort(-scored(OracleScorer(0), documents, target()).scores_N)
     assert {documents[n].domain for n in order[:10]} == {"code"}
     assert [d.domain for d in documents[:10]] == ["code"] * 10
     assert order[:10].tolist() != list(range(10))
@@ -96,8 +116,7 @@ def test_length_matched_documents_have_the_lengths_of_the_reference() -> None:
             return wanted
 
     matched = LengthMatchedScorer(ByLength(0), 8, seed=1)
-    matched.fit(documents, [])
-    orders = [np.argsort(-scores, kind="stable") for scores in (wanted, matched.score(documents))]
+    orders = [np.argsort(-scores, kind="stable") for scores in (wanted, scored(matched, documents, []).scores_N)]
     for count in (10, 20, 40):
         kept = [Counter(bins[n] for n in order[:count]) for order in orders]
         assert kept[0] == kept[1]
@@ -108,7 +127,7 @@ def test_dsir_weights_equal_a_direct_count() -> None:
     """With so many buckets that nothing collides: sums of log ratios of n-gram frequencies."""
     documents, examples = pool(2, 150), target(2, 150)
     scorer = DsirScorer(ngrams=2, buckets=1_000_003)
-    scorer.fit(documents, examples)
+    result = scored(scorer, documents, examples)
 
     def grams(text: str) -> Counter[str]:
         words = WORD.findall(text.lower())
@@ -116,7 +135,10 @@ def test_dsir_weights_equal_a_direct_count() -> None:
 
     totals = [sum((grams(d.text) for d in part), Counter[str]()) for part in (examples, documents)]
     wanted, present = ({g: n / sum(t.values()) for g, n in t.items()} for t in totals)
-    for document, found in zip(documents, scorer.score(documents), strict=True):
+    assert result.work == {"ngrams": totals[0].total() + 2 * totals[1].total()}, (
+        "the pool is counted to fit and to score"
+    )
+    for document, found in zip(documents, result.scores_N, strict=True):
         expected = sum(
             n * (np.log(wanted.get(g, 0.0) + SMOOTHING) - np.log(present[g] + SMOOTHING))
             for g, n in grams(document.text).items()
@@ -125,7 +147,7 @@ def test_dsir_weights_equal_a_direct_count() -> None:
 
 
 def test_gumbel_noise_draws_in_proportion_to_the_weights() -> None:
-    documents = documents_of("code", 3, 40, 0)
+    documents = [document.unlabelled() for document in documents_of("code", 3, 40, 0)]
     weights = np.array([0.6, 0.3, 0.1])
     winners = []
     for seed in range(2000):

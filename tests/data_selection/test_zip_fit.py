@@ -15,6 +15,7 @@ from pool_cases import pool, target
 
 from isoflop.core.errors import Infeasible
 from isoflop.methods.base import build
+from isoflop.methods.data_selection.base import scored
 from isoflop.methods.data_selection.compressors import COMPRESSORS, CompressedLength, ncd
 from isoflop.methods.data_selection.probe import DataSelectionProbe
 from isoflop.methods.data_selection.zip_fit import ZipFitScorer
@@ -24,11 +25,49 @@ TEXT = (gzip.open.__doc__ or "")[:600]
 """English prose, which repeats itself little."""
 
 
+class Letters(CompressedLength):
+    """C(x) = different letters of x: a compressor whose lengths can be counted by hand."""
+
+    def __init__(self) -> None:
+        super().__init__("gzip", 6)
+
+    def __call__(self, text: str) -> int:
+        return len(set(text))
+
+
 def scores(documents: list[Document], examples: list[Document], scorer: ZipFitScorer | None = None) -> np.ndarray:
     """Of a scorer fitted to the examples."""
-    used = scorer or ZipFitScorer(CompressedLength("gzip", 6))
-    used.fit(documents, examples)
-    return used.score(documents)
+    return scored(scorer or ZipFitScorer(CompressedLength("gzip", 6)), documents, examples).scores_N
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "distance"),
+    [
+        ("ab", "ab", 0.0),  # (2 - 2) / 2
+        ("ab", "cd", 1.0),  # (4 - 2) / 2
+        ("abc", "cd", 2 / 3),  # (4 - 2) / 3
+        ("cd", "abc", 2 / 3),
+        ("a", "abcd", 3 / 4),  # (4 - 1) / 4: what is contained is not near
+    ],
+)
+def test_distances_by_hand(x: str, y: str, distance: float) -> None:
+    assert ncd(Letters(), x, y) == pytest.approx(distance, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "align"),
+    [
+        ("mean", (1 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 5 + 0 + 0) / 7),
+        ("top-5", (1 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) / 5),
+        ("max", 1.0),
+        ("concatenated", 1 / 7),  # C(x) = 1, C(y_1 … y_7) = C(x y_1 … y_7) = 7
+    ],
+)
+def test_alignments_by_hand(aggregate: str, align: float) -> None:
+    """Of "a" with examples of 1 to 5 letters, "a" among them, and with two examples without it."""
+    examples = [Document(text, "code", 1) for text in ("fg", "abcde", "abcd", "abc", "ab", "a", "g")]
+    scorer = ZipFitScorer(Letters(), aggregate=aggregate)
+    assert scores([Document("a", "code", 1)], examples, scorer) == pytest.approx([align], abs=1e-15)
 
 
 @pytest.mark.parametrize("level", range(1, 10))
@@ -97,6 +136,46 @@ def test_lengths_are_those_of_the_standard_library() -> None:
     }
     assert {name: CompressedLength(name, 9)(TEXT) for name in COMPRESSORS} == expected
     assert CompressedLength("gzip", 6)("") == 20
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_compressions_are_counted_as_they_are_done(cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the lengths of N documents and n examples kept: N + n + N n, else three per pair."""
+    done: list[int] = []
+    compress = gzip.compress
+
+    def counting(data: bytes, *given: int, **named: int) -> bytes:
+        done.append(len(data))
+        return compress(data, *given, **named)
+
+    monkeypatch.setattr(gzip, "compress", counting)
+    documents, examples = pool(), target()
+    result = scored(ZipFitScorer(CompressedLength("gzip", 6, cache=cache)), documents, examples)
+    pairs = len(documents) * len(examples)
+    assert len(done) == (pairs + len(documents) + len(examples) if cache else 3 * pairs)
+    assert result.work == {"compressions": len(done), "compressed_bytes": sum(done)}
+
+
+def test_short_repetitive_texts_look_alike() -> None:
+    """A trap that the definition has: 20 bytes of every length are the format's, not the text's."""
+    assert 1 - ncd(CompressedLength("gzip", 6), "abc " * 50, "xyz " * 50) == pytest.approx(0.81, abs=0.01)
+
+
+def test_a_long_document_pushes_the_example_out_of_reach() -> None:
+    """DEFLATE sees 32 kB back; ``max_chars`` keeps a document and an example inside."""
+    noise = "".join(random.Random(0).choices("0123456789abcdef", k=40_000))
+    example = Document(TEXT, "code", 1)
+    near, far = (Document(TEXT + noise[:size], "code", 1) for size in (20_000, 40_000))
+
+    def gain(document: Document) -> float:
+        """Bytes that the example saves beside the document."""
+        length = CompressedLength("gzip", 6)
+        return length(document.text) + length(example.text) - length(document.text + example.text)
+
+    assert gain(near) > 0.9 * CompressedLength("gzip", 6)(TEXT)
+    assert gain(far) < 0.3 * CompressedLength("gzip", 6)(TEXT)
+    cut = ZipFitScorer(CompressedLength("gzip", 6), max_chars=10_000)
+    assert np.ptp(scores([near, far], [example], cut)) == 0
 
 
 def test_the_distance_is_not_symmetric() -> None:

@@ -17,13 +17,28 @@ from isoflop.models.lm_text import Tokens, TokensStage
 from isoflop.models.text_domains import DomainsStage, domain_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Text:
+    """All that a scorer sees of a document: its text, and its length in the model's tokens."""
+
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
-    """A document of the pool or of the target: its text, domain, and length in the model's tokens."""
+    """A document of the pool or of the target: its text, domain, and length in the model's tokens.
+
+    It is no :class:`Text`, so that a type checker refuses to hand a labelled document to a scorer.
+    """
 
     text: str
     domain: str
     tokens: int
+
+    def unlabelled(self) -> Text:
+        """The document without its domain."""
+        return Text(self.text, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,7 @@ class Selection:
         length_correlation: of the scores with the documents' tokens (Pearson); 0 where either is constant.
         seconds: CPU seconds of fitting and scoring, of all documents.
         method_bytes: bytes of what the fitted scorer holds.
+        work: operations of fitting and scoring by name, counted while they ran.
     """
 
     kept_K: np.ndarray
@@ -86,6 +102,7 @@ class Selection:
     length_correlation: float = 0.0
     seconds: float = 0.0
     method_bytes: float = 0.0
+    work: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
