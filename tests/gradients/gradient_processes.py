@@ -30,9 +30,16 @@ def methods(workers: int, backend: str) -> dict[str, GradientMethod]:
 
 
 def wide(workers: int, backend: str) -> dict[str, GradientMethod]:
-    """A network of 1.4 million parameters, for bytes on sockets."""
+    """Every pattern of sending, in a network of 1.4 million parameters: sums, gatherings of equal and unequal lengths."""
     common = {"workers": workers, "backend": backend, "lr": 1e-3}
-    return {"dense": DenseGradients(**common), "dgc": Dgc(density=0.3, warmup=0.0, **common)}
+    return {
+        "dense": DenseGradients(**common),
+        "dgc": Dgc(density=0.3, warmup=0.0, **common),
+        "dgc-sampled": Dgc(density=0.3, warmup=0.0, sampler="sampled", indices="delta-varint", **common),
+        "topk": TopKFeedback(density=0.3, warmup=0.0, indices="bitmap", **common),
+        "random": RandomEntries(density=0.3, warmup=0.0, **common),
+        "powersgd": PowerSgd(rank=120, **common),
+    }
 
 
 def train_all(folder: Path, rank: int, count: int) -> None:

@@ -15,9 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
-import struct
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,12 +27,12 @@ from torch import Tensor, nn
 
 from isoflop.models.collectives import ByteMeter, Exchanging, Worker, dense_wire_bytes, run_over_gloo, run_together
 from isoflop.models.descent import Schedule, follow
+from isoflop.models.sockets import loopback, socket_bytes_sent
 
 REPORT = "exchange.json"
 CHECK_EVERY = 10
 """Steps between comparisons of the replicas."""
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-_TCP_BYTES_ACKED = 120  # where struct tcp_info keeps the bytes that the other side has acknowledged
 BatchT = TypeVar("BatchT")
 
 
@@ -201,7 +198,7 @@ def connect(folder: Path, rank: int, workers: int) -> Any:
     """
     import torch.distributed as dist
 
-    os.environ["GLOO_SOCKET_IFNAME"] = _loopback()
+    os.environ["GLOO_SOCKET_IFNAME"] = loopback()
     store = dist.FileStore(str(folder / "store"), workers)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=workers, timeout=_COLLECTIVE_TIMEOUT)
     return store
@@ -290,24 +287,6 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def socket_bytes_sent() -> int | None:
-    """Bytes that this process's open TCP sockets have delivered so far, by the kernel's count; None where it has none."""
-    if sys.platform != "linux":
-        return None
-    total = 0
-    for link in Path("/proc/self/fd").iterdir():
-        try:
-            if not os.readlink(link).startswith("socket:"):
-                continue
-            with socket.socket(fileno=os.dup(int(link.name))) as copy:
-                if copy.type == socket.SOCK_STREAM and copy.family in (socket.AF_INET, socket.AF_INET6):
-                    info = copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_BYTES_ACKED + 8)
-                    total += struct.unpack_from("Q", info, _TCP_BYTES_ACKED)[0]
-        except (OSError, struct.error):
-            continue
-    return total
-
-
 def exchange_bucket(hook: _Hook, bucket: Any) -> torch.futures.Future[Tensor]:
     """The communication hook; its second argument's name is part of DDP's interface."""
     return hook.take(bucket)
@@ -393,8 +372,3 @@ class _Replica:
 def _setting(loss: nn.Module, method: ExchangingMethod, recipe: Schedule, seed: int, rank: int) -> Setting:
     shapes = {name: parameter.shape for name, parameter in loss.named_parameters()}
     return Setting(method.workers, rank, seed, recipe.steps, recipe.clip, shapes)
-
-
-def _loopback() -> str:
-    """The name of the loopback interface, which Linux calls ``lo`` and BSD systems ``lo0``."""
-    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
