@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -107,6 +106,5 @@ class DsirScorer(DocumentScorer):
         return total_H / max(1.0, total_H.sum())
 
 
-@lru_cache(maxsize=200_000)
 def _hash(gram: str) -> int:
     return int.from_bytes(hashlib.sha256(gram.encode()).digest())
