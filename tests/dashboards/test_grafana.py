@@ -18,7 +18,7 @@ def test_every_metric_that_is_asked_for_is_exported_and_the_other_way_round() ->
 
 
 def test_the_readme_names_metrics_as_they_are_exported() -> None:
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "sweeps" / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"ray_isoflop_\w+", text))
     assert named
     assert named <= EXPORTED

@@ -249,7 +249,7 @@ def test_the_filters_of_the_readme_find_runs(uri: str) -> None:
 
     from isoflop.track.projection import Projection
 
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "dashboards" / "README.md").read_text(encoding="utf-8")
     section = text.partition("## In MLflow")[2].partition("\n## ")[0]
     filters = section.partition("```text\n")[2].partition("```")[0].splitlines()
     assert len(filters) >= 5

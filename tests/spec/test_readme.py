@@ -1,9 +1,11 @@
-"""The README's sweep works as it stands there."""
+"""The README's sweep works as it stands there, and what the guides point to exists."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+
+import pytest
 
 from isoflop.sweep.resolve import resolve
 
@@ -20,9 +22,20 @@ def test_the_sweep_of_the_readme_resolves(tmp_path: Path) -> None:
         assert resolve(path).space.branches
 
 
-def test_paths_that_the_readme_names_exist() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
-    assert links
-    missing = [link for link in links if not (ROOT / link).exists()]
-    assert not missing, missing
+@pytest.mark.parametrize("folder", ["", "sweeps", "dashboards", "methods"])
+def test_what_the_guides_link_to_exists(folder: str) -> None:
+    """Files and folders, and the headings of pages."""
+    page = ROOT / folder / "README.md"
+    links = re.findall(r"\]\(([^)]*)\)", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S))
+    for link in (link for link in links if not link.startswith("http")):
+        path, _, heading = link.partition("#")
+        target = (page.parent / path) if path else page
+        assert target.exists(), link
+        if heading:
+            assert heading in _headings(target), link
+
+
+def _headings(page: Path) -> set[str]:
+    """The anchors of a page's headings."""
+    lines = (line.lstrip("# ") for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
+    return {re.sub(r"[^a-z0-9 -]", "", line.lower()).replace(" ", "-") for line in lines}
