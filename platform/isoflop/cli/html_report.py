@@ -8,7 +8,8 @@ import click
 
 from isoflop.cli.common import emit, json_option, store_option
 from isoflop.core.errors import UserError
-from isoflop.sweep.api import open_sweep, own_tracking_uri
+from isoflop.sweep.api import SweepResults, open_sweep, own_tracking_uri
+from isoflop.sweep.note import Conclusion
 from isoflop.track import Artifact
 
 ARTIFACT = "report.html"
@@ -65,6 +66,18 @@ def report_command(name: str, store: str | None, out: Path | None, tracking_uri:
         as_json,
         human,
     )
+
+
+def conclude(opened: SweepResults) -> Conclusion:
+    """The report of a session that has just ended, written beside the sweep's results and ready for its run in MLflow."""
+    from isoflop.dashboards.report import report_data
+    from isoflop.dashboards.report.render import render
+
+    data = report_data(opened, opened.findings_of_run)
+    page = render(data)
+    path = opened.store.path("sweeps", opened.name, ARTIFACT)
+    opened.store.write(path, page.encode())
+    return Conclusion(tuple(data["headline"]), (Artifact(ARTIFACT, page),), path)
 
 
 def _log(uri: str | None, name: str, page: str) -> tuple[str | None, str]:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from isoflop.cli.common import grid, show
 from isoflop.sweep.api import SweepResults
+from isoflop.sweep.note import frontier_rows, frontier_title
 from isoflop.sweep.results import Findings, usable
 
 if TYPE_CHECKING:
@@ -38,43 +39,12 @@ def print_report(out: Console, opened: SweepResults, findings: Findings) -> None
 
 
 def print_frontier(out: Console, frontier: Frontier) -> None:
-    """One line per budget: the optimum that the law supports, with intervals, and the best of the models at hand."""
-    group = ", ".join(f"{k} {v}" for k, v in frontier.key.items())
-    names = list(frontier.points[0].continuous) if frontier.points else []
-    heads = ("budget", *(f"{n}*" for n in names), "law's error", "best at hand", "predicted", "agree")
-    rows, notes = [], []
-    for point in frontier.points:
-        best = point.discrete[0] if point.discrete else None
-        far = any(d > 0 for d in point.extrapolation.values())
-        hand = ", ".join(f"{k}={show(v)}" for k, v in best.x.items()) if best else "-"
-        sure = f"{best.probability:.0%}" if best and best.probability is not None else "-"
-        rows.append(
-            (
-                f"{point.budget:.3g}{' °' if far else ''}",
-                *(_short(point.continuous[n].value, point.continuous[n].interval) for n in names),
-                _short(point.error.value, point.error.interval),
-                hand,
-                show(best.error.value if best else None),
-                sure,
-            )
-        )
-        notes += ["° beyond the sizes in the data: an extrapolation"] if far else []
-    title = f"frontier{' of ' + group if group else ''}: {frontier.law}, cost {frontier.cost}" + "".join(
-        f", {k}={v:g}" for k, v in frontier.constants.items()
-    )
-    out.print(
-        grid(heads, rows, right=("budget", *(f"{n}*" for n in names), "law's error", "predicted", "agree"), title=title)
-    )
-    for note in dict.fromkeys(notes):
+    """One line per budget."""
+    heads, rows, notes = frontier_rows(frontier)
+    right = [h for h in heads if h != "best at hand"]
+    out.print(grid(heads, rows, right=right, title=frontier_title(frontier)))
+    for note in notes:
         out.print(Text(note, style="dim"))
-
-
-def _short(value: float, interval: tuple[float, float] | None) -> str:
-    """A value, with its interval when that is wider than the digits shown."""
-    text = f"{value:.3g}"
-    if interval is None or None in interval or f"{interval[0]:.3g}" == f"{interval[1]:.3g}":
-        return text
-    return f"{text} ({interval[0]:.2g}…{interval[1]:.2g})"
 
 
 def print_errors(out: Console, table: pa.Table, task: str) -> None:

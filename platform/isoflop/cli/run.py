@@ -13,6 +13,7 @@ import click
 from rich.text import Text
 
 from isoflop.cli.common import console, duration, emit, grid, json_option, store_option
+from isoflop.cli.html_report import conclude
 from isoflop.cli.live import LiveProgress, PlainProgress
 from isoflop.cli.report import print_report
 from isoflop.ledger import Store
@@ -49,6 +50,9 @@ def _run_options(command: Any) -> Any:
                 help="Stage cache (default: $ISOFLOP_CACHE or ~/.cache/isoflop).",
             ),
             click.option("--retry-failed", is_flag=True, help="Run the failed jobs again, and only what is missing."),
+            click.option(
+                "--report/--no-report", default=True, show_default=True, help="Write the report at the end (HTML)."
+            ),
             json_option,
         ]
     ):
@@ -67,18 +71,18 @@ def find_spec(given: Path) -> Path:
 @click.command("run")
 @click.argument("spec", type=click.Path(path_type=Path), metavar="SWEEP.yaml")
 @_run_options
-def run_command(spec: Path, as_json: bool, **options: Any) -> int:
+def run_command(spec: Path, as_json: bool, report: bool, **options: Any) -> int:
     """Run a sweep, or what is missing of it. The name of a sweep that ships with isoflop will do: quickstart.
 
     Exit code: 0 when every job has a result, 1 when some failed, 130 when it was interrupted.
     """
-    return _run(resolve(find_spec(spec)), as_json, RunOptions(**options))
+    return _run(resolve(find_spec(spec)), as_json, report, RunOptions(**options))
 
 
 @click.command("resume")
 @click.argument("name")
 @_run_options
-def resume_command(name: str, as_json: bool, store: str | None, **options: Any) -> int:
+def resume_command(name: str, as_json: bool, report: bool, store: str | None, **options: Any) -> int:
     """Go on with a sweep of the store by its name: runs what is missing, brings MLflow up to date."""
     opened = Store.open(store)
     if name not in opened.sweeps():
@@ -87,15 +91,15 @@ def resume_command(name: str, as_json: bool, store: str | None, **options: Any) 
         raise unknown(f"sweep (store {opened.uri})", name, opened.sweeps())
     from isoflop.sweep.api import resolve_stored
 
-    return _run(resolve_stored(opened, name), as_json, RunOptions(store=opened.uri, **options))
+    return _run(resolve_stored(opened, name), as_json, report, RunOptions(store=opened.uri, **options))
 
 
-def _run(sweep: Sweep, as_json: bool, options: RunOptions) -> int:
+def _run(sweep: Sweep, as_json: bool, report: bool, options: RunOptions) -> int:
     err = console(stderr=True)
     live = err.is_terminal and not as_json
     with LiveProgress(err, sweep.spec.name) if live else PlainProgress() as progress:
         shown: Progress = progress
-        opened = run_resolved(sweep, options, shown)
+        opened = run_resolved(sweep, options, shown, conclude if report else None)
     summary = opened.summary
     assert summary is not None
     findings = opened.findings_of_run
@@ -103,6 +107,7 @@ def _run(sweep: Sweep, as_json: bool, options: RunOptions) -> int:
         "name": opened.name,
         "store": opened.store.uri,
         "summary": vars(summary) | {"ran": summary.ran},
+        "report": opened.conclusion.path or None,
         **findings.to_dict(),
     }
     emit(data, as_json, lambda: _print_end(opened, options))
@@ -136,22 +141,19 @@ def _print_end(opened: SweepResults, options: RunOptions) -> None:
         if options.store is None and "ISOFLOP_STORE" not in os.environ and opened.spec.store is None
         else f" --store {opened.store.uri}"
     )
-    if summary.interrupted or summary.left:
-        out.print(Text(f"go on:      {program} resume {opened.name}{where}"))
+    hints = [("go on", f"{program} resume {opened.name}{where}")] if summary.interrupted or summary.left else []
     if summary.failed:
-        out.print(Text(f"try again:  {program} resume {opened.name} --retry-failed{where}"))
-    out.print(Text(f"look:       {program} show {opened.name}{where}"))
-    out.print(Text(f"report:     {program} report {opened.name}{where}"))
+        hints.append(("try again", f"{program} resume {opened.name} --retry-failed{where}"))
+    hints.append(("look", f"{program} show {opened.name}{where}"))
+    hints.append(("report", opened.conclusion.path or f"{program} report {opened.name}{where}"))
     if options.tracking_uri != "none":
-        out.print(Text(f"browse:     {program} ui{where}"))
+        hints.append(("browse", f"{program} ui{where}"))
     if opened.spec.laws:
         argument = f", store={opened.store.uri!r}" if where else ""
-        out.print(
-            Text(
-                f"ask:        {python} -c \"import isoflop; print(isoflop.open('{opened.name}'{argument}).frontier())\"",
-                overflow="fold",
-            )
-        )
+        asked = f"import isoflop; print(isoflop.open('{opened.name}'{argument}).frontier())"
+        hints.append(("ask", f'{python} -c "{asked}"'))
+    for what, how in hints:
+        click.echo(f"{what + ':':11} {how}")  # never broken over lines: these are to be copied
 
 
 def _programs() -> tuple[str, str]:

@@ -123,6 +123,8 @@ class Executor(ABC):
         self._on_shard = on_shard
 
     _on_shard: OnShard | None = None
+    dashboard: str = ""
+    """Address of a page that shows the workers, once started; empty where there is none."""
 
     @abstractmethod
     def close(self, now: bool = False) -> None:

@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 INFRASTRUCTURE = (RayActorError, OutOfMemoryError, WorkerCrashedError, ObjectLostError, RaySystemError)
 _KNOCK_SECONDS = 10.0
 _START_SECONDS = 120.0
+_START_ATTEMPTS = 3
+_REGISTER_SECONDS = 600  # Ray's own 60 are too few for a busy machine: what starts slowly is killed, to start again
 _NODE_CHECK_SECONDS = 5.0
 _PROGRESS_SECONDS = 0.3
 
@@ -147,7 +149,8 @@ class RayExecutor(Executor):
                 _knock(self._address)
                 if self._node_ip:
                     common["_node_ip_address"] = self._node_ip
-                ray.init(address=self._address, **common)
+                context = ray.init(address=self._address, **common)
+                self.dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else ""
         except (ConnectionError, RuntimeError, ValueError, RayError) as error:
             hint = ""
             if "auth" in str(error).lower():
@@ -401,17 +404,42 @@ def start_private_ray(**options: Any) -> None:
 
     A bare ``ray.init()`` would join any cluster it finds, and listen on every interface: Ray replaces 127.0.0.1 by the
     host's own address unless it takes the host for one that cannot be part of a cluster.
+
+    Raises:
+        RuntimeError: Ray did not come up, with several tries.
     """
     before = os.environ.get(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR), ray_constants.ENABLE_RAY_CLUSTER
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for the processes that it starts
     ray_constants.ENABLE_RAY_CLUSTER = False
+    common = {
+        "address": "local",
+        "_node_ip_address": "127.0.0.1",
+        "include_dashboard": False,
+        "_system_config": {"worker_register_timeout_seconds": _REGISTER_SECONDS},
+    }
     try:
-        ray.init(address="local", _node_ip_address="127.0.0.1", include_dashboard=False, **options)
+        for attempt in range(1, _START_ATTEMPTS + 1):
+            if _init_in_time(**common, **options):
+                return
+            log.warning("Ray did not come up within its own 30 s, attempt %d of %d", attempt, _START_ATTEMPTS)
+        raise RuntimeError(f"it did not come up within 30 s, {_START_ATTEMPTS} times; is this machine overloaded?")
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before[1]
         del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
         if before[0] is not None:
             os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = before[0]
+
+
+def _init_in_time(**options: Any) -> bool:
+    """``ray.init``; False where its node was not up within the 30 s that Ray allows, whatever else the machine does."""
+    try:
+        ray.init(**options)
+    except Exception as error:  # of no narrower type
+        if "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
+        return False
+    return True
 
 
 def _live_nodes() -> set[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -23,8 +22,10 @@ from isoflop.search import Proposer, make_proposer
 from isoflop.search.law.proposer import LawProposer
 from isoflop.sweep import results as results_module
 from isoflop.sweep.driver import Driver, Summary
+from isoflop.sweep.ending import Conclude, await_tracker, conclusion_of, end_tracking
 from isoflop.sweep.law_search import make_law_proposer, read_knowledge, save_knowledge
 from isoflop.sweep.metrics import MetricsProgress
+from isoflop.sweep.note import Conclusion, closing, opening
 from isoflop.sweep.progress import LogFile, Progress, Quiet
 from isoflop.sweep.resolve import Sweep, resolve
 from isoflop.sweep.spec import SweepSpec, load_spec
@@ -33,8 +34,6 @@ from isoflop.track import MlflowTracker, NullTracker, Tracker
 
 EXECUTORS = ("ray", "local")
 _MENU = ("sizes", "tokens", "limits", "held", "constants")  # options of a frontier rather than of a fit
-_WAIT_SECONDS, _TELL_SECONDS = 1.0, 10.0  # between looks at MLflow's backlog, and between lines about it
-_LAST_SECONDS = 10.0  # for MLflow, when a session ends in an error
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,15 @@ def run(given: str | Path | Mapping[str, Any], progress: Progress | None = None,
     return run_resolved(sweep, chosen, progress or Quiet())
 
 
-def run_resolved(sweep: Sweep, options: RunOptions, progress: Progress) -> SweepResults:
-    """Run a resolved sweep; see :func:`run`."""
+def run_resolved(
+    sweep: Sweep, options: RunOptions, progress: Progress, conclude: Conclude | None = None
+) -> SweepResults:
+    """Run a resolved sweep; see :func:`run`.
+
+    Args:
+        conclude: asked at the end, unless the session was interrupted, for what people should read of it. When it fails
+            that is said in one line, and the results are what they are without it.
+    """
     spec = sweep.spec
     store = Store.open(options.store or spec.store)
     tracker = make_tracker(store, spec.name, options.tracking_uri)
@@ -98,8 +104,8 @@ def run_resolved(sweep: Sweep, options: RunOptions, progress: Progress) -> Sweep
         stack.callback(log.close)
         stack.callback(state.close)
         log.line(f"sweep {spec.name}: store {store.uri}")
-        tracker.start(spec_text(sweep), {"spec": spec.digest, "store": store.uri})
-        stack.push(partial(_end_tracking, tracker))
+        tracker.start(spec_text(sweep), {"spec": spec.digest, "store": store.uri}, opening(spec))
+        stack.push(partial(end_tracking, tracker))
         stack.callback(executor.close, now=True)
         proposer = make_proposer_for(sweep, apart=options.executor != "local")
         stack.callback(proposer.close)
@@ -113,18 +119,14 @@ def run_resolved(sweep: Sweep, options: RunOptions, progress: Progress) -> Sweep
         opened = SweepResults(store, spec.name, spec, summary)
         findings = opened.findings_of_run = opened.findings()
         findings.save(store, spec.name)
+        if conclude is not None and not summary.interrupted:
+            opened.conclusion = conclusion_of(conclude, opened, log)
         status = "KILLED" if summary.interrupted else "FINISHED"
-        tracker.finish(findings.artifacts(), findings.metrics(), findings.markdown(), status)
-        _await_tracker(tracker, options.track_wait, log)
+        files = [*findings.artifacts(), *opened.conclusion.artifacts]
+        note = closing(spec, findings, opened.conclusion, executor.dashboard)
+        tracker.finish(files, findings.metrics(), note, status)
+        await_tracker(tracker, options.track_wait, log)
         return opened
-
-
-def _end_tracking(tracker: Tracker, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> bool:
-    """Leave no parent run RUNNING when the session ends in an error; ``resume`` sets it running again."""
-    if error is not None:
-        tracker.finish([], {}, f"stopped by {type(error).__name__}: {error}", "FAILED")
-    tracker.close(_LAST_SECONDS if error is not None else 0.0)
-    return False
 
 
 def make_proposer_for(sweep: Sweep, apart: bool = False) -> Proposer:
@@ -181,34 +183,6 @@ def make_executor(sweep: Sweep, options: RunOptions, store: Store | None = None)
     )
 
 
-def _await_tracker(tracker: Tracker, patience: float, log: LogFile) -> None:
-    """Wait until MLflow shows everything, for as long as it gets nearer to that. Ctrl-C goes on without."""
-    left, since, told = tracker.backlog(), time.monotonic(), time.monotonic()
-    if left:
-        log.line(f"waiting for MLflow: {left} rows to go (Ctrl-C: do not wait)")
-    try:
-        while not tracker.wait(min(_WAIT_SECONDS, patience)):
-            now = time.monotonic()
-            if tracker.backlog() != left:
-                left, since = tracker.backlog(), now
-            if now - since >= patience:
-                break
-            if now - told >= _TELL_SECONDS:
-                told = now
-                reason = (
-                    f"; {tracker.problem}; at most {patience - (now - since):.0f} s more" if tracker.problem else ""
-                )
-                log.line(f"waiting for MLflow: {left} rows to go{reason} (Ctrl-C: do not wait)")
-    except KeyboardInterrupt:
-        log.line("not waiting for MLflow any longer")
-    left = tracker.close(0.0)
-    if left or tracker.problem:
-        rows = f"{left} rows" if left else "laws and plots"
-        log.line(
-            f"MLflow does not show everything yet ({rows}; {tracker.problem or 'too slow'}); `isoflop resume` will bring the rest"
-        )
-
-
 def spec_text(sweep: Sweep) -> str:
     """The YAML as written; a dict as JSON, which is YAML too."""
     return sweep.source.text or json.dumps(sweep.source.data, indent=1)
@@ -232,7 +206,8 @@ class SweepResults:
 
     Attributes:
         name: of the sweep.
-        summary, findings_of_run: how the session went and what it found, when this came from :func:`run`.
+        summary, findings_of_run, conclusion: how the session went, what it found and what was written of it, when this
+            came from :func:`run`.
     """
 
     def __init__(self, store: Store, name: str, spec: SweepSpec | None = None, summary: Summary | None = None) -> None:
@@ -240,6 +215,7 @@ class SweepResults:
         self.name = name
         self.summary = summary
         self.findings_of_run = results_module.Findings("")
+        self.conclusion = Conclusion()
         self._spec = spec
 
     def __repr__(self) -> str:

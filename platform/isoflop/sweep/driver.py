@@ -22,6 +22,7 @@ from isoflop.execute import Done, Executor, Lost, ShardReport, WorkerInfo, WorkI
 from isoflop.jobs import Job, Outcome, ResolvedJob
 from isoflop.ledger import Ledger
 from isoflop.search import Proposer
+from isoflop.sweep.note import opening
 from isoflop.sweep.places import Places, room
 from isoflop.sweep.progress import Progress, Snapshot
 from isoflop.sweep.queue import Pending, WorkQueue
@@ -259,6 +260,9 @@ class Driver:
         """Bring the executor up when there is the first thing to run: a finished sweep is opened again in a moment."""
         self._executor.start()
         self._started_workers = True
+        if self._executor.dashboard:
+            self._progress.line(f"Ray's dashboard: {self._executor.dashboard}")
+            self._tracker.describe(opening(self._spec, self._executor.dashboard))
 
     def _dispatch(self) -> None:
         if not self._started_workers and (len(self._queue) or self._proposer.pending):

@@ -138,19 +138,6 @@ class Findings:
                 out[f"{label}/r2"] = float(fit.r2)
         return {_metric_name(k): v for k, v in out.items() if np.isfinite(v)}
 
-    def markdown(self) -> str:
-        """The parent run's description."""
-        parts = []
-        for law in self.laws:
-            parts += (
-                [f"**{law.block.law}**: {law.problem}"] if law.problem else [f"```\n{fit}\n```" for fit in law.fits]
-            )
-        for found in self.frontiers:
-            parts += (
-                [f"**frontier**: {found.problem}"] if found.problem else [f"```\n{f}\n```" for f in found.frontiers]
-            )
-        return "\n\n".join(parts)
-
 
 def find(spec: SweepSpec, table: pa.Table) -> Findings:
     """Fit the laws and draw the frontiers of a spec on usable rows. What the rows do not support is said, not raised."""

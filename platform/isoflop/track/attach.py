@@ -11,7 +11,7 @@ from isoflop.track.tracker import Artifact
 
 
 def attach(uri: str, experiment: str, artifacts: Iterable[Artifact]) -> str | None:
-    """Log files to a sweep's parent run; its state and everything else stay as they are.
+    """Log files to a sweep's parent run; its state stays as it is, and its description gains links to pages among them.
 
     Args:
         uri: MLflow tracking URI.
@@ -30,23 +30,28 @@ def attach(uri: str, experiment: str, artifacts: Iterable[Artifact]) -> str | No
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
 
-    from isoflop.track.projection import PARENT_TAG
+    from isoflop.track.links import MOST, run_artifact
+    from isoflop.track.projection import NOTE_TAG, PARENT_TAG
 
     client = MlflowClient(tracking_uri=uri)
     found = client.get_experiment_by_name(experiment)
-    runs = (
-        []
-        if found is None
-        else client.search_runs([found.experiment_id], f"tags.`{PARENT_TAG}` = 'true'", max_results=1)
-    )
+    if found is None:
+        return None
+    runs = client.search_runs([found.experiment_id], f"tags.`{PARENT_TAG}` = 'true'", max_results=1)
     if not runs:
         return None
     run_id = str(runs[0].info.run_id)
+    files = list(artifacts)
     with tempfile.TemporaryDirectory() as folder:
-        for artifact in artifacts:
+        for artifact in files:
             target = Path(folder) / artifact.path
             target.parent.mkdir(parents=True, exist_ok=True)
             content = artifact.content
             target.write_bytes(content.encode() if isinstance(content, str) else content)
         client.log_artifacts(run_id, folder)
+    note = runs[0].data.tags.get(NOTE_TAG, "")
+    pages = [run_artifact(found.experiment_id, run_id, a.path) for a in files if a.path.endswith(".html")]
+    missing = [f"[{page.rpartition('/')[2]}]({page})" for page in pages if page not in note]
+    if missing:
+        client.set_tag(run_id, NOTE_TAG, "\n\n".join([*missing, note])[:MOST])
     return run_id

@@ -20,11 +20,15 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 
 from isoflop.track.bulk import BulkWriter, run_id_of
+from isoflop.track.links import with_addresses
 from isoflop.track.run_data import ERROR_TAGS, RunData, TaskData, stamp_of
+from isoflop.track.views import views
 
 log = logging.getLogger(__name__)
 STAMP_TAG = "isoflop.row"
 PARENT_TAG = "isoflop.parent"
+NOTE_TAG = "mlflow.note.content"  # a description
+_SIGNPOST = "[the sweep's run](run:) · [jobs, newest first](runs:jobs) · [jobs, least error first](runs:best)"
 _BATCH = 900  # of 1,000 metrics per request
 
 
@@ -54,8 +58,8 @@ class Projection:
         self._requested: set[str] = set()  # jobs whose run the public client was asked to create
         self._load_runs()
 
-    def begin(self, spec_text: str, params: Mapping[str, str]) -> None:
-        """Create the parent run, or set it running again."""
+    def begin(self, spec_text: str, params: Mapping[str, str], note: str = "") -> None:
+        """Create the parent run, or set it running again; ``note`` describes it until :meth:`end`."""
         found = self._client.search_runs([self._experiment_id], f"tags.`{PARENT_TAG}` = 'true'", max_results=1)
         if found:
             self._parent_id = found[0].info.run_id
@@ -68,6 +72,18 @@ class Projection:
         for key, value in params.items():
             self._client.set_tag(self._parent_id, f"isoflop.{key}", value)
         self._client.log_text(self._parent_id, spec_text, "sweep.yaml")
+        for key, value in {
+            **views(),
+            NOTE_TAG: with_addresses(_SIGNPOST, self._experiment_id, self._parent_id),
+        }.items():
+            self._client.set_experiment_tag(self._experiment_id, key, value)
+        if note:
+            self.describe(note)
+
+    def describe(self, note: str) -> None:
+        """Set the parent run's description: Markdown, in which :mod:`isoflop.track.links` fills in addresses."""
+        text = with_addresses(note, self._experiment_id, self._parent_id)
+        self._client.set_tag(self._parent_id, NOTE_TAG, text)
 
     def show(self, batch: Sequence[RunData]) -> None:
         """Make MLflow show these rows; those that it shows already cost nothing."""
@@ -136,7 +152,7 @@ class Projection:
             self.show([RunData.of(row) for row in rows])
 
     def end(self, artifacts: Sequence[Any], metrics: Mapping[str, float], note: str, status: str) -> None:
-        """Attach laws, frontiers and plots to the parent run and end it."""
+        """Attach laws, frontiers and plots to the parent run, describe it and end it."""
         with tempfile.TemporaryDirectory() as folder:
             for artifact in artifacts:
                 path = Path(folder) / artifact.path
@@ -147,7 +163,8 @@ class Projection:
                 self._client.log_artifacts(self._parent_id, folder)
         if metrics:
             self._client.log_batch(self._parent_id, metrics=[Metric(k, v, 0, 0) for k, v in metrics.items()])
-        self._client.set_tag(self._parent_id, "mlflow.note.content", note[:8000])
+        if note:
+            self.describe(note)
         self._client.set_terminated(self._parent_id, status)
 
     def _find_experiment(self, name: str, artifact_root: str | None) -> str:

@@ -42,8 +42,12 @@ class Tracker(ABC):
     """Life cycle: ``start``, any number of ``push``, ``finish``, ``close``. Nothing here ever blocks the driver for long."""
 
     @abstractmethod
-    def start(self, spec_text: str, params: Mapping[str, str]) -> None:
-        """Begin (or take up again) the sweep's parent run."""
+    def start(self, spec_text: str, params: Mapping[str, str], note: str = "") -> None:
+        """Begin (or take up again) the sweep's parent run; ``note`` is its description for the time being."""
+
+    def describe(self, note: str) -> None:
+        """Another description of the parent run: Markdown, with :mod:`isoflop.track.links` for targets."""
+        return
 
     @abstractmethod
     def push(self, rows: Iterable[Row]) -> None:
@@ -82,7 +86,7 @@ class Tracker(ABC):
 class NullTracker(Tracker):
     """Tracks nothing."""
 
-    def start(self, spec_text: str, params: Mapping[str, str]) -> None:
+    def start(self, spec_text: str, params: Mapping[str, str], note: str = "") -> None:
         """Nothing to begin."""
 
     def push(self, rows: Iterable[Row]) -> None:
@@ -126,9 +130,12 @@ class MlflowTracker(Tracker):
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._projection: Any = None
 
-    def start(self, spec_text: str, params: Mapping[str, str]) -> None:
-        self._queue.put(("start", spec_text, dict(params)))
+    def start(self, spec_text: str, params: Mapping[str, str], note: str = "") -> None:
+        self._queue.put(("start", spec_text, dict(params), note))
         self._thread.start()
+
+    def describe(self, note: str) -> None:
+        self._queue.put(("describe", note))
 
     def push(self, rows: Iterable[Row]) -> None:
         batch = list(rows)
@@ -242,7 +249,9 @@ class MlflowTracker(Tracker):
             self._projection = Projection(self._uri, self._experiment, self._artifact_root)
         kind = message[0]
         if kind == "start":
-            self._projection.begin(message[1], message[2])
+            self._projection.begin(*message[1:])
+        elif kind == "describe":
+            self._projection.describe(message[1])
         elif kind == "rows":
             self._projection.show([RunData.of(row) for row in message[1]])
         elif kind == "catch_up":

@@ -1,0 +1,67 @@
+"""How a session ends: what is written of it for people, and MLflow brought up to date."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from isoflop.sweep.note import Conclusion
+from isoflop.sweep.progress import LogFile
+from isoflop.track import Tracker
+
+if TYPE_CHECKING:
+    from isoflop.sweep.api import SweepResults
+
+Conclude = Callable[["SweepResults"], Conclusion]
+_WAIT_SECONDS, _TELL_SECONDS = 1.0, 10.0  # between looks at MLflow's backlog, and between lines about it
+_LAST_SECONDS = 10.0  # for MLflow, when a session ends in an error
+
+
+def conclusion_of(conclude: Conclude, opened: SweepResults, log: LogFile) -> Conclusion:
+    """What there is to read, or one line that says why there is nothing."""
+    log.line("writing the report")
+    try:
+        return conclude(opened)
+    except KeyboardInterrupt:
+        log.line(f"the report was left out; isoflop report {opened.name} writes it")
+    except Exception as error:  # whatever is wrong with it, the sweep's results are safe and shown
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        log.line(f"the report was not written ({reason}); isoflop report {opened.name} tries again")
+    return Conclusion()
+
+
+def end_tracking(tracker: Tracker, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> bool:
+    """Leave no parent run RUNNING when the session ends in an error; ``resume`` sets it running again."""
+    if error is not None:
+        tracker.finish([], {}, f"stopped by {type(error).__name__}: {error}", "FAILED")
+    tracker.close(_LAST_SECONDS if error is not None else 0.0)
+    return False
+
+
+def await_tracker(tracker: Tracker, patience: float, log: LogFile) -> None:
+    """Wait until MLflow shows everything, for as long as it gets nearer to that. Ctrl-C goes on without."""
+    left, since, told = tracker.backlog(), time.monotonic(), time.monotonic()
+    if left:
+        log.line(f"waiting for MLflow: {left} rows to go (Ctrl-C: do not wait)")
+    try:
+        while not tracker.wait(min(_WAIT_SECONDS, patience)):
+            now = time.monotonic()
+            if tracker.backlog() != left:
+                left, since = tracker.backlog(), now
+            if now - since >= patience:
+                break
+            if now - told >= _TELL_SECONDS:
+                told = now
+                reason = (
+                    f"; {tracker.problem}; at most {patience - (now - since):.0f} s more" if tracker.problem else ""
+                )
+                log.line(f"waiting for MLflow: {left} rows to go{reason} (Ctrl-C: do not wait)")
+    except KeyboardInterrupt:
+        log.line("not waiting for MLflow any longer")
+    left = tracker.close(0.0)
+    if left or tracker.problem:
+        rows = f"{left} rows" if left else "laws and plots"
+        log.line(
+            f"MLflow does not show everything yet ({rows}; {tracker.problem or 'too slow'}); `isoflop resume` will bring the rest"
+        )
