@@ -9,11 +9,13 @@ from pathlib import Path
 
 
 def live(folder: Path, rank: int, count: int) -> None:
-    """Write down who it is, and live for a while."""
+    """Write down who it is, and live for a while, or until ``enough`` lies beside the log."""
     task = json.loads((folder / "task.json").read_text())
-    with Path(task["log"]).open("a") as file:
+    log, end = Path(task["log"]), time.monotonic() + task["seconds"]
+    with log.open("a") as file:
         file.write(f"member {os.getpid()} of {os.getppid()}\n")
-    time.sleep(task["seconds"])
+    while time.monotonic() < end and not (log.parent / "enough").exists():
+        time.sleep(min(0.05, task["seconds"]))
 
 
 def sleep(folder: Path, rank: int, count: int) -> None:

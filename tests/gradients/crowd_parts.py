@@ -21,7 +21,7 @@ from isoflop.models.base import FAMILIES, ModelInfo
 
 @dataclass(frozen=True)
 class CrowdWeights(toy_parts.ToyWeights):
-    """Processes that live for ``seconds``; each writes its number into ``toy.log``."""
+    """Processes that live for ``seconds``, or until a file ``enough`` lies beside ``toy.log``; each writes its number into ``toy.log``."""
 
     kind = "crowd-weights"
 
