@@ -29,6 +29,7 @@ class CodecMethod(Method):
     """
 
     family: ClassVar[str] = "codecs"
+    version: ClassVar[str] = "2"
     needs: ClassVar[frozenset[str]] = frozenset({CODEC_HOOK})
     order: ClassVar[int] = 2
     slot: ClassVar[str] = "codec"
@@ -61,9 +62,11 @@ class CodecMethod(Method):
         ``codec_bytes`` is the length of the byte string, ``codec_payload_bytes`` the same without what is equal for every
         image (see :class:`isoflop.models.codec.Coded`), ``raw_bytes`` that of 8-bit samples; ``ratio`` and
         ``ratio_payload`` are the raw bytes over either, ``bits_per_pixel`` and ``payload_bits_per_pixel`` eight times
-        either over the pixels.
+        either over the pixels. ``method_params`` and ``method_bytes`` are elements and bytes of what the codec itself
+        must hold (``ImageCodec.tensors``), once for all images; the task has them in ``weight_bytes``, too.
         """
-        mean = run_of(model).bytes()
+        run = run_of(model)
+        mean = run.bytes()
         payload = mean.coded - mean.header
         return {
             "ratio": mean.raw / mean.coded,
@@ -73,6 +76,8 @@ class CodecMethod(Method):
             "codec_payload_bytes": payload,
             "bits_per_pixel": 8 * mean.coded / mean.pixels,
             "payload_bits_per_pixel": 8 * payload / mean.pixels,
+            "method_params": float(sum(t.numel() for t in run.codec.tensors())),
+            "method_bytes": run.codec.weight_bytes(model.info.dense_bits),
         }
 
     @classmethod

@@ -18,11 +18,11 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import METHODS, Method
-from isoflop.methods.codecs.base import CodecMethod, codec_info, run_of
+from isoflop.methods.codecs.base import CodecMethod, codec_info
 from isoflop.methods.codecs.packing import COUNT_BYTES, MOST_CODES, read_codes, write_codes
 from isoflop.methods.codecs.tokenizer_training import Recipe, TokenizerStage
 from isoflop.models import sprite_world as world
-from isoflop.models.base import Model, ModelInfo, tensor_bytes
+from isoflop.models.base import Model, ModelInfo
 from isoflop.models.codec import CODEC_HOOK, Coded, ImageCodec, to_bytes
 from isoflop.models.quantizers import KINDS
 from isoflop.models.tokenizer import Tokenizer, TokenizerSize
@@ -146,16 +146,8 @@ class OneDPiece(CodecMethod):
         return TokenCodec(prepared, self.tokens)
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
-        """Besides the bytes of an image those of the tokenizer, which a receiver holds once: ``method_bytes``."""
-        codec = run_of(model).codec
-        assert isinstance(codec, TokenCodec)
-        weights = list(codec.tokenizer.parameters())
-        return {
-            **super().footprint(model, ctx),
-            "codec_tokens": float(self.tokens),
-            "method_params": float(sum(p.numel() for p in weights)),
-            "method_bytes": sum(tensor_bytes(p, model.info.dense_bits) for p in weights),
-        }
+        """Besides the bytes the number of tokens of an image."""
+        return {**super().footprint(model, ctx), "codec_tokens": float(self.tokens)}
 
 
 @dataclass(frozen=True)
@@ -188,6 +180,10 @@ class TokenCodec(ImageCodec):
             with torch.no_grad():
                 images_BCHW[rows] = to_bytes(self.tokenizer.decode(codes_RM)).cpu()
         return images_BCHW
+
+    def tensors(self) -> list[Tensor]:
+        """The whole tokenizer, whatever ``keep`` is: encoder, quantizer and decoder, and places of tokens that are cut off."""
+        return [*self.tokenizer.parameters(), *self.tokenizer.buffers()]
 
     @property
     def _device(self) -> torch.device:

@@ -18,10 +18,10 @@ from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import METHODS, Method
-from isoflop.methods.codecs.base import CodecMethod, codec_info, run_of
+from isoflop.methods.codecs.base import CodecMethod, codec_info
 from isoflop.methods.codecs.packing import COUNT_BYTES, MOST_CODES, read_codes, write_codes
 from isoflop.models import sprite_world as world
-from isoflop.models.base import Model, ModelInfo, tensor_bytes
+from isoflop.models.base import ModelInfo
 from isoflop.models.codec import CODEC_HOOK, Coded, ImageCodec, to_bytes
 from isoflop.models.vit import IMAGES_HOOK, VitInfo
 
@@ -58,17 +58,6 @@ class PcaCodec(CodecMethod):
         if not isinstance(prepared, Basis):
             raise TypeError("not a basis of principal components")
         return ComponentCodec(prepared, self.components, self.bits)
-
-    def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
-        """Besides the bytes of an image those of the basis as far as it is used, which a receiver holds once."""
-        codec = run_of(model).codec
-        assert isinstance(codec, ComponentCodec)
-        used = (codec.basis.mean_I, codec.basis.deviation_R[: codec.keep], codec.basis.rows_RI[: codec.keep])
-        return {
-            **super().footprint(model, ctx),
-            "method_params": float(sum(t.numel() for t in used)),
-            "method_bytes": sum(tensor_bytes(t, model.info.dense_bits) for t in used),
-        }
 
 
 @dataclass(frozen=True)
@@ -150,6 +139,10 @@ class ComponentCodec(ImageCodec):
             scores_M = (codes_M - 2**self.bits // 2 + 0.5) * self._step(count)
             images.append(self.basis.mean_I + scores_M @ self.basis.rows_RI[:count])
         return to_bytes(torch.stack(images)).unflatten(1, (world.CHANNELS, world.SIDE, world.SIDE))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The basis as far as ``keep`` uses it."""
+        return self.basis.mean_I, self.basis.rows_RI[: self.keep], self.basis.deviation_R[: self.keep]
 
     def _step(self, count: int) -> Tensor:
         """Width of an interval of the first coefficients."""

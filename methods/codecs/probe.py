@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import Method
@@ -18,7 +19,7 @@ from isoflop.methods.codecs.one_d_piece import OneDPiece
 from isoflop.methods.codecs.tokenizer_training import TokenizerStage
 from isoflop.methods.probe import Probe
 from isoflop.methods.vit_tokens.probe import untrained_model
-from isoflop.models.codec import to_bytes
+from isoflop.models.codec import ImageCodec, to_bytes
 from isoflop.models.sprite_world import ImageSet
 from isoflop.models.tokenizer import Tokenizer
 from isoflop.models.vit import VitModel
@@ -51,9 +52,15 @@ class CodecProbe(Probe):
         return vars(method.recipe) if isinstance(method, OneDPiece) else None
 
     def verify(self, method: Method, prepared: Any) -> None:
-        """Bytes are all that a decoder needs: each image decodes alone to what the batch gave, in its own size."""
+        """Bytes are all that a decoder needs: each image decodes alone to what the batch gave, in its own size.
+
+        What the codec holds besides is counted: no tensor that can be reached from it is missing in ``tensors``.
+        """
         assert isinstance(method, CodecMethod)
         codec = method.codec(self.model.info, prepared)
+        counted = {t.untyped_storage().data_ptr() for t in codec.tensors()}
+        missing = [tuple(t.shape) for t in reachable(codec) if t.untyped_storage().data_ptr() not in counted]
+        assert not missing, f"tensors of shapes {missing} are held, but tensors() does not name them"
         images_BCHW = to_bytes(self._images)
         coded = codec.encode(images_BCHW)
         together_BCHW = codec.decode([code.data for code in coded])
@@ -78,6 +85,24 @@ class CodecProbe(Probe):
         if self.model.codec is None:
             return float(self._images[0].numel())
         return self.model.codec.bytes().coded
+
+
+def reachable(value: object) -> Iterator[Tensor]:
+    """Tensors with elements in a value: in modules (parameters and buffers), dataclasses, sequences and mappings."""
+    if isinstance(value, Tensor):
+        if value.numel():
+            yield value
+    elif isinstance(value, nn.Module):
+        yield from (*value.parameters(), *value.buffers())
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from reachable([getattr(value, field.name) for field in dataclasses.fields(value)])
+    elif isinstance(value, Mapping):
+        yield from reachable(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from reachable(part)
+    elif isinstance(value, ImageCodec):
+        yield from reachable(vars(value))
 
 
 @lru_cache(maxsize=64)

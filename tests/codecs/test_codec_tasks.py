@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from isoflop.core.errors import Infeasible
 from isoflop.jobs.job import Job, MethodSpec, ResolvedJob
 from isoflop.jobs.runner import merge_footprints
 from isoflop.methods.base import build
+from isoflop.methods.codecs.base import CodecMethod
+from isoflop.methods.codecs.one_d_piece import TokenCodec
 from isoflop.methods.vit_tokens.probe import untrained_model
 from isoflop.models.base import family_of
+from isoflop.models.codec import ImageCodec
+from isoflop.models.tokenizer import Tokenizer
 from isoflop.tasks.base import TASKS
 from isoflop.tasks.classification import DigitClassification
 from isoflop.tasks.distortion import mse, psnr, ssim
@@ -127,8 +135,82 @@ def test_the_network_of_a_tokenizer_is_counted_and_token_reduction_is_not_blamed
     assert measured["flops_codec"] > 1e6
     reduced = alone["macs_share"] * measured["flops_dense"]
     assert measured["flops"] == pytest.approx(measured["flops_codec"] + reduced)
-    assert cost["method_bytes"] == 2 * cost["method_params"]
+    assert merged["method_bytes"] == cost["method_bytes"] == measured["codec_weight_bytes"]
     assert merged["ratio_codecs"] == pytest.approx(3072 / 5)
+
+
+def file_elements(tensors: Mapping[str, Tensor], file: Path) -> int:
+    """Elements of float32 tensors by the length of the file that holds them: 8 bytes, a header of that length, data."""
+    save_file({name: t.contiguous() for name, t in tensors.items()}, file)
+    data = file.read_bytes()
+    return (len(data) - 8 - int.from_bytes(data[:8], "little")) // 4
+
+
+@pytest.mark.parametrize("task", ["digit-classification", "reconstruction"])
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [("one-d-piece", {"tokens": 2, "layers": 1}), ("one-d-piece", {"tokens": 32, "layers": 1}), ("pca-codec", {})],
+)
+def test_weights_of_a_codec_count_with_the_model_s(tmp_path: Path, task: str, name: str, knobs: dict[str, Any]) -> None:
+    """16 bits for every element that a file of the codec's real tensors holds, however many tokens are kept."""
+    from isoflop.methods.codecs.probe import CodecProbe
+
+    probe, scored = CodecProbe(), TASKS.get(task)(examples=3)
+    method = build(name, knobs)
+    prepared = probe.prepared(method, 0)
+    if isinstance(prepared, Tokenizer):
+        held = prepared.state_dict()
+    else:  # 8 of 256 components
+        held = {"mean": prepared.mean_I, "rows": prepared.rows_RI[:8], "deviation": prepared.deviation_R[:8]}
+    bare = scored.measure(probe.model, probe.ctx)
+    with method.apply(probe.model, prepared):
+        list(scored.evaluate(probe.model, probe.ctx, 0))
+        coded = scored.measure(probe.model, probe.ctx)
+        own = method.footprint(probe.model, probe.ctx)
+    elements = file_elements(held, tmp_path / "held.safetensors")
+    assert own["method_params"] == elements > 1000
+    assert own["method_bytes"] == coded["codec_weight_bytes"] == 2 * elements
+    assert coded["weight_bytes"] == bare["weight_bytes"] + 2 * elements
+    assert coded["bytes"] == coded["weight_bytes"]
+    assert coded["bytes_dense"] == coded["weight_bytes_dense"] == bare["bytes"]
+    assert coded["peak_bytes"] > bare["peak_bytes"] + 4 * elements - 1  # in this process an element takes 4 bytes
+    assert "codec_weight_bytes" not in bare
+
+
+def test_what_no_codec_trains_weighs_nothing_and_integers_weigh_what_they_take() -> None:
+    from isoflop.methods.codecs.probe import CodecProbe
+
+    probe = CodecProbe()
+    with build("jpeg", {}).apply(probe.model, None):
+        measured = DigitClassification(examples=3).measure(probe.model, probe.ctx)
+    assert measured["codec_weight_bytes"] == 0
+    assert measured["weight_bytes"] == probe.model.weight_bytes()
+    method = build("one-d-piece", {"quantizer": "fsq", "layers": 1, "codebook_size": 64})
+    assert isinstance(method, CodecMethod)
+    codec = method.codec(probe.model.info, probe.prepared(method, 0))
+    parameters = sum(p.numel() for p in codec.tokenizer.parameters())  # type: ignore[attr-defined]
+    assert codec.weight_bytes(16) == 2 * parameters + 8 * (2 + 2)  # two numbers per code: their levels and places
+    assert codec.weight_bytes(32) == 4 * parameters + 8 * (2 + 2)
+
+
+def test_a_codec_that_hides_weights_does_not_conform() -> None:
+    from isoflop.methods.codecs.probe import CodecProbe, reachable
+
+    @dataclass(frozen=True)
+    class Hiding(TokenCodec):
+        def tensors(self) -> list[Tensor]:
+            return list(self.tokenizer.encoder.parameters())
+
+    class Keeping(CodecMethod):
+        def codec(self, info: Any, prepared: Any) -> ImageCodec:
+            return Hiding(prepared, 2)
+
+    probe = CodecProbe()
+    net = probe.prepared(build("one-d-piece", {"layers": 1}), 0)
+    with pytest.raises(AssertionError, match="tensors of shapes"):
+        probe.verify(Keeping(), net)
+    assert len(list(reachable(TokenCodec(net, 2)))) == len(list(net.parameters()))
+    assert [t.shape for t in reachable({"a": [torch.ones(2)], "b": (1, torch.ones(0))})] == [(2,)]
 
 
 def test_what_cannot_work_is_refused_at_plan_time() -> None:

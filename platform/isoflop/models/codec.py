@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from isoflop.models.base import tensor_bytes
+
 CODEC_HOOK = "codec"
 """Offered by models whose images can be encoded and decoded before they look at them."""
 
@@ -31,7 +33,11 @@ class Coded:
 
 
 class ImageCodec(ABC):
-    """Base class of codecs. What decoder and encoder share beforehand (weights, settings) is not part of the bytes."""
+    """Base class of codecs.
+
+    What encoder and decoder hold beforehand is not part of an image's bytes: settings are not counted, weights are
+    (``tensors``), with the model's.
+    """
 
     @abstractmethod
     def encode(self, images_BCHW: Tensor) -> list[Coded]:
@@ -40,6 +46,14 @@ class ImageCodec(ABC):
     @abstractmethod
     def decode(self, data: Sequence[bytes]) -> Tensor:
         """The images (B, C, H, W) of byte strings, uint8, in the size that they had."""
+
+    def tensors(self) -> Sequence[Tensor]:
+        """All that must stay resident to encode and decode: weights, codebooks, bases; each once. None by default."""
+        return ()
+
+    def weight_bytes(self, dense_bits: int) -> float:
+        """Bytes of ``tensors``, where an element of float32 counts ``dense_bits`` as in the model's own weights."""
+        return float(sum(tensor_bytes(t, dense_bits) for t in self.tensors()))
 
 
 @dataclass(frozen=True)

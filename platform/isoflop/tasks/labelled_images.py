@@ -85,8 +85,9 @@ class LabelledImages(Task):
         """Footprint of classifying example 0 from its pixels, batch of one.
 
         ``flops`` is counted on the live model, scoring of the method and networks of a codec included; ``flops_codec`` are
-        those of the latter; ``flops_dense`` is the model's without token reduction or codec. ``tokens_left`` are the
-        patches behind the last block, ``tokens_mean`` those that the blocks' attention sees on average.
+        those of the latter; ``flops_dense`` is the model's without token reduction or codec. ``weight_bytes`` and
+        ``peak_bytes`` include the weights that a codec must hold, ``codec_weight_bytes``; ``bytes_dense`` does not.
+        ``tokens_left`` are the patches behind the last block, ``tokens_mean`` those that the blocks' attention sees on average.
         """
         vit = vit_model(model, self.name)
         batch = self.batch(vit.info, np.zeros(1, dtype=np.int64), 0)
@@ -98,21 +99,24 @@ class LabelledImages(Task):
             seen = [tokens - vit.info.geometry["prefix"] for tokens, _ in vit.reduction.counts]
         with vit.unreduced():
             dense, _ = flops_of(lambda: vit.classify(batch.images_BCHW, batch.ids_B))
-        coding = {}
+        coding, held, resident = {}, vit.weight_bytes(), module_bytes(vit.module)
         if vit.codec is not None:
             coding["flops_codec"] = float(flops_of(lambda: vit.seen(batch.images_BCHW))[0])
+            coding["codec_weight_bytes"] = vit.codec.codec.weight_bytes(vit.info.dense_bits)
+            held += coding["codec_weight_bytes"]
+            resident += sum(t.numel() * t.element_size() for t in vit.codec.codec.tensors())
         return {
             "tokens_left": left,
             "tokens_mean": float(np.mean(seen)),
             "flops": float(flops),
             "flops_dense": float(dense),
             **coding,
-            "weight_bytes": vit.weight_bytes(),
+            "weight_bytes": held,
             "weight_bytes_dense": vit.dense_weight_bytes(),
-            "bytes": vit.weight_bytes(),
+            "bytes": held,
             "bytes_dense": vit.dense_weight_bytes(),
             "seconds": seconds_of(lambda: vit.supervised(batch), vit.device),
-            "peak_bytes": float(module_bytes(vit.module) + peak_bytes_of(lambda: vit.supervised(batch), vit.device)),
+            "peak_bytes": float(resident + peak_bytes_of(lambda: vit.supervised(batch), vit.device)),
         }
 
 
