@@ -29,7 +29,11 @@ class Allocation:
 
 
 def allocate(
-    costs: Sequence[Sequence[float]], scores: Sequence[Sequence[float]], budget: float, steps: int | None = None
+    costs: Sequence[Sequence[float]],
+    scores: Sequence[Sequence[float]],
+    budget: float,
+    steps: int | None = None,
+    least: float = 0.0,
 ) -> Allocation:
     """The options of least summed score whose summed cost is at most ``budget``.
 
@@ -40,22 +44,29 @@ def allocate(
         scores: of each item's options, finite; whatever is to be minimised and adds up.
         steps: costs are rounded up to this many parts of the budget, which bounds the table where costs are real
             numbers (errors, say); the budget still holds, and the score is that of a budget smaller by items/steps at worst.
+        least: what the choice must cost; at ``least = budget`` it uses the budget up, also where more does not score better.
+            Not with ``steps``, which do not keep totals exact.
 
     Raises:
-        ValueError: even the cheapest options exceed the budget, or an item has no options.
+        ValueError: even the cheapest options exceed the budget, no choice costs between ``least`` and the budget, or an item
+            has no options.
     """
     _check(costs, scores)
-    least = sum(min(options) for options in costs)
+    if least and steps is not None:
+        raise ValueError("steps round costs: they allow no least")
+    cheapest = sum(min(options) for options in costs)
     limit = budget * (1 + _SLACK)
-    if least > limit:
-        raise ValueError(f"a budget of {budget:g} is less than the cheapest options cost together, {least:g}")
+    if cheapest > limit:
+        raise ValueError(f"a budget of {budget:g} is less than the cheapest options cost together, {cheapest:g}")
     used = [np.asarray(options, dtype=np.float64) for options in costs]
     if steps is not None:
         unit = budget / steps if budget > 0 else 1.0
         used, limit = [np.ceil(options / unit - _SLACK) for options in used], float(steps)
         if sum(options.min() for options in used) > limit:
             raise ValueError(f"{steps} steps are too coarse for a budget of {budget:g} and {len(costs)} items")
-    choice = _program(used, [np.asarray(options, dtype=np.float64) for options in scores], limit)
+    choice = _program(used, [np.asarray(options, dtype=np.float64) for options in scores], limit, least * (1 - _SLACK))
+    if choice is None:
+        raise ValueError(f"no choice costs from {least:g} to {budget:g}")
     return Allocation(
         choice,
         sum(options[i] for options, i in zip(costs, choice, strict=True)),
@@ -74,10 +85,13 @@ def _check(costs: Sequence[Sequence[float]], scores: Sequence[Sequence[float]]) 
         raise ValueError("scores are finite")
 
 
-def _program(costs: list[NDArray[np.float64]], scores: list[NDArray[np.float64]], limit: float) -> tuple[int, ...]:
-    """The options of least score; ``limit`` bounds the total."""
-    # what the items behind must cost at least; totals that leave less are hopeless
+def _program(
+    costs: list[NDArray[np.float64]], scores: list[NDArray[np.float64]], limit: float, least: float
+) -> tuple[int, ...] | None:
+    """The options of least score; ``limit`` bounds the total from above, ``least`` from below. None: there are none."""
+    # what the items behind must cost at least, and can cost at most; totals that leave less or need more are hopeless
     rest = np.cumsum([0.0] + [options.min() for options in reversed(costs)])[::-1]
+    more = np.cumsum([0.0] + [options.max() for options in reversed(costs)])[::-1]
     total, score = np.zeros(1), np.zeros(1)
     came: list[tuple[NDArray[np.intp], NDArray[np.intp]]] = []
     for number, (item_costs, item_scores) in enumerate(zip(costs, scores, strict=True)):
@@ -85,10 +99,14 @@ def _program(costs: list[NDArray[np.float64]], scores: list[NDArray[np.float64]]
         sums = (score[:, None] + item_scores).ravel()
         order = np.lexsort((sums, totals))
         order = order[totals[order] + rest[number + 1] <= limit * (1 + _SLACK)]
-        kept = order[_improving(sums[order])]
+        if least > 0:
+            order = order[totals[order] + more[number + 1] >= least * (1 - _SLACK)]
+        kept = order[_improving(sums[order]) if least <= 0 else _first(totals[order])]
+        if not len(kept):
+            return None
         total, score = totals[kept], sums[kept]
         came.append(tuple(np.divmod(kept, len(item_costs))))
-    place = len(total) - 1  # scores fall along the totals
+    place = int(np.argmin(score))
     choice = []
     for before, option in reversed(came):
         choice.append(int(option[place]))
@@ -100,3 +118,8 @@ def _improving(sums: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Where a sum is less than all before it."""
     best = np.minimum.accumulate(sums)
     return np.concatenate(([True], sums[1:] < best[:-1]))[: len(sums)]
+
+
+def _first(totals: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Where an ascending total is not that of the place before: the best of those that cost the same."""
+    return np.concatenate(([True], np.diff(totals) > 0))[: len(totals)]

@@ -1,7 +1,7 @@
-"""EvoPress's search: offspring by exchanging levels, selected in steps on more and more data (arXiv 2410.14649, section 3).
+"""EvoPress's search: offspring of a parent, selected in steps on more and more data (arXiv 2410.14649, section 3).
 
-Knows nothing of models: a configuration is one level per unit (matrix, half of a block), and what serves and scores it
-is handed in.
+Knows nothing of models: a configuration is one level per unit (matrix, half of a block), ``space`` says how it changes, and
+what serves and scores it is handed in.
 """
 
 from __future__ import annotations
@@ -13,67 +13,9 @@ from typing import Protocol
 
 import numpy as np
 
-Levels = tuple[int, ...]
-"""The level of each unit."""
+from isoflop.methods.weights.space import Levels
 
-_FLIPS = 3
 _TRIES = 100
-
-
-@dataclass(frozen=True)
-class Space:
-    """The configurations of one budget.
-
-    Attributes:
-        low, high: bounds of each unit's level.
-        groups: units among which a step of level costs the same, so that they may exchange levels one for one.
-    """
-
-    low: Levels
-    high: Levels
-    groups: tuple[tuple[int, ...], ...]
-
-    def switch(self, levels: Levels, rng: np.random.Generator) -> Levels:
-        """One level down in one unit and one up in another of its group; the same levels where nothing can move.
-
-        Groups are drawn in proportion to their units, units evenly among those that can move.
-        """
-        groups = [group for group in self.groups if self._downs(group, levels)]
-        if not groups:
-            return levels
-        sizes = np.array([len(group) for group in groups], dtype=float)
-        group = groups[rng.choice(len(groups), p=sizes / sizes.sum())]
-        down = int(rng.choice(self._downs(group, levels)))
-        up = int(rng.choice([i for i in group if i != down and levels[i] < self.high[i]]))
-        changed = list(levels)
-        changed[down] -= 1
-        changed[up] += 1
-        return tuple(changed)
-
-    def mutate(self, levels: Levels, rng: np.random.Generator) -> Levels:
-        """One to three switches: the smaller of two draws, so that one is the most likely."""
-        for _ in range(int(rng.integers(1, _FLIPS + 1, 2).min())):
-            levels = self.switch(levels, rng)
-        return levels
-
-    def shuffle(self, levels: Levels, rng: np.random.Generator) -> Levels:
-        """A configuration that keeps nothing but the budget of every group: levels drawn anew, then moved until they add up."""
-        fresh = list(levels)
-        for group in self.groups:
-            for i in group:
-                fresh[i] = int(rng.integers(self.low[i], self.high[i] + 1))
-            missing = sum(levels[i] for i in group) - sum(fresh[i] for i in group)
-            while missing:
-                step = 1 if missing > 0 else -1
-                i = int(rng.choice([i for i in group if self.low[i] <= fresh[i] + step <= self.high[i]]))
-                fresh[i] += step
-                missing -= step
-        return tuple(fresh)
-
-    def _downs(self, group: tuple[int, ...], levels: Levels) -> list[int]:
-        """Units of a group that can go down while another goes up."""
-        ups = [i for i in group if levels[i] < self.high[i]]
-        return [i for i in group if levels[i] > self.low[i] and (len(ups) > 1 or ups not in ([], [i]))]
 
 
 @dataclass(frozen=True)

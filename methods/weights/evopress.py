@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -31,7 +31,7 @@ from isoflop.methods.base import METHODS
 from isoflop.methods.calibration import OnModel, Spec
 from isoflop.methods.weights.artefact import Artefact
 from isoflop.methods.weights.base import CodecMethod, Served
-from isoflop.methods.weights.evolution import Levels, Space
+from isoflop.methods.weights.filling import shares
 from isoflop.methods.weights.fitness import Fitness
 from isoflop.methods.weights.gptq import Gptq
 from isoflop.methods.weights.level_bank import LevelBank
@@ -39,6 +39,7 @@ from isoflop.methods.weights.magnitude import Magnitude
 from isoflop.methods.weights.payloads import Payload
 from isoflop.methods.weights.rtn import RoundToNearest
 from isoflop.methods.weights.search_base import UNIFORM, SearchMethod, method_of, spec_of
+from isoflop.methods.weights.space import Levels, Space
 from isoflop.methods.weights.sparsegpt import SparseGpt
 from isoflop.methods.weights.statistics import CalibrationStage, Statistics, ViewStats, calibration_seed, collect
 from isoflop.methods.weights.views import LinearView, linear_views
@@ -48,6 +49,8 @@ from isoflop.models.base import Model, ModelInfo
 _ERRORS = "errors.json"
 GPTQ, RTN = "gptq", "rtn"
 SPARSEGPT, WANDA, MAGNITUDE = "sparsegpt", "wanda", "magnitude"
+SIZE, ANY = "size", "any"
+EXCHANGES = (SIZE, ANY)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,10 +105,6 @@ class LevelMethod(SearchMethod):
     def starts(self, views: list[LinearView], count: int, rng: np.random.Generator) -> list[Levels]:
         """See ``Problem``."""
         return [self.uniform(views)]
-
-    @abstractmethod
-    def costs(self, views: list[LinearView], space: Space) -> tuple[list[list[float]], float]:
-        """What the levels of each matrix cost, from the lowest up, and the budget."""
 
     def names(self, model: Model) -> list[str]:
         """Those of the views."""
@@ -171,14 +170,14 @@ class LevelProblem:
         return self._method.uniform(self._views)
 
     def additive(self, judge: Fitness) -> Levels:
-        """The least sum of the matrices' output errors, over all of them together."""
-        costs, budget = self._method.costs(self._views, self.space)
-        errors = [
-            [self._database.errors[view.name][level] for level in range(low, high + 1)]
-            for view, low, high in zip(self._views, self.space.low, self.space.high, strict=True)
-        ]
-        choice = allocate(costs, errors, budget).choice
-        return tuple(low + option for low, option in zip(self.space.low, choice, strict=True))
+        """The least sum of the matrices' output errors within each group, which stores what it stores in every search."""
+        levels = list(self.starts(1, np.random.default_rng(0))[0])
+        for group in self.space.groups:
+            budget = float(self.space.stored(group, levels) - self.space.stored(group, self.space.low))
+            choice = allocate(self.space.costs(group), self._errors(group), budget, least=budget).choice
+            for i, step in zip(group, choice, strict=True):
+                levels[i] = self.space.low[i] + step
+        return tuple(levels)
 
     @contextmanager
     def serving(self) -> Iterator[Callable[[Levels], None]]:
@@ -191,6 +190,16 @@ class LevelProblem:
 
         with bank.in_place(self._model):
             yield serve
+
+    def _errors(self, group: Sequence[int]) -> list[list[float]]:
+        """Of each level of each matrix of a group, from the lowest up."""
+        return [
+            [
+                self._database.errors[self._views[i].name][level]
+                for level in range(self.space.low[i], self.space.high[i] + 1)
+            ]
+            for i in group
+        ]
 
 
 @dataclass(frozen=True)
@@ -224,9 +233,11 @@ class EvoPress(LevelMethod):
     """Bits per matrix, ``bits`` on average over all weights.
 
     Levels are whole bits from ``lowest`` to ``highest`` on the grids of ``gptq`` or ``rtn``. Matrices of equal size
-    exchange bits one for one, so that every configuration stores exactly as many (section 3 of the paper; the published code
-    groups by size). A fraction of bits starts from random configurations, everything rounded up and then lowered until the
-    average holds. Stored bits per weight are ``bits + 32/group``, and never more.
+    exchange bits one for one (section 3 of the paper), or all of them at equal sums (``exchange = any``, the published code's
+    ``--group_rule none``). A fraction of bits starts from random configurations: everything rounded up, then lowered until
+    the matrices of each size average ``bits``, as they do in the published configurations. What whole levels leave of the
+    budget goes to where it takes the fewest steps; the published code leaves it unused. So every configuration of a search
+    stores the same, ``bits + 32/group`` per weight or as little below as the sizes allow, and so do its baselines.
     """
 
     database_knobs: ClassVar[tuple[str, ...]] = ("compressor", "group", "lowest", "highest", "n_calib")
@@ -236,6 +247,7 @@ class EvoPress(LevelMethod):
     group: Annotated[int, Knob(low=8, high=65536, log=True, unit="weights", doc="of a row that share a grid")] = 32
     lowest: Annotated[int, Knob(low=1, high=8, unit="bits", doc="fewest of a matrix")] = 2
     highest: Annotated[int, Knob(low=1, high=8, unit="bits", doc="most of a matrix")] = 6
+    exchange: Annotated[str, Knob(choices=EXCHANGES, doc="which matrices exchange bits: those of equal size, or any, storing as many")] = SIZE  # fmt: skip
 
     def check(self, info: ModelInfo) -> None:
         """The average lies between the levels; all matrices can only have the same level when it is whole."""
@@ -252,12 +264,15 @@ class EvoPress(LevelMethod):
             )
 
     def space(self, views: list[LinearView]) -> Space:
-        """Matrices of equal size exchange bits."""
-        groups: dict[int, list[int]] = {}
-        for index, view in enumerate(views):
-            groups.setdefault(view.numel, []).append(index)
+        """Matrices of equal size, or all, exchange bits."""
         count = len(views)
-        return Space((self.lowest,) * count, (self.highest,) * count, tuple(map(tuple, groups.values())))
+        groups = (tuple(range(count)),) if self.exchange == ANY else tuple(map(tuple, by_size(views).values()))
+        return Space((self.lowest,) * count, (self.highest,) * count, groups, tuple(view.numel for view in views))
+
+    def relevant(self) -> EvoPress:
+        """Where all matrices have the same level, nothing is exchanged."""
+        relevant = super().relevant()
+        return relevant.at_defaults("exchange") if self.allocation == UNIFORM else relevant
 
     def codec(self, view: LinearView, views: list[LinearView], level: int) -> CodecMethod:
         """Rounding to so many bits."""
@@ -272,23 +287,17 @@ class EvoPress(LevelMethod):
         """The uniform configuration, or random ones of the average where that is no whole number."""
         return [self._lowered(views, rng) for _ in range(count if self.bits != int(self.bits) else 1)]
 
-    def costs(self, views: list[LinearView], space: Space) -> tuple[list[list[float]], float]:
-        """Bits."""
-        levels = range(self.lowest, self.highest + 1)
-        return [[float(view.numel * level) for level in levels] for view in views], self._budget(views)
-
     def _lowered(self, views: list[LinearView], rng: np.random.Generator) -> Levels:
-        """Everything rounded up, then bits taken from random matrices until the budget holds."""
-        levels = [math.ceil(self.bits)] * len(views)
-        left = sum(view.numel * level for view, level in zip(views, levels, strict=True)) - self._budget(views)
-        while left > 0:
-            index = int(rng.choice([i for i, level in enumerate(levels) if level > self.lowest]))
-            levels[index] -= 1
-            left -= views[index].numel
+        """Everything rounded up, then bits taken from random matrices of each size until their share of the budget holds."""
+        groups = by_size(views)
+        sums = shares({size: len(group) for size, group in groups.items()}, self.bits, self.lowest, self.highest)
+        levels = [0] * len(views)
+        for size, group in groups.items():
+            for i in group:
+                levels[i] = math.ceil(sums[size] / len(group))
+            for _ in range(sum(levels[i] for i in group) - sums[size]):
+                levels[int(rng.choice([i for i in group if levels[i] > self.lowest]))] -= 1
         return tuple(levels)
-
-    def _budget(self, views: list[LinearView]) -> float:
-        return self.bits * sum(view.numel for view in views)
 
 
 @METHODS.register("evopress-sparse")
@@ -349,20 +358,20 @@ class EvoPressSparse(LevelMethod):
         """Level 0."""
         return (0,) * len(views)
 
-    def costs(self, views: list[LinearView], space: Space) -> tuple[list[list[float]], float]:
-        """Steps that a matrix stays below the sparsest it can be."""
-        options = [
-            [float(high - level) for level in range(low, high + 1)]
-            for low, high in zip(space.low, space.high, strict=True)
-        ]
-        return options, float(sum(space.high))
-
     def _grain(self, view: LinearView) -> int:
         """Numbers of zeros that are multiples of it, and only those, are pruned exactly when each block takes its share."""
         if self.compressor != SPARSEGPT:
             return 1
         block = min(SparseGpt().mask_block, view.cols)
         return view.cols // math.gcd(block, view.cols % block or block)
+
+
+def by_size(views: Sequence[LinearView]) -> dict[int, list[int]]:
+    """Places of the views by their number of weights."""
+    groups: dict[int, list[int]] = {}
+    for place, view in enumerate(views):
+        groups.setdefault(view.numel, []).append(place)
+    return groups
 
 
 def output_error(weight_OI: Tensor, served_OI: Tensor, stats: ViewStats) -> float:

@@ -18,10 +18,10 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
 from isoflop.methods.weights.base import Served
-from isoflop.methods.weights.evolution import Levels, Space
 from isoflop.methods.weights.fitness import Fitness
 from isoflop.methods.weights.payloads import AbsentPayload, DensePayload
 from isoflop.methods.weights.search_base import SearchMethod
+from isoflop.methods.weights.space import Levels, Space
 from isoflop.methods.weights.views import LinearView, linear_views
 from isoflop.models.base import Model, ModelInfo
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from isoflop.methods.weights.evolution import Levels
+from isoflop.methods.weights.space import Levels
 from isoflop.models.base import Model
 
 KL, SPARSE_KL, LOSS = "kl", "sparse-kl", "loss"

@@ -21,8 +21,9 @@ from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Method, build
 from isoflop.methods.calibration import OnModel, Spec
 from isoflop.methods.weights.base import WeightMethod
-from isoflop.methods.weights.evolution import Levels, Search, Selection, Space, evolve, selections
+from isoflop.methods.weights.evolution import Search, Selection, evolve, selections
 from isoflop.methods.weights.fitness import FITNESSES, KL, Fitness
+from isoflop.methods.weights.space import Levels, Space
 from isoflop.models.base import Model, ModelInfo
 
 if TYPE_CHECKING:
@@ -85,10 +86,10 @@ class SearchMethod(WeightMethod):
 
     ``allocation`` chooses between the evolutionary search and what it is compared with under the same budget: ``random``
     draws every offspring anew instead of mutating the parent (as many evaluations), ``dp`` solves exactly for the least sum of
-    the units' separate errors, ``uniform`` gives all units the same level.
+    the units' separate errors among the configurations that are searched, ``uniform`` gives all units the same level.
     """
 
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
     paper: ClassVar[str] = "arXiv 2410.14649"
 
     allocation: Annotated[str, Knob(choices=ALLOCATIONS, doc="how levels are given to units")] = EVOLUTION

@@ -15,12 +15,14 @@ OPTIONS = st.lists(st.tuples(st.integers(0, 9), st.integers(-20, 20)), min_size=
 ITEMS = st.lists(OPTIONS, min_size=1, max_size=5)
 
 
-def brute_force(costs: list[list[float]], scores: list[list[float]], budget: float) -> tuple[float, float] | None:
+def brute_force(
+    costs: list[list[float]], scores: list[list[float]], budget: float, least: float = 0
+) -> tuple[float, float] | None:
     """(score, cost) of the best choice, the cheaper among equals."""
     found = [
         (sum(s[i] for s, i in zip(scores, choice, strict=True)), cost)
         for choice in product(*(range(len(options)) for options in costs))
-        if (cost := sum(c[i] for c, i in zip(costs, choice, strict=True))) <= budget
+        if (cost := sum(c[i] for c, i in zip(costs, choice, strict=True))) <= budget and cost >= least
     ]
     return min(found, default=None)
 
@@ -38,6 +40,26 @@ def test_the_choice_is_the_best_of_all(items: list[list[tuple[int, int]]], budge
     assert (found.score, found.cost) == expected
     assert found.cost == sum(options[i] for options, i in zip(costs, found.choice, strict=True))
     assert found.score == sum(options[i] for options, i in zip(scores, found.choice, strict=True))
+
+
+@given(ITEMS, st.integers(1, 40), st.integers(0, 8))
+def test_a_budget_can_be_used_up(items: list[list[tuple[int, int]]], budget: int, slack: int) -> None:
+    """Also where spending less would score better."""
+    costs = [[float(cost) for cost, _ in options] for options in items]
+    scores = [[float(score) for _, score in options] for options in items]
+    least = max(0, budget - slack)
+    expected = brute_force(costs, scores, budget, least)
+    if expected is None:
+        with pytest.raises(ValueError, match=r"no choice costs from|less than the cheapest options"):
+            allocate(costs, scores, budget, least=least)
+        return
+    found = allocate(costs, scores, budget, least=least)
+    assert (found.score, found.cost) == expected
+
+
+def test_rounded_costs_keep_no_least() -> None:
+    with pytest.raises(ValueError, match="no least"):
+        allocate([[1.0]], [[1.0]], 1.0, steps=10, least=1.0)
 
 
 @given(st.integers(0, 10_000), st.integers(1, 6))

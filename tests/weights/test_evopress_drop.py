@@ -14,10 +14,11 @@ from weight_cases import context, gpt2
 
 from isoflop.core.errors import Infeasible
 from isoflop.methods.kv_cache.probe import VOCABULARY, untrained_decoder
-from isoflop.methods.weights.evolution import Levels, distinct
+from isoflop.methods.weights.evolution import distinct
 from isoflop.methods.weights.evopress_drop import DropProblem, EvoPressDrop, halves
 from isoflop.methods.weights.fitness import Fitness
 from isoflop.methods.weights.search_base import Found
+from isoflop.methods.weights.space import Levels
 from isoflop.methods.weights.views import linear_views, replaceable
 from isoflop.models.base import Model, family_of
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
