@@ -35,7 +35,7 @@ class Method:
             visual tokens 10, tokens between decoder layers 20, neurons of the feed-forward blocks 25, KV cache and
             attention 30.
         trains_model: takes part in training a model family that is trained here.
-        asked_by_task: acts only where the task asks for what stands in its slot (``Task.asks``).
+        asked_by_task: acts, or is measured, only where the task asks for what stands in its slot (``Task.asks``).
         slot: the place in the model that the method takes for itself; a trial has at most one method per slot; ""
             where methods of a family can be applied together.
     """

@@ -39,7 +39,9 @@ class ActivationSparsityMethod(Method):
     """Base class of methods that choose, per token, which neurons of the feed-forward blocks are active."""
 
     family: ClassVar[str] = "activation-sparsity"
+    version: ClassVar[str] = "2"
     slot: ClassVar[str] = "mlp"
+    asked_by_task: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"mlp"})
     order: ClassVar[int] = 25
 
@@ -58,16 +60,23 @@ class ActivationSparsityMethod(Method):
             yield
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
-        """Over the tokens that a task observed, or those of the last pass where none did.
+        """Over the tokens of all passes that were observed: those of the examples that the task scored.
 
         ``activation_ratio``: active neurons over all, mean over tokens and layers; ``ratio``: its inverse, which is that of
         the FLOPs, and of the bytes read, of the blocks' matrices; ``mlp_flops`` and ``mlp_flops_dense``: of these per token.
         Figures of the calibration follow (``cett``, ``calibration_ppl_ratio`` …).
         What it costs to know which neurons are active (a predictor, or the gate in full) is not in them.
+
+        Raises:
+            ValueError: the method is not applied, or nobody observed a pass.
         """
         sparsity = decoder_model(model, self.name).mlp
         if not isinstance(sparsity, Sparsity):
             raise ValueError(f"method {self.name} is not applied")
+        if not sparsity.tokens:
+            raise ValueError(
+                f"method {self.name}: no pass was observed; a task calls model.mlp.observed() after each pass that it scores"
+            )
         active = sparsity.active_share()
         dense = 2 * sum(
             mlp.weights_per_neuron * width for mlp, width in zip(sparsity.mlps, sparsity.widths, strict=True)
@@ -98,6 +107,7 @@ class Sparsity:
 
     Attributes:
         widths: neurons of each block.
+        tokens: real tokens of the passes that were observed.
     """
 
     def __init__(
@@ -116,7 +126,8 @@ class Sparsity:
         self._valid_BT: Tensor | None = None
         self._rows = 1
         self._last: dict[int, Tensor] = {}
-        self._total, self._tokens = 0.0, 0.0
+        self._unobserved = False
+        self.tokens, self._total = 0.0, 0.0
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -131,16 +142,24 @@ class Sparsity:
             yield
 
     def observed(self) -> dict[str, Tensor]:
-        """``activation_ratio`` of each row of the last pass; its tokens enter the totals."""
+        """``activation_ratio`` of each row of the last pass; its tokens enter the totals.
+
+        Raises:
+            ValueError: there was no pass since the last one that was observed, which would count twice.
+        """
+        if not self._unobserved:
+            raise ValueError("no pass has been run since the last one that was observed")
+        self._unobserved = False
         shares_BL = [rows_mean(self._last[place], self._valid_of(self._last[place])) for place in range(len(self.mlps))]
         tokens, total = self._sums()
-        self._tokens, self._total = self._tokens + tokens, self._total + total
+        self.tokens, self._total = self.tokens + tokens, self._total + total
         return {"activation_ratio": torch.stack(shares_BL).mean(0)}
 
     def active_share(self) -> float:
         """Active neurons over all, mean over the observed tokens and the layers; a single neuron where none is active."""
-        tokens, total = (self._tokens, self._total) if self._tokens else self._sums()
-        return max(total, 1 / max(self.widths) / len(self.mlps)) / tokens
+        if not self.tokens:
+            raise ValueError("no pass has been observed yet")
+        return max(self._total, 1 / max(self.widths) / len(self.mlps)) / self.tokens
 
     def share_of_layer(self, place: int) -> float:
         """Active neurons of one block in the last pass over all of them, padding included."""
@@ -148,8 +167,6 @@ class Sparsity:
 
     def _sums(self) -> tuple[float, float]:
         """Real tokens of the last pass, and the sum of their shares of active neurons."""
-        if not self._last:
-            raise ValueError("no pass has been run yet")
         shares_BT = torch.stack([self._last[place] for place in range(len(self.mlps))]).mean(0)
         valid_BT = self._valid_of(shares_BT)
         kept = shares_BT.flatten() if valid_BT is None else shares_BT[valid_BT]
@@ -163,7 +180,7 @@ class Sparsity:
         self._rows = len(next(tensor for tensor in given if tensor is not None))
         mask = kwargs.get("attention_mask")
         self._valid_BT = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        self._gates, self._last = {}, {}
+        self._gates, self._last, self._unobserved = {}, {}, True
 
     def _note_gate(self, place: int, gate_BTF: Tensor) -> None:
         self._gates[place] = gate_BTF

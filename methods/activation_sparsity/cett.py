@@ -49,18 +49,17 @@ class Contributions:
     def search(self, target: float) -> Crossing:
         """The most contributions, by rank, whose removal has a CETT of at most ``target``.
 
-        CETT falls by about 1e-4 here and there while the threshold rises; larger dips end at the first crossing. What
-        earlier searches tried narrows the bracket.
+        CETT falls by about 1e-4 here and there while the threshold rises; larger dips end at the first crossing. Every
+        search halves the whole bracket: what earlier ones tried saves its evaluation and decides nothing, since a
+        narrower bracket would end at another one of several crossings.
         """
-        high = min((rank for rank, value in self._known.items() if value > target), default=self._ranked.numel())
-        low = max((rank for rank in self._known if rank < high), default=0)
 
         def of(rank: float) -> float:
             if int(rank) not in self._known:
                 self._known[int(rank)] = self.cett(self.threshold_of_rank(int(rank)))
             return self._known[int(rank)]
 
-        return largest_allowed(of, target, low, high, 1, slack=1e-3)
+        return largest_allowed(of, target, 0, self._ranked.numel(), 1, slack=1e-3)
 
     def threshold(self, target: float) -> float:
         """The largest threshold with a CETT of at most ``target``."""

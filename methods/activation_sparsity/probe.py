@@ -63,9 +63,12 @@ class ActivationProbe(Probe):
 
     @torch.no_grad()
     def outputs(self, rows: Sequence[int]) -> Tensor:
-        """Logits, (B, tokens · vocabulary)."""
+        """Logits, (B, tokens · vocabulary); the pass is observed, as a task does."""
         ids_BT = self._ids[list(rows)]
-        return self.model.logits(LmBatch(ids_BT, torch.full_like(ids_BT, NOT_SCORED))).flatten(1)
+        logits_BTW = self.model.logits(LmBatch(ids_BT, torch.full_like(ids_BT, NOT_SCORED)))
+        if self.model.mlp is not None:
+            self.model.mlp.observed()
+        return logits_BTW.flatten(1)
 
     def cost(self) -> float:
         """Active neurons over all; 1 for the model as it is."""

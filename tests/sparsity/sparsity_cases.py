@@ -39,9 +39,17 @@ def sequences(model: LmModel, count: int = 4, length: int = 24, seed: int = 5) -
     return LmBatch(ids_BT, targets_BT)
 
 
+def observe(model: LmModel) -> None:
+    """Tell the method that is applied of the pass that was run, as tasks do."""
+    assert model.mlp is not None
+    model.mlp.observed()
+
+
 @torch.no_grad()
 def under(model: LmModel, rules: Sequence[Rule], batch: LmBatch) -> tuple[Tensor, Sparsity]:
-    """Logits of a pass under rules, and what counted it."""
+    """Logits of a pass under rules, and what counted and observed it."""
     sparsity = Sparsity(model, mlps_of(model.decoder), rules)
     with sparsity.hooked():
-        return model.logits(batch), sparsity
+        logits_BTW = model.logits(batch)
+    sparsity.observed()
+    return logits_BTW, sparsity

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
-from sparsity_cases import sequences, under
+from sparsity_cases import observe, sequences, under
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -61,6 +61,7 @@ def test_a_cett_of_zero_on_relu_removes_exactly_the_zero_activations(
     method = MlpCett(cett=0.0)
     with method.apply(relu_lm, method.calibrate(relu_lm, sparsity_ctx, 0)), torch.no_grad():
         assert torch.equal(relu_lm.logits(batch), dense)
+        observe(relu_lm)
         active = method.footprint(relu_lm, sparsity_ctx)["activation_ratio"]
     nonzero = torch.stack([(a != 0).double().mean() for a in before]).mean()
     assert active == pytest.approx(float(nonzero), abs=1e-12)

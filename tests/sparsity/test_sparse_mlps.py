@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sparsity_cases import sequences, under
+from sparsity_cases import observe, sequences, under
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     GPT2Config,
@@ -28,6 +28,7 @@ from transformers import (
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.folder_context import FolderContext
+from isoflop.methods.activation_sparsity.base import Sparsity
 from isoflop.methods.activation_sparsity.probe import ActivationProbe
 from isoflop.methods.activation_sparsity.rules import nonzero, top_of_each, units_kept
 from isoflop.methods.base import build
@@ -80,6 +81,7 @@ def test_exact_zeros_cost_nothing_and_change_nothing(name: str, sparsity_ctx: Fo
     method = build("mlp-exact-zero", {})
     with method.apply(model, None), torch.no_grad():
         assert torch.equal(model.logits(batch), dense)
+        observe(model)
         active = method.footprint(model, sparsity_ctx)["activation_ratio"]
     if model.module.config.model_type in ("llama", "phi3"):  # SiLU has no zeros
         assert active == 1.0
@@ -163,7 +165,9 @@ def test_padding_is_not_counted() -> None:
     _, alone = under(model, rules, LmBatch(batch.ids_BT[1:, 8:], batch.targets_BT[1:, 8:]))
     valid_BT = torch.ones(2, 20, dtype=torch.bool)
     valid_BT[1, :8] = False
-    _, padded = under(model, rules, LmBatch(batch.ids_BT, batch.targets_BT, 0, valid_BT))
+    padded = Sparsity(model, mlps_of(model.decoder), rules)
+    with padded.hooked(), torch.no_grad():
+        model.logits(LmBatch(batch.ids_BT, batch.targets_BT, 0, valid_BT))
     _, first = under(model, rules, LmBatch(batch.ids_BT[:1], batch.targets_BT[:1]))
     rows = padded.observed()["activation_ratio"].tolist()
     assert rows == pytest.approx([first.active_share(), alone.active_share()], abs=2e-3)
@@ -177,6 +181,7 @@ def test_dense_flops_are_those_that_torch_counts(name: str, sparsity_ctx: Folder
     with method.apply(model, None), torch.no_grad():
         with FlopCounterMode(display=False) as counter:
             model.logits(batch)
+        observe(model)
         costs = method.footprint(model, sparsity_ctx)
     counted = sum(
         sum(flops.values()) for path, flops in counter.get_flop_counts().items() if path.endswith(("0.mlp", "1.mlp"))

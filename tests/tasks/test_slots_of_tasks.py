@@ -36,7 +36,7 @@ def test_a_method_or_model_that_a_task_cannot_use_is_refused_at_plan(
 
 def test_what_a_task_asks_for_some_method_gives() -> None:
     given = {METHODS.get(name).slot for name in METHODS.names() if METHODS.get(name).asked_by_task}
-    assert given == {"context", "byte-view"} == {slot for name in TASKS for slot in TASKS.get(name).asks}
+    assert given == {"context", "byte-view", "mlp"} == {slot for name in TASKS for slot in TASKS.get(name).asks}
 
 
 def test_they_are_accepted_where_they_act() -> None:

@@ -179,11 +179,12 @@ class ResolvedJob:
 
 
 def _asked_for(method: Method, task: Task) -> None:
-    """A method that acts through a slot which the task never looks at would do nothing."""
+    """A method that acts, or is measured, through a slot which the task never looks at would do nothing, or say nothing."""
     if method.asked_by_task and method.slot not in task.asks:
         asking = [name for name in TASKS if method.slot in TASKS.get(name).asks]
         raise Infeasible(
-            f"task {task.name} does not use the {method.slot} of a model, where method {method.name} acts; tasks that do: {', '.join(asking)}"
+            f"task {task.name} does not ask for the {method.slot} of a model, where method {method.name} acts and is "
+            f"measured; tasks that do: {', '.join(asking)}"
         )
 
 

@@ -54,7 +54,10 @@ class MlpPolicy(Protocol):
     """What acts on the feed-forward blocks of a decoder (``DecoderModel.mlp``)."""
 
     def observed(self) -> Mapping[str, Tensor]:
-        """Figures of each row of the last pass, (B,) each, by name; what is asked for enters the policy's totals."""
+        """Figures of each row of the last pass, (B,) each, by name; what is asked for enters the policy's totals.
+
+        Tasks that ask for the slot ``mlp`` call it once after every pass that they score, and after no other.
+        """
 
 
 def mlps_of(decoder: nn.Module) -> list[Mlp]:

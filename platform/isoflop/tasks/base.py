@@ -38,8 +38,9 @@ class Task(ABC):
     """Base class of tasks: a frozen dataclass whose ``Knob`` fields are the task's options.
 
     ``version`` is part of every job id: raise it whenever the same options would give other examples or another metric.
-    ``asks`` names slots of the model that the task uses besides running it (``context``, ``byte-view``); methods that act
-    there and nowhere else are refused by other tasks.
+    ``asks`` names slots of the model that the task uses besides running it (``context``, ``byte-view``, or ``mlp``, whose
+    policy it tells of every pass that it scores); methods that act, or are measured, there and nowhere else are refused by
+    other tasks.
     ``chance`` is the expected error of the best answerer that sees the question only, at the default options.
     """
 

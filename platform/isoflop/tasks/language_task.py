@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -60,6 +60,8 @@ class LanguageTask(Task):
     methods on the cache have left it, which equals decoding token by token. The suite and its numbers depend on the
     options only; the job's seed shuffles the order. A shorter suite is a prefix of a longer one.
     """
+
+    asks: ClassVar[frozenset[str]] = frozenset({"mlp"})
 
     examples: Annotated[int, Knob(low=1, high=100_000, doc="number of sequences")] = 256
     shard: Annotated[

@@ -27,7 +27,7 @@ from isoflop.models.lm import LmModel
 from isoflop.models.prompting import Prompt, alike, answer_batch, tokenised
 from isoflop.tasks.base import TASKS, Shard, Task
 from isoflop.tasks.footprint import byte_costs, decoder_cache, module_bytes, peak_bytes_of, seconds_of
-from isoflop.tasks.language_task import MOST_LOGITS, lm_info, lm_model, score
+from isoflop.tasks.language_task import MOST_LOGITS, lm_info, lm_model, observed, score
 
 MEASURED = 8
 """Examples over which costs are averaged, since prompts differ in length."""
@@ -52,7 +52,7 @@ class PromptQa(Task):
 
     version: ClassVar[str] = "1"
     needs: ClassVar[frozenset[str]] = frozenset({"context"})
-    asks: ClassVar[frozenset[str]] = frozenset({"context"})
+    asks: ClassVar[frozenset[str]] = frozenset({"context", "mlp"})
     chance: ClassVar[float] = 1.0 - 1.0 / world.CHOICES
 
     examples: Annotated[int, Knob(low=1, high=100_000, doc="number of questions, each with documents of its own")] = 256
@@ -93,12 +93,14 @@ class PromptQa(Task):
             questions = [self.question(int(number)) for number in ids_B]
             shown = [context_of(lm, question) for question in questions]
             prompts = prompts_of(lm, questions, [compressed.text for compressed in shown])
-            nll_B, wrong_B = answers(lm, prompts)
+            noted: dict[str, np.ndarray] = {}
+            nll_B, wrong_B = answers(lm, prompts, noted)
             pairs = list(zip(questions, shown, strict=True))
             metrics = {
                 "nll": nll_B,
                 "answer_kept": np.array([float(_has_word(c.text, q.answer)) for q, c in pairs]),
                 "prompt_tokens": np.array([float(prompt.tokens) for prompt in prompts]),
+                **noted,
             }
             if all(compressed.kept is not None for compressed in shown):
                 metrics["evidence_kept"] = np.array([evidence_kept(q, c) for q, c in pairs])
@@ -192,12 +194,22 @@ def prompts_of(lm: LmModel, questions: Sequence[FactQuestion], contexts: Sequenc
     return prompts
 
 
-def answers(lm: LmModel, prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each prompt: negative log-likelihood of the answer in nats, and 1 where a token of it is wrong; each (B,)."""
+def answers(
+    lm: LmModel, prompts: Sequence[Prompt], noted: dict[str, np.ndarray] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each prompt: negative log-likelihood of the answer in nats, and 1 where a token of it is wrong; each (B,).
+
+    Args:
+        noted: is given what the method on the feed-forward blocks noted of each prompt, by name; None where the prompts
+            are none of the task's examples.
+    """
     nll_B, wrong_B = np.zeros(len(prompts)), np.zeros(len(prompts))
     for numbers in alike(prompts, MOST_LOGITS // lm.info.geometry["vocab_size"]):
         nll, right, scored = score(lm, answer_batch([prompts[number] for number in numbers]))
         nll_B[numbers], wrong_B[numbers] = nll, (right < scored).astype(np.float64)
+        if noted is not None:
+            for name, x_B in observed(lm).items():
+                noted.setdefault(name, np.zeros(len(prompts)))[numbers] = x_B
     return nll_B, wrong_B
 
 
