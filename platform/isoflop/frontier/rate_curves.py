@@ -1,21 +1,25 @@
 """Rate curves: error against bytes, and how two codecs compare over a whole range of them.
 
 A curve joins its points by straight lines in the logarithm of the rate, in which rate-distortion curves are close to
-straight. Bjøntegaard's difference is taken on these lines instead of on fitted cubics, which swing between few points.
+straight. Everything here is done on these lines: the error at a rate, the hull, where two curves cross, and
+Bjøntegaard's difference, which fitted cubics would let swing between few points.
+
+Sharing images between two settings reaches the straight line in the rate itself, which lies above the line in its
+logarithm: read a curve between its points as what a setting in between would reach, not as what a mixture does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import combinations, pairwise
-from typing import Any
+from itertools import pairwise
 
 import numpy as np
-import pyarrow as pa
 
 from isoflop.core.errors import UserError
-from isoflop.frontier.query import sql
+
+_TINY = 1e-12
+"""Gaps between curves below this share of the largest error are rounding, and count as none."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,18 @@ class RateCurve:
         """From (rate, error) pairs in any order; errors at equal rates are averaged.
 
         Raises:
-            UserError: there is no point, or a rate is not positive.
+            UserError: there is no point, a rate is not positive, or a number is not finite.
         """
         at: dict[float, list[float]] = {}
         for rate, error in points:
             at.setdefault(float(rate), []).append(float(error))
-        if not at or min(at) <= 0:
-            raise UserError(f"a rate curve needs points with rates above 0; got rates {sorted(at)}")
         rates = sorted(at)
-        return cls(np.array(rates), np.array([float(np.mean(at[rate])) for rate in rates]))
+        if not rates or not all(0 < rate < np.inf for rate in rates):
+            raise UserError(f"a rate curve needs points with rates above 0; got rates {rates}")
+        errors = np.array([float(np.mean(at[rate])) for rate in rates])
+        if not np.isfinite(errors).all():
+            raise UserError(f"a rate curve needs finite errors; got {errors.tolist()} at rates {rates}")
+        return cls(np.array(rates), errors)
 
     def at(self, rate: float) -> float:
         """The error at a rate; nan outside of the measured ones."""
@@ -52,30 +59,34 @@ class RateCurve:
         return float(np.interp(np.log(rate), np.log(self.rates), self.errors))
 
     def hull(self) -> RateCurve:
-        """The lower convex hull in rate and error: what sharing images among the settings reaches, rises left out."""
+        """The lower convex hull, up to the least error: the points that no line between two others passes below."""
         kept: list[tuple[float, float]] = []
-        for point in zip(self.rates.tolist(), self.errors.tolist(), strict=True):
+        for point in zip(np.log(self.rates).tolist(), self.errors.tolist(), strict=True):
             while len(kept) > 1 and _turn(kept[-2], kept[-1], point) <= 0:
                 kept.pop()
             kept.append(point)
-        falling = [kept[0]]
-        for point in kept[1:]:
-            if point[1] < falling[-1][1]:
-                falling.append(point)
-        return RateCurve.of(falling)
+        least = min(range(len(kept)), key=lambda place: kept[place][1])
+        stays = np.isin(np.log(self.rates), [place for place, _ in kept[: least + 1]])
+        return RateCurve(self.rates[stays], self.errors[stays])
 
     def crossings(self, other: RateCurve) -> list[float]:
-        """Rates at which this curve passes from above to below the other one or back, on the range that both cover."""
-        grid = np.union1d(self.rates, other.rates)
-        low, high = max(self.rates[0], other.rates[0]), min(self.rates[-1], other.rates[-1])
-        grid = grid[(grid >= low) & (grid <= high)]
-        gaps = [(rate, self.at(rate) - other.at(rate)) for rate in grid.tolist()]
-        gaps = [(rate, gap) for rate, gap in gaps if gap != 0]
-        return [
-            float(np.exp(np.log(a) + (np.log(b) - np.log(a)) * gap_a / (gap_a - gap_b)))
-            for (a, gap_a), (b, gap_b) in pairwise(gaps)
-            if gap_a * gap_b < 0
-        ]
+        """Rates at which this curve passes from above to below the other one or back, on the range that both cover.
+
+        Between two points of either curve the gap is a straight line, whose zero is found exactly. Curves that run together
+        for a while and part on the other side cross in the (geometric) middle of that stretch; curves that touch do not.
+        """
+        rates, gaps = self._gaps(other)
+        sides = [place for place in range(len(gaps)) if gaps[place] != 0]
+        found = []
+        for a, b in pairwise(sides):
+            if gaps[a] * gaps[b] > 0:
+                continue
+            if b == a + 1:
+                share = gaps[a] / (gaps[a] - gaps[b])
+                found.append(float(rates[a] ** (1 - share) * rates[b] ** share))
+            else:
+                found.append(float(np.sqrt(rates[a + 1] * rates[b - 1])))
+        return found
 
     def extra_rate(self, other: RateCurve) -> float:
         """Bjøntegaard's rate difference: how much more rate this curve takes than the other for equal errors.
@@ -92,6 +103,15 @@ class RateCurve:
         gap = a._log_rates(errors) - b._log_rates(errors)
         return float(np.expm1(np.trapezoid(gap, errors) / (high - low)))
 
+    def _gaps(self, other: RateCurve) -> tuple[np.ndarray, np.ndarray]:
+        """Points of both curves on the range that both cover, and this curve's error less the other's there."""
+        low, high = max(self.rates[0], other.rates[0]), min(self.rates[-1], other.rates[-1])
+        rates = np.union1d(self.rates, other.rates)
+        rates = rates[(rates >= low) & (rates <= high)]
+        gaps = np.array([self.at(rate) - other.at(rate) for rate in rates.tolist()])
+        gaps[np.abs(gaps) <= _TINY * max(np.abs(self.errors).max(), np.abs(other.errors).max())] = 0.0
+        return rates, gaps
+
     def _falling(self) -> RateCurve:
         best = np.minimum.accumulate(self.errors)
         kept = np.concatenate([[True], self.errors[1:] < best[:-1]])
@@ -99,37 +119,6 @@ class RateCurve:
 
     def _log_rates(self, errors: np.ndarray) -> np.ndarray:
         return np.interp(errors, self.errors[::-1], np.log(self.rates)[::-1])
-
-
-def rate_curves(
-    table: pa.Table, rate: str = "footprint['codec_bytes']", error: str = "error", by: Sequence[str] = ("method",)
-) -> dict[tuple[Any, ...], RateCurve]:
-    """Curves of the finished rows, repeats averaged point by point.
-
-    Args:
-        table: ledger rows of one model and task.
-        rate, error: SQL expressions, for example ``footprint['codec_payload_bytes']`` and ``metrics['psnr']``.
-        by: SQL expressions that tell curves apart, for example ``knobs->>'tail_drop'``.
-    """
-    names = ", ".join(f"{expression} as by_{place}" for place, expression in enumerate(by))
-    found = sql(
-        f"select {names}, knobs, avg({rate}) as rate, avg({error}) as error from results where status = 'ok' "
-        f"group by all having avg({rate}) > 0 order by all",
-        table,
-    ).to_pylist()
-    points: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
-    for row in found:
-        key = tuple(row[f"by_{place}"] for place in range(len(by)))
-        points.setdefault(key, []).append((row["rate"], row["error"]))
-    return {key: RateCurve.of(pairs) for key, pairs in points.items()}
-
-
-def compare_curves(curves: Mapping[tuple[Any, ...], RateCurve]) -> list[dict[str, Any]]:
-    """One entry per pair: ``a``, ``b``, ``extra_rate`` of a over b, and the rates at which they cross."""
-    return [
-        {"a": a, "b": b, "extra_rate": curves[a].extra_rate(curves[b]), "crossings": curves[a].crossings(curves[b])}
-        for a, b in combinations(curves, 2)
-    ]
 
 
 def _turn(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> float:
