@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from isoflop.core.knobs import KnobValue
 from isoflop.methods.base import Method
 from isoflop.methods.weights.probe import WeightProbe
 from isoflop.methods.weights.search_base import SearchMethod
@@ -34,6 +36,12 @@ class SearchProbe(WeightProbe):
                 self._parts[parts] = short.compute_parts(self.model, self.ctx, seed)
             self._calibrated[key] = short.search(self.model, self.ctx, self._parts[parts], seed)
         return self._calibrated[key]
+
+    def settings(self, knob: str) -> Sequence[Mapping[str, KnobValue]]:
+        """Which matrices exchange bits shows, without a search's luck, in the exact allocation of a fraction of bits."""
+        if knob != "exchange":
+            return super().settings(knob)
+        return [{"exchange": exchange, "allocation": "dp", "bits": 2.25} for exchange in ("size", "any")]
 
     def forget(self) -> None:
         """Search anew."""
