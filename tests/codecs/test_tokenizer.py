@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from isoflop.methods.codecs.one_d_piece import OneDPiece
-from isoflop.methods.codecs.tokenizer_training import Recipe, Trainer, lessons
+from isoflop.methods.codecs.tokenizer_training import Recipe, Step, Trainer, lessons
 from isoflop.models.base import family_of
+from isoflop.models.quantizers import COMMITMENT
 from isoflop.models.sprite_world import ImageSet
 from isoflop.models.tokenizer import Tokenizer, from_patches, to_patches
 from isoflop.testing import FolderContext
@@ -116,8 +117,45 @@ def test_the_quantizer_sees_all_tokens_and_the_decoder_the_kept_ones() -> None:
     places = run.tokenizer.decoder.latent_places_LE.grad
     assert places is not None
     assert [bool(row.any()) for row in places] == [True, True, False, False, False, False]
-    weighted = trainer(quantizer_weight=1.0)
-    assert float(weighted.loss(step).detach()) > float(run.loss(step).detach())
+
+    net = tokenizer()
+    latents = torch.nn.functional.normalize(net.latents(step.images_BCHW), dim=-1).detach()
+    gaps = (net.quantizer.lookup(net.encode(step.images_BCHW)).detach() - latents).square()
+    weighted = float(
+        trainer(quantizer_weight=1.0).loss(step).detach() - trainer(quantizer_weight=0.0).loss(step).detach()
+    )
+    assert weighted == pytest.approx((1 + COMMITMENT) * float(gaps.mean()), rel=1e-4)
+    assert weighted != pytest.approx((1 + COMMITMENT) * float(gaps[:, :2].mean()), rel=1e-2)
+
+
+def test_the_tail_is_dropped_in_both_stages() -> None:
+    kept: dict[bool, list[Tensor]] = {True: [], False: []}
+
+    class Recording(Trainer):
+        def loss(self, step: Step) -> Tensor:
+            frozen = not any(p.requires_grad for p in self.tokenizer.encoder.parameters())
+            kept[frozen].append(step.kept_B)
+            return super().loss(step)
+
+    recipe = dataclasses.replace(SMALL.recipe, steps=16, second=0.5, each=True)
+    Recording(tokenizer(), recipe, 0).run("digits", 0)
+    assert [len(kept[frozen]) for frozen in (False, True)] == [8, 8]
+    for lengths in kept.values():
+        assert set(torch.stack(lengths).unique().tolist()) == {*range(1, 7)}
+
+
+def test_latent_tokens_see_the_whole_image_and_each_other() -> None:
+    """No causal mask: the first token changes with the last pixel and with the last latent token, and the other way round."""
+    net, x = tokenizer(), images(2)
+    before = net.latents(x)
+    corner = x.clone()
+    corner[..., -1, -1] = 1 - corner[..., -1, -1]
+    assert (net.latents(corner) - before).abs().amax((0, 2)).gt(1e-4).all()
+    for place in (0, 5):
+        other = tokenizer()
+        with torch.no_grad():
+            other.encoder.latents_LE[place, ::2] += 1  # of all channels alike, the norm would take it away
+        assert (other.latents(x) - before).abs().amax((0, 2)).gt(1e-4).all()
 
 
 @pytest.mark.parametrize("drop", ["every", "powers", "full"])

@@ -294,6 +294,12 @@ class SweepResults:
             results_module.usable(self.results()), objectives=objectives or {"error": "min", "flops": "min"}, **options
         )
 
+    def rate_curves(self, **options: Any) -> Any:
+        """Error over real bytes of every codec, and how they compare; see :func:`isoflop.frontier.rate_curves`."""
+        from isoflop.frontier import rate_curves
+
+        return rate_curves(results_module.usable(self.results()), **options)
+
     def sql(self, query: str) -> pa.Table:
         """DuckDB SQL on the table ``results``."""
         from isoflop.frontier import sql
