@@ -67,3 +67,15 @@ def test_nothing_to_pair_and_unknown_columns_are_told() -> None:
         paired(rows(0.0), "method = 'new'", "method = 'old'", {"kvs": 0.1})
     with pytest.raises(UserError, match="Binder Error"):
         paired(rows(0.0), "methods = 'new'", "method = 'old'")
+
+
+def test_models_are_kept_apart_unless_they_may_differ() -> None:
+    table = to_table(
+        [{**row, "model": "m" if row["method"] == "old" else "other"} for row in rows(0.02, noise=0.0).to_pylist()]
+    )
+    sides = "method = 'new'", "method = 'old'"
+    with pytest.raises(UserError, match="none agree in task, repeat, model, kv"):
+        paired(table, *sides, {"model": 0, "kv": 0.05})
+    result = paired(table, *sides, {"model": float("inf"), "kv": 0.05})
+    assert (result.pairs, result.difference) == (6, pytest.approx(-0.02, abs=1e-6))
+    assert {cell["model"] for cell in result.cells} == {"other"}
