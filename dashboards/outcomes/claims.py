@@ -30,7 +30,8 @@ class Claim:
         sweep: name of the sweep whose rows are compared (``sweeps/<sweep>.yaml``).
         claim: the expectation in one sentence: a has less error than b.
         a, b: SQL conditions on the rows; ``knobs->>'name'`` reads a knob.
-        match: columns that must agree, with the share by which numbers may differ.
+        match: columns that must agree besides the model, with the share by which numbers may differ; ``model: .inf``
+            compares different models.
         expect: ``better``; ``worse`` for a control that must lose; ``equal`` where a must not lose more than ``margin``.
         margin: for ``equal``.
         why: the likely reason where it does not show, for people.

@@ -57,7 +57,7 @@ def paired(
     Args:
         table: ledger rows with ``scores``; only finished ones count.
         match: columns that must agree besides ``task`` and ``repeat``; with a number, numeric columns may differ by that
-            share, and the nearest row is taken.
+            share, and the nearest row is taken; with ``.inf`` text may differ, too (``model: .inf`` compares models).
 
     Raises:
         UserError: a condition is wrong, or nothing can be paired.
@@ -97,7 +97,7 @@ def _partner(
         distance = 0.0
         for column, tolerance in tolerances.items():
             mine, theirs = cell_of(row, column), cell_of(other, column)
-            if mine == theirs:
+            if mine == theirs or (math.isinf(tolerance) and isinstance(mine, str)):
                 continue
             if not tolerance or not isinstance(mine, (int, float)) or not isinstance(theirs, (int, float)):
                 distance = math.inf
