@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -9,6 +10,8 @@ import pytest
 
 from isoflop.core.errors import UserError
 from isoflop.frontier import rate_curves
+from isoflop.ledger import Store
+from isoflop.sweep.api import SweepResults
 
 
 def rows(*entries: tuple[str, str, str, float | None, float | None], task: str = "t", model: str = "m") -> pa.Table:
@@ -102,3 +105,16 @@ def test_no_rows_and_wrong_expressions_are_said() -> None:
         rate_curves(TABLE, rate="footprint['no_such']")
     with pytest.raises(UserError, match="no_such"):
         rate_curves(TABLE, error="no_such")
+
+
+def test_an_opened_sweep_has_the_curves_of_its_finished_rows(tmp_path: Path) -> None:
+    class Opened(SweepResults):
+        def results(self, columns: Any = None, everything: bool = False) -> pa.Table:
+            return TABLE
+
+    opened = Opened(Store.open(str(tmp_path)), "codecs")
+    assert (
+        opened.rate_curves(rate="footprint['codec_payload_bytes']")
+        .to_arrow()
+        .equals(rate_curves(TABLE, rate="footprint['codec_payload_bytes']").to_arrow())
+    )
