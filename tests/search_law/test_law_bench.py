@@ -10,7 +10,8 @@ import pyarrow.csv
 import pytest
 from click.testing import CliRunner
 
-from isoflop.bench.search import CASES, bound, run_case, search, share_for, table
+from isoflop.bench.search import CASES, best_share, bound, run_case, search
+from isoflop.bench.search_results import Saved, digest, share_for, table
 from isoflop.bench.search_worlds import Lab, measured_worlds, worlds
 from isoflop.core.errors import UserError
 from isoflop.search.law import Exponents, LawSampler, OptimalAllocation, Policy, replay
@@ -31,6 +32,37 @@ def test_no_design_beats_the_bound_and_money_narrows_it() -> None:
     assert loose is not None
     assert loose / tight == pytest.approx(np.sqrt(10), rel=0.02)  # variance falls with money while the prior is weak
     assert bound("wrong-additive", 0.1) is None
+    assert best_share("wrong-additive", 0.1) is None
+    assert best_share("product-allocation", loose) == pytest.approx(0.01, rel=0.01)
+    capped = bound("additive-frontier", 100.0)  # hundreds of runs at most, whatever the money
+    assert capped is not None
+    assert best_share("additive-frontier", 0.5 * capped) == np.inf
+
+
+def test_saved_scores_are_not_run_again_and_other_code_is_not_believed(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    first = run_case("product-allocation", range(2), ("random",), (0.03,), Saved(path))
+    lines = path.read_text().splitlines()
+    assert len(lines) == 2
+    made_up = lines[0].replace(f'"error": {first["strategies"]["random"]["points"][0]["errors"][0]}', '"error": 7.0')
+    path.write_text("\n".join([made_up, lines[1]]) + "\n")
+    again = run_case("product-allocation", range(3), ("random",), (0.03,), Saved(path))
+    assert again["strategies"]["random"]["points"][0]["errors"][0] == 7.0  # read, not run
+    assert len(path.read_text().splitlines()) == 3  # one seed was missing
+    path.write_text(path.read_text().replace(digest("random"), "0" * 12))
+    assert Saved(path).get("product-allocation", "random", 0.03, 0) is None
+    assert Saved(path, b"rows of a reference").get("product-allocation", "random", 0.03, 0) is None
+    path.write_text("no score\n")
+    with pytest.raises(UserError, match="line 1 is no score"):
+        Saved(path)
+
+
+def test_the_table_tells_what_the_best_design_would_need() -> None:
+    found = run_case("product-frontier", range(2), ("random",), (0.03,))
+    (point,) = found["strategies"]["random"]["points"]
+    level = bound("product-frontier", 0.03 * point["best"])
+    assert level == pytest.approx(point["rms"], rel=0.01)
+    assert f"{point['best']:.3g}" in "\n".join(table(found))
 
 
 def test_all_strategies_see_the_same_outcomes() -> None:

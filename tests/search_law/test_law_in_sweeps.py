@@ -14,6 +14,7 @@ import isoflop
 from isoflop.cli.run import plan_command
 from isoflop.cli.show import show_command
 from isoflop.core.errors import UserError
+from isoflop.sweep.law_search import make_law_sampler
 from isoflop.sweep.resolve import resolve
 
 pytestmark = pytest.mark.usefixtures("toy_parts")
@@ -94,6 +95,12 @@ def test_several_tasks_methods_and_forms(tmp_path: Path) -> None:
     assert budget == "2e+06"
     assert best["method"] in ("toy-tokens", "toy-prepared")
     assert set(found["forms"]) <= {"product", "chinchilla"}
+
+
+def test_the_sweeps_number_of_trials_is_part_of_the_design() -> None:
+    planner = make_law_sampler(resolve(spec(budget={"trials": 12})))._planner
+    assert planner.max_runs == 12
+    assert planner.pilot_runs <= 6
 
 
 @pytest.mark.parametrize(

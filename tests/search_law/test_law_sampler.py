@@ -329,6 +329,7 @@ def test_a_width_that_is_reached_ends_the_study() -> None:
         ({"laws": [("chinchilla", {"B": "V"})]}, "unknown variable of law 'chinchilla' 'B'"),
         ({"laws": [("chinchilla", {"D": "W"})]}, "unknown axis 'W'"),
         ({"budget": 0.0}, "must be a positive number"),
+        ({"max_runs": 0}, "max_runs = 0; allowed: 1 or more"),
         ({"noise": "loud"}, "unknown noise 'loud'"),
         ({"target": "V*"}, "one of the target classes"),
         ({"target": OptimalAllocation(budget=-1.0)}, "budget = -1.0 must be a positive number"),

@@ -7,6 +7,8 @@ law sampler pays for its check run, which is never fitted.
 * ``grid``: every candidate once. ``random``, ``qmc``, ``tpe``, ``gp``: Optuna's samplers, TPE and GP minimising the error;
   what exceeds the money left is skipped. ``halving``: successive halving over sizes. ``d-optimal``: the planner with the
   volume of the parameters for its target.
+* ``best*``: what the best design would need for a row's error (:func:`bound`), over what the row spent. A goal below it is
+  out of reach for any way of choosing runs.
 * error of a seed: root mean square over the target's quantities (logarithms, so relative errors). Reported: the median over
   seeds with a 95 % bootstrap interval, and the root mean square over seeds, from which FLOP ratios are interpolated.
 """
@@ -31,7 +33,8 @@ import pyarrow.csv
 import pyarrow.parquet
 from optuna.distributions import BaseDistribution, IntDistribution
 
-from isoflop.bench.search_strategies import Outcome, strategy_of
+from isoflop.bench.search_results import Saved, Score, share_for, summarise, table
+from isoflop.bench.search_strategies import CAP, Outcome, strategy_of
 from isoflop.bench.search_worlds import Lab, World, measured_worlds, truth_of, worlds
 from isoflop.core.errors import UserError, unknown
 from isoflop.core.expressions import Array
@@ -39,6 +42,7 @@ from isoflop.search.law import LawSampler, Policy
 from isoflop.search.law.belief import Belief
 from isoflop.search.law.best_method import BestMethod
 from isoflop.search.law.contenders import LawChoice, make_blocks, make_contender
+from isoflop.search.law.design import Linear, best_counts
 from isoflop.search.law.hypotheses import Hypothesis
 from isoflop.search.law.mapfit import map_fit, search_starts
 from isoflop.search.law.planner import Planner
@@ -48,12 +52,24 @@ from isoflop.search.law.targets import Setting
 
 @dataclass(frozen=True)
 class Case:
-    """Which strategies meet on a world, at which shares of the full grid's cost."""
+    """Which strategies meet on a world, at which shares of the full grid's cost; ``more`` shares are ours alone.
+
+    Without a smaller share than the peers' one could not tell how much less the law sampler needs for their errors.
+    """
 
     world: str
     strategies: tuple[str, ...]
     shares: tuple[float, ...]
     goal: str
+    more: tuple[float, ...] = ()
+
+    def shares_of(self, strategy: str) -> tuple[float, ...]:
+        """Where a strategy is run: the grid only whole; the law sampler not beyond what settles its goal."""
+        if strategy == "grid":
+            return (1.0,)
+        if strategy == "law" and self.world == "product-allocation":
+            return tuple(s for s in self.shares if s <= 0.05)
+        return tuple(sorted({*self.shares, *self.more})) if strategy == "law" else self.shares
 
 
 _REAL: dict[str, World] = {}  # of the reference that this process was given
@@ -64,9 +80,9 @@ CASES = {
         Case(
             "product-allocation", ("grid", "random", "law"), (0.01, 0.02, 0.05, 0.2, 1.0), "≤ 1/10 of the grid's FLOPs"
         ),
-        Case("product-frontier", (*_OPTUNA, "law"), (0.03, 0.1), "≤ 1/5 of the best's FLOPs"),
-        Case("additive-frontier", (*_OPTUNA, "law"), (0.03, 0.1), "≤ 1/5 of the best's FLOPs"),
-        Case("extrapolation", (*_OPTUNA, "d-optimal", "law"), (0.03, 0.1), "≤ 1/2 of D-optimal's FLOPs"),
+        Case("product-frontier", (*_OPTUNA, "law"), (0.03, 0.1), "≤ 1/5 of the best's FLOPs", (0.01,)),
+        Case("additive-frontier", (*_OPTUNA, "law"), (0.03, 0.1), "≤ 1/5 of the best's FLOPs", (0.01,)),
+        Case("extrapolation", (*_OPTUNA, "d-optimal", "law"), (0.03, 0.1), "≤ 1/2 of D-optimal's FLOPs", (0.01,)),
         Case(
             "best-of-four",
             ("tpe", "gp", "halving", "law"),
@@ -154,12 +170,11 @@ def _best_seen(lab: Lab, rows: Sequence[tuple[int, float]]) -> int:
     return int(lab.group[min(seen, key=lambda i: float(np.mean(seen[i])))])
 
 
-def bound(name: str, share: float) -> float | None:
-    """The least standard error (root mean square over quantities) that any division of the money can have.
+@lru_cache(maxsize=32)
+def _ideal(name: str) -> tuple[Linear, Array] | None:
+    """The law linearised at its true parameters with the true noise, and costs as shares of the full grid's.
 
-    A linearised law at the true parameters, known noise, fractions of runs allowed: multiplicative updates of the money's
-    shares m_i <- m_i sqrt(d_i), d_i = |J Sigma j_i|^2/(sigma_i^2 c_i), converge to the optimum. None where the truth is no
-    contender, and for choices between methods.
+    None where the truth is no contender, and for choices between methods.
     """
     world, question, _, scales = _question(name)
     if name.startswith("wrong") or world.measured is not None or isinstance(world.target, BestMethod):
@@ -172,77 +187,78 @@ def bound(name: str, share: float) -> float | None:
     )
     u, loss = map_fit(blocks[0], lab.x, lab.group, y, np.full(len(y), 1e6), start, 200, 1e-12)
     h = Hypothesis("truth", 0, blocks, u[int(np.argmin(loss))])
-    j, variance = h.jacobian(lab.x, lab.group), world.sd(lab.x, lab.group) ** 2
     steps = 1e-4 * np.eye(len(h.u))
     slope = (question.values(h, h.u + steps) - question.values(h, h.u - steps)).T / 2e-4
-    prior, money = np.diag(h.prior_sd**-2.0), share * lab.total
-    m = np.full(len(j), 1 / len(j))
-    for _ in range(2000):
-        cov = np.linalg.inv(prior + (j * (m * money / lab.cost / variance)[:, None]).T @ j)
-        m = m * np.sqrt(np.sum((j @ cov @ slope.T) ** 2, axis=1) / variance / lab.cost)
-        m /= m.sum()
-    return float(np.sqrt(np.mean(np.diag(slope @ cov @ slope.T))))
+    white = h.jacobian(lab.x, lab.group) / world.sd(lab.x, lab.group)[:, None]
+    linear = Linear(1.0, np.diag(h.prior_sd**-2.0), white[:, None], slope / math.sqrt(len(slope)))
+    return linear, lab.cost / lab.total
+
+
+def bound(name: str, share: float) -> float | None:
+    """The least standard error (root mean square over quantities) that any design within the limits can have.
+
+    A law linearised at the true parameters, with known noise, known parameters to design by, fractions of runs, and no
+    check: what a sequential search cannot do. A fit's error can be a little smaller where rows are few and the prior tells.
+    """
+    ideal = _ideal(name)
+    if ideal is None:
+        return None
+    linear, cost = ideal
+    n = best_counts([linear], np.stack([cost / share, np.full(len(cost), 1 / CAP)]), rounds=400, prune=False)
+    return math.sqrt(linear.variance(n))
+
+
+def best_share(name: str, level: float) -> float | None:
+    """The least share at which some design has an error of at most ``level``, by bisection; inf when the cap forbids it."""
+    if _ideal(name) is None:
+        return None
+    low, high = math.log(1e-5), math.log(10.0)
+    if (least := bound(name, math.exp(high))) is None or least > level:
+        return math.inf
+    for _ in range(16):
+        middle = 0.5 * (low + high)
+        error = bound(name, math.exp(middle))
+        assert error is not None
+        low, high = (low, middle) if error <= level else (middle, high)
+    return math.exp(high)
 
 
 def run_case(
-    name: str, seeds: Sequence[int], strategies: Sequence[str] = (), shares: Sequence[float] = ()
+    name: str,
+    seeds: Sequence[int],
+    strategies: Sequence[str] = (),
+    shares: Sequence[float] = (),
+    saved: Saved | None = None,
 ) -> dict[str, Any]:
     """All strategies of one case; errors per share and seed, their summaries, and the ratios that the goal is about."""
     case = CASES[name] if not shares else replace(CASES[name], shares=tuple(shares))
-    world = find_world(name)
-    out: dict[str, Any] = {"case": name, "goal": case.goal, "seeds": len(seeds), "strategies": {}}
+    saved = Saved(None) if saved is None else saved
+    out: dict[str, Any] = {"case": name, "goal": case.goal, "strategies": {}}
     for strategy in strategies or case.strategies:
-        start, points = time.process_time(), []
-        for share in case.shares if strategy != "grid" else (1.0,):
-            if strategy == "law" and share > 0.05 and name == "product-allocation":
-                continue  # known well enough before
-            errors, fits, runs = [], [], []
-            for seed in seeds:
-                lab = Lab(world, seed)
-                found = strategy_of(strategy)(lab, share * lab.total, seed)
-                errors.append(error_of(world, lab, found))
-                fits.append(found.fits)
-                runs.append(len(found.rows))
-            points.append(_point(share, errors, fits, runs))
-        out["strategies"][strategy] = {"points": points, "cpu_s": time.process_time() - start}
-    out["bound"] = {f"{s:g}": b for s in case.shares if (b := bound(name, s)) is not None}
+        points = []
+        for share in case.shares_of(strategy):
+            scores = [_score(name, strategy, share, seed, saved) for seed in seeds]
+            points.append(_with_best(name, summarise(share, scores)))
+        out["strategies"][strategy] = {"points": points}
     out["ratios"] = ratios(case, out["strategies"])
     return out
 
 
-def _point(share: float, errors: list[float], fits: list[bool | None], runs: list[int]) -> dict[str, Any]:
-    values = np.array(errors)
-    rng = np.random.default_rng(0)
-    draws = np.median(values[rng.integers(len(values), size=(400, len(values)))], axis=1)
-    said = [f for f in fits if f is not None]
-    return {
-        "share": share,
-        "median": float(np.median(values)),
-        "low": float(np.quantile(draws, 0.025)),
-        "high": float(np.quantile(draws, 0.975)),
-        "rms": float(np.sqrt(np.mean(values**2))),
-        "mean": float(np.mean(values)),
-        "runs": float(np.mean(runs)),
-        "says_misfit": 1 - float(np.mean(said)) if said else None,
-        "errors": [float(v) for v in values],
-    }
+def _score(name: str, strategy: str, share: float, seed: int, saved: Saved) -> Score:
+    if (old := saved.get(name, strategy, share, seed)) is not None:
+        return old
+    world = find_world(name)
+    lab = Lab(world, seed)
+    found = strategy_of(strategy)(lab, share * lab.total, seed)
+    score = Score(name, strategy, share, seed, error_of(world, lab, found), len(found.rows), found.fits)
+    saved.add(score)
+    return score
 
 
-def share_for(points: Sequence[dict[str, Any]], level: float, key: str = "rms") -> float:
-    """The least share at which the error is at most ``level``, interpolated in logarithms; inf when never.
-
-    Below the smallest share nothing is extrapolated: the smallest share counts.
-    """
-    before: dict[str, Any] | None = None
-    for p in points:
-        if p[key] <= level:
-            if before is None or not math.isfinite(before[key]) or before[key] <= 0 or p[key] <= 0:
-                return float(p["share"])
-            gap = math.log(before[key] / p[key])
-            part = math.log(before[key] / level) / gap if gap > 0 else 1.0
-            return float(before["share"] * (p["share"] / before["share"]) ** part)
-        before = p
-    return math.inf
+def _with_best(name: str, point: dict[str, Any]) -> dict[str, Any]:
+    """``best``: the FLOPs that the best design needs for the point's error, over the point's."""
+    least = best_share(name, point["rms"]) if math.isfinite(point["rms"]) else None
+    return point if least is None else {**point, "best": least / point["share"]}
 
 
 def ratios(case: Case, found: dict[str, Any]) -> dict[str, float]:
@@ -277,29 +293,6 @@ def ratios(case: Case, found: dict[str, Any]) -> dict[str, float]:
     return out
 
 
-# presentation
-
-
-def table(result: dict[str, Any]) -> list[str]:
-    """Lines of at most 80 columns."""
-    lines = [f"{result['case']}: {result['goal']} ({result['seeds']} seeds)"]
-    what = "wrong" if result["case"] == "best-of-four" else "median error [95 %]      rms"
-    lines.append(f"  {'strategy':<11}{'share':>6}{'runs':>7}  {what}")
-    for name, found in result["strategies"].items():
-        for p in found["points"]:
-            if result["case"] == "best-of-four":
-                values = f"{p['mean']:.2f}"
-            else:
-                values = f"{p['median']:.4f} [{p['low']:.4f}, {p['high']:.4f}]  {p['rms']:.4f}"
-            said = "" if p["says_misfit"] is None else f"  misfit said {p['says_misfit']:.0%}"
-            lines.append(f"  {name:<11}{p['share']:>6g}{p['runs']:>7.1f}  {values}{said}"[:80])
-    if result["bound"]:
-        limits = ", ".join(f"{v:.4f} at {s}" for s, v in result["bound"].items())
-        lines.append(f"  no design has a smaller rms than {limits}"[:80])
-    lines += [f"  {name}: {value:.3g}"[:80] for name, value in result["ratios"].items()]
-    return lines
-
-
 def bench_ask(rows: int = 1000, asks: int = 20) -> dict[str, float]:
     """CPU milliseconds per proposal in a study with many rows: continuous space, three competing forms, a frontier.
 
@@ -323,7 +316,8 @@ def _ask_times(world: World, rows: int, asks: int) -> list[float]:
         "V": IntDistribution(1, 512, log=True),
     }
     laws: tuple[LawChoice, ...] = ("product", ("chinchilla", {"D": "V"}), "semilog")
-    sampler = LawSampler({"N": "N", "V": "V"}, world.target, laws, space=space, cost=world.cost, seed=0)
+    limits = {"budget": 3e10 * 100 * rows, "max_runs": 3 * rows}  # so that the design of what is left is solved, too
+    sampler = LawSampler({"N": "N", "V": "V"}, world.target, laws, space=space, cost=world.cost, seed=0, **limits)
     study = optuna.create_study(sampler=sampler)
 
     def value(params: Mapping[str, Any]) -> float:
@@ -366,6 +360,11 @@ def read_reference(text: str, where: str | None) -> pa.Table:
 @click.option("--strategy", "strategies", multiple=True, help="Only these strategies of the chosen cases.")
 @click.option("--seeds", type=click.IntRange(2), default=50, show_default=True, help="Simulated studies per point.")
 @click.option(
+    "--save",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Keep every seed's error in this file of JSON lines as it comes, and run only what it lacks.",
+)
+@click.option(
     "--reference", help="A CSV or Parquet file, or SWEEP@STORE, of a sweep with repeats (N, V, error, flops)."
 )
 @click.option("--where", help="SQL condition on the reference's rows, e.g. \"task = 'visual-reading'\".")
@@ -375,14 +374,18 @@ def search(
     only: tuple[str, ...],
     strategies: tuple[str, ...],
     seeds: int,
+    save: Path | None,
     reference: str | None,
     where: str | None,
     q: float,
     as_json: bool,
 ) -> None:
     """Search that sharpens a law: FLOPs to an answer against grids and Optuna's samplers."""
+    data = b""
     if reference is not None:
-        _REAL.update(measured_worlds(read_reference(reference, where), q))
+        rows = read_reference(reference, where)
+        _REAL.update(measured_worlds(rows, q))
+        data = repr((rows.select(["N", "V", "error"]).to_pydict(), q)).encode()
         goal = "FLOPs to be within the reference's interval"
         CASES.update({n: Case(n, ("grid", "random", "tpe", "law"), (0.03, 0.1, 0.3), goal) for n in _REAL})
         only = only or tuple(_REAL)
@@ -390,14 +393,14 @@ def search(
         if name not in (*CASES, "ask"):
             raise unknown("case", name, (*CASES, "ask"), "--only")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    results = []
+    results, saved = [], Saved(save, data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in only or (*CASES, "ask"):
             if name == "ask":
                 results.append({"case": "ask", **bench_ask()})
             else:
-                results.append(run_case(name, range(seeds), strategies))
+                results.append(run_case(name, range(seeds), strategies, saved=saved))
             if not as_json:
                 found = results[-1]
                 shown = (

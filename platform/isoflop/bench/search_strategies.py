@@ -18,7 +18,7 @@ from isoflop.search.law import LawSampler, Policy
 
 _ETA = 2
 _MISSES = 10
-_CAP = 240  # runs of any strategy: beyond it budgets are left unspent
+CAP = 240  # runs of any strategy, who are told so where they can be: beyond it budgets are left unspent
 _MAX_RUNS = {"gp": 60}
 
 
@@ -40,7 +40,7 @@ def run_random(lab: Lab, budget: float, seed: int) -> Outcome:
     """A random order, what is affordable; from the beginning again when all have run."""
     rng, rows, left = np.random.default_rng([seed, 1]), list[tuple[int, float]](), budget
     before = -1
-    while before < len(rows) < _CAP:
+    while before < len(rows) < CAP:
         before = len(rows)
         for i in rng.permutation(len(lab)):
             if lab.cost[i] <= left and lab.left(int(i)):
@@ -60,7 +60,7 @@ def distributions(lab: Lab) -> dict[str, BaseDistribution]:
     return out
 
 
-def run_optuna(lab: Lab, budget: float, seed: int, sampler: optuna.samplers.BaseSampler, most: int = _CAP) -> Outcome:
+def run_optuna(lab: Lab, budget: float, seed: int, sampler: optuna.samplers.BaseSampler, most: int = CAP) -> Outcome:
     """Ask and tell until the money is spent.
 
     A proposal that is too dear is skipped at no cost; a sampler that proposes nothing else is relieved by an affordable
@@ -102,6 +102,7 @@ def law_sampler(lab: Lab, budget: float, seed: int, policy: Policy | None = None
         candidates=lab.params,
         cost=world.cost if world.measured is None else partial(_measured_cost, lab),
         budget=budget,
+        max_runs=CAP,
         policy=policy,
         seed=seed,
     )
@@ -119,7 +120,7 @@ def run_law(lab: Lab, budget: float, seed: int, policy: Policy | None = None) ->
     study = optuna.create_study(sampler=sampler)
     space = distributions(lab)
     rows: list[tuple[int, float]] = []
-    while len(rows) < _CAP:
+    while len(rows) < CAP:
         trial = study.ask(space)
         role = study.get_trials(deepcopy=False)[-1].system_attrs.get("law:role")
         if role is None:
@@ -161,7 +162,7 @@ def run_halving(lab: Lab, budget: float, seed: int) -> Outcome:
             results.sort()
             pick = results[0][1][0]
             alive = [arm for _, arm in results[: max(1, math.ceil(len(results) / _ETA))]]
-        if len(rows) == before or len(rows) > _CAP:
+        if len(rows) == before or len(rows) > CAP:
             return Outcome(rows, pick=pick)
 
 
@@ -173,7 +174,7 @@ def strategy_of(name: str) -> Callable[[Lab, float, int], Outcome]:
         "gp": lambda s: optuna.samplers.GPSampler(seed=s),
     }
     if name in samplers:
-        return lambda lab, budget, seed: run_optuna(lab, budget, seed, samplers[name](seed), _MAX_RUNS.get(name, _CAP))
+        return lambda lab, budget, seed: run_optuna(lab, budget, seed, samplers[name](seed), _MAX_RUNS.get(name, CAP))
     plain = {"grid": run_grid, "random": run_random, "halving": run_halving, "law": run_law}
     if name in plain:
         return plain[name]

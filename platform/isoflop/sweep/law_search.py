@@ -104,6 +104,7 @@ def make_law_sampler(sweep: Sweep) -> LawSampler:
             cost_attr="flops",
             examples_attr="examples",
             budget=spec.budget.flops,
+            max_runs=spec.budget.trials,
             policy=Policy(replicates=False, **block.options),
             seed=spec.seed,
         )

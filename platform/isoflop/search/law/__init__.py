@@ -14,7 +14,8 @@ C_k = J_t Sigma_k with the parameters. A run at x with sensitivities h and noise
 
 (variance taken off the answer, V-optimal, plus disagreement between hypotheses that its outcome would settle; BC is the
 Bhattacharyya coefficient of their predictions), after arXiv 2604.22753. Since the first part does not depend on outcomes,
-batches and runs under way are fantasised.
+batches and runs under way are fantasised. Where money or a number of runs is given, the score only orders what the best design
+for all that is left wants at least half a run of (:mod:`isoflop.search.law.design`).
 
 :class:`LawSampler` is the Optuna sampler; the parts below it (``belief``, ``gains``, ``planner``) know no Optuna.
 """

@@ -7,8 +7,10 @@ The order of a search:
 2. **Check**: the largest run that ``check_share`` of the budget pays for. It is never fitted; its prediction, made before,
    is reported beside it, and when it falls outside, the form is not believed.
 3. **Disagreement**: one run in ``1/explore`` goes where contenders predict differently, whatever their weights.
-4. **Gain**: all others, by the score of :mod:`isoflop.search.law.gains`; at random over the space (**spread**) as long as
-   no contender fits.
+4. **Gain**: all others. Where money or a number of runs is given, the best design for all that is left
+   (:mod:`isoflop.search.law.design`) is solved anew before every run, and the run that it wants most often is made; without
+   limits, or while most of the doubt is between forms, the best score of :mod:`isoflop.search.law.gains`. At random over the
+   space (**spread**) as long as no contender fits.
 
 Shapes: M candidates, O observations per candidate, P parameters, T quantities, S draws, K axes.
 """
@@ -21,42 +23,45 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import special
 
 from isoflop.core.expressions import Array, Mask
 from isoflop.search.law.belief import Belief, inverse
 from isoflop.search.law.best_method import BestMethod
-from isoflop.search.law.gains import (
-    d_gains,
-    disagreement,
-    fantasise,
-    linearise,
-    normal_draws,
-    root_of,
-    v_gains,
-)
+from isoflop.search.law.design import Linear, best_counts
+from isoflop.search.law.gains import d_gains, fantasise, normal_draws, v_gains
 from isoflop.search.law.hypotheses import Hypothesis
 from isoflop.search.law.policy import Choice, Policy, Pool, TargetState
 from isoflop.search.law.rows import Row, RowTable
 from isoflop.search.law.targets import Target
+from isoflop.search.law.views import (
+    View,
+    between,
+    doubt,
+    importance_of,
+    make_views,
+    stack,
+    target_draws,
+    target_state,
+)
 
-_DRAWS = 64
 _PRIOR_DRAWS = 4
 _PILOT_NOISE = 0.02**2  # relative variance that a pilot assumes
 _HELPS = 0.01
 _RULED_OUT = 0.0025
+_WANTED = 0.5  # runs of a candidate in the design from which it may be the next
+_COUNTS = 0.02  # weight from which a hypothesis has a say in the design
 
 
 @dataclass
-class _View:
-    """A hypothesis linearised at its mode: candidates' sensitivities and the target's covariance with the parameters."""
+class _Left:
+    """What may still be spent; infinities without a limit."""
 
-    hypothesis: Hypothesis
-    h_MOP: Array
-    cov: Array
-    cross: Array
-    target_T: Array
-    mean_MO: Array
+    money: float
+    runs: float
+
+    def take(self, cost: float) -> None:
+        self.money -= cost
+        self.runs -= 1
 
 
 class Planner:
@@ -64,19 +69,25 @@ class Planner:
 
     Args:
         belief: fits; target: bound target; policy: knobs.
-        budget: for the sum of costs, or None.
+        budget: for the sum of costs, or None; max_runs: number of runs that there may be, the check included, or None.
         rng: for ties and the random share under misfit.
     """
 
     def __init__(
-        self, belief: Belief, target: Any, policy: Policy, budget: float | None, rng: np.random.Generator
+        self,
+        belief: Belief,
+        target: Any,
+        policy: Policy,
+        budget: float | None,
+        rng: np.random.Generator,
+        max_runs: int | None = None,
     ) -> None:
         self.belief, self.target, self.policy, self.budget = belief, target, policy, budget
-        self.rng = rng
+        self.rng, self.max_runs = rng, max_runs
         self.table = RowTable()  # what is fitted
         self.check: Row | None = None
         self.check_key: Any = None
-        self.spent = 0.0
+        self.spent, self.runs = 0.0, 0
         self._since_explored = 0
         self._fitted_rows = -1
         self._guesses: tuple[list[Any], list[tuple[Hypothesis, Array]]] | None = None
@@ -90,11 +101,13 @@ class Planner:
 
     @property
     def pilot_runs(self) -> int:
-        """Observations that the pilot makes."""
-        return math.ceil(self.policy.pilot_factor * self.belief.parameters)
+        """Observations that the pilot makes: at most half of the runs that there may be."""
+        wanted = math.ceil(self.policy.pilot_factor * self.belief.parameters)
+        return wanted if self.max_runs is None else min(wanted, max(2, self.max_runs // 2))
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Observations that came in; the check is kept aside."""
+        """Observations of one run that came in; the check is kept aside."""
+        self.runs += bool(rows)
         for row in rows:
             self.spent += row.cost
             if row.role == "check":
@@ -123,28 +136,35 @@ class Planner:
             aside: cost of a check under way.
         """
         waiting = list(pending)
-        left = self._left(aside + sum(c for _, _, c in waiting))
+        left = self._left(aside + sum(c for _, _, c in waiting), len(waiting) + (aside > 0))
         out: list[Choice] = []
-        while len(out) < count:
-            possible = pool.room & (pool.cost <= left * (1 + 1e-9))
+        while len(out) < count and left.runs >= 1:
+            possible = pool.room & (pool.cost <= left.money * (1 + 1e-9))
             if not self.policy.replicates:
                 possible &= ~np.isin(np.arange(len(pool)), [c.index for c in out])
             if not possible.any():
                 break
-            choice = self._next(pool, possible, waiting)
+            choice = self._next(pool, possible, waiting, left)
             if choice is None:
                 break
             out.append(choice)
             i = choice.index
-            left -= float(pool.cost[i])
+            left.take(float(pool.cost[i]))
             if choice.role != "check":
                 waiting.append((pool.x[i], pool.group[i], float(pool.cost[i])))
         return out
 
-    def _left(self, committed: float) -> float:
-        return math.inf if self.budget is None else self.budget - self.spent - committed
+    def _left(self, committed: float = 0.0, under_way: int = 0) -> _Left:
+        money = math.inf if self.budget is None else self.budget - self.spent - committed
+        return _Left(money, math.inf if self.max_runs is None else self.max_runs - self.runs - under_way)
 
-    def _next(self, pool: Pool, possible: Mask, waiting: list[tuple[Array, np.ndarray, float]]) -> Choice | None:
+    def _affordable(self, pool: Pool) -> Mask:
+        left = self._left()
+        return pool.room & (pool.cost <= left.money * (1 + 1e-9)) & (left.runs >= 1)
+
+    def _next(
+        self, pool: Pool, possible: Mask, waiting: list[tuple[Array, np.ndarray, float]], left: _Left
+    ) -> Choice | None:
         seen = len(self.table) + sum(len(g) for _, g, _ in waiting)
         if seen < self.pilot_runs:
             cap = math.inf if self.budget is None else self.policy.pilot_share * self.budget
@@ -172,9 +192,32 @@ class Planner:
                 best = int(np.argmax(np.where(possible, score, -np.inf)))
                 return Choice(best, "disagreement", float(score[best]))
         self._since_explored += 1
+        wanted = self._design(views, pool, possible, noise, left)
         score = self.score(views, pool, noise)
+        if wanted is not None:
+            possible = possible & (wanted >= min(_WANTED, float(wanted[possible].max())))
         best = int(np.argmax(np.where(possible, score, -np.inf)))
         return Choice(best, "gain", float(score[best]))
+
+    def _design(self, views: list[View], pool: Pool, possible: Mask, noise_MO: Array, left: _Left) -> Array | None:
+        """Runs of every candidate in the best design for what is left (M,); None where a design would not answer."""
+        limited = ((pool.cost, left.money), (np.ones(len(pool)), left.runs))
+        use = [take / have for take, have in limited if math.isfinite(have)]
+        importance = importance_of(views, self.target)
+        variance = self.policy.criterion == "V"
+        within, across = doubt(views, importance)
+        if not use or (variance and across > within):
+            return None
+        spot, problems = np.flatnonzero(possible), []
+        for v in views:
+            if v.hypothesis.weight >= _COUNTS:
+                precision = inverse(v.cov)
+                slope = v.cross @ precision * np.sqrt(importance)[:, None] if variance else None
+                h = v.h_MOP[spot] / np.sqrt(noise_MO[spot])[:, :, None]
+                problems.append(Linear(v.hypothesis.weight, precision, h, slope))
+        out = np.zeros(len(pool))
+        out[spot] = best_counts(problems, np.stack(use)[:, spot], math.inf if self.policy.replicates else 1.0)
+        return out
 
     def _explores(self) -> bool:
         forms = {h.label for h in self.belief.hypotheses}
@@ -192,7 +235,7 @@ class Planner:
     def _pilot(self, pool: Pool, possible: Mask, waiting: list[tuple[Array, np.ndarray, float]]) -> Choice:
         """D-optimal on average over the prior, given what is measured or under way."""
         if self._guesses is None or self._guesses[0] is not pool.keys:
-            self._guesses = (pool.keys, [(h, _stack(h, pool)) for h in self.prior_draws()])
+            self._guesses = (pool.keys, [(h, stack(h, pool)) for h in self.prior_draws()])
         have = [(np.array([r.x]), np.array([r.group])) for r in self.table.rows] + [(x, g) for x, g, _ in waiting]
         x = np.concatenate([np.empty((0, pool.x.shape[2])), *(x for x, _ in have)])
         group = np.concatenate([np.empty(0, dtype=np.int64), *(g for _, g in have)])
@@ -235,43 +278,9 @@ class Planner:
 
     # gains
 
-    def views(self, pool: Pool) -> list[_View]:
-        """Every hypothesis linearised, with the target's contrasts applied."""
-        raw = []
-        for h in self.belief.hypotheses:
-            z = normal_draws(len(h.u), max(_DRAWS, 4 * len(h.u)))
-            root = root_of(h.cov)
-            draws = self.target.values(h, h.clip(h.u + z @ root.T))
-            at = self.target.values(h, h.u[None])[0]
-            raw.append((h, z, root, np.nan_to_num(draws, nan=0.0, posinf=30.0, neginf=-30.0), at))
-        contrast = self._contrast(raw)
-        out = []
-        for h, z, root, draws, at in raw:
-            cross = linearise(np.asarray(draws @ contrast.T, dtype=np.float64), z, root)
-            at = np.where(np.isfinite(at), at, 0.0)
-            out.append(_View(h, _stack(h, pool), h.cov, cross, contrast @ at, _means(h, pool)))
-        return out
-
-    def _contrast(self, raw: list[Any]) -> Array:
-        mean = sum(r[0].weight * np.nan_to_num(r[4]) for r in raw)
-        if hasattr(self.target, "contrasts"):
-            return np.asarray(self.target.contrasts(mean))
-        return np.eye(len(mean))
-
-    def _importance(self, views: list[_View]) -> Array:
-        mean = sum(v.hypothesis.weight * v.target_T for v in views)
-        variance = sum(v.hypothesis.weight * self._target_variance(v) for v in views)
-        return np.asarray(self.target.weights(mean, np.sqrt(variance)))
-
-    @staticmethod
-    def _target_variance(view: _View) -> Array:
-        """diag(J Sigma J^T) from C = J Sigma."""
-        solved = np.linalg.solve(view.cov + 1e-14 * np.diag(np.diag(view.cov)), view.cross.T)
-        return np.maximum(np.einsum("tp,pt->t", view.cross, solved), 0.0)
-
-    def score(self, views: list[_View], pool: Pool, noise_MO: Array) -> Array:
+    def score(self, views: list[View], pool: Pool, noise_MO: Array) -> Array:
         """Gain per cost^gamma of every candidate (M,)."""
-        importance = self._importance(views)
+        importance = importance_of(views, self.target)
         gain = np.zeros(len(pool))
         for v in views:
             if v.hypothesis.weight < 1e-3:
@@ -281,30 +290,19 @@ class Planner:
             else:
                 gain += v.hypothesis.weight * v_gains(v.cov, v.cross, v.h_MOP, noise_MO, importance)
         if self.policy.criterion == "V":
-            gain += self._between(views, noise_MO, importance, np.array([v.hypothesis.weight for v in views]))
+            gain += between(views, noise_MO, importance, np.array([v.hypothesis.weight for v in views]))
         return np.nan_to_num(gain) / pool.price**self.policy.gamma
 
-    def _disagreement_score(self, views: list[_View], pool: Pool, noise_MO: Array) -> Array:
+    def _disagreement_score(self, views: list[View], pool: Pool, noise_MO: Array) -> Array:
         """As the score's second part, with every form's best basin weighed alike: a doubt that weights cannot silence."""
-        best: dict[str, _View] = {}
+        best: dict[str, View] = {}
         for v in views:
             if v.hypothesis.weight > _RULED_OUT:
                 best.setdefault(v.hypothesis.label, v)
         chosen = list(best.values())
         weight = np.full(len(chosen), 1 / len(chosen))
-        gain = self._between(chosen, noise_MO, self._importance(views), weight)
+        gain = between(chosen, noise_MO, importance_of(views, self.target), weight)
         return np.nan_to_num(gain) / pool.price**self.policy.gamma
-
-    @staticmethod
-    def _between(views: list[_View], noise_MO: Array, importance: Array, weight_K: Array) -> Array:
-        variances = [np.einsum("mop,pq,moq->mo", v.h_MOP, v.cov, v.h_MOP) + noise_MO for v in views]
-        return disagreement(
-            weight_K,
-            np.stack([v.target_T for v in views]),
-            importance,
-            np.stack([v.mean_MO for v in views]),
-            np.stack(variances),
-        )
 
     def _noise(self, pool: Pool, waiting: list[tuple[Array, np.ndarray, float]]) -> Array:
         """Variance R of each candidate's observations; a repeat of a place shares that place's misfit tau^2."""
@@ -329,7 +327,7 @@ class Planner:
                 out[m, o] = _repeat_noise(out[m, o], before, noise.tau2)
         return out
 
-    def _imagine(self, views: list[_View], x: Array, group: np.ndarray, cost: float) -> None:
+    def _imagine(self, views: list[View], x: Array, group: np.ndarray, cost: float) -> None:
         noise = self.belief.noise
         r = noise.sigma2 * float(noise.relative(np.log(np.array(cost)))) + noise.tau2
         for v in views:
@@ -341,9 +339,8 @@ class Planner:
     def stop_reason(self, pool: Pool, target: Target) -> str | None:
         """Why no further run should be made, or None."""
         if len(self.table) < self.pilot_runs or not self.refresh():
-            affordable = pool.room & (pool.cost <= self._left(0.0) * (1 + 1e-9))
-            return None if affordable.any() else self._used_up
-        affordable = pool.room & (pool.cost <= self._left(0.0) * (1 + 1e-9))
+            return None if self._affordable(pool).any() else self._used_up
+        affordable = self._affordable(pool)
         state = self.state()
         assert state is not None
         if self._check_candidates(pool, affordable).any():
@@ -363,6 +360,8 @@ class Planner:
 
     @property
     def _used_up(self) -> str:
+        if self._left().runs < 1:
+            return f"runs: {self.runs} of {self.max_runs} made"
         if self.budget is None:
             return "every candidate has run"
         return f"budget: {self.spent:.4g} of {self.budget:.4g} spent, nothing affordable is left"
@@ -377,67 +376,30 @@ class Planner:
         if self.policy.criterion != "V":
             return False
         views = self.views(pool)
-        importance = self._importance(views)
+        importance = importance_of(views, self.target)
         gain = np.zeros(len(pool))
         for v in views:
             gain += v.hypothesis.weight * v_gains(v.cov, v.cross, v.h_MOP, self._noise(pool, []), importance)
         weights = np.array([v.hypothesis.weight for v in views])
-        gain += self._between(views, self._noise(pool, []), importance, weights)
-        variance = float(sum(v.hypothesis.weight * self._target_variance(v) for v in views) @ importance)
-        times = np.where(affordable, self._left(0.0) / pool.cost, 0.0)
+        gain += between(views, self._noise(pool, []), importance, weights)
+        variance = float(sum(v.hypothesis.weight * v.target_variance for v in views) @ importance)
+        left = self._left()
+        times = np.where(affordable, np.minimum(left.money / pool.cost, left.runs), 0.0)
         return float(np.max(np.where(affordable, gain * times, 0.0))) < _HELPS * variance
 
     # knowledge
 
+    def views(self, pool: Pool) -> list[View]:
+        """Every hypothesis linearised, with the target's contrasts applied."""
+        return make_views(self.belief, self.target, pool)
+
     def draws(self) -> tuple[Array, Array]:
-        """Draws of the target from the mixture (n, T) with weights (n,); heavier tails while the noise is uncertain."""
-        parts, weights = [], []
-        dof = max(2.0, self.belief.noise.dof)
-        for h in self.belief.hypotheses:
-            if h.weight < 1e-4:
-                continue
-            z = normal_draws(len(h.u), 512)
-            # the quantile of |z| that corresponds to Student's t with the noise's degrees of freedom, at 95 %
-            z = z * (special.stdtrit(dof, 0.975) / 1.959964)
-            root = root_of(h.cov)
-            parts.append(self.target.values(h, h.clip(h.u + z @ root.T)))
-            weights.append(np.full(len(z), h.weight / len(z)))
-        return np.concatenate(parts), np.concatenate(weights)
+        """Draws of the target from the mixture (n, T) with weights (n,)."""
+        return target_draws(self.belief, self.target)
 
     def state(self) -> TargetState | None:
-        """The target's estimate: the heaviest hypothesis' value, the mixture's interval."""
-        if not self.refresh():
-            return None
-        draws, weight = self.draws()
-        ok = np.isfinite(draws)
-        safe = np.where(ok, draws, 0.0)
-        total = np.maximum((ok * weight[:, None]).sum(0), 1e-300)
-        mean = (safe * weight[:, None]).sum(0) / total
-        low, high = (np.array([_quantile(c, weight, q) for c in draws.T]) for q in (0.025, 0.975))
-        modes = np.stack([self.target.values(h, h.u[None])[0] for h in self.belief.hypotheses])
-        p = np.array([h.weight for h in self.belief.hypotheses])[:, None] * np.isfinite(modes)
-        centre = (p * np.nan_to_num(modes)).sum(0) / np.maximum(p.sum(0), 1e-300)
-        between = (p * (np.nan_to_num(modes) - centre) ** 2).sum(0)
-        variance = (np.where(ok, draws - mean, 0.0) ** 2 * weight[:, None]).sum(0) / total
-        return TargetState(
-            list(self.target.labels),
-            centre,
-            np.sqrt(variance),
-            low,
-            high,
-            between / np.maximum(variance, 1e-300),
-            bool(self.target.log),
-        )
-
-
-def _stack(h: Hypothesis, pool: Pool) -> Array:
-    m, o, k = pool.x.shape
-    return h.jacobian(pool.x.reshape(m * o, k), pool.group.ravel()).reshape(m, o, -1)
-
-
-def _means(h: Hypothesis, pool: Pool) -> Array:
-    m, o, k = pool.x.shape
-    return h.predict(h.u[None], pool.x.reshape(m * o, k), pool.group.ravel())[0].reshape(m, o)
+        """What is known of the target; None before a fit."""
+        return target_state(self.belief, self.target) if self.refresh() else None
 
 
 def _repeat_noise(new: float, before: float | None, tau2: float) -> float:
@@ -446,12 +408,3 @@ def _repeat_noise(new: float, before: float | None, tau2: float) -> float:
         return new + tau2
     after = 1 / (1 / before + 1 / new)
     return 1 / max(1 / (after + tau2) - 1 / (before + tau2), 1e-300)
-
-
-def _quantile(values: Array, weight: Array, q: float) -> float:
-    ok = np.isfinite(values)
-    if not ok.any():
-        return math.nan
-    order = np.argsort(values[ok], kind="stable")
-    share = np.cumsum(weight[ok][order])
-    return float(values[ok][order][np.searchsorted(share, q * share[-1])])

@@ -44,7 +44,8 @@ class Policy:
 
     Attributes:
         gamma: power of the cost in the score (1 is right for many small steps, less looks further than one run; between .6 and
-            .8 greedy designs come within 10 % of the best possible ones); pilot_gamma: the same for the pilot.
+            .8 greedy designs come within 10 % of the best possible ones, without a limit on the number of runs); pilot_gamma:
+            the same for the pilot.
         pilot_factor: pilot runs per parameter; pilot_share: of the budget, at most.
         explore: share of runs where forms disagree, when several compete.
         check_share: of the budget for the never-fitted check; 0: none.

@@ -79,6 +79,7 @@ class LawSampler(BaseSampler):
         se_attr, examples_attr: user attributes with the value's standard error, or the number of 0/1 examples behind it.
         setup: further costs by key, paid once (a stage that later runs find warm).
         budget: for the sum of costs, in the unit of the measured (else of the modelled) cost.
+        max_runs: runs that there may be, whatever they cost: a batch queue's or a person's limit.
         policy: the planner's knobs.
         noise: ``auto`` or ``constant``.
         seed: of everything random.
@@ -102,6 +103,7 @@ class LawSampler(BaseSampler):
         examples_attr: str | None = None,
         setup: Callable[[Mapping[str, Any]], Mapping[str, float]] | None = None,
         budget: float | None = None,
+        max_runs: int | None = None,
         policy: Policy | None = None,
         noise: str = "auto",
         seed: int | None = None,
@@ -110,6 +112,8 @@ class LawSampler(BaseSampler):
             raise UserError(f"law sampler: target = {target!r}; allowed: one of the target classes")
         if budget is not None and not budget > 0:
             raise UserError(f"law sampler: budget = {budget!r} must be a positive number")
+        if max_runs is not None and not max_runs >= 1:
+            raise UserError(f"law sampler: max_runs = {max_runs!r}; allowed: 1 or more")
         if noise not in ("auto", "constant"):
             raise unknown("noise", noise, ("auto", "constant"), "law sampler")
         if not laws:
@@ -124,7 +128,7 @@ class LawSampler(BaseSampler):
             raise unknown("share", share, ("exponents",), "law sampler")
         self._target = target
         self._attrs = (cost_attr, se_attr, examples_attr)
-        self._budget, self._policy, self._noise = budget, policy or Policy(), noise
+        self._budget, self._max_runs, self._policy, self._noise = budget, max_runs, policy or Policy(), noise
         self._rng = np.random.default_rng(seed)
         self._random = RandomSampler(seed=None if seed is None else int(self._rng.integers(2**31)))
         self._lock = threading.RLock()
@@ -303,7 +307,7 @@ class LawSampler(BaseSampler):
         self._scales, self._shared = scales, shared
         belief = self._fresh_belief()
         self._source = source
-        self._planner = Planner(belief, bound, self._policy, self._budget, self._rng)
+        self._planner = Planner(belief, bound, self._policy, self._budget, self._rng, self._max_runs)
 
     def _fresh_belief(self) -> Belief:
         groups = len(self._setting.groups)
