@@ -27,13 +27,15 @@ def test_few_well_chosen_flops_beat_random_ones() -> None:
 
 
 def test_no_design_beats_the_bound_and_money_narrows_it() -> None:
-    tight, loose = bound("product-allocation", 0.1), bound("product-allocation", 0.01)
+    tight, loose = bound("product-frontier", 0.1), bound("product-frontier", 0.03)
     assert tight is not None
     assert loose is not None
-    assert loose / tight == pytest.approx(np.sqrt(10), rel=0.02)  # variance falls with money while the prior is weak
+    assert loose / tight == pytest.approx(
+        np.sqrt(10 / 3), rel=0.02
+    )  # variance falls with money while the prior is weak
     assert bound("wrong-additive", 0.1) is None
     assert best_share("wrong-additive", 0.1) is None
-    assert best_share("product-allocation", loose) == pytest.approx(0.01, rel=0.01)
+    assert best_share("product-frontier", loose) == pytest.approx(0.03, rel=0.01)
     capped = bound("additive-frontier", 100.0)  # hundreds of runs at most, whatever the money
     assert capped is not None
     assert best_share("additive-frontier", 0.5 * capped) == np.inf
