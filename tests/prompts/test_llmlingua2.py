@@ -105,6 +105,20 @@ def test_threshold_and_words_equal_a_reference(reader: LmModel, classifier: Toke
         assert list(shown.kept or ()) == expected
 
 
+def test_over_the_whole_prompt_one_threshold_serves_all_documents(reader: LmModel, classifier: TokenClassifier) -> None:
+    shown = shortened(reader, "llmlingua2", {"rate": 0.4, "threshold_scope": "prompt"}, classifier)
+    scored: list[tuple[float, tuple[str, int, int]]] = []
+    for document in DOCUMENTS:
+        (chunk,) = classifier.chunks(document.text)
+        (chances,) = classifier.probabilities([chunk])
+        for start, end in words_of(document.text):
+            pieces = [p for p, (a, b) in zip(chances, chunk.offsets, strict=True) if a >= start and b <= end]
+            scored.append((float(np.mean(pieces)), (document.id, start, end)))
+    threshold = np.percentile([score for score, _ in scored], 61)
+    assert list(shown.kept or ()) == [span for score, span in scored if score > threshold]
+    assert shown.kept != shortened(reader, "llmlingua2", {"rate": 0.4}, classifier).kept  # not one per document
+
+
 def test_a_word_counts_as_often_as_the_reader_has_tokens_for_it(reader: LmModel, classifier: TokenClassifier) -> None:
     """A reader that cuts words into letters moves the percentile."""
     text = DOCUMENTS[0].text
