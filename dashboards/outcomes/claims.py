@@ -1,7 +1,8 @@
 """What papers lead one to expect, and the test of it on rows.
 
 ``claims/<family>.yaml`` says, method by method, what to expect and which rows of which sweep would show it: ``a`` should have
-less error than ``b`` (expect: better), more (worse, for controls that must lose), or at most ``margin`` more (equal).
+less error than ``b`` (expect: better), more (worse, for controls that must lose), or at most ``margin`` more (equal). With
+``y`` the same is said of another number of the rows: a metric, a cost.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pyarrow as pa
 import yaml
 
 from isoflop.core.errors import UserError
-from isoflop.frontier.paired import Paired, paired
+from isoflop.frontier.paired import ERROR, Paired, paired
 
 CLAIMS = Path(__file__).parent / "claims"
 
@@ -34,6 +35,7 @@ class Claim:
             compares different models.
         expect: ``better``; ``worse`` for a control that must lose; ``equal`` where a must not lose more than ``margin``.
         margin: for ``equal``.
+        y: what is compared: ``error``, or a column, metric or cost of the rows, of which better is less.
         why: the likely reason where it does not show, for people.
     """
 
@@ -46,12 +48,14 @@ class Claim:
     match: dict[str, float] = field(default_factory=dict)
     expect: str = "better"
     margin: float = 0.0
+    y: str = ERROR
     why: str = ""
 
     @property
     def test(self) -> str:
         """A hash of what is compared, and how: wording and reasons may change without judging anew."""
         compared = [self.sweep, self.a, self.b, sorted(self.match.items()), self.expect, self.margin]
+        compared += [] if self.y == ERROR else [self.y]
         return hashlib.sha256(json.dumps(compared).encode()).hexdigest()[:16]
 
     def shows(self, result: Paired) -> str:
@@ -89,5 +93,6 @@ def judge(claims: Sequence[Claim], rows_of: Callable[[str], pa.Table]) -> dict[s
         rows_of: the finished rows of a sweep by its name.
     """
     return {
-        claim.test: paired(rows_of(claim.sweep), claim.a, claim.b, {"model": 0.0, **claim.match}) for claim in claims
+        claim.test: paired(rows_of(claim.sweep), claim.a, claim.b, {"model": 0.0, **claim.match}, y=claim.y)
+        for claim in claims
     }

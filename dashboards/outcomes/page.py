@@ -11,7 +11,7 @@ from typing import Any
 from isoflop.dashboards.outcomes.claims import Claim
 from isoflop.dashboards.outcomes.record import Record
 from isoflop.frontier.composition import Composed, Configuration
-from isoflop.frontier.paired import Paired
+from isoflop.frontier.paired import ERROR, Paired
 
 
 def page(claims: Sequence[Claim], record: Record) -> str:
@@ -40,12 +40,13 @@ def page(claims: Sequence[Claim], record: Record) -> str:
 
 
 def _row(claim: Claim, numbers: Paired | None) -> str:
-    """A claim's line of the table."""
+    """A claim's line of the table; a column other than the error is named."""
+    sentence = claim.claim if claim.y == ERROR else f"{claim.claim} (compared: {claim.y})"
     if numbers is None:
-        return f"| {claim.claim} | not judged | | | | | {claim.sweep} |"
+        return f"| {sentence} | not judged | | | | | {claim.sweep} |"
     difference = f"{numbers.difference:+.4f} [{numbers.low:+.4f}, {numbers.high:+.4f}]"
     return (
-        f"| {claim.claim} | **{claim.shows(numbers)}** | {numbers.a:.4f} | {numbers.b:.4f} | "
+        f"| {sentence} | **{claim.shows(numbers)}** | {numbers.a:.4f} | {numbers.b:.4f} | "
         f"{difference} | {numbers.pairs} in {numbers.repeats} repeats | {claim.sweep} |"
     )
 

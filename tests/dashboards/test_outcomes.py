@@ -79,6 +79,20 @@ def test_the_page_holds_every_claim_with_its_numbers() -> None:
     assert "| new beats old | **shows** | 0.1000 | 0.3000 | -0.2000 [-0.2000, -0.2000] | 2 in 2 repeats | s |" in shown
 
 
+def test_a_claim_about_another_column_is_judged_on_it_and_says_so() -> None:
+    rows = [
+        {"job_id": m + str(r), "model": "x", "task": "t", "method": m, "repeat": r, "status": "ok", "error": 1.0, "scores": [1.0],
+         "metrics": [("share", s + 0.01 * r)]}
+        for r in range(3)
+        for m, s in (("new", 0.1), ("old", 0.3))
+    ]  # fmt: skip
+    claim = Claim("new", "arXiv 1", "s", "new has less", "method = 'new'", "method = 'old'", y="share")
+    record = Record(judge([claim], lambda name: to_table(rows)))
+    row = "| new has less (compared: share) | **shows** | 0.1100 | 0.3100 | -0.2000 [-0.2000, -0.2000] | 3 in 3 repeats | s |"
+    assert row in page([claim], record)
+    assert "| new has less (compared: share) | not judged |" in page([claim], Record())
+
+
 def test_what_was_not_judged_says_so() -> None:
     claim = Claim("new", "arXiv 1", "s", "new beats old", "method = 'new'", "method = 'old'")
     assert "| new beats old | not judged |" in page([claim], Record())
@@ -98,7 +112,15 @@ def test_judging_some_methods_keeps_the_numbers_of_the_others(tmp_path: Path) ->
 def test_a_claim_that_compares_something_else_is_not_taken_for_judged() -> None:
     claim = Claim("m", "p", "s", "c", "a", "b", match={"V": 0.0})
     assert dataclasses.replace(claim, claim="other words", why="reason").test == claim.test
-    for change in ({"a": "c"}, {"b": "c"}, {"sweep": "t"}, {"match": {"V": 0.1}}, {"expect": "worse"}, {"margin": 0.1}):
+    for change in (
+        {"a": "c"},
+        {"b": "c"},
+        {"sweep": "t"},
+        {"match": {"V": 0.1}},
+        {"expect": "worse"},
+        {"margin": 0.1},
+        {"y": "nll"},
+    ):
         assert dataclasses.replace(claim, **change).test != claim.test  # type: ignore[arg-type]
 
 

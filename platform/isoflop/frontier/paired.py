@@ -1,8 +1,11 @@
-"""Two kinds of runs compared example by example: the difference of their errors, with an interval.
+"""Two kinds of runs compared pair by pair: the difference of their errors, or of another column, with an interval.
 
 Runs of the same task, options and seed score the same examples in the same order, so that the noise of examples cancels
 in the difference. Rows are paired where the columns in ``match`` agree; each pair gives one mean difference, and pairs
 of the same repeat share a seed. The interval resamples repeats where there are at least two, and examples inside.
+
+Of other columns (a metric, a cost) rows hold one number, and nothing of its spread over examples. Their interval is
+Student's over repeats, each with the mean of its pairs; a single repeat leaves it unbounded.
 """
 
 from __future__ import annotations
@@ -15,20 +18,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from scipy import stats
 
 from isoflop.core.errors import UserError
 from isoflop.frontier.query import sql
 
+ERROR = "error"
 DRAWS = 2000
 LEVEL = 0.95
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Mean of ``error(a) - error(b)`` over all pairs; negative where a is better.
+    """Mean of ``error(a) - error(b)``, or of another column, over all pairs; negative where a is better, or has less.
 
     Attributes:
-        a, b: mean errors.
+        a, b: mean errors, or means of that column.
         difference, low, high: the mean difference with its 95 % interval.
         pairs: row pairs; ``repeats``: different repeats among them.
         cells: one entry per value of the matched columns: those values, ``a``, ``b``, ``difference``, ``pairs``.
@@ -50,7 +55,12 @@ class Paired:
 
 
 def paired(
-    table: pa.Table, a: str, b: str, match: Mapping[str, float] | Sequence[str] = ("model", "task"), seed: int = 0
+    table: pa.Table,
+    a: str,
+    b: str,
+    match: Mapping[str, float] | Sequence[str] = ("model", "task"),
+    seed: int = 0,
+    y: str = ERROR,
 ) -> Paired:
     """Compare the rows that fulfil the SQL condition ``a`` with those that fulfil ``b``.
 
@@ -59,8 +69,11 @@ def paired(
         match: columns that must agree besides ``task`` and ``repeat``; with a number, numeric columns may differ by that
             share, and the nearest row is taken; with ``.inf`` text may differ, too (``model: .inf`` compares models).
 
+        y: what is compared: ``error``, example by example, or a number of the rows: a column, or an entry of the footprint,
+            of the metrics or of the knobs.
+
     Raises:
-        UserError: a condition is wrong, or nothing can be paired.
+        UserError: a condition is wrong, nothing can be paired, or a row has no number ``y``.
     """
     tolerances = dict(match) if isinstance(match, Mapping) else dict.fromkeys(match, 0.0)
     left, right = _rows(table, a), _rows(table, b)
@@ -69,17 +82,23 @@ def paired(
         raise UserError(
             f"nothing to compare: {len(left)} rows where {a}, {len(right)} where {b}, and none agree in task, repeat, {', '.join(tolerances)}"
         )
-    differences = [(row["repeat"], _difference(row, other)) for row, other in pairs]
-    low, high = _interval(differences, seed)
+    values = [(_number(row, y), _number(other, y)) for row, other in pairs]
+    if y == ERROR:
+        differences = [(row["repeat"], _difference(row, other)) for row, other in pairs]
+        low, high = _interval(differences, seed)
+    else:
+        gaps = [mine - theirs for mine, theirs in values]
+        differences = [(row["repeat"], np.array([gap])) for (row, _), gap in zip(pairs, gaps, strict=True)]
+        low, high = _interval_over_repeats(differences)
     return Paired(
-        a=float(np.mean([row["error"] for row, _ in pairs])),
-        b=float(np.mean([other["error"] for _, other in pairs])),
+        a=float(np.mean([mine for mine, _ in values])),
+        b=float(np.mean([theirs for _, theirs in values])),
         difference=float(np.mean([d.mean() for _, d in differences])),
         low=low,
         high=high,
         pairs=len(pairs),
         repeats=len({repeat for repeat, _ in differences}),
-        cells=_cells(pairs, list(tolerances)),
+        cells=_cells(pairs, values, list(tolerances)),
     )
 
 
@@ -123,6 +142,15 @@ def cell_of(row: Mapping[str, Any], column: str) -> Any:
     raise UserError(f"no column {column!r}, neither among the rows' columns nor in their footprint, metrics or knobs")
 
 
+def _number(row: Mapping[str, Any], y: str) -> float:
+    value = cell_of(row, y)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UserError(
+            f"y = {y!r} is {value!r} in job {row['job_id']}; allowed: a column, metric or cost that is a number"
+        )
+    return float(value)
+
+
 def _difference(row: Mapping[str, Any], other: Mapping[str, Any]) -> np.ndarray:
     mine, theirs = np.asarray(row["scores"], dtype=float), np.asarray(other["scores"], dtype=float)
     if mine.shape != theirs.shape or not len(mine):  # no pairing by example: the means alone
@@ -151,11 +179,33 @@ def _interval(differences: Sequence[tuple[int, np.ndarray]], seed: int) -> tuple
     return float(low), float(high)
 
 
-def _cells(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], columns: list[str]) -> list[dict[str, Any]]:
+def _interval_over_repeats(differences: Sequence[tuple[int, np.ndarray]]) -> tuple[float, float]:
+    """Student's interval of the mean of the pairs' differences, whose independent draws are the repeats.
+
+    Repeats weigh by their pairs, as in the mean; with as many pairs in each that is the plain interval of their means.
+    """
+    sums: dict[int, list[float]] = {}
+    for repeat, d in differences:
+        sums.setdefault(repeat, []).append(float(d.mean()))
+    count = len(sums)
+    if count < 2:
+        return -math.inf, math.inf
+    mean = float(np.mean([gap for gaps in sums.values() for gap in gaps]))
+    share = count / sum(map(len, sums.values()))
+    errors = np.array([share * sum(gap - mean for gap in gaps) for gaps in sums.values()])
+    half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * math.sqrt(float(errors @ errors) / (count * (count - 1)))
+    return mean - half, mean + half
+
+
+def _cells(
+    pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+    values: Sequence[tuple[float, float]],
+    columns: list[str],
+) -> list[dict[str, Any]]:
     found: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
-    for row, other in pairs:
+    for (row, _), both in zip(pairs, values, strict=True):
         key = (row["task"], *(_rounded(cell_of(row, c)) for c in columns))
-        found.setdefault(key, []).append((row["error"], other["error"]))
+        found.setdefault(key, []).append(both)
     cells = []
     for key, errors in sorted(found.items(), key=lambda item: tuple(map(str, item[0]))):
         mine, theirs = np.mean(errors, axis=0)
