@@ -7,7 +7,7 @@ from typing import Any
 
 from isoflop import __version__
 from isoflop.core.errors import UserError
-from isoflop.dashboards.report import charts, costs, knobs, lawful, measured, methods, record
+from isoflop.dashboards.report import charts, costs, knobs, lawful, measured, methods, pareto, record
 from isoflop.dashboards.report.charts import Json
 from isoflop.dashboards.report.configs import Config, colours, read_configs
 from isoflop.dashboards.report.savings import Pairing
@@ -44,6 +44,7 @@ def build(sweep: SweepResults, findings: Findings | None = None) -> Json:
         _methods(good, configs, palette),
         _knobs(configs),
         _parallel(configs),
+        _search(sweep, good, configs),
         charts.section("costs", "Where costs go", costs.breakdown(configs), why=_none(configs, "no cost was measured")),
         charts.section("failures", "Failed jobs", record.failures(table)),
         _provenance(sweep, table, findings),
@@ -155,6 +156,12 @@ def _knobs(configs: Sequence[Config]) -> Json:
 def _parallel(configs: Sequence[Config]) -> Json:
     why = _none(configs, "there is one configuration" if len(configs) == 1 else "fewer than two settings or costs vary")
     return charts.section("parallel", "Parallel coordinates", knobs.coordinates(configs), _PARALLEL, why=why)
+
+
+def _search(sweep: SweepResults, table: Any, configs: Sequence[Config]) -> Json:
+    groups, missing = pareto.groups(sweep.spec, table, configs)
+    title = "Pareto front and hypervolume" if len(sweep.spec.objectives) > 1 else "Hypervolume"
+    return charts.section("search", title, groups, pareto.LEAD, why=_none(configs, missing))
 
 
 _IMPORTANCE = "Optuna's fANOVA on a study rebuilt from the rows, inside the settings that this sweep tried."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from report_sweeps import failed_sweep, law_sweep, methods_sweep
+from report_sweeps import failed_sweep, law_sweep, methods_sweep, objectives_sweep
 
 from isoflop.dashboards.report import report_data
 from isoflop.dashboards.report.charts import Json
@@ -48,3 +48,9 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Reported:
 def failed(tmp_path_factory: pytest.TempPathFactory) -> Reported:
     """A sweep of which nothing succeeded."""
     return _reported(failed_sweep(tmp_path_factory.mktemp("failed")))
+
+
+@pytest.fixture(scope="session")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Reported:
+    """A sweep with two objectives."""
+    return _reported(objectives_sweep(tmp_path_factory.mktemp("searched")))

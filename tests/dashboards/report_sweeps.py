@@ -88,6 +88,29 @@ def methods_sweep(folder: Path) -> api.SweepResults:
     return store_of(folder, spec, outcome)
 
 
+def objectives_sweep(folder: Path) -> api.SweepResults:
+    """A search for little error and little compute at once; one of its twelve trials fails."""
+    rng = np.random.default_rng(2)
+
+    def outcome(job: Job) -> Outcome:
+        tokens = float(job.knobs()["tokens"])
+        if job.method_label == "random" and tokens == 36:
+            return Outcome("failed", error_type="RuntimeError", error_text="no", started=time.time())
+        size = ResolvedJob.of(job).info.n_params
+        error = 0.1 + 0.3 * rng.random()
+        return _ok(error, rng, size, tokens, 36 / tokens, {"flops": 2.0 * size * (tokens + 2)})
+
+    knobs = {"tokens": [1, 4, 36]}
+    spec = {
+        "name": "objectives",
+        "models": ["tiny-llava/d24", "tiny-llava/d48"],
+        "methods": [{"avgpool": knobs}, {"random": knobs}],
+        "tasks": ["reading"],
+        "objectives": [{"metric": "error"}, {"metric": "flops"}],
+    }
+    return store_of(folder, spec, outcome)
+
+
 def failed_sweep(folder: Path) -> api.SweepResults:
     """Nothing but failures."""
     spec = {"name": "failed", "models": ["tiny-llava/d24"], "methods": ["none"], "tasks": ["reading"], "repeats": 2}
