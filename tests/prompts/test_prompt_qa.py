@@ -83,8 +83,8 @@ def test_the_gate_looks_at_the_reader_not_at_the_compressor(
     whole = {joined(task_of().question(n).documents) for n in range(8)}
     real = answers
 
-    def scored(lm: LmModel, prompts: Any) -> tuple[np.ndarray, np.ndarray]:
-        nll_B, _ = real(lm, prompts)
+    def scored(lm: LmModel, prompts: Any, noted: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        nll_B, _ = real(lm, prompts, noted)
         texts = [lm.tokenizer.decode(prompt.context) for prompt in prompts]
         full = {lm.tokenizer.decode(lm.tokenizer(prompt_of(text, "")[0])["input_ids"]) for text in whole}
         return nll_B, np.array([float(text not in full) for text in texts])

@@ -9,22 +9,30 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sparsity_cases import observe, sequences, under
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isoflop.core.folder_context import FolderContext
-from isoflop.methods.activation_sparsity.calibration import Calibration
+from isoflop.methods.activation_sparsity.base import Sparsity
+from isoflop.methods.activation_sparsity.calibration import Calibration, Thresholds
 from isoflop.methods.activation_sparsity.cett import Contributions
 from isoflop.methods.activation_sparsity.cett_rule import MlpCett, MlpCettActive, SparsingLaw, cett_rules
 from isoflop.methods.activation_sparsity.fat import MlpFat
+from isoflop.methods.activation_sparsity.rules import top_of_each, units_kept
+from isoflop.models.english import EnglishStage
 from isoflop.models.lm import LmBatch, LmModel
+from isoflop.models.lm_text import TokensStage
 from isoflop.models.mlps import mlps_of
 from isoflop.models.taps import ActivationTap
 
 
-def some_states(act: str = "relu", tokens: int = 60, neurons: int = 40, width: int = 12) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
+def some_states(
+    act: str = "relu", tokens: int = 60, neurons: int = 40, width: int = 12, seed: int = 3
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     gate, up = (torch.randn(tokens, neurons, generator=generator) for _ in range(2))
     return getattr(F, act)(gate) * up, torch.randn(neurons, width, generator=generator)
 
@@ -59,7 +67,10 @@ def test_a_cett_of_zero_on_relu_removes_exactly_the_zero_activations(
     with torch.no_grad():
         dense = relu_lm.logits(batch)
     method = MlpCett(cett=0.0)
-    with method.apply(relu_lm, method.calibrate(relu_lm, sparsity_ctx, 0)), torch.no_grad():
+    found = method.calibrate(relu_lm, sparsity_ctx, 0)
+    for rule, a_BTF in zip(method.rules(mlps_of(relu_lm.decoder), found), before, strict=True):
+        assert torch.equal(rule(a_BTF, a_BTF), a_BTF != 0)
+    with method.apply(relu_lm, found), torch.no_grad():
         assert torch.equal(relu_lm.logits(batch), dense)
         observe(relu_lm)
         active = method.footprint(relu_lm, sparsity_ctx)["activation_ratio"]
@@ -147,15 +158,14 @@ def test_rescaling_a_neuron_leaves_its_mask(short_lm: LmModel, sparsity_ctx: Fol
 def test_cett_is_the_mean_over_tokens_of_the_ratio_of_norms(act: str) -> None:
     a_SF, out_Fd = some_states(act)
     eps = 1.3
-    ratios = []
+    tails, wholes = [], []
     for a_F in a_SF:
         n_Fd = a_F[:, None] * out_Fd
-        tail_d = n_Fd[n_Fd.norm(dim=1) < eps].sum(0)
-        ratios.append(float(tail_d.norm() / n_Fd.sum(0).norm()))
+        tails.append(float(n_Fd[n_Fd.norm(dim=1) < eps].sum(0).norm()))
+        wholes.append(float(n_Fd.sum(0).norm()))
     block = Contributions(a_SF, out_Fd)
-    assert block.cett(eps) == pytest.approx(np.mean(ratios), rel=1e-5)
-    means = [float(np.mean(x)) for x in zip(*((r, 1.0) for r in ratios), strict=True)]
-    assert block.cett(eps) == pytest.approx(means[0] / means[1], rel=1e-5)
+    assert block.cett(eps) == pytest.approx(np.mean(np.divide(tails, wholes)), rel=1e-5)
+    assert block.cett(eps) != pytest.approx(np.sum(tails) / np.sum(wholes), rel=0.05)  # the ratio of means
     assert block.cett(0.0) == 0.0
     assert block.cett(math.inf) == pytest.approx(1.0, abs=1e-6)
 
@@ -174,11 +184,77 @@ def test_the_search_ends_at_the_crossing_however_small_or_large_the_target(act: 
     )  # nearly monotone, and no wrap to the other end
 
 
-def test_earlier_searches_do_not_change_later_ones() -> None:
-    a_SF, out_Fd = some_states("silu")
-    used = Contributions(a_SF, out_Fd)
-    for target in (0.5, 0.1, 0.3, 0.301):
-        assert used.threshold(target) == Contributions(a_SF, out_Fd).threshold(target)
+@st.composite
+def states_with_dips(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Neurons of which some pairs cancel almost, so that CETT falls where the second one follows the first."""
+    a_SF, out_Fd = some_states(draw(st.sampled_from(["relu", "silu"])), 5, 24, 4, seed=draw(st.integers(0, 2**31)))
+    pairs = draw(st.integers(0, 12))
+    out_Fd[1 : 2 * pairs : 2] = -out_Fd[0 : 2 * pairs : 2]
+    a_SF[:, 1 : 2 * pairs : 2] = 1.05 * a_SF[:, 0 : 2 * pairs : 2]
+    return a_SF, out_Fd
+
+
+@given(states=states_with_dips(), targets=st.lists(st.floats(0.0, 1.0), min_size=2, max_size=5), data=st.data())
+def test_a_threshold_is_the_same_whatever_was_searched_for_before(
+    states: tuple[Tensor, Tensor], targets: list[float], data: st.DataObject
+) -> None:
+    alone = {target: Contributions(*states).threshold(target) for target in targets}
+    used = Contributions(*states)
+    for target in (*targets, *data.draw(st.permutations(targets))):
+        assert used.threshold(target) == alone[target]
+
+
+def test_thresholds_are_those_of_dense_states_of_training_text(short_lm: LmModel, sparsity_ctx: FolderContext) -> None:
+    text = calibration_of(short_lm, sparsity_ctx)
+    (batch,) = short_lm.calibration(sparsity_ctx, 8, 1)
+    dense = [a_BTF.flatten(0, 1) for a_BTF in hidden(short_lm, batch)]
+    blocks = [Contributions(a_SF, mlp.out_Fd()) for a_SF, mlp in zip(dense, text.mlps, strict=True)]
+    eps_L = text.thresholds(0.3)
+    assert eps_L.tolist() == pytest.approx([block.threshold(0.3) for block in blocks], rel=1e-6)
+    text.nll(cett_rules(text.mlps, eps_L))  # a pass with neurons left out changes nothing
+    assert torch.equal(text.thresholds(0.3), eps_L)
+    sparsity = Sparsity(short_lm, text.mlps, cett_rules(text.mlps, eps_L))
+    with ActivationTap(text.mlps[1].down).read() as seen, sparsity.hooked(), torch.no_grad():
+        short_lm.logits(batch)
+    thinned = Contributions(seen[0].flatten(0, 1), text.mlps[1].out_Fd())
+    assert thinned.threshold(0.3) != pytest.approx(float(eps_L[1]), rel=1e-3)  # behind a thinned block it would differ
+    assert short_lm.info.tokenizer is not None
+    for split, holds in (("train", True), ("test", False)):
+        stage = TokensStage(EnglishStage.here(), short_lm.info.tokenizer, split)
+        ids = ",".join(map(str, sparsity_ctx.get(stage).ids_N))
+        assert all((",".join(map(str, row)) in ids) == holds for row in batch.ids_BT.tolist()), split
+
+
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_at_an_equal_share_the_rule_loses_less_than_thresholds_on_the_gate(act: str) -> None:
+    """On random states: the other rules see neither the second factor of a neuron's value nor its weights."""
+    generator = torch.Generator().manual_seed(11)
+    gate_SF = getattr(F, act)(torch.randn(64, 320, generator=generator))
+    a_SF, out_Fd = gate_SF * torch.randn(64, 320, generator=generator), torch.randn(320, 128, generator=generator)
+    whole_S = (a_SF @ out_Fd).norm(dim=-1)
+
+    def lost(kept_SF: Tensor) -> float:
+        return float(((a_SF.masked_fill(kept_SF, 0.0) @ out_Fd).norm(dim=-1) / whole_S).mean())
+
+    block = Contributions(a_SF, out_Fd)
+    kept_SF = block.norm_SF >= block.threshold(0.1)
+    share = float(kept_SF.double().mean())
+    assert lost(kept_SF) == pytest.approx(0.1, abs=1e-3)
+    rivals = {
+        "fat": gate_SF.abs() >= gate_SF.abs().flatten().sort(descending=True).values[int(share * gate_SF.numel())],
+        "top-k": top_of_each(gate_SF.abs(), units_kept(share, 320)),
+    }
+    for name, mask_SF in rivals.items():
+        assert float(mask_SF.double().mean()) == pytest.approx(share, abs=0.01), name
+        assert lost(mask_SF) > 1.5 * lost(kept_SF), name
+
+
+def test_fat_looks_at_the_gate_unless_told_otherwise() -> None:
+    a_F, gate_F = torch.tensor([0.1, -3.0, 2.0]), torch.tensor([-0.6, 0.2, 0.5])
+    found = Thresholds(torch.tensor([0.5]), {})
+    for method, kept in ((MlpFat(), [True, False, True]), (MlpFat(score="value"), [False, True, True])):
+        (rule,) = method.rules([], found)
+        assert rule(a_F, gate_F).tolist() == kept
 
 
 def test_tokens_whose_contributions_are_all_zero_are_left_out() -> None:

@@ -61,6 +61,53 @@ def test_the_fitter_recovers_planted_coefficients(act: str) -> None:
     assert found.r2 > 0.999999
 
 
+PUBLISHED_RELU = {  # arXiv 2411.02335: alpha, b, c, A0
+    "0.1B": (0.101, -0.0151, 3.20, 0.0614),
+    "0.2B": (0.449, -3.05, 0.286, 0.0674),
+    "0.4B": (0.683, -3.46, 0.0790, 0.0690),
+    "0.8B": (1.01, -3.49, 0.00797, 0.0721),
+    "1.2B": (1.33, -3.89, 9.03e-4, 0.0782),
+    "2.4B": (2.11, -3.82, 9.04e-6, 0.0712),
+}
+PUBLISHED_SILU = {  # alpha, c, A0
+    "0.1B": (0.479, 0.102, 0.409),
+    "0.2B": (0.844, 0.208, 0.390),
+    "0.4B": (1.03, 0.420, 0.385),
+    "0.8B": (0.995, 0.562, 0.383),
+    "1.2B": (0.967, 0.538, 0.382),
+}
+BILLIONS = np.geomspace(0.5, 500.0, 24)
+
+
+@pytest.mark.parametrize("size", sorted(PUBLISHED_RELU))
+def test_the_published_coefficients_of_relu_come_back_over_six_decades_of_c(size: str) -> None:
+    alpha, b, c, floor = PUBLISHED_RELU[size]
+    share = floor + np.exp(-c * BILLIONS**alpha + b)
+    found = fit({"D": BILLIONS, "share": share}, "sparsing_relu", y="share", bootstrap=0, profile=False)
+    fitted = (found["alpha"], np.log(found["exp_b"]), found["c"], found["A0"])
+    assert fitted == pytest.approx((alpha, b, c, floor), rel=1e-3)
+
+
+@pytest.mark.parametrize("size", sorted(PUBLISHED_SILU))
+def test_the_published_coefficients_of_silu_come_back(size: str) -> None:
+    alpha, c, floor = PUBLISHED_SILU[size]
+    share = floor - c * BILLIONS**-alpha
+    found = fit({"D": BILLIONS, "share": share}, "sparsing_silu", y="share", bootstrap=0, profile=False)
+    assert (found["alpha"], found["c"], found["A0"]) == pytest.approx((alpha, c, floor), rel=1e-3)
+
+
+def test_intervals_hold_the_truth_behind_noise() -> None:
+    """Of the size of the paper's own residuals, whose mean square is 2.7e-7 for ReLU at 0.1B."""
+    alpha, c, floor = PUBLISHED_SILU["0.1B"]
+    share = floor - c * BILLIONS**-alpha + np.random.default_rng(2).normal(0.0, 5.2e-4, len(BILLIONS))
+    found = fit({"D": BILLIONS, "share": share}, "sparsing_silu", y="share", bootstrap=100, profile=False)
+    for name, value in {"alpha": alpha, "c": c, "A0": floor}.items():
+        interval = found.params[name].interval
+        assert interval is not None
+        assert interval[0] < value < interval[1], name
+        assert interval[1] - interval[0] < 0.5 * value, name
+
+
 def test_the_trends_of_the_two_forms_are_opposite() -> None:
     assert (np.diff(ratio("relu", TOKENS / 1e9)) < 0).all()
     assert (np.diff(ratio("silu", TOKENS / 1e9)) > 0).all()
