@@ -237,7 +237,8 @@ class EvoPress(LevelMethod):
     ``--group_rule none``). A fraction of bits starts from random configurations: everything rounded up, then lowered until
     the matrices of each size average ``bits``, as they do in the published configurations. What whole levels leave of the
     budget goes to where it takes the fewest steps; the published code leaves it unused. So every configuration of a search
-    stores the same, ``bits + 32/group`` per weight or as little below as the sizes allow, and so do its baselines.
+    stores the same, ``bits + 32/group`` per weight where groups divide rows, or as little below as the sizes allow, and so do
+    its baselines.
     """
 
     database_knobs: ClassVar[tuple[str, ...]] = ("compressor", "group", "lowest", "highest", "n_calib")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from weight_cases import gpt2, mixtral, trained_decoder
 
-from isoflop.methods.weights.evolution import distinct
+from isoflop.methods.weights.evolution import distinct, evolve, selections
 from isoflop.methods.weights.evopress import EvoPress
 from isoflop.methods.weights.filling import fewest_steps, most_within, shares
 from isoflop.methods.weights.space import Levels, Space
@@ -133,3 +134,30 @@ def test_where_sizes_cannot_trade_the_parent_comes_back() -> None:
     space = Space((0, 0), (4, 4), ((0, 1),), (2, 3))
     assert distinct((0, 4), space.mutate, 5, np.random.default_rng(0)) == [(3, 2)]
     assert distinct((1, 1), Space((0, 0), (2, 2), ((0, 1),), (2, 3)).mutate, 5, np.random.default_rng(0)) == []
+
+
+class Additive:
+    """A fitness that adds up over units."""
+
+    def __init__(self, errors: list[list[float]]) -> None:
+        self.errors, self.tokens = errors, 0
+
+    def scores(self, candidates: Sequence[Levels], examples: int, rng: np.random.Generator) -> list[float]:
+        return [sum(errors[level] for errors, level in zip(self.errors, levels, strict=True)) for levels in candidates]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_search_among_all_sizes_reaches_the_optimum_of_equal_storage(seed: int) -> None:
+    """By brute force over what is stored, which the search within sizes cannot reach here."""
+    rng = np.random.default_rng(seed)
+    sizes, parent = (2, 2, 4, 4, 6, 6), (1,) * 6
+    errors = [[float(size * rate**level) for level in range(4)] for size, rate in rng.uniform(0.2, 0.9, (6, 2))]
+    every = [levels for levels in product(range(4), repeat=6) if np.dot(sizes, levels) == np.dot(sizes, parent)]
+    best = min(Additive(errors).scores(every, 1, rng))
+    found = {}
+    for name, groups in (("any", (tuple(range(6)),)), ("size", ((0, 1), (2, 3), (4, 5)))):
+        space = Space((0,) * 6, (3,) * 6, groups, sizes)
+        search = evolve([parent], space.mutate, Additive(errors), selections(1, 1, 1, 1), 80, 12, rng)
+        found[name] = search.fitness[-1]
+    assert found["any"] == pytest.approx(best)
+    assert found["any"] < found["size"]
