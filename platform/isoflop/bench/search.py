@@ -314,8 +314,16 @@ def _ask_times(world: World, rows: int, asks: int) -> list[float]:
         "V": IntDistribution(1, 512, log=True),
     }
     laws: tuple[LawChoice, ...] = ("product", ("chinchilla", {"D": "V"}), "semilog")
-    limits = {"budget": 3e10 * 100 * rows, "max_runs": 3 * rows}  # so that the design of what is left is solved, too
-    sampler = LawSampler({"N": "N", "V": "V"}, world.target, laws, space=space, cost=world.cost, seed=0, **limits)
+    sampler = LawSampler(
+        {"N": "N", "V": "V"},
+        world.target,
+        laws,
+        space=space,
+        cost=world.cost,
+        budget=3e12 * rows,  # with limits the design of what is left is solved, too
+        max_runs=3 * rows,
+        seed=0,
+    )
     study = optuna.create_study(sampler=sampler)
 
     def value(params: Mapping[str, Any]) -> float:

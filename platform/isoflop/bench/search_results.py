@@ -53,9 +53,9 @@ class Saved:
             return
         for number, line in enumerate(path.read_text().splitlines(), 1):
             try:
-                data = json.loads(line)
-                code = data.pop("code")
-                score = Score(**data)
+                values = json.loads(line)
+                code = values.pop("code")
+                score = Score(**values)
             except (ValueError, TypeError, KeyError):
                 raise UserError(f"--save: {path}: line {number} is no score of this bench") from None
             if code == digest(score.strategy, self._data):
