@@ -176,6 +176,18 @@ def test_importance_finds_the_setting_that_matters() -> None:
     assert importances([{"a": i} for i in range(20)], list(range(20))) == {}
 
 
+def test_a_setting_of_many_names_is_judged_in_seconds() -> None:
+    """Optuna alone would take hours: its time doubles with every name."""
+    rng = np.random.default_rng(0)
+    worth = rng.permutation(24)
+    points = [{"model": f"m{i % 24}", "rule": f"r{i // 24 % 3}", "noise": float(rng.random())} for i in range(96)]
+    shares = importances(points, [float(worth[i % 24]) + 2.0 * (i // 24 % 3) for i in range(96)])
+    assert list(shares)[:2] == ["model", "rule"]
+    assert shares["model"] > 0.8
+    assert shares["rule"] > 3 * shares["noise"]
+    assert sum(shares.values()) == pytest.approx(1)
+
+
 def test_parallel_coordinates_hold_every_configuration(compared: Reported) -> None:
     chart = panels(compared.section("parallel"))[0]["chart"]
     assert len(chart["lines"]) == 10
