@@ -14,7 +14,7 @@ from isoflop.sweep.queue import WorkQueue
 
 
 class FakeStage:
-    slots = 1
+    slots, kind = 1, ""
 
     def __init__(self, key: str, *deps: FakeStage) -> None:
         self.key, self._deps = key, deps

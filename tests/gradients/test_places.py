@@ -221,6 +221,8 @@ def test_hosts_of_different_sizes_run_everything(monkeypatch: pytest.MonkeyPatch
 
 
 class MadeUpStage:
+    kind = ""
+
     def __init__(self, key: str, *deps: MadeUpStage, slots: int = 1) -> None:
         self.key, self._deps, self.slots = key, deps, slots
 

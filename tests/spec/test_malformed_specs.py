@@ -145,6 +145,50 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown variable of a law": ({"laws": [{"law": "product", "x": {"W": "N"}}]}, ["laws[0]", "'W'"]),
     "a cost that is no expression": ({"frontiers": [{"cost": "2*N*("}]}, ["frontiers[0].cost", "2*N*("]),
     "a cost that calls something": ({"frontiers": [{"cost": "__import__('os')"}]}, ["frontiers[0].cost", "__import__"]),
+    "objective on a text": ({"objectives": [{"metric": "model"}]}, ["objectives[0].metric", "'model'", "no number"]),
+    "objective with its column": (
+        {"objectives": [{"metric": "metrics.loss"}]},
+        ["objectives[0].metric", "'metrics.loss'", "here: loss"],
+    ),
+    "law on a column that is not there": (
+        {"laws": [{"law": "product", "y": "eror"}]},
+        ["laws[0].y", "'eror'", "did you mean 'error'", "flops"],
+    ),
+    "law on a text": ({"laws": [{"law": "product", "y": "1-method"}]}, ["laws[0].y", "'method'", "no number"]),
+    "law on a whole map": ({"laws": [{"law": "product", "y": "metrics"}]}, ["laws[0].y", "'metrics'", "metrics.NAME"]),
+    "law on an entry of what is no map": (
+        {"laws": [{"law": "product", "y": "metric.loss"}]},
+        ["laws[0].y", "'metric.loss'"],
+    ),
+    "law's variable from a column that is not there": (
+        {"laws": [{"law": "product", "x": {"V": "visual"}}]},
+        ["laws[0].x.V", "'visual'", "V"],
+    ),
+    "weights of a column that is not there": (
+        {"laws": [{"law": "product", "weights": "1/eror_se**2"}]},
+        ["laws[0].weights", "did you mean 'error_se'"],
+    ),
+    "groups by a list": ({"laws": [{"law": "product", "by": ["scores"]}]}, ["laws[0].by[0]", "'scores'"]),
+    "condition on a column that is not there": (
+        {"laws": [{"law": "product", "where": "mdel = 'toy/s'"}]},
+        ["laws[0].where", "'mdel'", "did you mean 'model'"],
+    ),
+    "condition that is no SQL": (
+        {"laws": [{"law": "product", "where": "model = "}]},
+        ["laws[0].where", "model = "],
+    ),
+    "condition that is two statements": (
+        {"laws": [{"law": "product", "where": "true; select 1"}]},
+        ["laws[0].where"],
+    ),
+    "cost of a column that a law does not have": (
+        {"frontiers": [{"law": "product", "cost": "2*N*(q+V)"}]},
+        ["frontiers[0].cost", "'q'", "N, Q, V"],
+    ),
+    "cost without a variable of the law": (
+        {"frontiers": [{"law": "product", "cost": "2*Q"}]},
+        ["frontiers[0].cost", "2*Q", "N, V"],
+    ),
     "zip of one": ({"zip": {"toy-tokens.tokens": [1, 2]}}, ["zip"]),
     "zip of different lengths": (
         {"methods": ["toy-tokens"], "zip": {"model": ["toy/s", "toy/m"], "toy-tokens.tokens": [1, 2, 4]}},

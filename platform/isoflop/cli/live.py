@@ -96,14 +96,17 @@ class PlainProgress:
 
 def counts(s: Snapshot) -> str:
     """``12/32 jobs · 2 running · 1 failed``."""
-    parts = [f"{s.done}/{s.total if s.total is not None else '?'} jobs", f"{s.running} running"]
+    parts = [f"{s.done}/{s.total if s.total is not None else '?'} jobs"]
+    parts += [f"{s.running} running"] if s.running or not s.stages_running else []
+    waiting = s.stages_left - s.stages_running
     parts += [
         f"{n} {word}"
         for n, word in (
+            (s.stages_running, "stage running" if s.stages_running == 1 else "stages running"),
+            (waiting, "more to go" if s.stages_running else "stage to go" if waiting == 1 else "stages to go"),
             (s.failed, "failed"),
             (s.infeasible, "infeasible"),
             (s.pruned, "pruned"),
-            (s.stages_left, "stage to go" if s.stages_left == 1 else "stages to go"),
         )
         if n
     ]

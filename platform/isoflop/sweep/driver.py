@@ -22,12 +22,14 @@ from isoflop.execute import Done, Executor, Lost, ShardReport, WorkerInfo, WorkI
 from isoflop.jobs import Job, Outcome, ResolvedJob
 from isoflop.ledger import Ledger
 from isoflop.search import Proposer
+from isoflop.sweep.columns import ColumnWatch
 from isoflop.sweep.note import opening
 from isoflop.sweep.places import Places, room
 from isoflop.sweep.progress import Progress, Snapshot
 from isoflop.sweep.queue import Pending, WorkQueue
 from isoflop.sweep.resolve import Sweep
 from isoflop.sweep.rows import make_row
+from isoflop.sweep.timing import JOB, TimeLeft
 from isoflop.sweep.titles import job_title, stage_title
 from isoflop.sweep.trials import Trial, TrialBook
 from isoflop.track import Tracker
@@ -39,6 +41,7 @@ _FOLD_FILES = 512  # of a long session; fewer wait for the next one
 _POLL_SECONDS = 0.1
 _SHORT_JOB = 2.0  # seconds; only short jobs are queued behind another on the same worker
 _TINY_JOB = 0.05  # seconds; of such jobs more are asked for at a time, or committing each few would hold them up
+_RECENT_JOBS = 8  # of earlier sessions, which tell how long jobs take
 _EAGER = ("grid", "random", "qmc")  # these do not learn from outcomes, so asking ahead costs nothing
 
 
@@ -122,6 +125,8 @@ class Driver:
         self._last_show = 0.0
         self._started_workers = False
         self._stage_titles: dict[str, str] = {}
+        self._columns = ColumnWatch(sweep.spec, sweep.source)
+        self._time_left = TimeLeft()
 
     def run(self) -> Summary:
         """Run until the search is exhausted, the budget ends, or somebody interrupts. Returns how it went."""
@@ -164,13 +169,16 @@ class Driver:
     def _count_rows(self, table: pa.Table) -> None:
         statuses = table["status"].to_pylist()
         self._summary.cached = sum(1 for s in statuses if s not in self._again)
+        for seconds in table["wall_seconds"].to_pylist()[-_RECENT_JOBS:]:
+            if seconds:
+                self._time_left.took(JOB, seconds)
         for flops, answers in zip(table["flops"].to_pylist(), table["n_examples"].to_pylist(), strict=True):
             self._flops += (flops or 0.0) * (answers or 0)
 
     def _enqueue(self, trial: Trial, jobs: list[Job]) -> None:
         for job in jobs:
             try:
-                self._queue.add(job, ResolvedJob.of(job))
+                self._time_left.queued(self._queue.add(job, ResolvedJob.of(job)))
             except Infeasible as error:
                 outcome = Outcome("infeasible", started=time.time(), error_type="Infeasible", error_text=str(error))
                 self._record(job, outcome, attempt=0)
@@ -330,6 +338,8 @@ class Driver:
             self._queue.stage_done(event.item.stage)
             self._summary.stages += 1
             if result["seconds"]:
+                self._time_left.took(self._queue.kind(event.item.stage), result["seconds"] * event.item.slots)
+            if result["seconds"]:
                 self._progress.line(
                     f"stage {self._title(event.item)} computed by {event.worker} in {result['seconds']:.1f} s"
                 )
@@ -353,6 +363,7 @@ class Driver:
     def _on_job(self, event: Done) -> None:
         outcome: Outcome = event.result
         job = event.item.job
+        self._time_left.took(JOB, outcome.seconds)
         self._job_seconds = (
             outcome.seconds if not self._job_seconds else 0.8 * self._job_seconds + 0.2 * outcome.seconds
         )
@@ -432,6 +443,8 @@ class Driver:
         first = self._ledger.sequence - len(rows) + 1
         for offset, row in enumerate(rows):
             row["sequence"] = first + offset
+        for line in self._columns.see(rows):
+            self._progress.line(line)
         self._trials.record(rows)
         self._tracker.push(rows)
 
@@ -455,10 +468,10 @@ class Driver:
         state.running, state.waiting = self._queue.running, len(self._queue)
         state.total = self._expected()
         state.elapsed = self._clock() - self._started
-        left = None if state.total is None else state.total - state.done
-        state.eta = state.elapsed / done.ran * left if done.ran and left is not None else None
+        state.eta = self._eta(state)
         state.best = self._trials.best
         state.stages_done, state.stages_left = done.stages, self._queue.stages_left
+        state.stages_running = self._queue.stages_running
         state.warm, state.job_seconds = self._queue.affinity_hits, self._job_seconds
         state.backlog, state.problem = self._tracker.backlog(), self._tracker.problem
         state.draining = bool(self._interrupts)
@@ -468,6 +481,18 @@ class Driver:
             for worker, slot in self._slots.items()
         }
         self._progress.update(state)
+
+    def _eta(self, state: Snapshot) -> float | None:
+        """Seconds left, where it is known how many jobs there will be."""
+        if state.total is None:
+            return None
+        now, busy = self._clock(), [slot for slot in self._slots.values() if slot.items]
+        first = [(slot.items[0], now - slot.since) for slot in busy]
+        running = [(self._queue.kind(i.stage) if i.kind == "stage" else JOB, since) for i, since in first]
+        behind = sum(len(slot.items) - 1 for slot in busy)  # jobs handed out that wait for the one before them
+        unseen = state.total - state.done - state.running - state.waiting
+        waiting = self._queue.stages_waiting()
+        return self._time_left.left(running, waiting, state.waiting + behind, max(0, unseen), len(self._slots))
 
     def _idle(self, worker: str) -> str:
         """What a worker without work does: nothing, or it leaves its place to a stage of several processes."""

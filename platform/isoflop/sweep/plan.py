@@ -18,6 +18,7 @@ from isoflop.search import make_proposer
 from isoflop.search.law.forecast import Forecast
 from isoflop.stages import StageCache
 from isoflop.sweep.law_search import forecast_of, make_law_proposer
+from isoflop.sweep.queue import kind_of
 from isoflop.sweep.resolve import Sweep
 
 _SAMPLE = 2000  # jobs looked at in detail
@@ -163,7 +164,7 @@ def _stages(jobs: list[ResolvedJob], cache: StageCache) -> list[StagePlan]:
             seen[stage.key] = stage
     plans: dict[str, StagePlan] = {}
     for key, stage in seen.items():
-        kind = stage.kind or type(stage).__name__.lower()
+        kind = kind_of(stage)
         plan = plans.setdefault(kind, StagePlan(kind))
         plan.count += 1
         plan.uses += uses[key]

@@ -17,6 +17,7 @@ class Snapshot:
     Attributes:
         total: jobs expected in all, or None when the search decides.
         cached: jobs that an earlier session finished.
+        stages_left: shared stages that are not there yet, those that run (``stages_running``) among them.
         doing: worker -> what it is doing, with the seconds since it began.
         best: objective value and a description of the best trial so far.
         eta: seconds left, or None while nothing is known.
@@ -35,6 +36,7 @@ class Snapshot:
     pruned: int = 0
     stages_done: int = 0
     stages_left: int = 0
+    stages_running: int = 0
     warm: int = 0
     job_seconds: float = 0.0
     elapsed: float = 0.0

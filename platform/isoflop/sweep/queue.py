@@ -13,6 +13,7 @@ from collections.abc import Set
 from dataclasses import dataclass, field
 from itertools import count, islice
 
+from isoflop.core.stage import Stage
 from isoflop.execute import WorkItem
 from isoflop.jobs import Job, ResolvedJob
 
@@ -56,6 +57,11 @@ class StageFailure:
     jobs: list[Pending]
 
 
+def kind_of(stage: Stage) -> str:
+    """What people call a stage: ``tower``, ``features``, ``cell`` …"""
+    return stage.kind or type(stage).__name__.lower()
+
+
 class WorkQueue:
     """Args:
     retries: how often a failed job or stage is tried again.
@@ -68,6 +74,7 @@ class WorkQueue:
         self._stages: dict[str, _StageState] = {}
         self._deps: dict[str, frozenset[str]] = {}  # of every stage ever heard of
         self._slots: dict[str, int] = {}  # of those that fill more than one
+        self._kinds: dict[str, str] = {}
         self._blocked: dict[str, Pending] = {}
         self._ready: OrderedDict[str, deque[Pending]] = OrderedDict()
         self._running: dict[str, Pending] = {}
@@ -81,15 +88,31 @@ class WorkQueue:
 
     # filling
 
-    def add(self, job: Job, resolved: ResolvedJob) -> None:
-        """Queue a job; its stages are computed first unless they exist."""
+    def add(self, job: Job, resolved: ResolvedJob) -> tuple[str, ...]:
+        """Queue a job; its stages are computed first unless they exist. Returns the kinds of those to be computed for it
+        first of all jobs."""
         stages = resolved.stages()
+        fresh = [s for s in stages if s.key not in self._available and s.key not in self._stages]
         for stage in stages:
             if stage.key not in self._deps:
                 self._deps[stage.key] = frozenset(d.key for d in stage.deps())
+                self._kinds[stage.key] = kind_of(stage)
                 if stage.slots > 1:
                     self._slots[stage.key] = stage.slots
         self._admit(Pending(job, resolved.model_key, tuple(s.key for s in stages)))
+        return tuple(self._kinds[s.key] for s in fresh)
+
+    def kind(self, stage: str) -> str:
+        """The kind of a stage that a job needs."""
+        return self._kinds.get(stage, "stage")
+
+    def stages_waiting(self) -> Counter[str]:
+        """Kind -> work of the stages that nobody computes yet, in stages that fill one slot."""
+        waiting: Counter[str] = Counter()
+        for key, state in self._stages.items():
+            if not state.running:
+                waiting[self.kind(key)] += state.slots
+        return waiting
 
     def _admit(self, pending: Pending) -> None:
         """Ready when its stages are there, else blocked until they are."""
@@ -115,6 +138,11 @@ class WorkQueue:
     def running(self) -> int:
         """Jobs that a worker has."""
         return len(self._running)
+
+    @property
+    def stages_running(self) -> int:
+        """Stages that a worker computes."""
+        return sum(1 for state in self._stages.values() if state.running)
 
     @property
     def stages_left(self) -> int:

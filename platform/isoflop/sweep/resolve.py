@@ -10,16 +10,15 @@ from typing import Any
 import pyarrow as pa
 
 from isoflop.core.errors import Infeasible, UserError, unknown
-from isoflop.core.expressions import parse
 from isoflop.core.knobs import KnobSpec, check_knobs
 from isoflop.core.yaml_source import KeyPath, Source
 from isoflop.jobs import Job, MethodSpec, ResolvedJob
 from isoflop.jobs.job import versions_of
-from isoflop.ledger import SCHEMA
 from isoflop.methods.base import METHODS, method_knobs
 from isoflop.models.base import family_of
 from isoflop.search import Branch, Config, Param, Space, Zip, make_pruner, make_sampler
 from isoflop.search.space import MAX_GRID, Exclusion, Value
+from isoflop.sweep import columns
 from isoflop.sweep.blocks import KnobEntry, MethodEntry
 from isoflop.sweep.spec import SweepSpec, import_modules, load_spec
 from isoflop.tasks.base import TASKS
@@ -133,9 +132,8 @@ def resolve(given: Any) -> Sweep:
     _check_models(spec, source)
     tasks = _task_options(spec, source)
     _check_tasks(spec, tasks, source)
-    _check_objectives(spec, source)
+    columns.check(spec, source)
     _check_search(spec, source)
-    _check_laws(spec, source)
     space = Space(tuple(m.ref for m in spec.models), tuple(branches), zips, _excludes(spec, source, branches))
     _check_zips(spec, source, space, zipped)
     sweep = Sweep(spec, source, space, tasks, methods)
@@ -294,13 +292,6 @@ def _check_tasks(spec: SweepSpec, options: Mapping[str, Mapping[str, Any]], sour
                 raise UserError(f"{where}: {error}{more}") from None
 
 
-def _check_objectives(spec: SweepSpec, source: Source) -> None:
-    names = [t.name for t in spec.tasks]
-    for index, objective in enumerate(spec.objectives):
-        if objective.task is not None and objective.task not in names:
-            raise unknown("task of this sweep", objective.task, names, source.where(("objectives", index, "task")))
-
-
 def _check_search(spec: SweepSpec, source: Source) -> None:
     """Options of the sampler and the pruner, by building both."""
     search = spec.search
@@ -322,45 +313,6 @@ def _check_search(spec: SweepSpec, source: Source) -> None:
                 make_pruner(name, options)
         except UserError as error:
             raise UserError(f"{where}: {str(error).removeprefix('search: ')}") from None
-
-
-def _check_laws(spec: SweepSpec, source: Source) -> None:
-    """Names and expressions of laws and frontiers: a mistake should not wait for the end of the sweep."""
-    for index, block in enumerate(spec.laws):
-        _check_law(block.law, block.x, source.where(("laws", index, "law")))
-        for key in ("y", "weights"):
-            text = getattr(block, key)
-            if text is not None:
-                _check_columns(text, source.where(("laws", index, key)))
-        for variable, text in block.x.items():
-            _check_columns(text, source.where(("laws", index, "x", variable)))
-        for place, column in enumerate(block.by):
-            if column not in SCHEMA.names:
-                raise unknown("column of results", column, SCHEMA.names, source.where(("laws", index, "by", place)))
-    for index, frontier in enumerate(spec.frontiers):
-        described = next((b for b in spec.laws if b.law == frontier.law), None)
-        _check_law(frontier.law, described.x if described else {}, source.where(("frontiers", index, "law")))
-        parse(frontier.cost, source.where(("frontiers", index, "cost")))
-
-
-def _check_columns(text: str, where: str) -> None:
-    """An expression of columns that rows have; which metrics and costs these will hold is not known yet."""
-    expression = parse(text, where)
-    for name in sorted(expression.graph.names(expression.root)):
-        if name.partition(".")[0] not in SCHEMA.names:
-            raise unknown("column of results", name, SCHEMA.names, where)
-
-
-def _check_law(law: str, variables: Mapping[str, str], where: str) -> None:
-    from isoflop.laws.base import resolve_form
-
-    try:
-        form = resolve_form(law, list(variables))
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    for name in variables:
-        if name not in form.variable_names:
-            raise unknown(f"variable of law {form.name}", name, form.variable_names, where)
 
 
 def _zips(spec: SweepSpec, source: Source) -> tuple[Zip, ...]:
