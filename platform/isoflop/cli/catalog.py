@@ -42,11 +42,13 @@ def _knob_dict(spec: KnobSpec) -> dict[str, Any]:
 
 @click.command("methods")
 @click.argument("name", required=False)
-@click.option("--family", help="Only the methods of a family.")
-@click.option("--brief", is_flag=True, help="Without knobs.")
+@click.option("--family", help="Only the methods of a family, with their knobs.")
+@click.option("--knobs/--brief", "knobs", default=None, help="With all knobs, or without (default: those of a family).")
 @import_option
 @json_option
-def methods_command(name: str | None, family: str | None, brief: bool, modules: tuple[str, ...], as_json: bool) -> None:
+def methods_command(
+    name: str | None, family: str | None, knobs: bool | None, modules: tuple[str, ...], as_json: bool
+) -> None:
     """List compression methods by family, or document one."""
     _import(modules)
     if name is not None:
@@ -71,15 +73,24 @@ def methods_command(name: str | None, family: str | None, brief: bool, modules: 
     ]
 
     def human() -> None:
-        columns = ("family", "method", "paper") if brief else ("family", "method", "knobs (* sets the ratio)", "paper")
-        rows = []
-        for d in data:
-            knobs = "\n".join(_knob_line(k) for k in d["knobs"]) or "-"
-            rows.append((d["family"], d["name"], *(() if brief else (knobs,)), d["paper"] or "-"))
-        console().print(grid(columns, rows))
-        console().print("\n`isoflop methods NAME` documents one.")
+        _print_methods(data, family is not None if knobs is None else knobs)
 
     emit(data, as_json, human)
+
+
+def _print_methods(data: list[dict[str, Any]], knobs: bool) -> None:
+    """A line per method; with knobs, a line for each of those. On a terminal a family is named once."""
+    columns = ("family", "method", *(("knobs (* sets the ratio)",) if knobs else ()), "paper")
+    out = console()
+    rows, before = [], ""
+    for d in data:
+        shown = d["family"] if d["family"] != before or not out.is_terminal else ""  # every line of a pipe is whole
+        lines = "\n".join(_knob_line(k) for k in d["knobs"]) or "-"
+        rows.append((shown, d["name"], *((lines,) if knobs else ()), d["paper"] or "-"))
+        before = d["family"]
+    out.print(grid(columns, rows))
+    more = "" if knobs else "; `isoflop methods --family FAMILY` shows the knobs of a family, `--knobs` all"
+    out.print(f"\n`isoflop methods NAME` documents one{more}.")
 
 
 def _knob_line(knob: dict[str, Any]) -> str:

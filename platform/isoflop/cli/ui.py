@@ -13,6 +13,12 @@ from isoflop.core.errors import UserError
 from isoflop.ledger import Store
 from isoflop.sweep.api import own_tracking_uri
 
+_ENVIRONMENT = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # it would start eight more processes that nothing here uses
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PYTHONWARNINGS": "ignore:starlette.middleware.wsgi is deprecated",  # nothing that a user of MLflow could mend
+}
+
 
 @click.command("ui")
 @store_option
@@ -33,9 +39,8 @@ def ui_command(store: str | None, host: str, port: int, tracking_uri: str | None
     if tracking_uri is None and opened.local is not None and not (opened.local / "mlflow.db").is_file():
         raise UserError(f"store {opened.uri} holds no MLflow database yet; run a sweep first, or name another --store")
     chosen = _free_port(host, port)
-    # MLflow's job runner would start eight more processes that nothing here uses
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    click.echo(f"MLflow over {opened.uri}: http://{host}:{chosen}  (Ctrl-C ends it)", err=True)
+    environment = {**os.environ, **_ENVIRONMENT}
+    click.echo(f"MLflow over {opened.uri}: http://{host}:{chosen} in some ten seconds  (Ctrl-C ends it)", err=True)
     arguments = [
         sys.executable,
         "-m",
@@ -43,12 +48,16 @@ def ui_command(store: str | None, host: str, port: int, tracking_uri: str | None
         "server",
         "--backend-store-uri",
         uri,
+        "--registry-store-uri",  # named, or MLflow says that it is not
+        uri,
         "--host",
         host,
         "--port",
         str(chosen),
         "--workers",
         "1",
+        "--uvicorn-opts",
+        "--log-level warning",  # not a line per request
     ]
     if opened.local is not None:
         arguments += ["--default-artifact-root", f"file://{opened.local / 'mlartifacts'}"]
