@@ -13,7 +13,7 @@ help:
 	@echo "make lint        ruff and mypy"
 	@echo "make schema      write sweeps/sweep.schema.json anew"
 	@echo "make outcomes    run every method's sweep (hours), test its claims, write dashboards/outcomes anew"
-	@echo "make pictures    draw the README's pictures from the quickstart's results (needs Chromium)"
+	@echo "make pictures    draw the README's pictures from the quickstart's results (needs Chromium and chromedriver)"
 
 setup: $(READY)
 

@@ -55,3 +55,11 @@ def attach(uri: str, experiment: str, artifacts: Iterable[Artifact]) -> str | No
     if missing:
         client.set_tag(run_id, NOTE_TAG, "\n\n".join([*missing, note])[:MOST])
     return run_id
+
+
+def experiment_id(uri: str, experiment: str) -> str | None:
+    """The id under which MLflow's pages show a sweep; None when it has nothing of that name."""
+    from mlflow import MlflowClient
+
+    found = MlflowClient(tracking_uri=uri).get_experiment_by_name(experiment)
+    return None if found is None else str(found.experiment_id)
