@@ -13,6 +13,8 @@ from isoflop.dashboards.outcomes.record import Record
 from isoflop.frontier.composition import Composed, Configuration
 from isoflop.frontier.paired import ERROR, Paired
 
+OUTCOMES = ("shows", "not separated", "reversed")
+
 
 def page(claims: Sequence[Claim], record: Record) -> str:
     """Claims with their numbers, method by method, and what combining methods gains."""
@@ -23,6 +25,8 @@ def page(claims: Sequence[Claim], record: Record) -> str:
         "examples, with a 95 % interval over repeats and examples. Tiny models trained on the spot, on a laptop's CPU: an",
         "ordering that shows here says that the method does what its paper says, not that it would win at scale, and one",
         "that does not show says as much about the scale as about the method.",
+        "",
+        *_summary(claims, record),
     ]
     for method in dict.fromkeys(claim.method for claim in claims):
         own = [claim for claim in claims if claim.method == method]
@@ -37,6 +41,16 @@ def page(claims: Sequence[Claim], record: Record) -> str:
             if claim.why and numbers is not None and claim.shows(numbers) != "shows":
                 lines.append(f"\n{claim.claim}: {claim.why}")
     return "\n".join(lines) + "\n\n" + composition_page(record.composition, record.joint)
+
+
+def _summary(claims: Sequence[Claim], record: Record) -> list[str]:
+    """How many claims of each method show, as a table."""
+    lines = ["| method | shows | not separated | reversed |", "|---|---|---|---|"]
+    for method in dict.fromkeys(claim.method for claim in claims):
+        own = [(c, record.numbers[c.test]) for c in claims if c.method == method and c.test in record.numbers]
+        count = Counter(claim.shows(numbers) for claim, numbers in own)
+        lines.append(f"| {method} | " + " | ".join(str(count[k] or "") for k in OUTCOMES) + " |")
+    return lines
 
 
 def _row(claim: Claim, numbers: Paired | None) -> str:
