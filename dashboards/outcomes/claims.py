@@ -10,16 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import yaml
 
-from isoflop.core.errors import UserError
+from isoflop.core.errors import UserError, unknown
 from isoflop.frontier.paired import ERROR, Paired, paired
 
 CLAIMS = Path(__file__).parent / "claims"
+EXPECTATIONS = ("better", "worse", "equal")
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ class Claim:
         return "not separated" if result.verdict == "not separated" else "reversed"
 
 
+_ALLOWED = tuple(f.name for f in fields(Claim))
+
+
 def load_claims(path: Path = CLAIMS) -> list[Claim]:
     """The claims of a file, or of all files of a folder. Raises UserError naming the file and the entry that is wrong."""
     files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
@@ -76,14 +81,44 @@ def load_claims(path: Path = CLAIMS) -> list[Claim]:
 
 
 def _claims_of(file: Path) -> Iterator[Claim]:
-    for number, entry in enumerate(yaml.safe_load(file.read_text()), 1):
+    try:
+        entries = yaml.safe_load(file.read_text()) or []
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(entries, list):
+        raise UserError(f"{file}: a {type(entries).__name__}; wanted is a list of claims")
+    for number, entry in enumerate(entries, 1):
+        where = f"{file}: entry {number}"
+        if not isinstance(entry, dict):
+            raise UserError(f"{where} is {entry!r}; wanted is a mapping of {', '.join(_ALLOWED)}")
+        for key in entry:
+            if key not in _ALLOWED:
+                raise unknown("key", key, _ALLOWED, f"{where} ({entry.get('claim', '?')})")
         try:
             claim = Claim(**entry)
         except TypeError as error:
-            raise UserError(f"{file}: entry {number} ({entry.get('claim', '?')}): {error}") from None
-        if claim.expect not in ("better", "worse", "equal"):
-            raise UserError(f"{file}: entry {number}: expect = {claim.expect!r}; allowed: better, worse, equal")
+            raise UserError(f"{where} ({entry.get('claim', '?')}): {error}") from None
+        _check(claim, where)
         yield claim
+
+
+def _check(claim: Claim, where: str) -> None:
+    """Raise UserError where a value is none that a claim can have."""
+    if claim.expect not in EXPECTATIONS:
+        raise unknown("expect", claim.expect, EXPECTATIONS, where)
+    for name in ("method", "paper", "sweep", "claim", "a", "b", "why", "y"):
+        if not isinstance(getattr(claim, name), str):
+            raise UserError(f"{where}: {name} = {getattr(claim, name)!r}; allowed: text")
+    if not isinstance(claim.match, dict) or not all(_is_share(value) for value in claim.match.values()):
+        raise UserError(
+            f"{where}: match = {claim.match!r}; allowed: columns with the share by which numbers may differ"
+        )
+    if not _is_share(claim.margin) or (claim.margin and claim.expect != "equal"):
+        raise UserError(f"{where}: margin = {claim.margin!r}; allowed: 0 or more, with expect: equal")
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
 
 
 def judge(claims: Sequence[Claim], rows_of: Callable[[str], pa.Table]) -> dict[str, Paired]:

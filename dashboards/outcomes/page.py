@@ -9,10 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from isoflop.dashboards.outcomes.claims import Claim
-from isoflop.dashboards.outcomes.record import Record
+from isoflop.dashboards.outcomes.record import PERCENTILE, Record
 from isoflop.frontier.composition import Composed, Configuration
 from isoflop.frontier.paired import ERROR, Paired
 
+_DAGGER = (
+    "† Judged by an older percentile bootstrap over repeats and examples. With three repeats such an interval covers about 80 %\n"
+    "instead of 95 %; take an outcome for certain only where 0 is far outside."
+)
 OUTCOMES = ("shows", "not separated", "reversed")
 
 
@@ -22,12 +26,14 @@ def page(claims: Sequence[Claim], record: Record) -> str:
         "# Outcomes at small scale",
         "",
         "Written by `make outcomes`; do not edit. Errors are means over matched runs; the difference is that of the same",
-        "examples, with a 95 % interval over repeats and examples. Tiny models trained on the spot, on a laptop's CPU: an",
+        "examples, with a 95 % interval, Student's over repeats. Tiny models trained on the spot, on a laptop's CPU: an",
         "ordering that shows here says that the method does what its paper says, not that it would win at scale, and one",
         "that does not show says as much about the scale as about the method.",
         "",
         *_summary(claims, record),
     ]
+    if any(c.test in record.numbers and record.numbers[c.test].interval == PERCENTILE for c in claims):
+        lines += ["", _DAGGER]
     for method in dict.fromkeys(claim.method for claim in claims):
         own = [claim for claim in claims if claim.method == method]
         lines += ["", f"## {method} ({own[0].paper})", ""]
@@ -58,7 +64,8 @@ def _row(claim: Claim, numbers: Paired | None) -> str:
     sentence = claim.claim if claim.y == ERROR else f"{claim.claim} (compared: {claim.y})"
     if numbers is None:
         return f"| {sentence} | not judged | | | | | {claim.sweep} |"
-    difference = f"{numbers.difference:+.4f} [{numbers.low:+.4f}, {numbers.high:+.4f}]"
+    ends = f"[{numbers.low:+.4f}, {numbers.high:+.4f}]" if math.isfinite(numbers.low) else "(one repeat: no interval)"
+    difference = f"{numbers.difference:+.4f} {ends}" + ("†" if numbers.interval == PERCENTILE else "")
     return (
         f"| {sentence} | **{claim.shows(numbers)}** | {numbers.a:.4f} | {numbers.b:.4f} | "
         f"{difference} | {numbers.pairs} in {numbers.repeats} repeats | {claim.sweep} |"

@@ -14,6 +14,8 @@ from isoflop.frontier.composition import Composed, Configuration, Gain
 from isoflop.frontier.paired import Paired
 
 RECORD = Path(__file__).parent / "outcomes.json"
+PERCENTILE = "percentile"
+"""An interval of numbers that were judged by a bootstrap over repeats, and not since."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +75,23 @@ def _composed(part: Mapping[str, Any]) -> Composed:
 
 
 def _read(kind: Any, entry: Mapping[str, Any]) -> Any:
-    """A dataclass from JSON, where null is a number that was not finite."""
-    return kind(**{f.name: math.nan if entry[f.name] is None else entry[f.name] for f in fields(kind)})
+    """A dataclass from JSON; the inverse of :func:`_plain`."""
+    return kind(**{f.name: _number(entry[f.name]) for f in fields(kind)})
+
+
+def _number(value: Any) -> Any:
+    """null is NaN, and the ends of an unbounded interval are words."""
+    return math.nan if value is None else float(value) if value in ("inf", "-inf") else value
 
 
 def _plain(value: Any) -> Any:
-    """JSON types: sets as sorted lists, and null for numbers that are not finite."""
+    """JSON types: sets as sorted lists, null for NaN, and words for infinities."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value

@@ -69,8 +69,8 @@ _FRONTIER = (
     "Error against the cost of an answer. The slider sets a budget; the text under it states the best configuration that it "
     "pays for. Bars and bands are 95 % intervals: of measured means over repeats (Student's t; over examples where there is "
     "one repeat), of laws by bootstrap. Two measured configurations are told apart by the differences of their errors on the "
-    "examples that they share, whose 95 % interval is a bootstrap over repeats and examples: one is worse where it lies above 0, "
-    "both are as good where it holds 0. A saving is stated against the cheapest uncompressed model that is not worse, and only "
+    "examples that they share, whose 95 % interval is Student's over repeats (of one repeat a bootstrap over examples): one is "
+    "worse where it lies above 0, both are as good where it holds 0. A saving is stated against the cheapest uncompressed model that is not worse, and only "
     "where the choice is as good."
 )
 _PARALLEL = "A line is a configuration, mean over repeats; its colour is the error. The slider fades all but the best."

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 
 from isoflop.dashboards.report.configs import Config
 from isoflop.dashboards.report.numbers import short, with_interval
-from isoflop.frontier.paired import paired
+from isoflop.frontier.paired import over_repeats, paired
 
 _COLUMNS = ["job_id", "task", "repeat", "status", "error", "scores"]
 _DOUBT = (1.0, 4.0)  # standard errors: the interval ends at about 2, and resampling takes a while
@@ -98,13 +98,14 @@ class Pairing:
         return [(i, j) for i, j in found if j is not None and i != j and counts[i] and counts[i] == counts[j]]
 
     def _plain(self, shared: Sequence[tuple[int, int]]) -> bool | None:
-        """Whether the interval lies above 0, where the standard error of what is resampled leaves no doubt."""
+        """Whether the interval lies above 0; None where that takes resampling, of a single repeat that leaves a doubt."""
         if not shared:
             return None
         differences = [self._scores(i) - self._scores(j) for i, j in shared]
-        means = np.array([d.mean() for d in differences])
-        inside = np.mean([d.var() / len(d) for d in differences])
-        distance, error = float(means.mean()), math.sqrt((means.var() + inside) / len(means))
+        if len(differences) > 1:
+            return over_repeats([(self._repeats[i], d) for (i, _), d in zip(shared, differences, strict=True)])[0] > 0
+        (d,) = differences
+        distance, error = float(d.mean()), float(d.std()) / math.sqrt(len(d))
         if distance <= _DOUBT[0] * error:
             return False
         return True if distance > _DOUBT[1] * error else None

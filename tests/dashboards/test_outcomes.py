@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from isoflop.core.errors import UserError
 from isoflop.dashboards.outcomes import RECORD, Claim, Record, judge, load_claims, page
+from isoflop.dashboards.outcomes.record import PERCENTILE
 from isoflop.frontier.composition import compose
 from isoflop.frontier.paired import Paired
 from isoflop.jobs import Job
@@ -63,20 +65,21 @@ def test_outcomes_follow_the_interval(expect: str, low: float, high: float, outc
 
 
 def _numbers(low: float, high: float) -> Paired:
-    return Paired(0.1, 0.2, (low + high) / 2, low, high, 3, 3, [{"task": "t", "a": 0.1, "b": 0.2, "difference": -0.1}])
+    middle = (low + high) / 2 if math.isfinite(low + high) else -0.1
+    return Paired(0.1, 0.2, middle, low, high, 3, 3, [{"task": "t", "a": 0.1, "b": 0.2, "difference": -0.1}])
 
 
 def test_the_page_holds_every_claim_with_its_numbers() -> None:
     rows = [
         {"job_id": m + str(r), "model": "x", "task": "t", "method": m, "repeat": r, "status": "ok", "error": e, "scores": [e, e + 0.1]}
         for r in range(2)
-        for m, e in (("new", 0.1), ("old", 0.3))
+        for m, e in (("new", 0.1), ("old", 0.3 + r * 0.002))
     ]  # fmt: skip
     claim = Claim("new", "arXiv 1", "s", "new beats old", "method = 'new'", "method = 'old'")
     record = Record(judge([claim], lambda name: to_table(rows)))
     assert claim.shows(record.numbers[claim.test]) == "shows"
     shown = page([claim], record)
-    assert "| new beats old | **shows** | 0.1000 | 0.3000 | -0.2000 [-0.2000, -0.2000] | 2 in 2 repeats | s |" in shown
+    assert "| new beats old | **shows** | 0.1000 | 0.3010 | -0.2010 [-0.2137, -0.1883] | 2 in 2 repeats | s |" in shown
 
 
 def test_a_claim_about_another_column_is_judged_on_it_and_says_so() -> None:
@@ -142,8 +145,52 @@ def test_the_committed_page_is_the_record_of_the_committed_claims() -> None:
     assert [claim.claim for claim in claims if claim.test not in record.numbers] == []
 
 
-def test_a_wrong_entry_is_told_by_its_number(tmp_path: Path) -> None:
-    path = tmp_path / "claims.yaml"
-    path.write_text("- {method: a, paper: p, sweep: s, claim: c, a: x, b: y, expects: better}\n")
-    with pytest.raises(UserError, match=r"entry 1 \(c\)"):
+_GOOD = "method: a, paper: p, sweep: s, claim: c, a: x, b: y"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (f"- {{{_GOOD}, expects: better}}", r"entry 1 \(c\): .*'expects'.*expect"),
+        (f"- {{{_GOOD}}}\n- {{{_GOOD}, expect: beter}}", "entry 2: .*'beter'.*better"),
+        ("- {method: a}", r"entry 1 \(\?\): .*missing"),
+        ("- some words", "entry 1 is 'some words'"),
+        ("method: a", "a dict; wanted is a list"),
+        ("- {method: [a", "no YAML"),
+        (f"- {{{_GOOD}, match: [rate]}}", r"entry 1: match = \['rate'\]"),
+        (f"- {{{_GOOD}, match: {{rate: much}}}}", "entry 1: match = "),
+        (f"- {{{_GOOD}, expect: equal, margin: '0.05'}}", "entry 1: margin = '0.05'"),
+        (f"- {{{_GOOD}, expect: equal, margin: -1}}", "entry 1: margin = -1"),
+        (f"- {{{_GOOD}, margin: 0.1}}", "entry 1: margin = 0.1; .*expect: equal"),
+        (f"- {{{_GOOD}, why: 3}}", "entry 1: why = 3"),
+    ],
+)
+def test_a_wrong_entry_is_told_by_file_and_number(text: str, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "some.yaml"
+    path.write_text(text + "\n")
+    with pytest.raises(UserError, match=told) as error:
         load_claims(path)
+    assert "some.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_without_claims_has_none(tmp_path: Path) -> None:
+    (tmp_path / "some.yaml").write_text("# nothing yet\n")
+    assert load_claims(tmp_path) == []
+
+
+def test_an_interval_without_ends_is_written_read_and_shown(tmp_path: Path) -> None:
+    claim = Claim("m", "p", "s", "c", "a", "b", y="ratio")
+    record = Record({claim.test: _numbers(-math.inf, math.inf)})
+    record.save([claim], tmp_path / "outcomes.json")
+    assert json.loads((tmp_path / "outcomes.json").read_text(), parse_constant=pytest.fail)
+    assert page([claim], Record.load(tmp_path / "outcomes.json")) == page([claim], record)
+    assert "(one repeat: no interval)" in page([claim], record)
+
+
+def test_numbers_of_the_older_interval_are_marked() -> None:
+    claim = Claim("m", "p", "s", "c", "a", "b")
+    new = _numbers(-0.2, -0.1)
+    assert "†" not in page([claim], Record({claim.test: new}))
+    old = page([claim], Record({claim.test: dataclasses.replace(new, interval=PERCENTILE)}))
+    assert old.count("†") == 2  # behind the number, and what it means

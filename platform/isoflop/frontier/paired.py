@@ -2,10 +2,12 @@
 
 Runs of the same task, options and seed score the same examples in the same order, so that the noise of examples cancels
 in the difference. Rows are paired where the columns in ``match`` agree; each pair gives one mean difference, and pairs
-of the same repeat share a seed. The interval resamples repeats where there are at least two, and examples inside.
+of the same repeat share a seed. The interval is Student's over repeats, each with the mean of its pairs: a bootstrap
+over so few would cover far less than it says (three repeats: about 80 % instead of 95 %). Examples of a repeat need no
+resampling then, since their noise is part of what differs between repeats.
 
-Of other columns (a metric, a cost) rows hold one number, and nothing of its spread over examples. Their interval is
-Student's over repeats, each with the mean of its pairs; a single repeat leaves it unbounded.
+A single repeat says nothing of others: its interval resamples examples and holds for that seed alone. Of other columns
+(a metric, a cost) rows hold one number, so that a single repeat leaves the interval unbounded.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from isoflop.frontier.query import sql
 ERROR = "error"
 DRAWS = 2000
 LEVEL = 0.95
+STUDENT, EXAMPLES, UNBOUNDED = "student", "examples", "unbounded"
+"""Kinds of intervals: over repeats; over the examples of a single repeat; none."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Paired:
         difference, low, high: the mean difference with its 95 % interval.
         pairs: row pairs; ``repeats``: different repeats among them.
         cells: one entry per value of the matched columns: those values, ``a``, ``b``, ``difference``, ``pairs``.
+        interval: its kind.
     """
 
     a: float
@@ -47,6 +52,7 @@ class Paired:
     pairs: int
     repeats: int
     cells: list[dict[str, Any]]
+    interval: str = STUDENT
 
     @property
     def verdict(self) -> str:
@@ -85,11 +91,12 @@ def paired(
     values = [(_number(row, y), _number(other, y)) for row, other in pairs]
     if y == ERROR:
         differences = [(row["repeat"], _difference(row, other)) for row, other in pairs]
-        low, high = _interval(differences, seed)
     else:
         gaps = [mine - theirs for mine, theirs in values]
         differences = [(row["repeat"], np.array([gap])) for (row, _), gap in zip(pairs, gaps, strict=True)]
-        low, high = _interval_over_repeats(differences)
+    repeats = len({repeat for repeat, _ in differences})
+    kind = STUDENT if repeats > 1 else EXAMPLES if y == ERROR else UNBOUNDED
+    low, high = _over_examples([d for _, d in differences], seed) if kind == EXAMPLES else over_repeats(differences)
     return Paired(
         a=float(np.mean([mine for mine, _ in values])),
         b=float(np.mean([theirs for _, theirs in values])),
@@ -97,8 +104,9 @@ def paired(
         low=low,
         high=high,
         pairs=len(pairs),
-        repeats=len({repeat for repeat, _ in differences}),
+        repeats=repeats,
         cells=_cells(pairs, values, list(tolerances)),
+        interval=kind,
     )
 
 
@@ -158,28 +166,20 @@ def _difference(row: Mapping[str, Any], other: Mapping[str, Any]) -> np.ndarray:
     return mine - theirs
 
 
-def _interval(differences: Sequence[tuple[int, np.ndarray]], seed: int) -> tuple[float, float]:
-    """Percentile interval of the mean: repeats are drawn, then the examples of each repeat, the same for all its pairs."""
+def _over_examples(differences: Sequence[np.ndarray], seed: int) -> tuple[float, float]:
+    """Percentile interval of the mean of the pairs of one repeat: examples are drawn, the same for all its pairs."""
     rng = np.random.default_rng(seed)
-    repeats = sorted({repeat for repeat, _ in differences})
-    sums: dict[int, dict[int, np.ndarray]] = {repeat: {} for repeat in repeats}  # repeat -> examples -> sum over pairs
-    pairs = dict.fromkeys(repeats, 0)
-    for repeat, d in differences:
-        sums[repeat][len(d)] = sums[repeat].get(len(d), 0.0) + d
-        pairs[repeat] += 1
-    means = np.empty(DRAWS)
-    for draw in range(DRAWS):
-        chosen = rng.choice(repeats, len(repeats)) if len(repeats) > 1 else np.array(repeats)
-        total = 0.0
-        for repeat in chosen.tolist():
-            for size, summed in sorted(sums[repeat].items()):
-                total += summed[rng.integers(0, size, size)].mean()
-        means[draw] = total / sum(pairs[repeat] for repeat in chosen.tolist())
+    sums: dict[int, np.ndarray] = {}  # examples -> sum over pairs
+    for d in differences:
+        sums[len(d)] = sums.get(len(d), 0.0) + d
+    means = np.zeros(DRAWS)
+    for size, summed in sorted(sums.items()):
+        means += np.array([summed[rng.integers(0, size, size)].mean() for _ in range(DRAWS)]) / len(differences)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
-def _interval_over_repeats(differences: Sequence[tuple[int, np.ndarray]]) -> tuple[float, float]:
+def over_repeats(differences: Sequence[tuple[int, np.ndarray]]) -> tuple[float, float]:
     """Student's interval of the mean of the pairs' differences, whose independent draws are the repeats.
 
     Repeats weigh by their pairs, as in the mean; with as many pairs in each that is the plain interval of their means.
