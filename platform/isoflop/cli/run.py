@@ -148,7 +148,7 @@ def _print_end(opened: SweepResults, options: RunOptions) -> None:
     hints.append(("report", opened.conclusion.path or f"{program} report {opened.name}{where}"))
     if options.tracking_uri != "none":
         hints.append(("browse", f"{program} ui{where}"))
-    if opened.spec.laws:
+    if opened.spec.frontiers:
         argument = f", store={opened.store.uri!r}" if where else ""
         asked = f"import isoflop; print(isoflop.open('{opened.name}'{argument}).frontier())"
         hints.append(("ask", f'{python} -c "{asked}"'))
