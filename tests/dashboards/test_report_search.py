@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import optuna
 import pytest
 
 from isoflop.search.hypervolume import front, history, share
@@ -44,6 +45,16 @@ def test_directions_turn_objectives_around() -> None:
     assert history(turned, ["minimize", "maximize"], [1, -1]) == pytest.approx(same)
     assert front(turned, ["minimize", "maximize"]) == front(points.tolist(), ["minimize", "minimize"])
     assert share(turned, ["minimize", "maximize"]) == pytest.approx(share(points.tolist(), ["minimize", "minimize"]))
+
+
+def test_optuna_speaks_as_loudly_as_before() -> None:
+    before = optuna.logging.get_verbosity()
+    try:
+        optuna.logging.set_verbosity(optuna.logging.DEBUG)
+        front([[1.0, 2.0], [2.0, 1.0]], ["minimize", "minimize"])
+        assert optuna.logging.get_verbosity() == optuna.logging.DEBUG
+    finally:
+        optuna.logging.set_verbosity(before)
 
 
 def test_front_is_what_no_other_dominates() -> None:

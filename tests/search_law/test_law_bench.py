@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from isoflop.bench.search import CASES, best_share, bound, run_case, search
-from isoflop.bench.search_results import Saved, digest, share_for, table
+from isoflop.bench.search_results import Saved, Score, digest, finite, share_for, table
 from isoflop.bench.search_worlds import Lab, measured_worlds, worlds
 from isoflop.core.errors import UserError
 from isoflop.search.law import Exponents, LawSampler, OptimalAllocation, Policy, replay
@@ -57,6 +57,27 @@ def test_saved_scores_are_not_run_again_and_other_code_is_not_believed(tmp_path:
     path.write_text("no score\n")
     with pytest.raises(UserError, match="line 1 is no score"):
         Saved(path)
+
+
+def test_a_score_whose_writing_was_cut_is_run_again_and_the_others_stay(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    kept = Saved(path)
+    scores = [Score("case", "random", 0.1, seed, 0.5, 3) for seed in range(3)]
+    kept.add(scores[0])
+    kept.add(scores[1])
+    text = path.read_bytes()
+    for end in range(len(text)):
+        path.write_bytes(text[:end])
+        again = Saved(path)
+        again.add(scores[2])
+        found = [Saved(path).get("case", "random", 0.1, seed) for seed in range(3)]
+        whole = text[:end].count(b"\n")
+        assert found == [*scores[:whole], *[None] * (2 - whole), scores[2]]
+
+
+def test_no_infinity_reaches_json() -> None:
+    found = finite({"a": [1.0, np.inf, {"b": float("nan")}], "c": "text"})
+    assert found == {"a": [1.0, None, {"b": None}], "c": "text"}
 
 
 def test_the_table_tells_what_the_best_design_would_need() -> None:

@@ -33,7 +33,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from optuna.distributions import BaseDistribution, IntDistribution
 
-from isoflop.bench.search_results import Saved, Score, share_for, summarise, table
+from isoflop.bench.search_results import Saved, Score, finite, share_for, summarise, table
 from isoflop.bench.search_strategies import CAP, Outcome, strategy_of
 from isoflop.bench.search_worlds import Lab, World, measured_worlds, truth_of, worlds
 from isoflop.core.errors import UserError, unknown
@@ -391,7 +391,8 @@ def search(
     if reference is not None:
         rows = read_reference(reference, where)
         _REAL.update(measured_worlds(rows, q))
-        data = repr((rows.select(["N", "V", "error"]).to_pydict(), q)).encode()
+        used = [name for name in ("N", "V", "error", "flops") if name in rows.column_names]
+        data = repr((rows.select(used).to_pydict(), q)).encode()
         goal = "FLOPs to be within the reference's interval"
         CASES.update({n: Case(n, ("grid", "random", "tpe", "law"), (0.03, 0.1, 0.3), goal) for n in _REAL})
         only = only or tuple(_REAL)
@@ -414,4 +415,4 @@ def search(
                 )
                 click.echo("\n".join(shown) + "\n")
     if as_json:
-        click.echo(json.dumps(results, indent=1))
+        click.echo(json.dumps(finite(results), indent=1, allow_nan=False))

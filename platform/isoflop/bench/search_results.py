@@ -51,7 +51,11 @@ class Saved:
         self._scores: dict[tuple[str, str, float, int], Score] = {}
         if path is None or not path.exists():
             return
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        lines = path.read_bytes()
+        whole = lines[: lines.rfind(b"\n") + 1]
+        if whole != lines:  # a call was killed while it wrote its last score
+            path.write_bytes(whole)
+        for number, line in enumerate(whole.splitlines(), 1):
             try:
                 values = json.loads(line)
                 code = values.pop("code")
@@ -119,6 +123,15 @@ def share_for(points: Sequence[Mapping[str, Any]], level: float, key: str = "rms
             return float(before["share"] * (p["share"] / before["share"]) ** part)
         before = p
     return math.inf
+
+
+def finite(value: Any) -> Any:
+    """The same for JSON, which has no infinities: null where a number is none."""
+    if isinstance(value, Mapping):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(result: Mapping[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ def history(
     By ``optuna.visualization.plot_hypervolume_history``, whose figure holds the numbers; Optuna has no other public way.
 
     Args:
-        values: per finished trial, in the order in which they finished, a value per objective (two or more).
+        values: per finished trial, in the order in which they finished, a finite value per objective (two or more).
         directions: per objective.
         reference: per objective the worst value that counts; a trial that is worse in any adds nothing.
 
@@ -58,7 +58,11 @@ def share(values: Sequence[Sequence[float]], directions: Sequence[Direction]) ->
 
 
 def _study(values: Sequence[Sequence[float]], directions: Sequence[Direction]) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(directions=list(directions))
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # or every study is announced
+    try:
+        study = optuna.create_study(directions=list(directions))
+    finally:
+        optuna.logging.set_verbosity(before)  # the caller's studies are not ours to silence
     study.add_trials([optuna.trial.create_trial(values=[float(v) for v in row]) for row in values])
     return study
