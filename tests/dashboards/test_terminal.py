@@ -65,9 +65,11 @@ def test_settings_that_do_not_fit_beside_each_other_stand_below_each_other(compa
         assert float(value) == pytest.approx(np.mean(own), abs=5e-4)
 
 
-def test_ratios_tell_settings_apart_where_there_are_no_visual_tokens(compared: Reported) -> None:
+@pytest.mark.parametrize("tokens", [None, 0.0])
+def test_ratios_tell_settings_apart_where_there_are_no_visual_tokens(compared: Reported, tokens: float | None) -> None:
+    """A model that sees no images has no V, or V = 0."""
     table = usable(compared.sweep.results())
-    without = table.set_column(table.schema.get_field_index("V"), "V", [[None] * table.num_rows]).cast(table.schema)
+    without = table.set_column(table.schema.get_field_index("V"), "V", [[tokens] * table.num_rows]).cast(table.schema)
     out = io.StringIO()
     print_errors(Console(file=out, width=80), without, "reading")
     assert {line.split()[1] for line in out.getvalue().splitlines()[2:] if line.strip()} == {"1", "4", "9", "36"}

@@ -86,9 +86,9 @@ def _errors(table: pa.Table, task: str) -> dict[tuple[Model, Setting], list[floa
 
 
 def _setting(row: Mapping[str, Any]) -> Setting:
-    """What tells how much is compressed: tokens where the model has visual ones, else the ratio, else the bits."""
+    """What tells how much is compressed: visual tokens where there are any, else the ratio, else the bits."""
     for column, text in (("V", "V={:g}"), ("ratio", "{:.3g} ×"), ("bits", "{:.3g} bits")):
-        if row[column] is not None:
+        if row[column] is not None and not (column == "V" and row["V"] == 0):
             value = float(f"{row[column]:.3g}")
             return row["method"], value, text.format(value)
     return row["method"], None, ""
