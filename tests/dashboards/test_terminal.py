@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from isoflop.cli import cli
+from isoflop.cli.catalog import _flowing
 from isoflop.cli.report import print_errors, print_report
 from isoflop.methods.base import METHODS
 from isoflop.sweep.results import usable
@@ -86,3 +87,8 @@ def test_methods_are_listed_on_a_line_each_and_families_with_knobs() -> None:
     assert "tokens* = " in family
     assert "kv-cache" not in family
     assert "tokens* = " not in CliRunner().invoke(cli, ["methods", "--family", "visual-tokens", "--brief"]).output
+
+
+def test_paragraphs_of_documentation_flow_and_lists_keep_their_lines() -> None:
+    doc = "What it is\nin short.\n\n1. One.\n2. Two,\nand more.\n\nAs code::\n\n    a\n    b\nEnd."
+    assert _flowing(doc) == "What it is in short.\n\n1. One.\n2. Two, and more.\n\nAs code::\n\n    a\n    b\nEnd."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from typing import Any
 
 import click
@@ -14,6 +15,8 @@ from isoflop.core.knobs import KnobSpec, knob_specs
 from isoflop.methods.base import METHODS
 from isoflop.models.base import FAMILIES
 from isoflop.tasks.base import TASKS
+
+_OWN_LINE = re.compile(r"\s|[-*|] |\d+[.)] |\([a-z0-9]+\) ")  # how a line starts that is not joined to the one before
 
 import_option = click.option(
     "--import", "modules", multiple=True, metavar="MODULE", help="Import a module that registers more."
@@ -97,6 +100,19 @@ def _knob_line(knob: dict[str, Any]) -> str:
     return f"{knob['name']}{'*' if knob['ratio'] else ''} = {knob['default']}  [{knob['allowed']}]"
 
 
+def _flowing(doc: str) -> str:
+    """The lines of each paragraph as one, for the terminal to break; lists and what is indented keep their lines."""
+    found: list[str] = []
+    for line in doc.splitlines():
+        before = found[-1] if found else ""
+        own = not line or _OWN_LINE.match(line) or not before or before.startswith(" ") or before.endswith("::")
+        if own:
+            found.append(line)
+        else:
+            found[-1] = f"{before} {line}"
+    return "\n".join(found)
+
+
 def _document(name: str, cls: type, as_json: bool) -> None:
     knobs = [_knob_dict(k) for k in knob_specs(cls).values()]
     doc = inspect.getdoc(cls) or ""
@@ -111,7 +127,7 @@ def _document(name: str, cls: type, as_json: bool) -> None:
         out = console()
         head = " · ".join(str(data[k]) for k in ("family", "paper") if data.get(k))
         out.print(f"[bold]{name}[/bold]  {head}\n")
-        out.print(doc, markup=False)
+        out.print(_flowing(doc), markup=False)
         if knobs:
             rows = [
                 (k["name"] + ("*" if k["ratio"] else ""), k["type"], k["default"], k["allowed"], k["doc"])
