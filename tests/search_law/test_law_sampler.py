@@ -155,6 +155,28 @@ def test_runs_under_way_are_fantasised() -> None:
     assert asked == batch
 
 
+def test_a_check_that_fails_is_replaced_by_the_next_largest_run() -> None:
+    sampler = LawSampler(AXES, TARGET, space=SPACE, cost=COST, budget=2e11, seed=1)
+    study, objective = optuna.create_study(sampler=sampler), Objective(1)
+    checks: list[dict[str, Any]] = []
+    for _ in range(400):
+        if sampler.stop_reason(study) is not None:
+            break
+        trial = study.ask()
+        value = objective(trial)
+        if study.trials[-1].system_attrs["law:role"] == "check":
+            checks.append(dict(trial.params))
+            if len(checks) == 1:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                continue
+        study.tell(trial, value)
+    assert len(checks) == 2
+    costs = [2 * c["n"] * (50 + c["v"]) for c in checks]
+    assert checks[0] != checks[1]
+    assert costs[1] <= costs[0]
+    assert sampler.report(study).check is not None
+
+
 def test_failed_configurations_are_not_proposed_again() -> None:
     sampler = LawSampler(AXES, TARGET, candidates=grid(), cost=COST, seed=0)
     study = study_from_grid(sampler, 25)

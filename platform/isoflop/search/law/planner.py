@@ -30,7 +30,7 @@ from isoflop.search.law.best_method import BestMethod
 from isoflop.search.law.design import Linear, best_counts
 from isoflop.search.law.gains import d_gains, fantasise, normal_draws, v_gains
 from isoflop.search.law.hypotheses import Hypothesis
-from isoflop.search.law.policy import Choice, Policy, Pool, TargetState
+from isoflop.search.law.policy import CHECK, Choice, Policy, Pool, TargetState
 from isoflop.search.law.rows import Row, RowTable
 from isoflop.search.law.targets import Target
 from isoflop.search.law.views import (
@@ -110,10 +110,14 @@ class Planner:
         self.runs += bool(rows)
         for row in rows:
             self.spent += row.cost
-            if row.role == "check":
+            if row.role == CHECK:
                 self.check = row
             else:
                 self.table.rows.append(row)
+
+    def lose_check(self) -> None:
+        """The run that was to be the check has failed: the next largest takes its place."""
+        self.check_key = None
 
     def refresh(self) -> bool:
         """Refit if rows are new; False while there are too few for a fit."""
@@ -150,7 +154,7 @@ class Planner:
             out.append(choice)
             i = choice.index
             left.take(float(pool.cost[i]))
-            if choice.role != "check":
+            if choice.role != CHECK:
                 waiting.append((pool.x[i], pool.group[i], float(pool.cost[i])))
         return out
 
@@ -268,7 +272,7 @@ class Planner:
             return None
         best = int(np.argmax(np.where(affordable, pool.cost, -np.inf)))
         self.check_key = pool.keys[best]
-        return Choice(best, "check")
+        return Choice(best, CHECK)
 
     def _check_candidates(self, pool: Pool, possible: Mask) -> Mask:
         """What could be the check; nothing when there has been one, or none is wanted."""

@@ -63,6 +63,10 @@ class Policy:
     criterion: str = "V"
 
 
+CHECK = "check"
+"""Role of the run that is never fitted."""
+
+
 @dataclass
 class Choice:
     """A chosen candidate with the reason."""

@@ -39,7 +39,7 @@ from isoflop.search.law.candidates import BoxSource, Config, ListSource, Source,
 from isoflop.search.law.contenders import LawChoice, exponents_of, make_contender
 from isoflop.search.law.forecast import Forecast, make_forecast
 from isoflop.search.law.planner import Planner
-from isoflop.search.law.policy import Choice, Policy, Pool
+from isoflop.search.law.policy import CHECK, Choice, Policy, Pool
 from isoflop.search.law.report import Report, Step, make_report, make_steps
 from isoflop.search.law.rows import Row
 from isoflop.search.law.targets import BoundTarget, Setting, Target
@@ -325,6 +325,8 @@ class LawSampler(BaseSampler):
             elif trial.state == TrialState.FAIL and ROLE in trial.system_attrs:
                 config = self._source.to_config(trial.params) if self._source is not None else None
                 self._failed.add(config_key(config or trial.params))
+                if trial.system_attrs[ROLE] == CHECK:
+                    self._planner.lose_check()
 
     def _read(self, trial: FrozenTrial) -> None:
         assert self._source is not None
@@ -369,8 +371,8 @@ class LawSampler(BaseSampler):
 
     def _choose(self, count: int) -> list[tuple[Config, _Pending]]:
         pool = self._pool()
-        waiting = [(p.x, p.group, p.cost) for p in self._pending.values() if p.role != "check"]
-        aside = sum(p.cost for p in self._pending.values() if p.role == "check")
+        waiting = [(p.x, p.group, p.cost) for p in self._pending.values() if p.role != CHECK]
+        aside = sum(p.cost for p in self._pending.values() if p.role == CHECK)
         chosen: list[Choice] = self._planner.choose(pool, count, waiting, aside)
         out = []
         for c in chosen:
