@@ -131,8 +131,9 @@ def _print_end(opened: SweepResults, options: RunOptions) -> None:
         )
         if n
     ]
+    told = ", ".join(parts) or ("none finished" if summary.left else "nothing was missing")
     out.print(
-        f"[bold]{opened.name}[/bold]: {summary.ran} jobs in {duration(summary.seconds)} ({', '.join(parts) or 'nothing was missing'}), {summary.cached} from before"
+        f"[bold]{opened.name}[/bold]: {summary.ran} jobs in {duration(summary.seconds)} ({told}), {summary.cached} from before"
         + (f", {summary.left} left" if summary.left else "")
     )
     program, python = _programs()

@@ -145,7 +145,7 @@ class Frontier:
                 best = p.discrete[0]
                 where = ", ".join(f"{k} = {number(v)}" for k, v in best.x.items())
                 sure = "" if best.probability is None else f", best in {100 * best.probability:.0f}% of resamples"
-                lines.append(f"  at hand: {where}; error {number(best.error.value)}{sure}")
+                lines.append(f"  at hand: {where}; error {number(best.error.value)} by the law{sure}")
             lines += [f"  ! {note}" for note in p.notes]
         return lines
 

@@ -124,7 +124,7 @@ def frontier_rows(frontier: Frontier) -> tuple[list[str], list[list[str]], list[
         Heads, rows and footnotes.
     """
     names = list(frontier.points[0].continuous) if frontier.points else []
-    heads = ["budget", *(f"{n}*" for n in names), "law's error", "best at hand", "error", "agree"]
+    heads = ["budget", *(f"{n}*" for n in names), "law's error", "best at hand", "its law", "agree"]
     rows, notes = [], []
     for point in frontier.points:
         best = point.discrete[0] if point.discrete else None
@@ -140,6 +140,8 @@ def frontier_rows(frontier: Frontier) -> tuple[list[str], list[list[str]], list[
             ]
         )
         notes += ["° beyond the sizes in the data: an extrapolation"] if far else []
+    if any(point.discrete for point in frontier.points):
+        notes.append("best at hand, its law: least predicted of what was swept; agree: of resamples")
     return heads, rows, list(dict.fromkeys(notes))
 
 
