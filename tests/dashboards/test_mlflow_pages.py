@@ -152,28 +152,37 @@ def _the_report_is_drawn(browser: Any, shown: Shown) -> None:
         browser.switch_to.default_content()
 
 
+def _heads(browser: Any) -> list[str]:
+    """Heads of the columns from left to right, which is not their order in the document."""
+    cells = browser.find_elements(By.CSS_SELECTOR, ".ag-header-cell")
+    return [text for _, text in sorted((cell.rect["x"], cell.text) for cell in cells)]
+
+
 def test_the_view_of_the_best_jobs_has_its_columns_in_order(browser: Any, shown: Shown) -> None:
     browser.set_window_size(2400, 1000)  # the table draws only columns that are in sight
     visit(browser, shown.at("runs?viewStateShareKey=best"))
     error = ".ag-row [col-id='metrics.`error`']"
     eventually(lambda: len(texts(browser, error)) > 1, "rows")
-    heads = texts(browser, ".ag-header-cell")
     wanted = ["Run Name", "model", "method", "task", "error", "N", "V", "ratio", "flops"]
-    assert [h for h in heads if h in wanted] == wanted
-    ordered = sorted(
-        browser.find_elements(By.CSS_SELECTOR, ".ag-row[row-index]"), key=lambda r: int(r.get_attribute("row-index"))
-    )
-    cells = [r.find_elements(By.CSS_SELECTOR, "[col-id='metrics.`error`']") for r in ordered]
-    errors = [float(c[0].text) for c in cells if c]
+    eventually(lambda: [h for h in _heads(browser) if h in wanted] == wanted, f"columns {', '.join(wanted)}")
+    least = min(shown.sweep.results()["error"].to_pylist())
+    errors = eventually(lambda: (e := _errors(browser))[1:] and e, "errors")
     assert errors == sorted(errors)
-    assert errors[0] == pytest.approx(min(shown.sweep.results()["error"].to_pylist()), abs=1e-3)
-    assert f"{JOBS} matching runs" in browser.find_element(By.TAG_NAME, "body").text
+    assert errors[0] == pytest.approx(least, abs=1e-3)
+    eventually(lambda: f"{JOBS} matching runs" in browser.find_element(By.TAG_NAME, "body").text, "the count of runs")
+
+
+def _errors(browser: Any) -> list[float]:
+    """Errors of the rows in sight, from the top."""
+    rows = browser.find_elements(By.CSS_SELECTOR, ".ag-row[row-index]")
+    ordered = sorted(rows, key=lambda row: int(row.get_attribute("row-index")))
+    cells = [row.find_elements(By.CSS_SELECTOR, "[col-id='metrics.`error`']") for row in ordered]
+    return [float(c[0].text) for c in cells if c]
 
 
 def test_charts_of_the_sweep_stand_first(browser: Any, shown: Shown) -> None:
     visit(browser, shown.at("runs?viewStateShareKey=best&compareRunsMode=CHART"))
     shown_points = "g.scatterlayer path.point"
     eventually(lambda: len(browser.find_elements(By.CSS_SELECTOR, shown_points)) >= 3 * JOBS, "points of three charts")
-    text = browser.find_element(By.TAG_NAME, "body").text
-    assert re.search(r"\bSweep\s*\(4\)", text)
-    assert re.search(r"flops vs\. error", text)
+    for title in (r"\bSweep\s*\(4\)", r"flops vs\. error"):
+        eventually(lambda t=title: re.search(t, browser.find_element(By.TAG_NAME, "body").text), title)
