@@ -53,7 +53,7 @@ def eventually(found: Callable[[], Any], what: str) -> Any:
         try:
             if value := found():
                 return value
-        except (NoSuchElementException, StaleElementReferenceException, OSError):
+        except (NoSuchElementException, StaleElementReferenceException, OSError, ValueError):
             pass
         time.sleep(0.2)
     raise AssertionError(f"not there after {PATIENCE:g} s: {what}")
