@@ -19,7 +19,6 @@ from isoflop.search.law.gains import (
     overlap,
     v_gains,
 )
-from isoflop.search.law.planner import _repeat_noise
 from isoflop.search.law.rows import Row, RowTable, pool
 
 
@@ -104,16 +103,6 @@ def test_disagreement_is_settled_where_predictions_differ_and_nowhere_else() -> 
     assert gain[0] == pytest.approx(0.0, abs=1e-12)
     assert gain[1] == pytest.approx(0.25 * 4.0, rel=1e-6)  # all of the variance between hypotheses
     assert disagreement(np.array([1.0, 0.0]), target, np.ones(1), mean, np.full((2, 2, 1), 1e-4))[1] == 0.0
-
-
-@given(st.floats(0.01, 10), st.floats(0.01, 10), st.floats(0, 10))
-def test_a_repeat_of_a_place_never_outweighs_its_misfit(before: float, new: float, tau2: float) -> None:
-    noise = _repeat_noise(new, before, tau2)
-    after = 1 / (1 / before + 1 / new) + tau2
-    assert 1 / (before + tau2) + 1 / noise == pytest.approx(1 / after, rel=1e-6)
-    assert noise >= new * (1 - 1e-9)  # equal when the form fits
-    if tau2 == 0:
-        assert noise == pytest.approx(new, rel=1e-6)
 
 
 def test_pooling_keeps_the_sum_of_squares() -> None:

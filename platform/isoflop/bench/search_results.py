@@ -17,7 +17,7 @@ from isoflop.core.errors import UserError
 
 _FOLDER = Path(__file__).parent
 _LAW = _FOLDER.parent / "search" / "law"
-_JUDGES = ("belief", "best_method", "contenders", "hypotheses", "mapfit", "rows", "targets")
+_JUDGES = ("belief", "best_method", "contenders", "hypotheses", "mapfit", "misfit", "rows", "targets")
 _BENCH = ("search", "search_strategies", "search_worlds")
 
 

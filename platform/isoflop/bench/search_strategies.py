@@ -19,7 +19,6 @@ from isoflop.search.law import LawSampler, Policy
 _ETA = 2
 _MISSES = 10
 CAP = 240  # runs of any strategy, who are told so where they can be: beyond it budgets are left unspent
-_MAX_RUNS = {"gp": 60}
 
 
 @dataclass
@@ -60,7 +59,7 @@ def distributions(lab: Lab) -> dict[str, BaseDistribution]:
     return out
 
 
-def run_optuna(lab: Lab, budget: float, seed: int, sampler: optuna.samplers.BaseSampler, most: int = CAP) -> Outcome:
+def run_optuna(lab: Lab, budget: float, seed: int, sampler: optuna.samplers.BaseSampler) -> Outcome:
     """Ask and tell until the money is spent.
 
     A proposal that is too dear is skipped at no cost; a sampler that proposes nothing else is relieved by an affordable
@@ -69,7 +68,7 @@ def run_optuna(lab: Lab, budget: float, seed: int, sampler: optuna.samplers.Base
     study = optuna.create_study(sampler=sampler)
     rng = np.random.default_rng([seed, 3])
     space, rows, left, misses = distributions(lab), list[tuple[int, float]](), budget, 0
-    while len(rows) < most and (lab.cost <= left).any():
+    while len(rows) < CAP and (lab.cost <= left).any():
         if misses >= _MISSES:
             possible = [i for i in np.flatnonzero(lab.cost <= left) if lab.left(int(i))]
             if not possible:
@@ -174,7 +173,7 @@ def strategy_of(name: str) -> Callable[[Lab, float, int], Outcome]:
         "gp": lambda s: optuna.samplers.GPSampler(seed=s),
     }
     if name in samplers:
-        return lambda lab, budget, seed: run_optuna(lab, budget, seed, samplers[name](seed), _MAX_RUNS.get(name, CAP))
+        return lambda lab, budget, seed: run_optuna(lab, budget, seed, samplers[name](seed))
     plain = {"grid": run_grid, "random": run_random, "halving": run_halving, "law": run_law}
     if name in plain:
         return plain[name]

@@ -7,8 +7,9 @@ For hypothesis k (a form, a basin), in search coordinates u (logarithms of ampli
 * sigma^2 has an inverse-gamma posterior; q_i, the relative variance of a row, comes from standard errors where rows have
   them, and from a shrunken regression of ln r^2 on ln cost (small, cheap runs are noisier).
 * tau^2 is the variance of what the form misses, zero unless a test of lack of fit rejects. The misfit is then a smooth
-  surface over ln x (K: squared-exponential, a length of .35 of each axis' range): neighbouring places share it, repeats of
-  a place do not average it away, and predictions add what it is expected to be near the rows. A form that fits is left alone.
+  surface over ln x (:mod:`isoflop.search.law.misfit`; K: squared-exponential, a length of .35 of each axis' range):
+  neighbouring places share it, repeats of a place do not average it away, predictions add what it is expected to be near the
+  rows, and what is not known of it joins the parameters. A form that fits is left alone.
 * weights are proportional to exp(-BIC/2), BIC = n ln(SSE/n) + p ln n, over the same rows.
 
 Shapes: n rows, C cells, M places, P parameters of all blocks, R parameter draws, K axes.
@@ -25,8 +26,9 @@ from scipy import stats
 
 from isoflop.core.expressions import Array
 from isoflop.search.law.contenders import Block, Contender, make_blocks
-from isoflop.search.law.hypotheses import REJECT, REJECT_BEND, Hypothesis, LackOfFit, Noise, Surface, kernel
+from isoflop.search.law.hypotheses import REJECT, REJECT_BEND, Hypothesis, LackOfFit, Noise
 from isoflop.search.law.mapfit import distinct, map_fit, search_starts
+from isoflop.search.law.misfit import Surface, Waves, kernel
 from isoflop.search.law.rows import Cells, RowTable, pool, thin
 
 _GUESS = 0.01  # prior noise as a share of a typical y
@@ -47,6 +49,7 @@ class Belief:
         axes, scales: axes and what they are divided by (fixed, so that the prior does not move).
         groups: number of laws; shared: names of parameters that the groups have in common, per contender.
         noise: ``auto`` learns how noise depends on cost; ``constant`` does not.
+        box: lowest and highest value of every axis, over which a misfit is looked for; default: that of the rows.
     """
 
     def __init__(
@@ -57,11 +60,13 @@ class Belief:
         groups: int = 1,
         shared: Sequence[Sequence[str]] = (),
         noise: str = "auto",
+        box: tuple[Sequence[float], Sequence[float]] | None = None,
     ) -> None:
         self.contenders = list(contenders)
         self.axes, self.scales = tuple(axes), tuple(scales)
         self.groups = groups
         self.shared = [tuple(s) for s in shared] or [() for _ in contenders]
+        self.box = box
         self._learn_noise = noise == "auto"
         self._searched_at = 0
         self._y_scale = math.nan
@@ -275,16 +280,24 @@ class Belief:
     # posterior
 
     def _covariances(self, cells: Cells) -> None:
-        white = self._white(cells, np.ones(len(cells.y), dtype=bool))
+        v = self._variance(cells)
+        if self.noise.tau2 > 0:
+            v = v + self._add_surfaces(cells)
         for h in self.hypotheses:
-            j = h.jacobian(cells.x, cells.group)
-            j = j * white[:, None] if white.ndim == 1 else white @ j
+            j = h.jacobian(cells.x, cells.group) / np.sqrt(v)[:, None]
             h.cov = inverse(j.T @ j + np.diag(h.prior_sd**-2.0))
-            h.surface = None
-            if white.ndim == 2:
-                r = cells.y - h.law(cells.x, cells.group)
-                weight = self.noise.tau2 * (white.T @ (white @ r))
-                h.surface = Surface(cells.x, cells.group, self._unit(cells), weight)
+
+    def _add_surfaces(self, cells: Cells) -> Array:
+        """Give every hypothesis the misfit's surface; what its waves cannot express of the cells' variance (C,)."""
+        white = self._white(cells, np.ones(len(cells.y), dtype=bool))
+        unit = self._unit(cells)
+        low, high = self.box or (cells.x.min(axis=0), cells.x.max(axis=0))
+        waves = Waves.over(np.asarray(low), np.asarray(high), range(self.groups), unit, self.noise.tau2)
+        for h in self.hypotheses:
+            weight = self.noise.tau2 * (white.T @ (white @ (cells.y - h.law(cells.x, cells.group))))
+            h.surface = Surface(cells.x, cells.group, unit, weight, waves)
+            h.u = np.concatenate([h.u, np.zeros(len(waves))])
+        return waves.rest(cells.x, cells.group)
 
     def _weigh(self, cells: Cells) -> None:
         """BIC over rows; over places, with the misfit in their covariance, once a form is known to miss."""

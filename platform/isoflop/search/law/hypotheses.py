@@ -14,30 +14,10 @@ import numpy as np
 
 from isoflop.core.expressions import Array
 from isoflop.search.law.contenders import Block
+from isoflop.search.law.misfit import Surface
 
 REJECT_BEND = 0.001
 REJECT = 0.002  # p-values below which a form is said not to fit; small, since a search looks after every run
-
-
-def kernel(x_MK: Array, group_M: np.ndarray, x_CK: Array, group_C: np.ndarray, unit_K: Array) -> Array:
-    """Correlation (M, C) of the misfit at two sets of places; groups do not share it."""
-    a, b = np.log(np.maximum(x_MK, 1e-300)) / unit_K, np.log(np.maximum(x_CK, 1e-300)) / unit_K
-    distance = np.sum((a[:, None, :] - b[None, :, :]) ** 2, axis=2)
-    return np.exp(-0.5 * distance) * (group_M[:, None] == group_C[None, :])
-
-
-@dataclass(frozen=True)
-class Surface:
-    """The expected misfit of a form: a weighted sum of kernels at the cells."""
-
-    x: Array
-    group: np.ndarray
-    unit: Array
-    weight: Array
-
-    def at(self, x_MK: Array, group_M: np.ndarray) -> Array:
-        """(M,)."""
-        return kernel(x_MK, group_M, self.x, self.group, self.unit) @ self.weight
 
 
 @dataclass
@@ -46,7 +26,8 @@ class Hypothesis:
 
     Attributes:
         label: the form's name; basin: 0 for the best.
-        blocks: laws; u: coordinates (P,) of all blocks in order; cov: (P, P).
+        blocks: laws; u: coordinates (P,) of all blocks in order, then of the misfit's waves where there is a surface (0 at
+            the mode, since the surface holds what is expected); cov: (P, P).
         weight: posterior weight; bic, sse: over all rows.
     """
 
@@ -66,17 +47,26 @@ class Hypothesis:
         ends = np.cumsum([0, *(len(b.form.names) for b in self.blocks)])
         return [slice(int(a), int(b)) for a, b in itertools.pairwise(ends)]
 
+    @property
+    def own(self) -> int:
+        """Number of the law's own parameters, which come first in ``u``."""
+        return self.slices[-1].stop
+
     def predict(self, u_RP: Array, x_MK: Array, group_M: np.ndarray) -> Array:
         """Predictions (R, M) of parameter draws."""
         if len(self.blocks) == 1:
-            out = self.blocks[0].predict(u_RP, x_MK, group_M)
+            out = self.blocks[0].predict(u_RP[:, : self.own], x_MK, group_M)
         else:
             out = np.empty((len(u_RP), len(x_MK)))
             for block, part in zip(self.blocks, self.slices, strict=True):
                 mine = np.flatnonzero(group_M == block.groups[0])
                 if len(mine):
                     out[:, mine] = block.predict(u_RP[:, part], x_MK[mine], group_M[mine])
-        return out if self.surface is None else out + self.surface.at(x_MK, group_M)
+        if self.surface is None:
+            return out
+        out = out + self.surface.at(x_MK, group_M)
+        waves = u_RP[:, self.own :]
+        return out + waves @ self.surface.waves.at(x_MK, group_M).T if waves.any() else out
 
     def law(self, x_MK: Array, group_M: np.ndarray) -> Array:
         """The form alone at the posterior mode (M,)."""
@@ -84,9 +74,13 @@ class Hypothesis:
 
     def jacobian(self, x_MK: Array, group_M: np.ndarray) -> Array:
         """Sensitivities (M, P) at the posterior mode."""
+        own = self._law_jacobian(x_MK, group_M)
+        return own if self.surface is None else np.column_stack([own, self.surface.waves.at(x_MK, group_M)])
+
+    def _law_jacobian(self, x_MK: Array, group_M: np.ndarray) -> Array:
         if len(self.blocks) == 1:
-            return self.blocks[0].jacobian(self.u, x_MK, group_M)
-        out = np.zeros((len(x_MK), len(self.u)))
+            return self.blocks[0].jacobian(self.u[: self.own], x_MK, group_M)
+        out = np.zeros((len(x_MK), self.own))
         for block, part in zip(self.blocks, self.slices, strict=True):
             mine = np.flatnonzero(group_M == block.groups[0])
             if len(mine):
@@ -95,19 +89,23 @@ class Hypothesis:
 
     def clip(self, u_RP: Array) -> Array:
         """Draws back into the bounds."""
-        low = np.concatenate([b.low for b in self.blocks])
-        high = np.concatenate([b.high for b in self.blocks])
+        low = np.concatenate([*(b.low for b in self.blocks), np.full(self._waves, -np.inf)])
+        high = np.concatenate([*(b.high for b in self.blocks), np.full(self._waves, np.inf)])
         return np.clip(u_RP, low, high)
+
+    @property
+    def _waves(self) -> int:
+        return 0 if self.surface is None else len(self.surface.waves)
 
     @property
     def prior_mean(self) -> Array:
         """(P,)."""
-        return np.concatenate([b.prior_mean for b in self.blocks])
+        return np.concatenate([*(b.prior_mean for b in self.blocks), np.zeros(self._waves)])
 
     @property
     def prior_sd(self) -> Array:
         """(P,)."""
-        return np.concatenate([b.prior_sd for b in self.blocks])
+        return np.concatenate([*(b.prior_sd for b in self.blocks), np.ones(self._waves)])
 
 
 @dataclass(frozen=True)

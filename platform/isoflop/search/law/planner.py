@@ -9,8 +9,9 @@ The order of a search:
 3. **Disagreement**: one run in ``1/explore`` goes where contenders predict differently, whatever their weights.
 4. **Gain**: all others. Where money or a number of runs is given, the best design for all that is left
    (:mod:`isoflop.search.law.design`) is solved anew before every run, and the run that it wants most often is made; without
-   limits, or while most of the doubt is between forms, the best score of :mod:`isoflop.search.law.gains`. At random over the
-   space (**spread**) as long as no contender fits.
+   limits, or while most of the doubt is between forms, the best score of :mod:`isoflop.search.law.gains`. Where no contender
+   fits, the parameters include the misfit's waves (:mod:`isoflop.search.law.misfit`): runs then go where the
+   misfit matters to the target, at places that have not been run.
 
 Shapes: M candidates, O observations per candidate, P parameters, T quantities, S draws, K axes.
 """
@@ -70,7 +71,7 @@ class Planner:
     Args:
         belief: fits; target: bound target; policy: knobs.
         budget: for the sum of costs, or None; max_runs: number of runs that there may be, the check included, or None.
-        rng: for ties and the random share under misfit.
+        rng: for replays.
     """
 
     def __init__(
@@ -180,15 +181,14 @@ class Planner:
             return check
         if not self.refresh():
             return self._pilot(pool, possible, waiting)
-        if self.belief.lack_of_fit.rejected and self.policy.criterion == "V":
-            return self._spread(pool, possible, waiting)
         possible = possible & np.array([k != self.check_key for k in pool.keys])
         if not possible.any():
             return None
+        possible, repeats = self._where(pool, possible, waiting)
         views = self.views(pool)
         for x, group, cost in waiting:
             self._imagine(views, x, group, cost)
-        noise = self._noise(pool, waiting)
+        noise = self._noise(pool)
         if self._explores():
             score = self._disagreement_score(views, pool, noise)
             if np.max(np.where(possible, score, 0.0)) > 0:
@@ -196,14 +196,16 @@ class Planner:
                 best = int(np.argmax(np.where(possible, score, -np.inf)))
                 return Choice(best, "disagreement", float(score[best]))
         self._since_explored += 1
-        wanted = self._design(views, pool, possible, noise, left)
+        wanted = self._design(views, pool, possible, noise, left, repeats)
         score = self.score(views, pool, noise)
         if wanted is not None:
             possible = possible & (wanted >= min(_WANTED, float(wanted[possible].max())))
         best = int(np.argmax(np.where(possible, score, -np.inf)))
         return Choice(best, "gain", float(score[best]))
 
-    def _design(self, views: list[View], pool: Pool, possible: Mask, noise_MO: Array, left: _Left) -> Array | None:
+    def _design(
+        self, views: list[View], pool: Pool, possible: Mask, noise_MO: Array, left: _Left, repeats: bool
+    ) -> Array | None:
         """Runs of every candidate in the best design for what is left (M,); None where a design would not answer."""
         limited = ((pool.cost, left.money), (np.ones(len(pool)), left.runs))
         use = [take / have for take, have in limited if math.isfinite(have)]
@@ -220,19 +222,25 @@ class Planner:
                 h = v.h_MOP[spot] / np.sqrt(noise_MO[spot])[:, :, None]
                 problems.append(Linear(v.hypothesis.weight, precision, h, slope))
         out = np.zeros(len(pool))
-        out[spot] = best_counts(problems, np.stack(use)[:, spot], math.inf if self.policy.replicates else 1.0)
+        out[spot] = best_counts(problems, np.stack(use)[:, spot], math.inf if repeats else 1.0)
         return out
 
     def _explores(self) -> bool:
         forms = {h.label for h in self.belief.hypotheses}
         return len(forms) > 1 and self.policy.explore > 0 and self._since_explored + 1 >= round(1 / self.policy.explore)
 
-    def _spread(self, pool: Pool, possible: Mask, waiting: list[tuple[Array, np.ndarray, float]]) -> Choice:
-        """No contender fits: a place at random that has not been run, since no gain computed from a wrong form is to be had."""
+    def _where(self, pool: Pool, possible: Mask, waiting: list[tuple[Array, np.ndarray, float]]) -> tuple[Mask, bool]:
+        """Where gains are looked for, and whether places may be run again.
+
+        Where no contender fits, new places while there are any: how rough the misfit is one only assumes, so that a repeat's
+        computed worth (that of a known smooth surface) is not to be relied on.
+        """
+        if self.policy.criterion != "V" or not self.belief.lack_of_fit.rejected:
+            return possible, self.policy.replicates
         seen = {(r.group, *r.x) for r in self.table.rows}
         seen |= {(int(g), *x) for xs, gs, _ in waiting for x, g in zip(xs, gs, strict=True)}
         new = possible & np.array([(int(g[0]), *x[0]) not in seen for x, g in zip(pool.x, pool.group, strict=True)])
-        return Choice(int(self.rng.choice(np.flatnonzero(new if new.any() else possible))), "spread")
+        return (new, False) if new.any() else (possible, self.policy.replicates)
 
     # pilot and check
 
@@ -308,35 +316,22 @@ class Planner:
         gain = between(chosen, noise_MO, importance_of(views, self.target), weight)
         return np.nan_to_num(gain) / pool.price**self.policy.gamma
 
-    def _noise(self, pool: Pool, waiting: list[tuple[Array, np.ndarray, float]]) -> Array:
-        """Variance R of each candidate's observations; a repeat of a place shares that place's misfit tau^2."""
+    def _noise(self, pool: Pool) -> Array:
+        """Variance R of each candidate's observations (M, O): scatter, and what the misfit's waves cannot express."""
+        m, o, k = pool.x.shape
         noise = self.belief.noise
-        base = noise.sigma2 * noise.relative(np.log(pool.cost))
-        out = np.repeat(base[:, None], pool.group.shape[1], axis=1)
-        if noise.tau2 == 0:
-            return out
-        known: dict[Any, float] = {}
-        cells = self.belief.cells
-        assert cells is not None
-        for x, g, q in zip(cells.x, cells.group, cells.q, strict=True):
-            known[(int(g), *x)] = noise.sigma2 * q
-        for x, g, cost in waiting:
-            for xo, go in zip(x, g, strict=True):
-                new = noise.sigma2 * float(noise.relative(np.log(np.array(cost))))
-                key = (int(go), *xo)
-                known[key] = 1 / (1 / known[key] + 1 / new) if key in known else new
-        for m in range(len(pool)):
-            for o in range(pool.group.shape[1]):
-                before = known.get((int(pool.group[m, o]), *pool.x[m, o]))
-                out[m, o] = _repeat_noise(out[m, o], before, noise.tau2)
-        return out
+        out = np.repeat((noise.sigma2 * noise.relative(np.log(pool.cost)))[:, None], o, axis=1)
+        return out + self._unexpressed(pool.x.reshape(m * o, k), pool.group.ravel()).reshape(m, o)
+
+    def _unexpressed(self, x: Array, group: np.ndarray) -> Array:
+        surface = self.belief.hypotheses[0].surface
+        return np.zeros(len(x)) if surface is None else surface.waves.rest(x, group)
 
     def _imagine(self, views: list[View], x: Array, group: np.ndarray, cost: float) -> None:
         noise = self.belief.noise
-        r = noise.sigma2 * float(noise.relative(np.log(np.array(cost)))) + noise.tau2
+        r = noise.sigma2 * float(noise.relative(np.log(np.array(cost)))) + self._unexpressed(x, group)
         for v in views:
-            h = v.hypothesis.jacobian(x, group)
-            v.cov, v.cross = fantasise(v.cov, v.cross, h, np.full(len(group), r))
+            v.cov, v.cross = fantasise(v.cov, v.cross, v.hypothesis.jacobian(x, group), r)
 
     # stopping
 
@@ -383,9 +378,9 @@ class Planner:
         importance = importance_of(views, self.target)
         gain = np.zeros(len(pool))
         for v in views:
-            gain += v.hypothesis.weight * v_gains(v.cov, v.cross, v.h_MOP, self._noise(pool, []), importance)
+            gain += v.hypothesis.weight * v_gains(v.cov, v.cross, v.h_MOP, self._noise(pool), importance)
         weights = np.array([v.hypothesis.weight for v in views])
-        gain += between(views, self._noise(pool, []), importance, weights)
+        gain += between(views, self._noise(pool), importance, weights)
         variance = float(sum(v.hypothesis.weight * v.target_variance for v in views) @ importance)
         left = self._left()
         times = np.where(affordable, np.minimum(left.money / pool.cost, left.runs), 0.0)
@@ -404,11 +399,3 @@ class Planner:
     def state(self) -> TargetState | None:
         """What is known of the target; None before a fit."""
         return target_state(self.belief, self.target) if self.refresh() else None
-
-
-def _repeat_noise(new: float, before: float | None, tau2: float) -> float:
-    """The noise of an independent observation that would teach as much as a repeat of a place known to ``before``."""
-    if before is None:
-        return new + tau2
-    after = 1 / (1 / before + 1 / new)
-    return 1 / max(1 / (after + tau2) - 1 / (before + tau2), 1e-300)

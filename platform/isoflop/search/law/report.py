@@ -174,7 +174,9 @@ def make_check(planner: Planner, setting: Setting) -> Check | None:
         return None
     x, group = np.array([row.x]), np.array([row.group])
     noise = planner.belief.noise
-    new = noise.sigma2 * float(noise.relative(np.log(np.array(row.cost)))) + noise.tau2
+    new = noise.sigma2 * float(noise.relative(np.log(np.array(row.cost))))
+    if (surface := planner.belief.hypotheses[0].surface) is not None:
+        new += float(surface.waves.rest(x, group)[0])
     means, variances, weights = [], [], []
     for h in planner.belief.hypotheses:
         j = h.jacobian(x, group)[0]

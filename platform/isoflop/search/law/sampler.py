@@ -310,8 +310,9 @@ class LawSampler(BaseSampler):
         self._planner = Planner(belief, bound, self._policy, self._budget, self._rng, self._max_runs)
 
     def _fresh_belief(self) -> Belief:
-        groups = len(self._setting.groups)
-        return Belief(self._contenders, self._mapper.names, self._scales, groups, self._shared, self._noise)
+        setting = self._setting
+        box, groups = (setting.low, setting.high), len(setting.groups)
+        return Belief(self._contenders, self._mapper.names, self._scales, groups, self._shared, self._noise, box)
 
     def _sync(self, study: Study) -> None:
         """Read trials that finished since the last time."""
