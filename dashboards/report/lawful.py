@@ -168,7 +168,18 @@ def at_hand(p: FrontierPoint, line: Frontier, configs: Sequence[Config], pairing
     levels = ", ".join(f"{v} = {short(x)}" for v, x in best.x.items())
     measured = f", measured {short(twin.error)}" if twin else ""
     comparison = against_uncompressed(twin, configs, pricer(line), pairing).text if twin else ""
-    return f"Best of those swept: {label}{levels}; predicted error {error}{measured}{sure}{comparison}."
+    against = _otherwise(p, configs)
+    return f"Best of those swept: {label}{levels}; predicted error {error}{measured}{sure}{comparison}{against}."
+
+
+def _otherwise(p: FrontierPoint, configs: Sequence[Config]) -> str:
+    """What measured better than the law's choice, for no more money; the empty text where nothing did."""
+    m = p.measured
+    if m is None or m.choice_error is None or not p.contradicted:
+        return ""
+    twin = _config_at(m.x, configs)
+    what = twin.title if twin else ", ".join(f"{v} = {short(x)}" for v, x in m.x.items())
+    return f"; but measured, {what} costs no more and has error {short(m.error)}, not {short(m.choice_error)}"
 
 
 def _config_at(x: Mapping[str, float], configs: Sequence[Config]) -> Config | None:
@@ -205,7 +216,10 @@ def headline(found: Sequence[Pair], configs: Sequence[Config], pairing: Pairing)
         estimate = best.error if best else p.error
         error = with_interval(estimate.value, *_ends(estimate.interval))
         comparison = against_uncompressed(twin, own, pricer(line), pairing).text if twin else ""
-        lines.append(f"{name(fit.key, fit.law)}: at {budget} per answer {what}, error {error} by the law{comparison}")
+        lines.append(
+            f"{name(fit.key, fit.law)}: at {budget} per answer {what}, error {error} by the law"
+            f"{comparison}{_otherwise(p, own)}"
+        )
     return lines
 
 

@@ -115,6 +115,31 @@ def test_discrete_choice_is_the_best_affordable_combination() -> None:
         assert best.cost <= budget
 
 
+@given(st.integers(0, 10_000), st.integers(1, 3))
+@settings(max_examples=12, deadline=None)
+def test_what_measured_best_is_found_and_speaks_where_the_law_chose_worse(seed: int, repeats: int) -> None:
+    parts = [table(0.2, 0.02, noise=0.02, seed=seed + k) for k in range(repeats)]
+    rows = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+    fitted = fit(rows, bootstrap=0, profile=False)
+    mean = {(n, v): float(np.mean(rows["error"][(rows["N"] == n) & (rows["V"] == v)])) for n in SIZES for v in TOKENS}
+    for point in frontier(fitted, q=50, budget=np.geomspace(6e10, 8e12, 6).tolist()):
+        least, n, v = min((e, *at) for at, e in mean.items() if 2 * at[0] * (50 + at[1]) <= point.budget)
+        m, choice = point.measured, point.discrete[0]
+        assert (m.x, m.rows) == ({"N": n, "V": v}, repeats)
+        assert m.error == pytest.approx(least)
+        assert m.choice_error == pytest.approx(mean[choice.x["N"], choice.x["V"]])
+        assert point.contradicted == (m.cost <= choice.cost and least < m.choice_error)
+        shown = [line for line in str(frontier(fitted, q=50, budget=point.budget)).splitlines() if "measured:" in line]
+        assert bool(shown) == point.contradicted
+    assert json.loads(json.dumps(point.to_dict()))["measured_best"]["rows"] == repeats
+
+
+def test_a_menu_that_has_not_run_is_not_contradicted() -> None:
+    point = frontier(exact(0.2, 0.08), q=50, budget=1e12, sizes=[3e9, 6e9], tokens=[2, 8, 32])[0]
+    assert point.measured is None
+    assert not point.contradicted
+
+
 def test_menus_can_be_given() -> None:
     point = frontier(exact(0.2, 0.08), q=50, budget=1e12, sizes=[3e9, 6e9], tokens=[2, 8, 32])[0]
     assert point.discrete[0].x["N"] in (3e9, 6e9)

@@ -21,7 +21,7 @@ from isoflop.frontier.optimum import (
     refine,
     spend,
 )
-from isoflop.frontier.result import Choice, Frontier, FrontierPoint, Frontiers
+from isoflop.frontier.result import Choice, Frontier, FrontierPoint, Frontiers, Measured
 from isoflop.laws.allocation import looks_rounded
 from isoflop.laws.fitting import fit as fit_law
 from isoflop.laws.inference import estimate_from_rows, parameter_rows
@@ -168,7 +168,32 @@ def _point(
         discrete=choices,
         extrapolation={v: _decades(float(values[v][0]), *ranges[v]) for v in values},
         notes=notes,
+        measured=_measured(fit, menu, prices, budget, choices[0].x if choices else {}),
     )
+
+
+def _measured(
+    fit: Fit, menu: dict[str, Array], prices: Array, budget: float, choice: dict[str, float]
+) -> Measured | None:
+    """The affordable configuration of the menu whose rows have the least mean, the cheaper one of equals."""
+    if fit.data is None:
+        return None
+    best: Measured | None = None
+    for i in np.flatnonzero(prices <= budget * (1 + 1e-12)):
+        x = {v: float(a[i]) for v, a in menu.items()}
+        y = _rows_at(fit, x)
+        if len(y) and (best is None or (float(y.mean()), prices[i]) < (best.error, best.cost)):
+            best = Measured(x, float(prices[i]), float(y.mean()), len(y), None)
+    if best is not None and choice and len(y := _rows_at(fit, choice)):
+        best.choice_error = float(y.mean())
+    return best
+
+
+def _rows_at(fit: Fit, x: dict[str, float]) -> Array:
+    """Measured errors of one configuration."""
+    assert fit.data is not None
+    same = [np.isclose(fit.data.x[v], a, rtol=1e-9, atol=0.0) for v, a in x.items()]
+    return fit.data.y[np.logical_and.reduce(same)]
 
 
 def _choices(fit: Fit, menu: dict[str, Array], prices: Array, budget: float, p: Array) -> list[Choice]:

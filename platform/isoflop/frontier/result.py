@@ -37,13 +37,34 @@ class Choice:
 
 
 @dataclass
+class Measured:
+    """A configuration that has run, and the law's choice beside it, both by what was measured.
+
+    Attributes:
+        x: variables; cost: what it costs; error: mean of its rows; rows: how many.
+        choice_error: mean of the rows of the law's choice; None where that has not run.
+    """
+
+    x: dict[str, float]
+    cost: float
+    error: float
+    rows: int
+    choice_error: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return dict(vars(self))
+
+
+@dataclass
 class FrontierPoint:
     """The optimum at one budget.
 
     Attributes:
         continuous: every free variable at the optimum, with intervals; error: the predicted error there.
         closed_form: the optimum came from a formula; check: its relative distance from the numeric search.
-        discrete: the best of the menu, and the runners-up, best first.
+        discrete: the best of the menu by the law, and the runners-up, best first.
+        measured: the best of the menu by its rows (None where no row is affordable, or the rows are not at hand).
         extrapolation: decades beyond the data, per variable (0 inside).
         notes: what a reader must know.
     """
@@ -56,6 +77,15 @@ class FrontierPoint:
     discrete: list[Choice]
     extrapolation: dict[str, float]
     notes: list[str] = field(default_factory=list)
+    measured: Measured | None = None
+
+    @property
+    def contradicted(self) -> bool:
+        """A configuration that costs no more than the law's choice was measured to have less error than it."""
+        best, m = self.discrete[0] if self.discrete else None, self.measured
+        if best is None or m is None or m.choice_error is None:
+            return False
+        return m.cost <= best.cost * (1 + 1e-9) and m.error < m.choice_error
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -67,6 +97,7 @@ class FrontierPoint:
             "numeric_check": self.check,
             "choice": self.discrete[0].to_dict() if self.discrete else None,
             "runners_up": [c.to_dict() for c in self.discrete[1:]],
+            "measured_best": self.measured.to_dict() if self.measured else None,
             "extrapolation_decades": self.extrapolation,
             "notes": self.notes,
         }
@@ -146,6 +177,7 @@ class Frontier:
                 where = ", ".join(f"{k} = {number(v)}" for k, v in best.x.items())
                 sure = "" if best.probability is None else f", best in {100 * best.probability:.0f}% of resamples"
                 lines.append(f"  at hand: {where}; error {number(best.error.value)} by the law{sure}")
+                lines += [f"  measured: {text}" for text in measured_otherwise(p)]
             lines += [f"  ! {note}" for note in p.notes]
         return lines
 
@@ -169,6 +201,15 @@ class Frontier:
         )
         notes = "".join(f"<li>{html.escape(n)}</li>" for p in self.points for n in p.notes)
         return f"<div><p>{html.escape(self._lines()[0])}</p><table><tr>{head}</tr>{body}</table><ul>{notes}</ul></div>"
+
+
+def measured_otherwise(point: FrontierPoint) -> list[str]:
+    """A line when the rows speak against the law's choice: something no dearer was measured to be better."""
+    m = point.measured
+    if m is None or m.choice_error is None or not point.contradicted:
+        return []
+    where = ", ".join(f"{k} = {number(v)}" for k, v in m.x.items())
+    return [f"{where} costs no more; error {number(m.error)}, of the law's choice {number(m.choice_error)}"]
 
 
 @dataclass

@@ -142,7 +142,20 @@ def frontier_rows(frontier: Frontier) -> tuple[list[str], list[list[str]], list[
         notes += ["° beyond the sizes in the data: an extrapolation"] if far else []
     if any(point.discrete for point in frontier.points):
         notes.append("best at hand, its law: least predicted of what was swept; agree: of resamples")
+    notes += _contradictions(frontier)
     return heads, rows, list(dict.fromkeys(notes))
+
+
+def _contradictions(frontier: Frontier) -> list[str]:
+    """Where the rows speak against the law's choice, a line per pair of configurations."""
+    found: dict[str, list[str]] = {}
+    for point in frontier.points:
+        m = point.measured
+        if m is not None and point.contradicted:
+            theirs, ours = (" ".join(f"{k}={_whole(v)}" for k, v in x.items()) for x in (point.discrete[0].x, m.x))
+            text = f"{ours} costs no more than {theirs} and measured {m.error:.{_DIGITS}g}, not {m.choice_error:.{_DIGITS}g}"
+            found.setdefault(text, []).append(f"{point.budget:.{_DIGITS}g}")
+    return [f"! at {', '.join(budgets)}: {text}" for text, budgets in found.items()]
 
 
 def _whole(value: float) -> str:
