@@ -15,6 +15,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from isoflop.bench.search_worlds import Lab
 from isoflop.core.errors import unknown
 from isoflop.search.law import LawSampler, Policy
+from isoflop.search.law.sampler import NOT_RUN
 
 _ETA = 2
 _MISSES = 10
@@ -127,6 +128,7 @@ def run_law(lab: Lab, budget: float, seed: int, policy: Policy | None = None) ->
         i = lab.index(trial.params)
         assert i is not None
         if not lab.left(i):
+            trial.set_user_attr(NOT_RUN, True)
             study.tell(trial, state=optuna.trial.TrialState.FAIL)  # the sampler proposes it no more
             continue
         value = lab.run(i)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from isoflop.laws.result import Fit, GroupedFit
 from isoflop.laws.table import Tabular
 
 _RUNNERS_UP = 4
+_FEWEST_REPEATS = 3  # degrees of freedom from which repeats tell the noise
 
 
 def frontier(
@@ -92,7 +94,8 @@ def _frontier(
     for v, (low, high) in (limits or {}).items():
         inside = (menu[v] >= low) & (menu[v] <= high) | (v in space.held)
         menu, prices = {name: a[inside] for name, a in menu.items()}, prices[inside]
-    points = [_point(fit, model, space, menu, prices, b) for b in budgets]
+    observed = _Observed.of(fit, menu)
+    points = [_point(fit, model, space, menu, prices, observed, b) for b in budgets]
     return Frontier(fit.law, cost, dict(model.constants), points, dict(fit.key), fit.data_hash)
 
 
@@ -135,7 +138,13 @@ def _menu(fit: Fit, space: Space, sizes: Sequence[float] | None, tokens: Sequenc
 
 @np.errstate(all="ignore")
 def _point(
-    fit: Fit, cost: CostModel, space: Space, menu: dict[str, Array], prices: Array, budget: float
+    fit: Fit,
+    cost: CostModel,
+    space: Space,
+    menu: dict[str, Array],
+    prices: Array,
+    observed: _Observed | None,
+    budget: float,
 ) -> FrontierPoint:
     p = parameter_rows(fit)
     spender, searched, by_formula = optimum(fit, cost, space, budget, p)
@@ -168,32 +177,55 @@ def _point(
         discrete=choices,
         extrapolation={v: _decades(float(values[v][0]), *ranges[v]) for v in values},
         notes=notes,
-        measured=_measured(fit, menu, prices, budget, choices[0].x if choices else {}),
+        measured=observed.best(menu, prices, budget, choices[0].x if choices else {}) if observed else None,
     )
 
 
-def _measured(
-    fit: Fit, menu: dict[str, Array], prices: Array, budget: float, choice: dict[str, float]
-) -> Measured | None:
-    """The affordable configuration of the menu whose rows have the least mean, the cheaper one of equals."""
-    if fit.data is None:
-        return None
-    best: Measured | None = None
-    for i in np.flatnonzero(prices <= budget * (1 + 1e-12)):
-        x = {v: float(a[i]) for v, a in menu.items()}
-        y = _rows_at(fit, x)
-        if len(y) and (best is None or (float(y.mean()), prices[i]) < (best.error, best.cost)):
-            best = Measured(x, float(prices[i]), float(y.mean()), len(y), None)
-    if best is not None and choice and len(y := _rows_at(fit, choice)):
-        best.choice_error = float(y.mean())
-    return best
+@dataclass(frozen=True)
+class _Observed:
+    """Rows of a fit by configuration of the menu: weighted means (C,), rows (C,), and one row's variance at weight 1."""
 
+    mean: Array
+    rows: np.ndarray
+    weight: Array
+    variance: float | None
 
-def _rows_at(fit: Fit, x: dict[str, float]) -> Array:
-    """Measured errors of one configuration."""
-    assert fit.data is not None
-    same = [np.isclose(fit.data.x[v], a, rtol=1e-9, atol=0.0) for v, a in x.items()]
-    return fit.data.y[np.logical_and.reduce(same)]
+    @classmethod
+    def of(cls, fit: Fit, menu: dict[str, Array]) -> _Observed | None:
+        """None where the fit has no rows at hand."""
+        if fit.data is None:
+            return None
+        good = fit.data.w > 0
+        spelled = [np.array([f"{v:.9g}" for v in a]) for a in (fit.data.x[v][good] for v in menu)]
+        place = {key: i for i, key in enumerate(zip(*([f"{v:.9g}" for v in a] for a in menu.values()), strict=True))}
+        at = np.array([place.get(key, -1) for key in zip(*spelled, strict=True)], dtype=np.int64)
+        y, w, at = fit.data.y[good][at >= 0], fit.data.w[good][at >= 0], at[at >= 0]
+        count = len(next(iter(menu.values())))
+        rows = np.bincount(at, minlength=count)
+        weight = np.asarray(np.bincount(at, w, count), dtype=np.float64)
+        with np.errstate(all="ignore"):
+            mean = np.bincount(at, w * y, count) / weight
+        spare = int((rows[rows > 0] - 1).sum())
+        variance = float(np.sum(w * (y - mean[at]) ** 2)) / spare if spare >= _FEWEST_REPEATS else None
+        return cls(mean, rows, weight, variance)
+
+    def best(self, menu: dict[str, Array], prices: Array, budget: float, choice: dict[str, float]) -> Measured | None:
+        """The affordable configuration whose rows have the least mean, the cheaper one of equals."""
+        able = np.flatnonzero((prices <= budget * (1 + 1e-12)) & (self.rows > 0))
+        if not len(able):
+            return None
+        i = int(able[np.lexsort((prices[able], self.mean[able]))[0]])
+        found = Measured(
+            {v: float(a[i]) for v, a in menu.items()}, float(prices[i]), float(self.mean[i]), int(self.rows[i]), None
+        )
+        same = (
+            np.logical_and.reduce([a == choice[v] for v, a in menu.items()]) if choice else np.zeros(len(prices), bool)
+        )
+        for k in np.flatnonzero(same & (self.rows > 0)):
+            found.choice_error = float(self.mean[k])
+            if self.variance is not None:
+                found.noise = math.sqrt(self.variance * (1 / self.weight[i] + 1 / self.weight[k]))
+        return found
 
 
 def _choices(fit: Fit, menu: dict[str, Array], prices: Array, budget: float, p: Array) -> list[Choice]:

@@ -41,8 +41,10 @@ class Measured:
     """A configuration that has run, and the law's choice beside it, both by what was measured.
 
     Attributes:
-        x: variables; cost: what it costs; error: mean of its rows; rows: how many.
-        choice_error: mean of the rows of the law's choice; None where that has not run.
+        x: variables; cost: what it costs; error: weighted mean of its rows; rows: how many.
+        choice_error: that of the law's choice; None where that has not run.
+        noise: standard error of the difference of the two, from the scatter of rows around their configurations' means; None
+            where there are too few repeats to tell.
     """
 
     x: dict[str, float]
@@ -50,6 +52,7 @@ class Measured:
     error: float
     rows: int
     choice_error: float | None
+    noise: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -81,11 +84,14 @@ class FrontierPoint:
 
     @property
     def contradicted(self) -> bool:
-        """A configuration that costs no more than the law's choice was measured to have less error than it."""
+        """A configuration that costs no more than the law's choice was measured to have less error than it.
+
+        By more than two standard errors, where repeats tell the noise.
+        """
         best, m = self.discrete[0] if self.discrete else None, self.measured
-        if best is None or m is None or m.choice_error is None:
+        if best is None or m is None or m.choice_error is None or m.x == best.x:
             return False
-        return m.cost <= best.cost * (1 + 1e-9) and m.error < m.choice_error
+        return m.cost <= best.cost * (1 + 1e-9) and m.choice_error - m.error > 2 * (m.noise or 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -209,7 +215,8 @@ def measured_otherwise(point: FrontierPoint) -> list[str]:
     if m is None or m.choice_error is None or not point.contradicted:
         return []
     where = ", ".join(f"{k} = {number(v)}" for k, v in m.x.items())
-    return [f"{where} costs no more; error {number(m.error)}, of the law's choice {number(m.choice_error)}"]
+    noise = "" if m.noise is not None else " (noise unknown: no repeats)"
+    return [f"{where} costs no more; error {number(m.error)}, of the law's choice {number(m.choice_error)}{noise}"]
 
 
 @dataclass

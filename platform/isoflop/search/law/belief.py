@@ -170,7 +170,7 @@ class Belief:
             noise = 0.25 * math.sqrt(float(np.median(vb)))
             spread = max(float(loss.min()), float(len(y)))
             keep = distinct(u, loss, predictions, noise, float(loss.min()) + (_BASIN_MSE - 1) * spread, 3)
-            per_block.append([u[i] for i in keep])
+            per_block.append([u[i] for i in keep] or [starts[0]])
         best = np.concatenate([basins[0] for basins in per_block])
         out = [Hypothesis(label, 0, blocks, best)]
         for b, basins in enumerate(per_block):
@@ -293,11 +293,32 @@ class Belief:
         unit = self._unit(cells)
         low, high = self.box or (cells.x.min(axis=0), cells.x.max(axis=0))
         waves = Waves.over(np.asarray(low), np.asarray(high), range(self.groups), unit, self.noise.tau2)
+        phi, rest = waves.at(cells.x, cells.group), waves.rest(cells.x, cells.group)
+        information = phi.T / (self._variance(cells) + rest)
         for h in self.hypotheses:
-            weight = self.noise.tau2 * (white.T @ (white @ (cells.y - h.law(cells.x, cells.group))))
-            h.surface = Surface(cells.x, cells.group, unit, weight, waves)
+            missed = cells.y - h.law(cells.x, cells.group)
+            weight = self.noise.tau2 * (white.T @ (white @ missed))
+            centre = np.asarray(
+                np.linalg.solve(information @ phi + np.eye(len(waves)), information @ missed), dtype=np.float64
+            )
+            h.surface = Surface(cells.x, cells.group, unit, weight, waves, centre)
             h.u = np.concatenate([h.u, np.zeros(len(waves))])
-        return waves.rest(cells.x, cells.group)
+        return rest
+
+    def log_posterior(self, h: Hypothesis, u_RP: Array) -> Array:
+        """ln of the posterior density at parameter draws (R,), up to a constant; what the Gaussian (u, cov) approximates."""
+        assert self.cells is not None
+        cells = thin(self.cells, _MOST_PLACES)
+        v = self._variance(cells)
+        away = ((u_RP - h.prior_mean) / h.prior_sd)[:, : h.own]
+        expected = replace(h, surface=None).predict(u_RP, cells.x, cells.group)
+        penalty = np.sum(away**2, axis=1)
+        if h.surface is not None:
+            waves = h.surface.centre + u_RP[:, h.own :]
+            expected = expected + waves @ h.surface.waves.at(cells.x, cells.group).T
+            v = v + h.surface.waves.rest(cells.x, cells.group)
+            penalty = penalty + np.sum(waves**2, axis=1)
+        return np.asarray(-0.5 * (np.sum((cells.y - expected) ** 2 / v, axis=1) + penalty))
 
     def _weigh(self, cells: Cells) -> None:
         """BIC over rows; over places, with the misfit in their covariance, once a form is known to miss."""

@@ -52,7 +52,7 @@ class _Best:
         self.labels = [f"error*({c.budget:.3g}){suffix(setting, g)}" for c in curves for g in self._groups]
 
     def values(self, hypothesis: Predictor, u_RP: Array) -> Array:
-        """ln error* of every group minus the mean of the groups, per budget (R, budgets × groups)."""
+        """ln error* of every group, per budget (R, budgets × groups)."""
         parts = []
         for curve in self._curves:
             part = log(np.stack([curve.optimum(hypothesis, u_RP, g)[1] for g in self._groups], axis=1))

@@ -107,7 +107,11 @@ class ListSource(_Flat):
     def __init__(self, configs: Sequence[Config], distributions: Mapping[str, BaseDistribution] | None = None) -> None:
         if not configs:
             raise UserError("law sampler: candidates: the list is empty")
-        self.finite: list[Config] | None = [dict(c) for c in configs]
+        given = dict(distributions or {})
+        self.finite: list[Config] | None = [
+            {n: _spelled(given[n], v) if n in given else v for n, v in c.items()} for c in configs
+        ]
+        configs = self.finite
         names = sorted({n for c in configs for n in c})
         self.distributions: dict[str, BaseDistribution] = {
             n: CategoricalDistribution(tuple(dict.fromkeys(c[n] for c in configs if n in c))) for n in names
@@ -180,6 +184,11 @@ def _choose(rng: np.random.Generator, edge: bool, param: Param) -> Any:
     if param.log:
         return float(math.exp(rng.uniform(math.log(param.low), math.log(param.high))))
     return float(rng.uniform(param.low, param.high))
+
+
+def _spelled(d: BaseDistribution, value: Any) -> Any:
+    """A value as a trial of the distribution would have it: one spelling, whatever number type it came in."""
+    return value if isinstance(d, CategoricalDistribution) else d.to_external_repr(d.to_internal_repr(value))
 
 
 def _values(d: BaseDistribution) -> list[Any] | None:

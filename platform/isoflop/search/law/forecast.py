@@ -35,8 +35,8 @@ class Forecast:
     Attributes:
         width: half-width asked for; cost: median over parameter vectors, inf when fewer than half of them reach it within
             the budget; low, high: quartiles; runs: median number.
-        reached: share that reaches the width within the budget (or 400 runs).
-        half_width: median half-width when the budget (or the 400 runs) is spent.
+        reached: share that reaches the width within the budget and the number of runs (at most 400).
+        half_width: median half-width when they are spent.
         everything: cost of every candidate once, where there are finitely many.
     """
 
@@ -59,7 +59,7 @@ class Forecast:
         if self.reached < 0.5:
             return [
                 f"half-width {self.width:g} is not to be expected: about {self.half_width:.2g} when the money "
-                f"or {_MOST} runs are spent"
+                f"or the runs (at most {_MOST}) are spent"
             ]
         upper = f"{self.high:.3g}" if math.isfinite(self.high) else "more than there is"
         return [
@@ -78,7 +78,8 @@ def make_forecast(planner: Planner, pool: Pool, width: float) -> Forecast:
         starts = [(h, h.cov, planner.pilot_noise) for h in planner.prior_draws()]
         relative = np.ones(len(pool))
     budget = math.inf if planner.budget is None else planner.budget - planner.spent
-    designs = [_simulate(planner, pool, h, cov, s2 * relative, width, budget, known) for h, cov, s2 in starts]
+    most = _MOST if planner.max_runs is None else min(_MOST, planner.max_runs - planner.runs)
+    designs = [_simulate(planner, pool, h, cov, s2 * relative, width, budget, most, known) for h, cov, s2 in starts]
     found = [d for d in designs if d is not None]
     room = pool.room
     everything = float(pool.cost[room].sum())
@@ -94,7 +95,15 @@ def make_forecast(planner: Planner, pool: Pool, width: float) -> Forecast:
 
 
 def _simulate(
-    planner: Planner, pool: Pool, h: Hypothesis, cov: Array, noise_M: Array, width: float, budget: float, known: bool
+    planner: Planner,
+    pool: Pool,
+    h: Hypothesis,
+    cov: Array,
+    noise_M: Array,
+    width: float,
+    budget: float,
+    most: int,
+    known: bool,
 ) -> tuple[float, int, float] | None:
     """(cost, runs, half-width) of one design; None for parameters at which the target does not move (an optimum on a limit)."""
     z = normal_draws(len(h.u), 64)
@@ -119,7 +128,7 @@ def _simulate(
     while True:
         half = _Z95 * float(np.sqrt(np.max(np.einsum("tp,tp->t", slope, cross))))
         possible = room & (pool.cost <= budget - spent)
-        if (half <= width and runs >= pilot) or runs >= _MOST or not possible.any():
+        if (half <= width and runs >= pilot) or runs >= most or not possible.any():
             return spent, runs, half
         gain = d_gains(cov, j, noise) if runs < pilot else v_gains(cov, cross, j, noise, importance)
         best = int(np.argmax(np.where(possible, gain / price, -np.inf)))

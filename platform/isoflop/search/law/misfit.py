@@ -77,13 +77,19 @@ class Waves:
 
 @dataclass(frozen=True)
 class Surface:
-    """The misfit of a form: expected, a weighted sum of kernels at the cells; and where it may yet go, as waves."""
+    """The misfit of a form: expected, a weighted sum of kernels at the cells; and where it may yet go, as waves.
+
+    Attributes:
+        x, group: cells; unit: length per axis; weight: of the kernels at the cells (C,).
+        waves: the basis; centre: its expected coefficients (E,), from which coordinates of a hypothesis are counted.
+    """
 
     x: Array
     group: np.ndarray
     unit: Array
     weight: Array
     waves: Waves
+    centre: Array
 
     def at(self, x_MK: Array, group_M: np.ndarray) -> Array:
         """Expected misfit (M,)."""

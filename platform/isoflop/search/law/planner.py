@@ -4,7 +4,7 @@ The order of a search:
 
 1. **Pilot**: runs that identify every parameter of every contender: D-optimal on average over draws from the prior, per
    cost, until there are ``pilot_factor`` times as many as parameters.
-2. **Check**: the largest run that ``check_share`` of the budget pays for. It is never fitted; its prediction, made before,
+2. **Check**: the largest run that ``check_share`` of the budget pays for (of all, where only runs are limited). It is never fitted; its prediction, made before,
    is reported beside it, and when it falls outside, the form is not believed.
 3. **Disagreement**: one run in ``1/explore`` goes where contenders predict differently, whatever their weights.
 4. **Gain**: all others. Where money or a number of runs is given, the best design for all that is left
@@ -116,6 +116,11 @@ class Planner:
             else:
                 self.table.rows.append(row)
 
+    def charge(self, cost: float) -> None:
+        """A run that came to nothing."""
+        self.runs += 1
+        self.spent += cost
+
     def lose_check(self) -> None:
         """The run that was to be the check has failed: the next largest takes its place."""
         self.check_key = None
@@ -154,6 +159,7 @@ class Planner:
                 break
             out.append(choice)
             i = choice.index
+            pool.ran[i] = True
             left.take(float(pool.cost[i]))
             if choice.role != CHECK:
                 waiting.append((pool.x[i], pool.group[i], float(pool.cost[i])))
@@ -184,7 +190,7 @@ class Planner:
         possible = possible & np.array([k != self.check_key for k in pool.keys])
         if not possible.any():
             return None
-        possible, repeats = self._where(pool, possible, waiting)
+        possible, repeats = self._where(pool, possible)
         views = self.views(pool)
         for x, group, cost in waiting:
             self._imagine(views, x, group, cost)
@@ -229,7 +235,7 @@ class Planner:
         forms = {h.label for h in self.belief.hypotheses}
         return len(forms) > 1 and self.policy.explore > 0 and self._since_explored + 1 >= round(1 / self.policy.explore)
 
-    def _where(self, pool: Pool, possible: Mask, waiting: list[tuple[Array, np.ndarray, float]]) -> tuple[Mask, bool]:
+    def _where(self, pool: Pool, possible: Mask) -> tuple[Mask, bool]:
         """Where gains are looked for, and whether places may be run again.
 
         Where no contender fits, new places while there are any: how rough the misfit is one only assumes, so that a repeat's
@@ -237,9 +243,7 @@ class Planner:
         """
         if self.policy.criterion != "V" or not self.belief.lack_of_fit.rejected:
             return possible, self.policy.replicates
-        seen = {(r.group, *r.x) for r in self.table.rows}
-        seen |= {(int(g), *x) for xs, gs, _ in waiting for x, g in zip(xs, gs, strict=True)}
-        new = possible & np.array([(int(g[0]), *x[0]) not in seen for x, g in zip(pool.x, pool.group, strict=True)])
+        new = possible & ~pool.ran
         return (new, False) if new.any() else (possible, self.policy.replicates)
 
     # pilot and check
@@ -284,9 +288,10 @@ class Planner:
 
     def _check_candidates(self, pool: Pool, possible: Mask) -> Mask:
         """What could be the check; nothing when there has been one, or none is wanted."""
-        if self.budget is None or self.check is not None or self.check_key is not None:
+        unlimited = self.budget is None and self.max_runs is None
+        if unlimited or not self.policy.check_share or self.check is not None or self.check_key is not None:
             return np.zeros(len(pool), dtype=bool)
-        return possible & (pool.cost <= self.policy.check_share * self.budget)
+        return possible & (pool.cost <= self.policy.check_share * (math.inf if self.budget is None else self.budget))
 
     # gains
 

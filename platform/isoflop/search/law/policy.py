@@ -20,7 +20,7 @@ class Pool:
 
     Attributes:
         x: (M, O, K); group: (M, O); cost: (M,); keys: (M,) equal for equal places.
-        room: boolean (M,), may be run at all.
+        room: boolean (M,), may be run at all; ran: (M,), has run or is under way (updated as a batch is chosen).
     """
 
     x: Array
@@ -28,6 +28,7 @@ class Pool:
     cost: Array
     keys: list[Any]
     room: Mask
+    ran: Mask
 
     def __len__(self) -> int:
         return len(self.cost)

@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 
 from isoflop.search.law.forecast import Forecast
 from isoflop.search.law.report import Report, Step
-from isoflop.search.law.sampler import ROLE, LawSampler
+from isoflop.search.law.sampler import NOT_RUN, ROLE, LawSampler
 from isoflop.search.proposer import OptunaProposer, Proposal, Tell, suggest
 from isoflop.search.space import Config, Space, values_key
 
@@ -31,6 +31,7 @@ class LawProposer(OptunaProposer):
             config: Config = self._space.walk(partial(suggest, trial))
             role = self._study.get_trials(deepcopy=False)[trial.number].system_attrs.get(ROLE)
             if role is None or values_key(config) in self._known or self._space.excluded(config):
+                trial.set_user_attr(NOT_RUN, True)
                 self._study.tell(trial, state=TrialState.FAIL)
                 break
             self._known.add(values_key(config))

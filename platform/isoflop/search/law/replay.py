@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from isoflop.core.errors import UserError
 from isoflop.search.law.candidates import config_key
 from isoflop.search.law.report import Report
-from isoflop.search.law.sampler import ROLE, LawSampler
+from isoflop.search.law.sampler import NOT_RUN, ROLE, LawSampler
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def replay(sampler: LawSampler, outcomes: Sequence[tuple[Mapping[str, Any], floa
         if key not in left:
             raise UserError(f"replay: the table has no outcome for {key}")
         if not left[key]:
+            trial.set_user_attr(NOT_RUN, True)
             study.tell(trial, state=TrialState.FAIL)
             continue
         value = left[key].pop(0)

@@ -112,7 +112,7 @@ def make_report(planner: Planner, target: Target, setting: Setting, pool: Pool) 
     if state is None:
         words = "too few rows for a fit"
         return Report([], {}, {}, len(planner.table), planner.spent, planner.budget, math.inf, True, words, None, None)
-    out = _exp if state.log and not isinstance(target, BestMethod) else _same
+    out = _exp if state.log else _same
     quantities = [
         Quantity(label, *(float(v) for v in out(np.array([m, lo, hi]))))
         for label, m, lo, hi in zip(state.labels, state.mean, state.low, state.high, strict=True)

@@ -18,10 +18,11 @@ but the runs under way is rebuilt from the study's trials, so that a study can b
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from isoflop.core.errors import UserError, unknown
-from isoflop.core.expressions import Array
+from isoflop.core.expressions import Array, Mask
 from isoflop.search.law.axes import AxisSpec, Mapper, Pricing
 from isoflop.search.law.belief import Belief
 from isoflop.search.law.candidates import BoxSource, Config, ListSource, Source, SpaceSource, config_key
@@ -42,10 +43,12 @@ from isoflop.search.law.planner import Planner
 from isoflop.search.law.policy import CHECK, Choice, Policy, Pool
 from isoflop.search.law.report import Report, Step, make_report, make_steps
 from isoflop.search.law.rows import Row
-from isoflop.search.law.targets import BoundTarget, Setting, Target
+from isoflop.search.law.targets import BoundTarget, Exponents, Setting, Target
 from isoflop.search.space import Space
 
 ROLE = "law:role"
+NOT_RUN = "law:not-run"
+"""User attribute of a failed trial that never ran, and cost nothing."""
 _STARTUP = 4  # random trials before an unknown space is inferred
 _MAX_ASK = 4096
 
@@ -126,7 +129,7 @@ class LawSampler(BaseSampler):
                 raise unknown("parameter", name, {n for c in self._contenders for n in c.form.names}, "share")
         if isinstance(share, str) and share != "exponents":
             raise unknown("share", share, ("exponents",), "law sampler")
-        self._target = target
+        self._target = self._named(target) if isinstance(target, Exponents) else target
         self._attrs = (cost_attr, se_attr, examples_attr)
         self._budget, self._max_runs, self._policy, self._noise = budget, max_runs, policy or Policy(), noise
         self._rng = np.random.default_rng(seed)
@@ -157,14 +160,15 @@ class LawSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The next run; nothing (random values follow) when no run is affordable."""
+        """The next run; the cheapest there is, without a role, when none is affordable."""
         if self._source is None or not search_space:
             return {}
         with self._lock:
             self._sync(study)
             chosen = self._choose(1)
-            if not chosen:
-                return {}
+            if not chosen:  # Optuna takes no for an answer only from callbacks: the cheapest run, not one at random
+                cheapest = self._cheapest()
+                return {} if cheapest is None else self._source.to_params(cheapest)
             config, pending = chosen[0]
             self._pending[trial.number] = pending
             study._storage.set_trial_system_attr(trial._trial_id, ROLE, pending.role)
@@ -179,7 +183,8 @@ class LawSampler(BaseSampler):
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         """The run is over: its fantasy goes; its rows are read with the next proposal."""
         with self._lock:
-            self._pending.pop(trial.number, None)
+            if (over := self._pending.pop(trial.number, None)) is not None:
+                self._over[trial.number] = over
 
     def reseed_rng(self) -> None:
         """A fresh state, for copies of a sampler that run side by side."""
@@ -224,7 +229,7 @@ class LawSampler(BaseSampler):
             if self._source is None:
                 return None
             self._sync(study)
-            return self._planner.stop_reason(self._pool(), self._target)
+            return self._planner.stop_reason(self._look(), self._target)
 
     def report(self, study: Study) -> Report:
         """What is known: the target with its interval, forms with weights, verdict, check, spending.
@@ -238,7 +243,7 @@ class LawSampler(BaseSampler):
             if self._source is None:
                 raise UserError("law sampler: nothing to report: the search space is not known yet")
             self._sync(study)
-            return make_report(self._planner, self._target, self._setting, self._pool())
+            return make_report(self._planner, self._target, self._setting, self._look())
 
     def steps(self, study: Study, count: int = 8) -> list[Step]:
         """How the target narrowed: belief refitted to the first rows, ``count`` times on the way."""
@@ -261,23 +266,40 @@ class LawSampler(BaseSampler):
                 raise UserError("law sampler: no forecast: the search space is not known yet; give a space")
             if study is not None:
                 self._sync(study)
-            return make_forecast(self._planner, self._pool(), width)
+            return make_forecast(self._planner, self._look(), width)
 
     def propose(self, study: Study, count: int) -> list[Config]:
-        """A batch for parallel actors, without opening trials: fantasised, affordable together."""
+        """A batch for parallel actors, without opening trials: fantasised, affordable together.
+
+        No check among them: without a trial nothing would keep its row apart.
+        """
         if not 1 <= count <= _MAX_ASK:
             raise UserError(f"law sampler: count = {count}; allowed: 1 … {_MAX_ASK}")
         with self._lock:
             if self._source is None:
                 raise UserError("law sampler: the search space is not known yet")
             self._sync(study)
-            return [config for config, _ in self._choose(count)]
+            kept, self._planner.check_key = self._planner.check_key, self._planner.check_key or ""
+            try:
+                return [config for config, _ in self._choose(count)]
+            finally:
+                self._planner.check_key = kept
 
     # inside
+
+    def _named(self, target: Exponents) -> Exponents:
+        """With the names of all exponents when none is given. Raises UserError for one that no law has."""
+        known = list(dict.fromkeys(n for c in self._contenders for n in c.form.names))
+        for name in target.names:
+            if name not in known:
+                raise unknown("parameter", name, known, "target: names")
+        every = dict.fromkeys(n for c in self._contenders for n in exponents_of(c.form))
+        return target if target.names else replace(target, names=tuple(every))
 
     def _reset(self) -> None:
         self._seen: set[int] = set()
         self._pending: dict[int, _Pending] = {}
+        self._over: dict[int, _Pending] = {}
         self._past: dict[str, Config] = {}
         self._failed: set[str] = set()
         self._warm: set[str] = set()
@@ -292,9 +314,9 @@ class LawSampler(BaseSampler):
         self._reset()
         sample = source.draw(np.random.default_rng(0), [])
         places = np.array([self._mapper.place(c) for c in sample])
-        usable = np.isfinite(places).all(axis=1)
+        usable = self._usable(places)
         if not usable.any():
-            raise UserError("law sampler: no configuration of the space has a value on every axis")
+            raise UserError("law sampler: no configuration of the space has a (positive) value on every axis")
         low, high = places[usable].min(axis=0), places[usable].max(axis=0)
         labels = list(dict.fromkeys(self._mapper.label(c) for c, ok in zip(sample, usable, strict=True) if ok))
         outputs = self._mapper.outputs or ("",)
@@ -320,14 +342,29 @@ class LawSampler(BaseSampler):
             if trial.number in self._seen or not trial.state.is_finished():
                 continue
             self._seen.add(trial.number)
-            self._pending.pop(trial.number, None)
-            if trial.state == TrialState.COMPLETE:
+            pending = self._pending.pop(trial.number, None) or self._over.pop(trial.number, None)
+            if trial.state != TrialState.COMPLETE or not any(map(math.isfinite, trial.values)):
+                self._lose(trial, pending)
+            else:
                 self._read(trial)
-            elif trial.state == TrialState.FAIL and ROLE in trial.system_attrs:
-                config = self._source.to_config(trial.params) if self._source is not None else None
-                self._failed.add(config_key(config or trial.params))
-                if trial.system_attrs[ROLE] == CHECK:
-                    self._planner.lose_check()
+
+    def _lose(self, trial: FrozenTrial, pending: _Pending | None) -> None:
+        """A run without a value (failed, pruned, not finite): paid for all the same, and proposed no more."""
+        assert self._source is not None
+        config = pending.config if pending is not None else self._source.to_config(trial.params)
+        if config is None:
+            return
+        self._failed.add(config_key(config))
+        if trial.system_attrs.get(ROLE) == CHECK:
+            self._planner.lose_check()
+        ran = trial.state != TrialState.FAIL or ROLE in trial.system_attrs
+        if not ran or trial.user_attrs.get(NOT_RUN):
+            return
+        measured = None if self._attrs[0] is None else trial.user_attrs.get(self._attrs[0])
+        if measured is not None:
+            self._planner.charge(float(measured))
+        elif self._mapper.parameters() <= set(config):
+            self._planner.charge(float(self._pricing(np.array([self._mapper.base_cost(config)]))[0]))
 
     def _read(self, trial: FrozenTrial) -> None:
         assert self._source is not None
@@ -336,7 +373,7 @@ class LawSampler(BaseSampler):
             return
         place = self._measured_place(trial, config)
         label = self._mapper.label(config)
-        if not np.isfinite(place).all() or label not in self._labels:
+        if not self._usable(place[None])[0] or label not in self._labels:
             return
         cost_attr, se_attr, examples_attr = self._attrs
         modelled = self._mapper.base_cost(config)
@@ -360,6 +397,8 @@ class LawSampler(BaseSampler):
                 se = math.sqrt(share * (1 - share) / n)
             group = self._labels[label] * len(values) + o
             role = str(trial.system_attrs.get(ROLE, "given"))
+            if role == CHECK:
+                self._planner.check_key = config_key(config)
             rows.append(Row(tuple(place.tolist()), group, float(y), se, cost / len(values), trial.number, role))
         self._planner.add(rows)
 
@@ -382,6 +421,25 @@ class LawSampler(BaseSampler):
             out.append((self._drawn[i], pending))
         return out
 
+    def _usable(self, places_MK: Array) -> Mask:
+        """Places at which the laws have a value (M,): finite, and positive where a law takes powers of the axis."""
+        positive = {a for c in self._contenders for a, v in zip(c.axes, c.form.variables, strict=False) if v.positive}
+        low = np.array([0.0 if a in positive else -math.inf for a in self._mapper.names])
+        return np.asarray(np.isfinite(places_MK).all(axis=1) & (places_MK > low).all(axis=1))
+
+    def _cheapest(self) -> Config | None:
+        pool = self._look()
+        return self._drawn[int(np.argmin(np.where(pool.room, pool.cost, np.inf)))] if pool.room.any() else None
+
+    def _look(self) -> Pool:
+        """Candidates as the next proposal would see them, which they leave as it would have been."""
+        rng = self._rng
+        self._rng = copy.deepcopy(rng)
+        try:
+            return self._pool()
+        finally:
+            self._rng = rng
+
     def _pool(self) -> Pool:
         """Candidates with places, groups and present costs."""
         assert self._source is not None
@@ -395,19 +453,31 @@ class LawSampler(BaseSampler):
             if self._source.finite is not None:
                 self._fixed = (configs, places, keys, modelled)
         self._drawn = configs
-        cost = self._pricing(modelled)
+        cost = self._prices(modelled)
         if self._mapper.setup is not None:
             cost = cost + np.array([self._unpaid(c) for c in configs])
         outputs = max(1, len(self._mapper.outputs))
         first = np.array([self._labels.get(self._mapper.label(c), -1) for c in configs]) * outputs
         group = first[:, None] + np.arange(outputs)
         x = np.repeat(places[:, None, :], outputs, axis=1)
-        room = np.isfinite(places).all(axis=1) & (first >= 0) & (cost > 0)
-        out = self._failed if self._policy.replicates else {*self._failed, *self._past, *self._under_way()}
-        room &= np.array([k not in out for k in keys])
-        safe = np.where(np.isfinite(x), x, 1.0)
+        usable = self._usable(places)
+        room = usable & (first >= 0) & (cost > 0)
+        begun = {*self._past, *self._under_way()}
+        ran = np.array([k in begun for k in keys], dtype=bool)
+        room &= np.array([k not in self._failed for k in keys], dtype=bool)
+        if not self._policy.replicates:
+            room &= ~ran
+        safe = np.where(usable[:, None, None], x, x[int(np.argmax(usable))])  # a law has no value elsewhere
         usual = float(np.median(cost[room])) if room.any() else 1.0  # what has no room needs a number all the same
-        return Pool(safe, np.maximum(group, 0), np.where(room, cost, usual), keys, room)
+        return Pool(safe, np.maximum(group, 0), np.where(room, cost, usual), keys, room, ran)
+
+    def _prices(self, modelled: Array) -> Array:
+        """Expected costs; where a model in another unit makes all of them exceed the budget, the cheapest run tells the unit."""
+        unit_known = self._attrs[0] is None or len(self._pricing) > 0 or self._budget is None
+        good = modelled[modelled > 0]
+        if unit_known or not len(good) or float(good.min()) <= (self._budget or math.inf):
+            return self._pricing(modelled)
+        return np.asarray(modelled * (self._budget or 1.0) / float(good.min()))
 
     def _under_way(self) -> list[str]:
         return [config_key(p.config) for p in self._pending.values()]

@@ -320,7 +320,7 @@ class PredictionAt(Target):
 
 @dataclass(frozen=True, kw_only=True)
 class Exponents(Target):
-    """The law's own numbers, by name (default: every exponent)."""
+    """The law's own numbers, by name (default: every exponent of every contender; of a hand-made setting alpha and beta)."""
 
     kind: ClassVar[str] = "exponents"
     names: tuple[str, ...] = ()

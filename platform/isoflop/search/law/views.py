@@ -20,6 +20,7 @@ from isoflop.search.law.hypotheses import Hypothesis
 from isoflop.search.law.policy import Pool, TargetState
 
 _DRAWS = 64
+_FEWEST = 8  # at least an eighth of the draws carries the weight
 
 
 @dataclass
@@ -92,19 +93,38 @@ def doubt(views: Sequence[View], importance_T: Array) -> tuple[float, float]:
 
 
 def target_draws(belief: Belief, target: Any) -> tuple[Array, Array]:
-    """Draws of the target from the mixture (n, T) with weights (n,); heavier tails while the noise is uncertain."""
+    """Draws of the target from the mixture (n, T) with weights (n,); heavier tails while the noise is uncertain.
+
+    Gaussian draws in (ln E, ln A, alpha) leave the curved ridge along which these trade off; importance weights (the posterior
+    over the Gaussian, both widened alike) bring them back, tempered where too few draws would carry the weight.
+    """
     parts, weights = [], []
     dof = max(2.0, belief.noise.dof)
+    # the quantile of |z| that corresponds to Student's t with the noise's degrees of freedom, at 95 %
+    wide = float(special.stdtrit(dof, 0.975)) / 1.959964
     for h in belief.hypotheses:
         if h.weight < 1e-4:
             continue
         z = normal_draws(len(h.u), 512)
-        # the quantile of |z| that corresponds to Student's t with the noise's degrees of freedom, at 95 %
-        z = z * (special.stdtrit(dof, 0.975) / 1.959964)
-        root = root_of(h.cov)
-        parts.append(target.values(h, h.clip(h.u + z @ root.T)))
-        weights.append(np.full(len(z), h.weight / len(z)))
+        u = h.clip(h.u + wide * z @ root_of(h.cov).T)
+        log_weight = (belief.log_posterior(h, u) - belief.log_posterior(h, h.u[None])) / wide**2
+        parts.append(target.values(h, u))
+        weights.append(h.weight * tempered(log_weight + 0.5 * np.sum(z**2, axis=1), len(z) / _FEWEST))
     return np.concatenate(parts), np.concatenate(weights)
+
+
+def tempered(log_weight_R: Array, least: float) -> Array:
+    """Weights (R,) of sum 1, raised to the largest power <= 1 at which their effective number is at least ``least``."""
+    log_weight = np.where(np.isfinite(log_weight_R), log_weight_R, -np.inf)
+    if not np.isfinite(log_weight).any():
+        return np.full(len(log_weight), 1 / len(log_weight))
+    log_weight = log_weight - log_weight.max()
+    for power in (1.0, *np.geomspace(0.9, 0.01, 24)):
+        w = np.exp(power * log_weight)
+        w /= w.sum()
+        if 1 / float(np.sum(w**2)) >= least:
+            return np.asarray(w)
+    return np.full(len(w), 1 / len(w))
 
 
 def target_state(belief: Belief, target: Any) -> TargetState:
