@@ -291,7 +291,7 @@ def test_measured_costs_replace_modelled_ones() -> None:
         study.tell(trial, value)
     report = sampler.report(study)
     assert report.spent == pytest.approx(sum(t.user_attrs["seconds"] for t in study.trials))
-    assert sampler._pricing(np.array([1e9, 1e11])) == pytest.approx([3.0, 300.0], rel=1e-6)
+    assert sampler._reader._pricing(np.array([1e9, 1e11])) == pytest.approx([3.0, 300.0], rel=1e-6)
 
 
 def test_a_warm_stage_makes_its_jobs_cheaper() -> None:

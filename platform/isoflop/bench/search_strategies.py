@@ -15,7 +15,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from isoflop.bench.search_worlds import Lab
 from isoflop.core.errors import unknown
 from isoflop.search.law import LawSampler, Policy
-from isoflop.search.law.sampler import NOT_RUN
+from isoflop.search.law.reading import NOT_RUN
 
 _ETA = 2
 _MISSES = 10

@@ -12,8 +12,9 @@ from optuna.trial import TrialState
 
 from isoflop.core.errors import UserError
 from isoflop.search.law.candidates import config_key
+from isoflop.search.law.reading import NOT_RUN, ROLE
 from isoflop.search.law.report import Report
-from isoflop.search.law.sampler import NOT_RUN, ROLE, LawSampler
+from isoflop.search.law.sampler import LawSampler
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import copy
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,35 +33,20 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from isoflop.core.errors import UserError, unknown
-from isoflop.core.expressions import Array, Mask
-from isoflop.search.law.axes import AxisSpec, Mapper, Pricing
+from isoflop.search.law.axes import AxisSpec, Mapper
 from isoflop.search.law.belief import Belief
 from isoflop.search.law.candidates import BoxSource, Config, ListSource, Source, SpaceSource, config_key
 from isoflop.search.law.contenders import LawChoice, exponents_of, make_contender
 from isoflop.search.law.forecast import Forecast, make_forecast
 from isoflop.search.law.planner import Planner
 from isoflop.search.law.policy import CHECK, Choice, Policy, Pool
+from isoflop.search.law.reading import ROLE, Attributes, Pending, Reader
 from isoflop.search.law.report import Report, Step, make_report, make_steps
-from isoflop.search.law.rows import Row
 from isoflop.search.law.targets import BoundTarget, Exponents, Setting, Target
 from isoflop.search.space import Space
 
-ROLE = "law:role"
-NOT_RUN = "law:not-run"
-"""User attribute of a failed trial that never ran, and cost nothing."""
 _STARTUP = 4  # random trials before an unknown space is inferred
 _MAX_ASK = 4096
-
-
-@dataclass
-class _Pending:
-    """A run under way."""
-
-    config: Config
-    x: Array
-    group: np.ndarray
-    cost: float
-    role: str
 
 
 class LawSampler(BaseSampler):
@@ -130,7 +115,7 @@ class LawSampler(BaseSampler):
         if isinstance(share, str) and share != "exponents":
             raise unknown("share", share, ("exponents",), "law sampler")
         self._target = self._named(target) if isinstance(target, Exponents) else target
-        self._attrs = (cost_attr, se_attr, examples_attr)
+        self._attributes = Attributes(cost_attr, se_attr, examples_attr)
         self._budget, self._max_runs, self._policy, self._noise = budget, max_runs, policy or Policy(), noise
         self._rng = np.random.default_rng(seed)
         self._random = RandomSampler(seed=None if seed is None else int(self._rng.integers(2**31)))
@@ -138,7 +123,8 @@ class LawSampler(BaseSampler):
         self._given = _source(space, candidates)
         self._intersection = IntersectionSearchSpace()
         self._source: Source | None = None
-        self._reset()
+        self._pending: dict[int, Pending] = {}
+        self._over: dict[int, Pending] = {}
         if self._given is not None:
             self._prepare(self._given)
 
@@ -296,32 +282,23 @@ class LawSampler(BaseSampler):
         every = dict.fromkeys(n for c in self._contenders for n in exponents_of(c.form))
         return target if target.names else replace(target, names=tuple(every))
 
-    def _reset(self) -> None:
-        self._seen: set[int] = set()
-        self._pending: dict[int, _Pending] = {}
-        self._over: dict[int, _Pending] = {}
-        self._past: dict[str, Config] = {}
-        self._failed: set[str] = set()
-        self._warm: set[str] = set()
-        self._pricing = Pricing()
-        self._fixed: tuple[list[Config], Array, list[str], Array] | None = None
-
     def _prepare(self, source: Source) -> None:
         """Everything that follows from the space: ranges, groups, target, planner."""
         missing = sorted(self._mapper.parameters() - _known(source))
         if missing:
             raise unknown("parameter", missing[0], _known(source), "law sampler: axes")
-        self._reset()
+        self._pending, self._over, self._labels = {}, {}, dict[str, int]()
+        self._reader = Reader(source, self._mapper, self._labels, self._contenders, self._attributes, self._budget)
         sample = source.draw(np.random.default_rng(0), [])
         places = np.array([self._mapper.place(c) for c in sample])
-        usable = self._usable(places)
+        usable = self._reader.usable(places)
         if not usable.any():
             raise UserError("law sampler: no configuration of the space has a (positive) value on every axis")
         low, high = places[usable].min(axis=0), places[usable].max(axis=0)
         labels = list(dict.fromkeys(self._mapper.label(c) for c, ok in zip(sample, usable, strict=True) if ok))
         outputs = self._mapper.outputs or ("",)
         groups = tuple("/".join(p for p in (lab, o) if p) or "all" for lab in labels for o in outputs)
-        self._labels = {label: i for i, label in enumerate(labels)}
+        self._labels.update({label: i for i, label in enumerate(labels)})
         self._setting = Setting(self._mapper.names, tuple(map(float, low)), tuple(map(float, high)), groups)
         bound: BoundTarget = self._target.bind(self._setting)
         scales = [math.sqrt(a * b) if a > 0 else 1.0 for a, b in zip(low, high, strict=True)]
@@ -339,77 +316,11 @@ class LawSampler(BaseSampler):
     def _sync(self, study: Study) -> None:
         """Read trials that finished since the last time."""
         for trial in study.get_trials(deepcopy=False):
-            if trial.number in self._seen or not trial.state.is_finished():
-                continue
-            self._seen.add(trial.number)
-            pending = self._pending.pop(trial.number, None) or self._over.pop(trial.number, None)
-            if trial.state != TrialState.COMPLETE or not any(map(math.isfinite, trial.values)):
-                self._lose(trial, pending)
-            else:
-                self._read(trial)
+            if self._reader.is_new(trial):
+                pending = self._pending.pop(trial.number, None) or self._over.pop(trial.number, None)
+                self._reader.read(trial, pending, self._planner)
 
-    def _lose(self, trial: FrozenTrial, pending: _Pending | None) -> None:
-        """A run without a value (failed, pruned, not finite): paid for all the same, and proposed no more."""
-        assert self._source is not None
-        config = pending.config if pending is not None else self._source.to_config(trial.params)
-        if config is None:
-            return
-        self._failed.add(config_key(config))
-        if trial.system_attrs.get(ROLE) == CHECK:
-            self._planner.lose_check()
-        ran = trial.state != TrialState.FAIL or ROLE in trial.system_attrs
-        if not ran or trial.user_attrs.get(NOT_RUN):
-            return
-        measured = None if self._attrs[0] is None else trial.user_attrs.get(self._attrs[0])
-        if measured is not None:
-            self._planner.charge(float(measured))
-        elif self._mapper.parameters() <= set(config):
-            self._planner.charge(float(self._pricing(np.array([self._mapper.base_cost(config)]))[0]))
-
-    def _read(self, trial: FrozenTrial) -> None:
-        assert self._source is not None
-        config = self._source.to_config(trial.params)
-        if config is None:
-            return
-        place = self._measured_place(trial, config)
-        label = self._mapper.label(config)
-        if not self._usable(place[None])[0] or label not in self._labels:
-            return
-        cost_attr, se_attr, examples_attr = self._attrs
-        modelled = self._mapper.base_cost(config)
-        setup = self._mapper.setup_costs(config)
-        paid = sum(c for k, c in setup.items() if k not in self._warm)
-        self._warm.update(setup)
-        cost = modelled + paid
-        if cost_attr is not None and (measured := trial.user_attrs.get(cost_attr)):
-            self._pricing.observe(modelled, max(float(measured) - paid, 1e-12 * float(measured)))
-            cost = float(measured)
-        self._past.setdefault(config_key(config), dict(config))
-        values = trial.values[: len(self._mapper.outputs) or 1]
-        rows = []
-        for o, y in enumerate(values):
-            if not math.isfinite(y):
-                continue
-            se = _attribute(trial, se_attr, o)
-            n = _attribute(trial, examples_attr, o)
-            if math.isnan(se) and n > 0 and 0 <= y <= 1:
-                share = min(max(y, 0.5 / n), 1 - 0.5 / n)
-                se = math.sqrt(share * (1 - share) / n)
-            group = self._labels[label] * len(values) + o
-            role = str(trial.system_attrs.get(ROLE, "given"))
-            if role == CHECK:
-                self._planner.check_key = config_key(config)
-            rows.append(Row(tuple(place.tolist()), group, float(y), se, cost / len(values), trial.number, role))
-        self._planner.add(rows)
-
-    def _measured_place(self, trial: FrozenTrial, config: Config) -> Array:
-        place = self._mapper.place(config)
-        for k, name in enumerate(self._mapper.names):
-            if name in trial.user_attrs and name not in config:
-                place[k] = float(trial.user_attrs[name])
-        return place
-
-    def _choose(self, count: int) -> list[tuple[Config, _Pending]]:
+    def _choose(self, count: int) -> list[tuple[Config, Pending]]:
         pool = self._pool()
         waiting = [(p.x, p.group, p.cost) for p in self._pending.values() if p.role != CHECK]
         aside = sum(p.cost for p in self._pending.values() if p.role == CHECK)
@@ -417,15 +328,9 @@ class LawSampler(BaseSampler):
         out = []
         for c in chosen:
             i = c.index
-            pending = _Pending(self._drawn[i], pool.x[i], pool.group[i], float(pool.cost[i]), c.role)
+            pending = Pending(self._drawn[i], pool.x[i], pool.group[i], float(pool.cost[i]), c.role)
             out.append((self._drawn[i], pending))
         return out
-
-    def _usable(self, places_MK: Array) -> Mask:
-        """Places at which the laws have a value (M,): finite, and positive where a law takes powers of the axis."""
-        positive = {a for c in self._contenders for a, v in zip(c.axes, c.form.variables, strict=False) if v.positive}
-        low = np.array([0.0 if a in positive else -math.inf for a in self._mapper.names])
-        return np.asarray(np.isfinite(places_MK).all(axis=1) & (places_MK > low).all(axis=1))
 
     def _cheapest(self) -> Config | None:
         pool = self._look()
@@ -441,57 +346,11 @@ class LawSampler(BaseSampler):
             self._rng = rng
 
     def _pool(self) -> Pool:
-        """Candidates with places, groups and present costs."""
-        assert self._source is not None
-        configs = self._source.draw(self._rng, list(self._past.values()))
-        if self._source.finite is not None and self._fixed is not None:
-            configs, places, keys, modelled = self._fixed
-        else:
-            places = np.array([self._mapper.place(c) for c in configs])
-            keys = [config_key(c) for c in configs]
-            modelled = np.array([self._mapper.base_cost(c) for c in configs])
-            if self._source.finite is not None:
-                self._fixed = (configs, places, keys, modelled)
-        self._drawn = configs
-        cost = self._prices(modelled)
-        if self._mapper.setup is not None:
-            cost = cost + np.array([self._unpaid(c) for c in configs])
-        outputs = max(1, len(self._mapper.outputs))
-        first = np.array([self._labels.get(self._mapper.label(c), -1) for c in configs]) * outputs
-        group = first[:, None] + np.arange(outputs)
-        x = np.repeat(places[:, None, :], outputs, axis=1)
-        usable = self._usable(places)
-        room = usable & (first >= 0) & (cost > 0)
-        begun = {*self._past, *self._under_way()}
-        ran = np.array([k in begun for k in keys], dtype=bool)
-        room &= np.array([k not in self._failed for k in keys], dtype=bool)
-        if not self._policy.replicates:
-            room &= ~ran
-        safe = np.where(usable[:, None, None], x, x[int(np.argmax(usable))])  # a law has no value elsewhere
-        usual = float(np.median(cost[room])) if room.any() else 1.0  # what has no room needs a number all the same
-        return Pool(safe, np.maximum(group, 0), np.where(room, cost, usual), keys, room, ran)
+        self._drawn, pool = self._reader.pool(self._rng, self._under_way(), self._policy.replicates)
+        return pool
 
-    def _prices(self, modelled: Array) -> Array:
-        """Expected costs; where a model in another unit makes all of them exceed the budget, the cheapest run tells the unit."""
-        unit_known = self._attrs[0] is None or len(self._pricing) > 0 or self._budget is None
-        good = modelled[modelled > 0]
-        if unit_known or not len(good) or float(good.min()) <= (self._budget or math.inf):
-            return self._pricing(modelled)
-        return np.asarray(modelled * (self._budget or 1.0) / float(good.min()))
-
-    def _under_way(self) -> list[str]:
-        return [config_key(p.config) for p in self._pending.values()]
-
-    def _unpaid(self, config: Config) -> float:
-        return sum(c for k, c in self._mapper.setup_costs(config).items() if k not in self._warm)
-
-
-def _attribute(trial: FrozenTrial, name: str | None, output: int) -> float:
-    """A number from a user attribute, or the output's entry of a list."""
-    value = None if name is None else trial.user_attrs.get(name)
-    if isinstance(value, (list, tuple)):
-        value = value[output] if output < len(value) else None
-    return math.nan if value is None else float(value)
+    def _under_way(self) -> set[str]:
+        return {config_key(p.config) for p in self._pending.values()}
 
 
 def _source(space: Mapping[str, BaseDistribution] | Space | None, candidates: Sequence[Config] | None) -> Source | None:
