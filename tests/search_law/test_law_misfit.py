@@ -15,7 +15,11 @@ from isoflop.bench.search_worlds import Lab, worlds
 from isoflop.search.law.belief import Belief
 from isoflop.search.law.contenders import make_contender
 from isoflop.search.law.misfit import Waves, kernel
+from isoflop.search.law.planner import Planner
+from isoflop.search.law.policy import Policy, Pool
+from isoflop.search.law.report import make_check
 from isoflop.search.law.rows import Row, RowTable
+from isoflop.search.law.targets import PredictionAt, Setting
 
 LOW, HIGH = np.array([1.0, 10.0]), np.array([100.0, 1e4])
 UNIT = 0.35 * np.log(HIGH / LOW)
@@ -96,6 +100,54 @@ def test_the_posterior_is_kriging_with_the_laws_tangent_as_its_trend(misfit: Bel
     residual = cells.y - h.law(cells.x, cells.group)
     expected = h.law(x, group) + tau2 * kernel(x, group, cells.x, cells.group, unit) @ np.linalg.solve(v, residual)
     np.testing.assert_allclose(h.predict(h.u[None], x, group)[0], expected, rtol=1e-8)
+
+
+def in_three_axes(groups: int) -> tuple[Belief, Planner, Pool]:
+    """A misfit on three axes, where a few waves leave much unexpressed."""
+    rng = np.random.default_rng(0)
+    table = RowTable()
+    x = np.exp(rng.uniform(0, 4, (60, 3)))
+    group = rng.integers(0, groups, 60)
+    for place, g in zip(x, group, strict=True):
+        y = 0.3 + place[0] ** -0.3 * place[1] ** -0.1 + 0.1 * math.sin(2 * math.log(place[2]))
+        for _ in range(2):
+            row = Row(tuple(place), int(g), y + 0.002 * rng.standard_normal(), math.nan, float(place[0]))
+            table.extend([row])
+    axes = ("N", "V", "W")
+    belief = Belief([make_contender("E + A*N**(-alpha)*V**(-beta)", axes)], axes, (7.0,) * 3, groups, noise="constant")
+    belief.update(table)
+    assert belief.lack_of_fit.rejected
+    names = tuple(f"g{k}" for k in range(groups))
+    target = PredictionAt(at={"N": 50.0, "V": 5.0, "W": 9.0}).bind(Setting(axes, (1.0,) * 3, (55.0,) * 3, names))
+    planner = Planner(belief, target, Policy(), None, rng)
+    planner.table = table
+    planner._fitted_rows = len(table)
+    places, which = np.exp(rng.uniform(0, 4, (12, 1, 3))), rng.integers(0, groups, (12, 1))
+    yes = np.ones(12, dtype=bool)
+    return belief, planner, Pool(places, which, np.ones(12), list(range(12)), yes, ~yes)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_what_waves_leave_out_counts_as_scatter_of_rows_candidates_and_the_check(groups: int) -> None:
+    belief, planner, pool = in_three_axes(groups)
+    del belief.hypotheses[1:]  # one basin will do
+    h, cells, sigma2 = belief.hypotheses[0], belief.cells, belief.noise.sigma2
+    h.weight = 1.0
+    assert cells is not None
+    assert h.surface is not None
+    waves = h.surface.waves
+    rest = waves.rest(cells.x, cells.group)
+    assert float(np.median(rest)) > 0.03 * belief.noise.tau2  # the case is one in which it matters
+    j = h.jacobian(cells.x, cells.group)
+    precision = (j.T / (sigma2 * cells.q + rest)) @ j + np.diag(h.prior_sd**-2.0)
+    np.testing.assert_allclose(h.cov @ precision, np.eye(len(h.u)), atol=1e-6)
+    x, group = pool.x[:, 0], pool.group[:, 0]
+    np.testing.assert_allclose(planner._noise(pool)[:, 0], sigma2 + waves.rest(x, group), rtol=1e-9)
+    planner.check = Row(tuple(x[0]), int(group[0]), 0.7, math.nan, 1.0)
+    check = make_check(planner, Setting(("N", "V", "W"), (1.0,) * 3, (55.0,) * 3, ("a",) * groups))
+    at = h.jacobian(x[:1], group[:1])[0]
+    assert check is not None
+    assert check.sd**2 == pytest.approx(at @ h.cov @ at + sigma2 + waves.rest(x[:1], group[:1])[0], rel=1e-6)
 
 
 def test_draws_move_with_the_waves_and_are_never_clipped_there(misfit: Belief) -> None:
