@@ -332,7 +332,7 @@ class EvoPressSparse(LevelMethod):
         """All matrices exchange levels."""
         step = self.step(views)
         low = tuple(-min(int(self.sparsity * view.numel) // step, self.levels) for view in views)
-        high = tuple(min(math.ceil((1 - self.sparsity) * view.numel) // step, self.levels) for view in views)
+        high = tuple(min((view.numel - int(self.sparsity * view.numel)) // step, self.levels) for view in views)
         if self.sparsity == 0:
             high = low
         return Space(low, high, (tuple(range(len(views))),))

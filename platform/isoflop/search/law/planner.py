@@ -4,14 +4,14 @@ The order of a search:
 
 1. **Pilot**: runs that identify every parameter of every contender: D-optimal on average over draws from the prior, per
    cost, until there are ``pilot_factor`` times as many as parameters.
-2. **Check**: the largest run that ``check_share`` of the budget pays for (of all, where only runs are limited). It is never fitted; its prediction, made before,
-   is reported beside it, and when it falls outside, the form is not believed.
+2. **Check**: the largest run that ``check_share`` of the budget pays for (of all, where only runs are limited). It is never
+   fitted; its prediction is reported beside it, and when it falls outside, the form is not believed.
 3. **Disagreement**: one run in ``1/explore`` goes where contenders predict differently, whatever their weights.
 4. **Gain**: all others. Where money or a number of runs is given, the best design for all that is left
    (:mod:`isoflop.search.law.design`) is solved anew before every run, and the run that it wants most often is made; without
    limits, or while most of the doubt is between forms, the best score of :mod:`isoflop.search.law.gains`. Where no contender
-   fits, the parameters include the misfit's waves (:mod:`isoflop.search.law.misfit`): runs then go where the
-   misfit matters to the target, at places that have not been run.
+   fits, the parameters include the misfit's waves (:mod:`isoflop.search.law.misfit`): runs then go, by their scores, where
+   the misfit matters to the target, at places that have not been run.
 
 Shapes: M candidates, O observations per candidate, P parameters, T quantities, S draws, K axes.
 """
@@ -213,10 +213,12 @@ class Planner:
         self, views: list[View], pool: Pool, possible: Mask, noise_MO: Array, left: _Left, repeats: bool
     ) -> Array | None:
         """Runs of every candidate in the best design for what is left (M,); None where a design would not answer."""
+        variance = self.policy.criterion == "V"
+        if variance and self.belief.lack_of_fit.rejected:
+            return None  # all of the money at once would trust the assumed misfit too far ahead; one run at a time looks again
         limited = ((pool.cost, left.money), (np.ones(len(pool)), left.runs))
         use = [take / have for take, have in limited if math.isfinite(have)]
         importance = importance_of(views, self.target)
-        variance = self.policy.criterion == "V"
         within, across = doubt(views, importance)
         if not use or (variance and across > within):
             return None
