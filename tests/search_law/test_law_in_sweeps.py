@@ -14,10 +14,21 @@ import isoflop
 from isoflop.cli.run import plan_command
 from isoflop.cli.show import show_command
 from isoflop.core.errors import UserError
-from isoflop.sweep.law_search import make_law_sampler
+from isoflop.ledger import Store
+from isoflop.search.proposer import Tell
+from isoflop.sweep.law_search import about, describe, keep_check, make_law_proposer, make_law_sampler
 from isoflop.sweep.resolve import resolve
 
 pytestmark = pytest.mark.usefixtures("toy_parts")
+EMPTY: dict[str, Any] = {
+    "target": [],
+    "best_method": {},
+    "forms": {},
+    "verdict": "v",
+    "check": None,
+    "steps": [],
+    "stop": None,
+}
 TARGET = {"kind": "allocation", "budget": 2e6, "width": 0.2}
 
 
@@ -63,6 +74,59 @@ def test_a_sweep_stops_when_the_target_is_known_and_says_what_it_knows(toy_parts
     assert "half-width" in shown
     data = json.loads(CliRunner().invoke(show_command, ["lawtoy", "--store", str(tmp_path / "store"), "--json"]).output)
     assert data["law_search"]["steps"]
+
+
+def test_a_finished_search_runs_nothing_when_it_is_run_again_and_its_check_stays(
+    toy_parts: ModuleType, tmp_path: Path
+) -> None:
+    given = spec({"sampler": "law", "target": {**TARGET, "width": 0.02}}, budget={"trials": 14})
+    done = run(given, tmp_path)
+    first = done.law_search()
+    assert first["check"] is not None
+    for _ in range(2):
+        again = run(given, tmp_path)
+        assert again.summary.ran == 0
+        assert again.law_search()["check"]["place"] == first["check"]["place"]
+        assert again.law_search()["rows"] == first["rows"] == 13
+
+
+def test_a_check_under_way_when_a_session_died_is_the_check_of_the_next(toy_parts: ModuleType, tmp_path: Path) -> None:
+    sweep = resolve(spec({"sampler": "law", "target": TARGET}, budget={"trials": 14}))
+    store = Store.open(str(tmp_path / "store"))
+    dying = make_law_proposer(sweep)
+    keep_check(store, sweep.spec.name, dying)
+    told: list[Any] = []
+    while dying.check is None:
+        for p in dying.ask(1):
+            told.append((p, Tell(p.number, p.config, "complete", (0.5 - 0.01 * len(told),), attributes={"flops": 1e6})))
+            if dying.check is None:
+                dying.tell(told[-1][1])
+    begun = told.pop()[0]
+    heir = make_law_proposer(sweep)
+    keep_check(store, sweep.spec.name, heir)
+    assert heir.check == begun.config
+    heir.reserve(begun.number, begun.config)
+    for _, tell in told:
+        heir.tell(tell)
+    assert all(p.config != begun.config for p in heir.ask(3))
+    heir.tell(Tell(begun.number, begun.config, "complete", (0.4,), attributes={"flops": 1e6}))
+    assert heir.report().check is not None
+    assert heir.report().rows == len(told)
+
+
+def test_a_mean_over_tasks_is_said_to_be_one() -> None:
+    one = resolve(spec()).spec
+    two = one.model_copy(update={"tasks": (*one.tasks, one.tasks[0].model_copy(update={"name": "other"}))})
+    assert describe({**EMPTY, "about": about(one)}) == describe(EMPTY)
+    assert "mean error of toy-task, other" in describe({**EMPTY, "about": about(two)})[0]
+    each = tuple(one.objectives[0].model_copy(update={"task": t.name}) for t in two.tasks)
+    assert about(two.model_copy(update={"objectives": each})) == ""
+
+
+def test_a_law_whose_variable_no_column_gives_is_refused_before_anything_runs() -> None:
+    given = spec(laws=[{"law": "chinchilla", "y": "error", "by": ["task"]}])
+    with pytest.raises(UserError, match=r"law chinchilla reads D, and results have no such column; .* x: {D: V}"):
+        resolve(given)
 
 
 def test_plan_tells_the_expected_cost_of_the_width_before_anything_runs(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from isoflop.search.law.proposer import LawProposer
 from isoflop.sweep import results as results_module
 from isoflop.sweep.driver import Driver, Summary
 from isoflop.sweep.ending import Conclude, await_tracker, conclusion_of, end_tracking
-from isoflop.sweep.law_search import make_law_proposer, read_knowledge, save_knowledge
+from isoflop.sweep.law_search import keep_check, make_law_proposer, read_knowledge, save_knowledge
 from isoflop.sweep.metrics import MetricsProgress
 from isoflop.sweep.note import Conclusion, closing, opening
 from isoflop.sweep.progress import LogFile, Progress, Quiet
@@ -109,11 +109,13 @@ def run_resolved(
         stack.callback(executor.close, now=True)
         proposer = make_proposer_for(sweep, apart=options.executor != "local")
         stack.callback(proposer.close)
+        if isinstance(proposer, LawProposer):
+            keep_check(store, spec.name, proposer)
         summary = Driver(sweep, ledger, executor, proposer, tracker, log, options.retry_failed).run()
         proposer.close()
         executor.close(now=summary.interrupted)
         if isinstance(proposer, LawProposer):
-            save_knowledge(store, spec.name, proposer)
+            save_knowledge(store, spec, proposer)
         if spec.laws:
             log.line("fitting laws")
         opened = SweepResults(store, spec.name, spec, summary)

@@ -56,7 +56,16 @@ def _check_objectives(spec: SweepSpec, source: Source) -> None:
 
 
 def _check_law_block(block: LawBlock, index: int, source: Source) -> None:
-    _check_law(block.law, block.x, source.where(("laws", index, "law")))
+    from isoflop.laws.base import resolve_form
+
+    where = source.where(("laws", index, "law"))
+    _check_law(block.law, block.x, where)
+    for variable in resolve_form(block.law, list(block.x)).variable_names:
+        if variable not in block.x and variable not in NUMBERS:
+            raise UserError(
+                f"{where}: law {block.law} reads {variable}, and results have no such column; "
+                f"say what it stands for, e.g. x: {{{variable}: V}}"
+            )
     for key in ("y", "weights"):
         text = getattr(block, key)
         if text is not None:

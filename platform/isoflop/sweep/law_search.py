@@ -39,7 +39,7 @@ _KINDS: dict[str, tuple[type[Target], tuple[str, ...], tuple[str, ...]]] = {
     "best-method": (BestMethod, ("budget",), ("confidence",)),
     "exponents": (Exponents, (), ("names", "group")),
 }
-_FILE = "law_search.json"
+_FILE, _CHECK = "law_search.json", "law_check.json"
 _ALWAYS = ("kind", "width")
 _COSTED = ("cost", "q")
 _POLICY = tuple(f.name for f in fields(Policy) if f.name not in ("replicates", "criterion"))
@@ -165,12 +165,32 @@ class _First:
         return next((float(config[n]) for n in self._names if n in config), math.nan)
 
 
-def save_knowledge(store: Store, name: str, proposer: LawProposer) -> None:
+def keep_check(store: Store, name: str, proposer: LawProposer) -> None:
+    """Remember the search's check beside the ledger as soon as it is chosen, and give it back to a search that goes on."""
+    path = store.path("sweeps", name, _CHECK)
+    if (data := store.read(path)) is not None:
+        proposer.keep_check(json.loads(data))
+    proposer.on_check = lambda config: store.write(path, json.dumps(plain(dict(config))).encode())
+
+
+def save_knowledge(store: Store, spec: SweepSpec, proposer: LawProposer) -> None:
     """Keep what the search has found out beside the sweep's rows, so that it can be shown without resolving the sweep."""
     if not proposer.told:
         return
-    data = {**proposer.report().to_dict(), "steps": [vars(s) for s in proposer.steps()]}
-    store.write(store.path("sweeps", name, _FILE), json.dumps(plain(data)).encode())
+    report, steps = proposer.report().to_dict(), [vars(s) for s in proposer.steps()]
+    if steps and steps[-1]["rows"] == report["rows"]:
+        steps[-1]["half_width"] = report["half_width"]  # a replay may have ended in another basin
+    data = {**report, "steps": steps, "about": about(spec)}
+    store.write(store.path("sweeps", spec.name, _FILE), json.dumps(plain(data)).encode())
+
+
+def about(spec: SweepSpec) -> str:
+    """What the search's laws are of, where that is not plain."""
+    alone = [o for o in spec.objectives if o.task is None]
+    if not alone or len(spec.tasks) == 1:
+        return ""
+    names = ", ".join(t.name for t in spec.tasks)
+    return f"the search's law is of the mean {alone[0].metric} of {names}; objectives with a task each give every task a law"
 
 
 def read_knowledge(store: Store, name: str) -> dict[str, Any] | None:
@@ -181,7 +201,8 @@ def read_knowledge(store: Store, name: str) -> dict[str, Any] | None:
 
 def describe(data: dict[str, Any]) -> list[str]:
     """Lines for people."""
-    lines = [
+    lines = [data["about"]] if data.get("about") else []
+    lines += [
         f"{q['label']} = {show(q['value'])}  95 % [{show(q['low'])}, {show(q['high'])}]" for q in data["target"][:12]
     ]
     if len(data["target"]) > 12:
@@ -198,7 +219,7 @@ def describe(data: dict[str, Any]) -> list[str]:
             f"observed {show(c['observed'])}"
         )
     for step in data["steps"]:
-        lines.append(f"half-width {show(step['half_width'])} after {step['rows']} rows, {step['spent']:.3g} spent")
+        lines.append(f"half-width {show(step['half_width'])} after {step['rows']} rows and {step['spent']:.3g} FLOPs")
     if data["stop"]:
         lines.append(f"the search ends: {data['stop']}")
     return lines
@@ -209,7 +230,7 @@ def show(value: float | None) -> str:
     return "?" if value is None else f"{value:.4g}"
 
 
-def forecast_of(sweep: Sweep, table: pa.Table) -> Forecast | None:
+def forecast_of(sweep: Sweep, table: pa.Table, store: Store | None = None) -> Forecast | None:
     """What the asked-for width is expected to cost, from the prior or from the rows so far; None without a width."""
     target = sweep.spec.search.target
     if target is None or target.width is None:
@@ -217,6 +238,8 @@ def forecast_of(sweep: Sweep, table: pa.Table) -> Forecast | None:
     from isoflop.sweep.trials import TrialBook
 
     proposer = make_law_proposer(sweep)
+    if store is not None:
+        keep_check(store, sweep.spec.name, proposer)
     if table.num_rows:
         TrialBook(sweep, proposer).restore(table)
     return proposer.forecast(target.width)

@@ -123,7 +123,7 @@ def make_plan(sweep: Sweep, store_uri: str | None = None, cache_dir: Path | None
         flops=_flops(rows),
         sampled=jobs is None or len(sample) < jobs,
         budget={k: v for k, v in spec.budget.model_dump().items() if v is not None},
-        forecast=forecast_of(sweep, sweep.current(Ledger(store, spec.name).read())),
+        forecast=forecast_of(sweep, sweep.current(Ledger(store, spec.name).read()), store),
     )
 
 

@@ -147,6 +147,11 @@ class LackOfFit:
     bend_p: float = math.nan
 
     @property
+    def tested(self) -> bool:
+        """There are rows enough for a test."""
+        return not (math.isnan(self.p) and math.isnan(self.bend_p))
+
+    @property
     def rejected(self) -> bool:
         """The form does not fit."""
         return self.p < REJECT or self.bend_p < REJECT_BEND

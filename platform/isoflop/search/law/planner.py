@@ -374,8 +374,9 @@ class Planner:
 
     @property
     def _believed(self) -> bool:
-        """A narrow interval of a form that does not fit is no knowledge."""
-        return not self.belief.lack_of_fit.rejected
+        """A narrow interval of a form that does not fit, or was never put to the test, is no knowledge."""
+        test = self.belief.lack_of_fit
+        return test.tested and not test.rejected
 
     def _hopeless(self, pool: Pool, affordable: Mask) -> bool:
         """Even the best run, repeated until the budget ends, would take nearly nothing off the target's variance."""

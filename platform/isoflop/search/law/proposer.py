@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from optuna.trial import TrialState
 
 from isoflop.search.law.forecast import Forecast
+from isoflop.search.law.policy import CHECK
 from isoflop.search.law.reading import NOT_RUN, ROLE
 from isoflop.search.law.report import Report, Step
 from isoflop.search.law.sampler import LawSampler
@@ -19,11 +21,30 @@ class LawProposer(OptunaProposer):
     """``LawSampler`` on an in-memory study that is rebuilt from the ledger.
 
     A point is proposed once (a sweep's jobs are named by their content; noise is met with ``repeats``).
+
+    Attributes:
+        check: the run that is never fitted, once there is one. A ledger does not hold it: who resumes a sweep gives it back
+            before the first ``tell`` (:meth:`keep_check`).
+        on_check: called with the check when it is chosen.
     """
 
     def __init__(self, space: Space, sampler: LawSampler, directions: Sequence[str], seed: int) -> None:
         super().__init__(space, sampler, "none", directions, seed)
         self._law = sampler
+        self.check: Config | None = None
+        self.on_check: Callable[[Config], None] = lambda config: None
+
+    def keep_check(self, config: Config) -> None:
+        """The check of an earlier session."""
+        self.check = config
+
+    def _is_check(self, config: Config) -> bool:
+        return self.check is not None and values_key(self.check) == values_key(config)
+
+    def reserve(self, number: int, config: Config) -> None:
+        super().reserve(number, config)
+        if self._is_check(config):
+            self._law.hold_check(config)
 
     def ask(self, count: int) -> list[Proposal]:
         out: list[Proposal] = []
@@ -36,6 +57,9 @@ class LawProposer(OptunaProposer):
                 self._study.tell(trial, state=TrialState.FAIL)
                 break
             self._known.add(values_key(config))
+            if role == CHECK:
+                self.check = config
+                self.on_check(config)
             number = self._numbers.take()
             self._open[number] = trial
             out.append(Proposal(number, config))
@@ -46,6 +70,8 @@ class LawProposer(OptunaProposer):
         if trial is not None:
             for name, value in result.attributes.items():
                 trial.set_user_attr(name, value)
+        elif self._is_check(result.config):
+            result = replace(result, attributes={**result.attributes, ROLE: CHECK})
         super().tell(result)
 
     @property

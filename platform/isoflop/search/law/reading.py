@@ -90,9 +90,10 @@ class Reader:
         if config is None:
             return
         self._failed.add(config_key(config))
-        if trial.system_attrs.get(ROLE) == CHECK:
+        role = role_of(trial)
+        if role == CHECK:
             planner.lose_check()
-        ran = trial.state != TrialState.FAIL or ROLE in trial.system_attrs
+        ran = trial.state != TrialState.FAIL or role is not None
         if not ran or trial.user_attrs.get(NOT_RUN):
             return
         measured = None if self._attributes.cost is None else trial.user_attrs.get(self._attributes.cost)
@@ -130,7 +131,7 @@ class Reader:
                 share = min(max(y, 0.5 / n), 1 - 0.5 / n)
                 se = math.sqrt(share * (1 - share) / n)
             group = self._labels[label] * len(values) + o
-            role = str(trial.system_attrs.get(ROLE, "given"))
+            role = role_of(trial) or "given"
             if role == CHECK:
                 planner.check_key = config_key(config)
             rows.append(Row(tuple(place.tolist()), group, float(y), se, cost / len(values), trial.number, role))
@@ -189,6 +190,12 @@ class Reader:
 
     def _unpaid(self, config: Config) -> float:
         return sum(c for k, c in self._mapper.setup_costs(config).items() if k not in self._warm)
+
+
+def role_of(trial: FrozenTrial) -> str | None:
+    """Why a trial was proposed; of trials that were added by hand a user attribute tells."""
+    role = trial.system_attrs.get(ROLE, trial.user_attrs.get(ROLE))
+    return None if role is None else str(role)
 
 
 def _attribute(trial: FrozenTrial, name: str | None, output: int) -> float:

@@ -271,6 +271,11 @@ class LawSampler(BaseSampler):
             finally:
                 self._planner.check_key = kept
 
+    def hold_check(self, config: Config) -> None:
+        """The check of an earlier session is under way: no other is chosen, and its place is not fitted."""
+        with self._lock:
+            self._planner.check_key = config_key(config)
+
     # inside
 
     def _named(self, target: Exponents) -> Exponents:
