@@ -138,7 +138,8 @@ def table(result: Mapping[str, Any]) -> list[str]:
     """Lines of at most 80 columns."""
     choice = result["case"] == "best-of-four"
     lines = [f"{result['case']}: {result['goal']}"]
-    what = "wrong" if choice else "median error [95 %]      rms     best*"
+    bounded = any(p.get("best") is not None for f in result["strategies"].values() for p in f["points"])
+    what = "wrong" if choice else "median error [95 %]      rms" + ("     best*" if bounded else "")
     lines.append(f"  {'strategy':<11}{'share':>6}{'seeds':>6}{'runs':>6}  {what}")
     for name, found in result["strategies"].items():
         for p in found["points"]:
@@ -150,7 +151,8 @@ def table(result: Mapping[str, Any]) -> list[str]:
                 values += f" {p['best']:.3g}"
             said = "" if p["says_misfit"] is None else f" misfit {p['says_misfit']:.0%}"
             lines.append(f"  {name:<11}{p['share']:>6g}{p['seeds']:>6}{p['runs']:>6.0f}  {values}{said}"[:80])
-    if any(p.get("best") is not None for f in result["strategies"].values() for p in f["points"]):
+    lines.append("  share of the grid's FLOPs; relative error; misfit: seeds that say so")
+    if bounded:
         lines.append("  * FLOPs of the best possible design for the row's rms, over the row's own")
     lines += [f"  {name}: {value:.3g}"[:80] for name, value in result["ratios"].items()]
     return lines
