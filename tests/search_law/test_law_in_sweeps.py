@@ -90,6 +90,20 @@ def test_a_finished_search_runs_nothing_when_it_is_run_again_and_its_check_stays
         assert again.law_search()["rows"] == first["rows"] == 13
 
 
+def test_dearer_runs_are_known_to_be_dearer_before_any_has_run(toy_parts: ModuleType, tmp_path: Path) -> None:
+    """Without a ``cost`` of its own a search takes its target's; the check is then the largest run that there is."""
+    sampler = make_law_sampler(resolve(spec(budget={"trials": 14})))
+    sizes = {
+        m: sampler.cost_of({"model": m, "method": "toy-tokens", "toy-tokens.tokens": 8}) for m in ("toy/s", "toy/xl")
+    }
+    assert sizes["toy/xl"] > sizes["toy/s"]
+    more = sampler.cost_of({"model": "toy/s", "method": "toy-tokens", "toy-tokens.tokens": 64})
+    assert more / sizes["toy/s"] == pytest.approx((50 + 64) / (50 + 8))
+    done = run(spec({"sampler": "law", "target": {**TARGET, "width": 0.02}}, budget={"trials": 14}), tmp_path)
+    table = done.results()
+    assert done.law_search()["check"]["place"] == {"N": max(table["N"].to_pylist()), "V": 64}
+
+
 def test_a_check_under_way_when_a_session_died_is_the_check_of_the_next(toy_parts: ModuleType, tmp_path: Path) -> None:
     sweep = resolve(spec({"sampler": "law", "target": TARGET}, budget={"trials": 14}))
     store = Store.open(str(tmp_path / "store"))

@@ -106,7 +106,8 @@ class SearchBlock(Block):
     by: tuple[Literal["method", "model"], ...] = Field((), description="law: a law each for these.")
     share: Literal["exponents"] | tuple[str, ...] = Field((), description="law: parameters that these laws share.")
     cost: str | None = Field(
-        None, description="law: cost of a trial, an expression of the axes, until FLOPs are measured."
+        None,
+        description="law: cost of a trial until FLOPs are measured, an expression of the axes and Q; default the target's.",
     )
     pruner: Literal["none", "median", "hyperband", "wilcoxon"] = Field(
         "none", description="Optuna's pruner; stops hopeless jobs between shards."

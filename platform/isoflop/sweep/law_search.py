@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import pyarrow as pa
 
 from isoflop.core.errors import UserError, unknown
+from isoflop.core.expressions import parse
 from isoflop.laws.result import plain
 from isoflop.ledger import Store
 from isoflop.models.base import family_of
@@ -28,6 +29,7 @@ from isoflop.search.law.axes import AxisSpec, Config, Reader
 from isoflop.search.law.contenders import LawChoice
 from isoflop.search.law.forecast import Forecast
 from isoflop.search.law.proposer import LawProposer
+from isoflop.search.law.targets import Budgeted
 from isoflop.sweep.blocks import ContenderBlock, TargetBlock
 from isoflop.sweep.resolve import Sweep
 from isoflop.sweep.spec import SweepSpec
@@ -39,6 +41,7 @@ _KINDS: dict[str, tuple[type[Target], tuple[str, ...], tuple[str, ...]]] = {
     "best-method": (BestMethod, ("budget",), ("confidence",)),
     "exponents": (Exponents, (), ("names", "group")),
 }
+_Q = 50.0  # text tokens, where a target does not say
 _FILE, _CHECK = "law_search.json", "law_check.json"
 _ALWAYS = ("kind", "width")
 _COSTED = ("cost", "q")
@@ -63,7 +66,7 @@ def make_target(block: TargetBlock) -> Target:
             raise UserError(f"the key {name!r} is missing; a target of kind {block.kind} needs {', '.join(needs)}")
     arguments = {k: v for k, v in values.items() if k not in ("kind", "q")}
     if costed:
-        arguments["constants"] = {"Q": block.q if block.q is not None else 50.0}
+        arguments["constants"] = {"Q": block.q if block.q is not None else _Q}
     if block.kind == "allocation" and isinstance(block.budget, tuple):
         raise UserError("budget: a target of kind allocation takes one; several are for best-method")
     return kind(**arguments)
@@ -99,8 +102,8 @@ def make_law_sampler(sweep: Sweep) -> LawSampler:
             share=block.share,
             outputs=_outputs(spec),
             space=sweep.space,
-            cost=block.cost,
-            constants={},
+            cost=block.cost or _default_cost(target, axes),
+            constants=dict(target.constants) if isinstance(target, Budgeted) else {"Q": _Q},
             cost_attr="flops",
             examples_attr="examples",
             budget=spec.budget.flops,
@@ -110,6 +113,16 @@ def make_law_sampler(sweep: Sweep) -> LawSampler:
         )
     except UserError as error:
         raise UserError(f"{source.where(where)}: {str(error).removeprefix('law sampler: ')}") from None
+
+
+def _default_cost(target: Target, axes: Mapping[str, AxisSpec]) -> str | None:
+    """Of a trial until FLOPs are measured (only ratios matter): the target's own cost of an answer, or the usual one."""
+    if isinstance(target, Budgeted):
+        known = {*axes, *target.constants}
+        return (
+            target.cost if parse(target.cost, "cost").names <= known else None
+        )  # the target's own check names what is wrong
+    return "2*N*(Q+V)" if {"N", "V"} <= set(axes) else "N" if "N" in axes else None
 
 
 def make_law_proposer(sweep: Sweep) -> LawProposer:
