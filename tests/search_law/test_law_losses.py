@@ -293,3 +293,16 @@ def test_intervals_follow_the_curved_posterior() -> None:
     low, high = (float(value[rank][np.searchsorted(share, q)]) for q in (0.025, 0.975))
     assert float(state.low[0]) == pytest.approx(low, abs=0.25 * (high - low))
     assert float(state.high[0]) == pytest.approx(high, abs=0.25 * (high - low))
+
+
+def test_an_optimum_on_the_end_of_its_range_is_said_to_be_there() -> None:
+    sampler = LawSampler(
+        AXES, OptimalAllocation(budget=5e9, width=0.3), candidates=GRID, cost=COST, budget=EVERYTHING, seed=0
+    )
+    study, rng = optuna.create_study(sampler=sampler), np.random.default_rng(0)
+    reason = None
+    while (reason := sampler.stop_reason(study)) is None:
+        trial = study.ask(sampler.search_space)
+        n, v = trial.params["n"], trial.params["v"]
+        study.tell(trial, 0.05 + 0.5 * (n / 1e7) ** -0.1 * v**-0.6 + 1e-4 * rng.standard_normal())
+    assert reason.startswith("known: half-width 0 of at most 0.3 (all draws lie on the end")

@@ -50,6 +50,7 @@ _PILOT_NOISE = 0.02**2  # relative variance that a pilot assumes
 _HELPS = 0.01
 _RULED_OUT = 0.0025
 _WANTED = 0.5  # runs of a candidate in the design from which it may be the next
+_NO_WIDTH = 1e-9
 _COUNTS = 0.02  # weight from which a hypothesis has a say in the design
 
 
@@ -357,7 +358,8 @@ class Planner:
             if all(p >= target.confidence for _, p in choices.values()) and self._believed:
                 return "known: " + ", ".join(f"{g} at {b} ({p:.1%})" for b, (g, p) in choices.items())
         elif target.width is not None and state.half_width <= target.width and self._believed:
-            return f"known: half-width {state.half_width:.3g} of at most {target.width:g}"
+            end = " (all draws lie on the end of the allowed range)" if state.half_width < _NO_WIDTH else ""
+            return f"known: half-width {state.half_width:.3g} of at most {target.width:g}{end}"
         if not affordable.any():
             return self._used_up
         if self.budget is not None and self._hopeless(pool, affordable):
