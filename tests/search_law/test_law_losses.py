@@ -249,6 +249,10 @@ def test_exponents_are_all_of_them_by_default_and_must_exist() -> None:
         trial = study.ask(sampler.search_space)
         study.tell(trial, error(**trial.params))
     assert [q.label for q in sampler.report(study).quantities] == ["alpha", "beta"]
+    LawSampler(AXES, Exponents(names=("alpha",)), ["product", "semilog"], candidates=GRID)  # a logarithm has none
+    LawSampler(AXES, Exponents(), ["product", "semilog"], candidates=GRID)
+    with pytest.raises(UserError, match="'semilog' has no exponents"):
+        LawSampler(AXES, Exponents(), ["semilog"], candidates=GRID)
     with pytest.raises(UserError, match=r"'alpah'.*did you mean 'alpha'|alpah.*alpha"):
         LawSampler(AXES, Exponents(names=("alpah",)), candidates=GRID)
 

@@ -218,6 +218,11 @@ def make_blocks(
     return tuple(Block(contender.form, positions, units, (g,), y_scale) for g in range(groups))
 
 
+def has_exponents(form: LawForm) -> bool:
+    """Whether a form has any: a logarithm has none."""
+    return any(not p.linear and p.scale == "linear" for p in form.parameters)
+
+
 def exponents_of(form: LawForm) -> tuple[str, ...]:
     """Parameters that are neither linear nor searched on a log scale: what ``share="exponents"`` means."""
     found = tuple(p.name for p in form.parameters if not p.linear and p.scale == "linear")

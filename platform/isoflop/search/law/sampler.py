@@ -36,7 +36,7 @@ from isoflop.core.errors import UserError, unknown
 from isoflop.search.law.axes import AxisSpec, Mapper
 from isoflop.search.law.belief import Belief
 from isoflop.search.law.candidates import BoxSource, Config, ListSource, Source, SpaceSource, config_key
-from isoflop.search.law.contenders import LawChoice, exponents_of, make_contender
+from isoflop.search.law.contenders import LawChoice, exponents_of, has_exponents, make_contender
 from isoflop.search.law.forecast import Forecast, make_forecast
 from isoflop.search.law.planner import Planner
 from isoflop.search.law.policy import CHECK, Choice, Policy, Pool
@@ -284,8 +284,10 @@ class LawSampler(BaseSampler):
         for name in target.names:
             if name not in known:
                 raise unknown("parameter", name, known, "target: names")
-        every = dict.fromkeys(n for c in self._contenders for n in exponents_of(c.form))
-        return target if target.names else replace(target, names=tuple(every))
+        if target.names:
+            return target
+        powers = [c.form for c in self._contenders if has_exponents(c.form)] or [self._contenders[0].form]
+        return replace(target, names=tuple(dict.fromkeys(n for form in powers for n in exponents_of(form))))
 
     def _prepare(self, source: Source) -> None:
         """Everything that follows from the space: ranges, groups, target, planner."""
