@@ -179,8 +179,7 @@ def _otherwise(p: FrontierPoint, configs: Sequence[Config]) -> str:
         return ""
     twin = _config_at(m.x, configs)
     what = twin.title if twin else ", ".join(f"{v} = {short(x)}" for v, x in m.x.items())
-    noise = "" if m.noise is not None else " (noise unknown: no repeats)"
-    return f"; but measured, {what} costs no more and has error {short(m.error)}, not {short(m.choice_error)}{noise}"
+    return f"; but measured, {what} costs no more and has error {short(m.error)}, not {short(m.choice_error)}{m.caveat}"
 
 
 def _config_at(x: Mapping[str, float], configs: Sequence[Config]) -> Config | None:

@@ -54,6 +54,11 @@ class Measured:
     choice_error: float | None
     noise: float | None = None
 
+    @property
+    def caveat(self) -> str:
+        """What to add where a difference could be chance."""
+        return "" if self.noise is not None else " (noise unknown: no repeats)"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return dict(vars(self))
@@ -215,8 +220,7 @@ def measured_otherwise(point: FrontierPoint) -> list[str]:
     if m is None or m.choice_error is None or not point.contradicted:
         return []
     where = ", ".join(f"{k} = {number(v)}" for k, v in m.x.items())
-    noise = "" if m.noise is not None else " (noise unknown: no repeats)"
-    return [f"{where} costs no more; error {number(m.error)}, of the law's choice {number(m.choice_error)}{noise}"]
+    return [f"{where} costs no more; error {number(m.error)}, of the law's choice {number(m.choice_error)}{m.caveat}"]
 
 
 @dataclass

@@ -154,7 +154,7 @@ def _contradictions(frontier: Frontier) -> list[str]:
         if m is not None and point.contradicted:
             theirs, ours = (" ".join(f"{k}={_whole(v)}" for k, v in x.items()) for x in (point.discrete[0].x, m.x))
             text = f"{ours} costs no more than {theirs} and measured {m.error:.{_DIGITS}g}, not {m.choice_error:.{_DIGITS}g}"
-            text += "" if m.noise is not None else " (noise unknown: no repeats)"
+            text += m.caveat
             found.setdefault(text, []).append(f"{point.budget:.{_DIGITS}g}")
     return [f"! at {', '.join(budgets)}: {text}" for text, budgets in found.items()]
 
