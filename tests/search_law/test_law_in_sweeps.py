@@ -128,6 +128,19 @@ def test_a_check_under_way_when_a_session_died_is_the_check_of_the_next(toy_part
     assert heir.report().rows == len(told)
 
 
+def test_a_failed_trial_counts_alike_before_and_after_a_resume() -> None:
+    sweep = resolve(spec(budget={"trials": 14}))
+    first, heir = make_law_proposer(sweep), make_law_proposer(sweep)
+    (p,) = first.ask(1)
+    for proposer in (first, heir):
+        proposer.tell(Tell(p.number, p.config, "failed"))
+    proposed = [proposer.ask(1)[0].config for proposer in (first, heir)]
+    assert proposed[0] == proposed[1] != p.config
+    planners = [proposer._law._planner for proposer in (first, heir)]
+    assert planners[0].runs == planners[1].runs == 1
+    assert planners[0].spent == pytest.approx(planners[1].spent)
+
+
 def test_a_mean_over_tasks_is_said_to_be_one() -> None:
     one = resolve(spec()).spec
     two = one.model_copy(update={"tasks": (*one.tasks, one.tasks[0].model_copy(update={"name": "other"}))})

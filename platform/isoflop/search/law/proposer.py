@@ -72,6 +72,8 @@ class LawProposer(OptunaProposer):
                 trial.set_user_attr(name, value)
         elif self._is_check(result.config):
             result = replace(result, attributes={**result.attributes, ROLE: CHECK})
+        elif result.outcome != "complete":  # it ran in an earlier session, and is paid for as it was then
+            result = replace(result, attributes={**result.attributes, ROLE: "given"})
         super().tell(result)
 
     @property
