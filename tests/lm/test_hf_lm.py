@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +71,20 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @torch.no_grad()
 def test_the_attention_slot_gives_stock_logits(model: LmModel) -> None:
+    """To a few times what float32 leaves of the stock pass itself, which is taken anew in float64: 1.7 times at most over six
+    seeds and three instruction sets, where attention weights rounded to float16 are off by 400 times and more."""
     batch = padded()
     stock = model.logits(batch)
-    scale = stock.abs().max()
+    exact = LmModel(model.info, copy.deepcopy(model.module).double()).logits(batch)
+    assert stock.dtype == torch.float32
+    rounding = (stock - exact)[batch.valid_BT].abs().max()
+    assert rounding <= 5e-6 * stock.abs().max()
     with build("full-cache", {}).apply(model, None):
         plain = model.logits(LmBatch(batch.ids_BT, batch.targets_BT, 0, batch.valid_BT))
         together, alone = model.logits(batch), model.stepwise_logits(batch)
     real = batch.valid_BT
     for ours in (plain, together, alone):
-        assert ((ours - stock)[real]).abs().max() <= 1e-6 * scale
+        assert ((ours - stock)[real]).abs().max() <= 5 * rounding
 
 
 @torch.no_grad()
