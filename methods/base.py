@@ -1,17 +1,18 @@
-"""The contract of a compression method: knobs, ``prepare``, ``apply``, ``footprint``."""
+"""The contract of a compression method: knobs, hooks, ``prepare``, ``occupants``, ``footprint``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from isoflop.core.errors import Infeasible
+from isoflop.core.hook import Hook
 from isoflop.core.knobs import KnobSpec, KnobValue, check_knobs, knob_specs
 from isoflop.core.registry import Registry
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import Model, ModelInfo
+from isoflop.models.hooks.occupant import Occupant
 
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe
@@ -27,36 +28,36 @@ class Method:
 
     Class attributes:
         name: set by registration.
-        family: the family's name; set by the family base class, which also owns the hook point.
+        family: the family's name; set by the family base class, which also owns the hooks' algorithms.
         version: part of every job id; raise it when the same knobs would compute something else.
         paper: reference, e.g. "arXiv 2411.03312".
-        needs: hook points and capabilities that the model must offer (``ModelInfo.hooks``).
-        order: methods of one trial are applied in ascending order: weights 0, tokens inside the vision tower 5,
-            visual tokens 10, tokens between decoder layers 20, neurons of the feed-forward blocks 25, KV cache and
-            attention 30.
-        trains_model: takes part in training a model family that is trained here.
-        asked_by_task: acts, or is measured, only where the task asks for what stands in its slot (``Task.asks``).
-        slot: the place in the model that the method takes for itself; a trial has at most one method per slot; ""
-            where methods of a family can be applied together.
+        hooks: the places in the model that the method takes, each for itself: a trial has one method per hook. Methods
+            of a trial are applied in the order of their first hooks.
+        needs: what the model must offer besides its hooks (``ModelInfo.offers``).
+        trains_model: takes part in training a model family that is trained here. A family that cannot train with one
+            of its hooks occupied refuses it at plan (``ModelFamily.trainable``).
     """
 
     name: ClassVar[str] = ""
     family: ClassVar[str] = ""
     version: ClassVar[str] = "1"
     paper: ClassVar[str] = ""
+    hooks: ClassVar[tuple[Hook[Any], ...]] = ()
     needs: ClassVar[frozenset[str]] = frozenset()
-    order: ClassVar[int] = 0
     trains_model: ClassVar[bool] = False
-    asked_by_task: ClassVar[bool] = False
-    slot: ClassVar[str] = ""
 
     def knobs(self) -> dict[str, KnobValue]:
         """All knob values, defaults included."""
         return {name: getattr(self, name) for name in knob_specs(type(self))}
 
-    def spec(self) -> dict[str, Any]:
-        """What names this method in a job id: name, version and every knob."""
-        return {"name": self.name, "version": self.version, "knobs": self.knobs()}
+    def as_field(self) -> tuple[str, str, tuple[tuple[str, KnobValue], ...]]:
+        """What names this method in the key of a stage that holds it: name, version and every knob."""
+        return self.name, self.version, tuple(sorted(self.knobs().items()))
+
+    @classmethod
+    def order(cls) -> int:
+        """Of application within a trial: that of the first hook."""
+        return min((hook.order for hook in cls.hooks), default=0)
 
     def as_trained(self) -> Method:
         """The configuration that takes part in training a model, and that other methods calibrate behind.
@@ -79,11 +80,7 @@ class Method:
 
     def check(self, info: ModelInfo) -> None:
         """Raise Infeasible when this configuration cannot work on the model; names the knob and what would work."""
-        missing = self.needs - info.hooks
-        if missing:
-            raise Infeasible(
-                f"method {self.name} needs {', '.join(sorted(missing))}, which model {info.ref} does not offer (it offers: {', '.join(sorted(info.hooks)) or 'nothing'})"
-            )
+        info.check_offers(f"method {self.name}", self.hooks, self.needs)
 
     def check_prompt(self, tokens: int, task: str) -> None:
         """Raise Infeasible when this configuration would keep nothing of prompts of ``tokens`` tokens in ``task``."""
@@ -101,15 +98,31 @@ class Method:
         """
         return None
 
+    def occupants(self, model: Model, prepared: Any) -> Mapping[Hook[Any], Occupant]:
+        """What sits in the method's hooks while it is applied; occupants of several hooks may share what they know.
+
+        Args:
+            model: as the methods before have left it; not to be changed here, but by what occupants do when they are in
+                place (``Occupant.at_work``).
+            prepared: the value of the ``prepare`` stage, or None.
+        """
+        raise NotImplementedError(
+            f"method {self.name} puts nothing into {', '.join(map(str, self.hooks)) or 'any hook'}"
+        )
+
     @contextmanager
     def apply(self, model: Model, prepared: Any) -> Iterator[None]:
-        """Compress ``model`` inside the ``with`` block and leave it exactly as it was.
+        """Compress ``model`` inside the ``with`` block: its hooks are occupied, and free again afterwards.
 
         Args:
             prepared: the value of the ``prepare`` stage, or None.
         """
-        raise NotImplementedError
-        yield
+        self.check(model.info)
+        with ExitStack() as stack:
+            found = self.occupants(model, prepared)
+            for hook in sorted(found, key=lambda hook: hook.order):
+                stack.enter_context(model.occupy(hook, found[hook]))
+            yield
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
         """Costs only the method knows of (bytes of scales, indices, masks; extra parameters), measured while applied.

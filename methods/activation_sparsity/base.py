@@ -1,6 +1,6 @@
 """Methods that leave neurons of the feed-forward blocks out, token by token, where they hardly matter.
 
-The base class owns the hook point: taps on the input of every down projection, which a mask multiplies, and on the output
+The base class owns what sits in the hook ``feed_forward``: taps on the input of every down projection, which a mask multiplies, and on the output
 of the activation function, which some rules look at. A masked neuron is one whose column of W_out, and whose rows of the
 matrices before it, need not be read for this token. Nothing is skipped here: the pass stays dense and the mask is counted.
 
@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from isoflop.core.errors import Infeasible
+from isoflop.core.hook import Hook
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
 from isoflop.models.base import Model
 from isoflop.models.decoder_model import DecoderModel, decoder_model
-from isoflop.models.mlps import Mlp, mlps_of, rows_mean
+from isoflop.models.hooks.feed_forward import FEED_FORWARD, Mlp, MlpPolicy, mlps_of, rows_mean
+from isoflop.models.hooks.occupant import Occupant
 from isoflop.models.taps import ActivationTap
 
 if TYPE_CHECKING:
@@ -40,24 +42,17 @@ class ActivationSparsityMethod(Method):
 
     family: ClassVar[str] = "activation-sparsity"
     version: ClassVar[str] = "2"
-    slot: ClassVar[str] = "mlp"
-    asked_by_task: ClassVar[bool] = True
-    needs: ClassVar[frozenset[str]] = frozenset({"mlp"})
-    order: ClassVar[int] = 25
+    hooks: ClassVar[tuple[Hook[Any], ...]] = (FEED_FORWARD,)
 
     @abstractmethod
     def rules(self, mlps: Sequence[Mlp], prepared: Any) -> list[Rule]:
         """One rule per block, for the weights as they are now."""
 
-    @contextmanager
-    def apply(self, model: Model, prepared: Any) -> Iterator[None]:
-        """Put the masks in place."""
-        self.check(model.info)
+    def occupants(self, model: Model, prepared: Any) -> dict[Hook[Any], Occupant]:
+        """The masks."""
         decoder = decoder_model(model, self.name)
         mlps = blocks_of(decoder, self.name)
-        sparsity = Sparsity(decoder, mlps, self.rules(mlps, prepared), getattr(prepared, "figures", {}))
-        with sparsity.hooked(), decoder.thinning(sparsity):
-            yield
+        return {FEED_FORWARD: Sparsity(decoder, mlps, self.rules(mlps, prepared), getattr(prepared, "figures", {}))}
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
         """Over the tokens of all passes that were observed: those of the examples that the task scored.
@@ -70,12 +65,12 @@ class ActivationSparsityMethod(Method):
         Raises:
             ValueError: the method is not applied, or nobody observed a pass.
         """
-        sparsity = decoder_model(model, self.name).mlp
+        sparsity = model.occupant(FEED_FORWARD)
         if not isinstance(sparsity, Sparsity):
             raise ValueError(f"method {self.name} is not applied")
         if not sparsity.tokens:
             raise ValueError(
-                f"method {self.name}: no pass was observed; a task calls model.mlp.observed() after each pass that it scores"
+                f"method {self.name}: no pass was observed; a task calls observed() after each pass that it scores"
             )
         active = sparsity.active_share()
         dense = 2 * sum(
@@ -97,8 +92,8 @@ class ActivationSparsityMethod(Method):
         return ActivationProbe()
 
 
-class Sparsity:
-    """Rules at work in a decoder (an ``MlpPolicy``).
+class Sparsity(MlpPolicy):
+    """Rules at work in a decoder.
 
     Args:
         model: whose passes are followed.
@@ -130,7 +125,7 @@ class Sparsity:
         self.tokens, self._total = 0.0, 0.0
 
     @contextmanager
-    def hooked(self) -> Iterator[None]:
+    def at_work(self, model: Any) -> Iterator[None]:
         """Masks in place inside the block."""
         with ExitStack() as stack:
             entering = self._model.decoder.register_forward_pre_hook(self._begin, with_kwargs=True)

@@ -100,7 +100,7 @@ class Calibration:
         """Mean negative log-likelihood per token in nats, and the share of active neurons, under ``rules`` or dense."""
         sparsity = None if rules is None else Sparsity(self.model, self.mlps, rules)
         total, tokens = 0.0, 0
-        with nullcontext() if sparsity is None else sparsity.hooked():
+        with nullcontext() if sparsity is None else sparsity.at_work(self.model):
             for batch in self._batches:
                 logits_SW, targets_S = self.model.supervised(batch)
                 total += float(F.cross_entropy(logits_SW.float(), targets_S, reduction="sum").double())

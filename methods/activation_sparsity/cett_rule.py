@@ -27,7 +27,7 @@ from isoflop.methods.base import METHODS, Method
 from isoflop.methods.bisection import largest_allowed
 from isoflop.methods.calibration import OnModel
 from isoflop.models.base import ModelInfo, family_of
-from isoflop.models.mlps import Mlp
+from isoflop.models.hooks.feed_forward import Mlp
 
 MOST_CETT = 0.95
 """At 1 nothing need stay."""

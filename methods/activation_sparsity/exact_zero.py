@@ -12,7 +12,7 @@ from isoflop.methods.activation_sparsity.base import ActivationSparsityMethod, R
 from isoflop.methods.activation_sparsity.rules import nonzero
 from isoflop.methods.base import METHODS, Method
 from isoflop.models.base import ModelInfo
-from isoflop.models.mlps import Mlp
+from isoflop.models.hooks.feed_forward import Mlp
 
 
 @METHODS.register("mlp-exact-zero")

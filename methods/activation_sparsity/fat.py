@@ -23,7 +23,7 @@ from isoflop.methods.activation_sparsity.rules import at_least, just_above
 from isoflop.methods.base import METHODS, Method
 from isoflop.methods.bisection import largest_allowed
 from isoflop.models.base import ModelInfo
-from isoflop.models.mlps import Mlp
+from isoflop.models.hooks.feed_forward import Mlp
 
 RESOLUTION = 2**14
 """Steps between no neuron and all of them."""

@@ -18,6 +18,7 @@ from isoflop.methods.activation_sparsity.calibration import ThresholdMethod
 from isoflop.methods.base import Method
 from isoflop.methods.kv_cache.probe import PROMPT, TAIL, VOCABULARY, untrained_decoder
 from isoflop.methods.probe import Probe
+from isoflop.models.hooks.feed_forward import FEED_FORWARD
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
 
 
@@ -26,7 +27,7 @@ class ActivationProbe(Probe):
 
     def __init__(self, examples: int = 4) -> None:
         self.model: LmModel = untrained_decoder()
-        self.model.info = replace(self.model.info, hooks=self.model.info.hooks | {"mlp"})
+        self.model.info = replace(self.model.info, hooks=self.model.info.hooks | {FEED_FORWARD})
         self.ctx = FolderContext(Path(mkdtemp(prefix="isoflop-probe-")))
         self.examples = examples
         self._found: dict[str, Any] = {}
@@ -49,13 +50,13 @@ class ActivationProbe(Probe):
     @torch.no_grad()
     def verify(self, method: Method, prepared: Any) -> None:
         """The share that is counted is that of the neurons that enter the down projections and are not zero, at most."""
-        from isoflop.models.mlps import mlps_of
+        from isoflop.models.hooks.feed_forward import mlps_of
         from isoflop.models.taps import ActivationTap
 
         tap = ActivationTap(mlps_of(self.model.decoder)[0].down)
         with tap.read() as seen:  # a hook behind the method's own, which sees what it has left
             self.outputs([0])
-        sparsity = self.model.mlp
+        sparsity = self.model.occupant(FEED_FORWARD)
         assert isinstance(sparsity, Sparsity)
         left = float((seen[0] != 0).double().mean())
         counted = sparsity.share_of_layer(0)
@@ -66,11 +67,15 @@ class ActivationProbe(Probe):
         """Logits, (B, tokens · vocabulary); the pass is observed, as a task does."""
         ids_BT = self._ids[list(rows)]
         logits_BTW = self.model.logits(LmBatch(ids_BT, torch.full_like(ids_BT, NOT_SCORED)))
-        if self.model.mlp is not None:
-            self.model.mlp.observed()
+        if self.model.occupant(FEED_FORWARD) is not None:
+            self.model.occupant(FEED_FORWARD).observed()
         return logits_BTW.flatten(1)
 
     def cost(self) -> float:
         """Active neurons over all; 1 for the model as it is."""
         self.outputs([0])
-        return self.model.mlp.active_share() if isinstance(self.model.mlp, Sparsity) else 1.0
+        return (
+            self.model.occupant(FEED_FORWARD).active_share()
+            if isinstance(self.model.occupant(FEED_FORWARD), Sparsity)
+            else 1.0
+        )

@@ -13,7 +13,7 @@ from isoflop.methods.activation_sparsity.base import ActivationSparsityMethod, R
 from isoflop.methods.activation_sparsity.rules import top_of_each, units_kept
 from isoflop.methods.base import METHODS, Method
 from isoflop.models.base import ModelInfo
-from isoflop.models.mlps import Mlp
+from isoflop.models.hooks.feed_forward import Mlp
 
 
 @METHODS.register("mlp-topk")

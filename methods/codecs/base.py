@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from isoflop.core.errors import Infeasible
+from isoflop.core.hook import Hook
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
 from isoflop.models.base import Model, ModelInfo
-from isoflop.models.codec import CODEC_HOOK, CodecRun, ImageCodec
-from isoflop.models.vit import VitInfo, VitModel
+from isoflop.models.hooks.occupant import Occupant
+from isoflop.models.hooks.pixels import PIXELS, ImageCodec, ImageCodecRun
+from isoflop.models.hooks.signals import CodecRun
+from isoflop.models.vit import VitInfo
 
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe
 
 
 @dataclass(frozen=True)
-class CodecMethod(Method):
+class ImageCodecMethod(Method):
     """Base class of methods that send images through bytes before the model sees them.
 
     The model stays as it is: its input is rounded to 8 bits, encoded, decoded from nothing but the bytes, and rounded to 8
@@ -30,9 +31,7 @@ class CodecMethod(Method):
 
     family: ClassVar[str] = "codecs"
     version: ClassVar[str] = "2"
-    needs: ClassVar[frozenset[str]] = frozenset({CODEC_HOOK})
-    order: ClassVar[int] = 2
-    slot: ClassVar[str] = "codec"
+    hooks: ClassVar[tuple[Hook[Any], ...]] = (PIXELS,)
 
     @abstractmethod
     def codec(self, info: VitInfo, prepared: Any) -> ImageCodec:
@@ -47,20 +46,15 @@ class CodecMethod(Method):
         super().check(info)
         codec_info(info)
 
-    @contextmanager
-    def apply(self, model: Model, prepared: Any) -> Iterator[None]:
-        """Send every image through the codec."""
-        if not isinstance(model, VitModel):
-            raise Infeasible(f"model {model.info.ref} is no image classifier: codecs do not apply")
-        self.check(model.info)
-        with model.coding(self.codec(model.info, prepared)):
-            yield
+    def occupants(self, model: Model, prepared: Any) -> dict[Hook[Any], Occupant]:
+        """Every image goes through the codec."""
+        return {PIXELS: ImageCodecRun(self.codec(codec_info(model.info), prepared))}
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
         """Real bytes, means over the images that were evaluated since ``apply``.
 
         ``codec_bytes`` is the length of the byte string, ``codec_payload_bytes`` the same without what is equal for every
-        image (see :class:`isoflop.models.codec.Coded`), ``raw_bytes`` that of 8-bit samples; ``ratio`` and
+        image (see :class:`isoflop.models.hooks.signals.Coded`), ``raw_bytes`` that of 8-bit samples; ``ratio`` and
         ``ratio_payload`` are the raw bytes over either, ``bits_per_pixel`` and ``payload_bits_per_pixel`` eight times
         either over the pixels. ``method_params`` and ``method_bytes`` are elements and bytes of what the codec itself
         must hold (``ImageCodec.tensors``), once for all images; the task has them in ``weight_bytes``, too.
@@ -74,8 +68,8 @@ class CodecMethod(Method):
             "raw_bytes": mean.raw,
             "codec_bytes": mean.coded,
             "codec_payload_bytes": payload,
-            "bits_per_pixel": 8 * mean.coded / mean.pixels,
-            "payload_bits_per_pixel": 8 * payload / mean.pixels,
+            "bits_per_pixel": 8 * mean.coded / mean.elements,
+            "payload_bits_per_pixel": 8 * payload / mean.elements,
             "method_params": float(sum(t.numel() for t in run.codec.tensors())),
             "method_bytes": run.codec.weight_bytes(model.info.dense_bits),
         }
@@ -101,6 +95,7 @@ def run_of(model: Model) -> CodecRun:
     Raises:
         ValueError: there is none.
     """
-    if not isinstance(model, VitModel) or model.codec is None:
+    run = model.occupant(PIXELS)
+    if run is None:
         raise ValueError(f"no codec is applied to model {model.info.ref}")
-    return model.codec
+    return run

@@ -9,14 +9,14 @@ from typing import Annotated, Any
 from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
-from isoflop.methods.codecs.base import CodecMethod, codec_info
+from isoflop.methods.codecs.base import ImageCodecMethod, codec_info
 from isoflop.methods.codecs.pictures import MODES, FileCodec, jpeg_header, png_header, webp_header
 from isoflop.models.base import ModelInfo
 from isoflop.models.vit import VitInfo
 
 
 @dataclass(frozen=True)
-class FileMethod(CodecMethod):
+class FileMethod(ImageCodecMethod):
     """Base class of codecs that write every image as a file of its own."""
 
     def check(self, info: ModelInfo) -> None:

@@ -16,19 +16,20 @@ from torch.nn import functional as F
 
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
-from isoflop.methods.codecs.base import CodecMethod
-from isoflop.models import sprite_world as world
+from isoflop.methods.codecs.base import ImageCodecMethod
 from isoflop.models.base import ModelInfo
-from isoflop.models.codec import CODEC_HOOK, Coded, ImageCodec
-from isoflop.models.vit import IMAGES_HOOK, VitInfo
+from isoflop.models.hooks.pixels import ImageCodec
+from isoflop.models.hooks.signals import Coded
+from isoflop.models.vit import LABELLED_IMAGES, VitInfo
+from isoflop.models.worlds import sprite_world as world
 
 
 @METHODS.register("downsample")
 @dataclass(frozen=True)
-class Downsample(CodecMethod):
+class Downsample(ImageCodecMethod):
     """Means of squares of pixels as raw 8-bit samples, enlarged again by bicubic interpolation. There is no header."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({CODEC_HOOK, IMAGES_HOOK})
+    needs: ClassVar[frozenset[str]] = frozenset({LABELLED_IMAGES})
 
     factor: Annotated[
         int, Knob(choices=(1, 2, 4, 8, 16, 32), ratio=True, unit="pixels", doc="side of a square that is averaged")

@@ -18,15 +18,16 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import METHODS, Method
-from isoflop.methods.codecs.base import CodecMethod, codec_info
+from isoflop.methods.codecs.base import ImageCodecMethod, codec_info
 from isoflop.methods.codecs.packing import COUNT_BYTES, MOST_CODES, read_codes, write_codes
 from isoflop.methods.codecs.tokenizer_training import Recipe, TokenizerStage
-from isoflop.models import sprite_world as world
 from isoflop.models.base import Model, ModelInfo
-from isoflop.models.codec import CODEC_HOOK, Coded, ImageCodec, to_bytes
-from isoflop.models.quantizers import KINDS
-from isoflop.models.tokenizer import Tokenizer, TokenizerSize
-from isoflop.models.vit import IMAGES_HOOK, VitInfo
+from isoflop.models.hooks.pixels import ImageCodec, to_bytes
+from isoflop.models.hooks.signals import Coded
+from isoflop.models.networks.image_tokenizer import Tokenizer, TokenizerSize
+from isoflop.models.networks.quantizers import KINDS
+from isoflop.models.vit import LABELLED_IMAGES, VitInfo
+from isoflop.models.worlds import sprite_world as world
 
 DROPS = {"uniform": "every", "pow2": "powers", "none": "full"}
 """The knob ``tail_drop`` as kinds of ``BudgetSampler``."""
@@ -36,7 +37,7 @@ HEAD = 16
 
 @METHODS.register("one-d-piece")
 @dataclass(frozen=True)
-class OneDPiece(CodecMethod):
+class OneDPiece(ImageCodecMethod):
     """The first ``tokens`` of L codes of a trained tokenizer, packed; one training serves every count.
 
     1. Patches, a class token and L learned latent tokens pass a transformer with full attention; the latent tokens are
@@ -57,7 +58,7 @@ class OneDPiece(CodecMethod):
     """
 
     paper: ClassVar[str] = "arXiv 2501.10064"
-    needs: ClassVar[frozenset[str]] = frozenset({CODEC_HOOK, IMAGES_HOOK})
+    needs: ClassVar[frozenset[str]] = frozenset({LABELLED_IMAGES})
 
     tokens: Annotated[
         int, Knob(low=1, high=MOST_CODES, log=True, ratio=True, unit="tokens", doc="kept, at most n_latent")

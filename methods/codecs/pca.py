@@ -18,12 +18,13 @@ from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import METHODS, Method
-from isoflop.methods.codecs.base import CodecMethod, codec_info
+from isoflop.methods.codecs.base import ImageCodecMethod, codec_info
 from isoflop.methods.codecs.packing import COUNT_BYTES, MOST_CODES, read_codes, write_codes
-from isoflop.models import sprite_world as world
 from isoflop.models.base import ModelInfo
-from isoflop.models.codec import CODEC_HOOK, Coded, ImageCodec, to_bytes
-from isoflop.models.vit import IMAGES_HOOK, VitInfo
+from isoflop.models.hooks.pixels import ImageCodec, to_bytes
+from isoflop.models.hooks.signals import Coded
+from isoflop.models.vit import LABELLED_IMAGES, VitInfo
+from isoflop.models.worlds import sprite_world as world
 
 RANGE = 3.0
 """Coefficients are rounded within so many standard deviations of their component, and clipped outside."""
@@ -31,13 +32,13 @@ RANGE = 3.0
 
 @METHODS.register("pca-codec")
 @dataclass(frozen=True)
-class PcaCodec(CodecMethod):
+class PcaCodec(ImageCodecMethod):
     """The first coefficients in the basis of the training images' principal components, rounded to ``bits`` bits each.
 
     An image costs one byte for the count and ⌈components · bits / 8⌉ bytes.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({CODEC_HOOK, IMAGES_HOOK})
+    needs: ClassVar[frozenset[str]] = frozenset({LABELLED_IMAGES})
 
     components: Annotated[
         int, Knob(low=1, high=MOST_CODES, log=True, ratio=True, unit="numbers", doc="kept coefficients")

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from isoflop.models.codec import Coded, ImageCodec
+from isoflop.models.hooks.pixels import ImageCodec
+from isoflop.models.hooks.signals import Coded
 
 MODES = {1: "L", 3: "RGB"}
 """Pillow's names for images of so many channels."""

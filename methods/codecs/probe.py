@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import Method
-from isoflop.methods.codecs.base import CodecMethod
+from isoflop.methods.codecs.base import ImageCodecMethod
 from isoflop.methods.codecs.one_d_piece import OneDPiece
 from isoflop.methods.codecs.tokenizer_training import TokenizerStage
 from isoflop.methods.probe import Probe
 from isoflop.methods.vit_tokens.probe import untrained_model
-from isoflop.models.codec import ImageCodec, to_bytes
-from isoflop.models.sprite_world import ImageSet
-from isoflop.models.tokenizer import Tokenizer
+from isoflop.models.hooks.pixels import PIXELS, ImageCodec, to_bytes
+from isoflop.models.networks.image_tokenizer import Tokenizer
 from isoflop.models.vit import VitModel
+from isoflop.models.worlds.sprite_world import ImageSet
 
 
 class CodecProbe(Probe):
@@ -56,7 +56,7 @@ class CodecProbe(Probe):
 
         What the codec holds besides is counted: no tensor that can be reached from it is missing in ``tensors``.
         """
-        assert isinstance(method, CodecMethod)
+        assert isinstance(method, ImageCodecMethod)
         codec = method.codec(self.model.info, prepared)
         counted = {t.untyped_storage().data_ptr() for t in codec.tensors()}
         missing = [tuple(t.shape) for t in reachable(codec) if t.untyped_storage().data_ptr() not in counted]
@@ -82,9 +82,9 @@ class CodecProbe(Probe):
     def cost(self) -> float:
         """Bytes of an image, a mean over the examples: of its string, or of 8-bit samples without a codec."""
         self.model.seen(self._images, torch.arange(self.examples))
-        if self.model.codec is None:
+        if self.model.occupant(PIXELS) is None:
             return float(self._images[0].numel())
-        return self.model.codec.bytes().coded
+        return self.model.occupant(PIXELS).bytes().coded
 
 
 def reachable(value: object) -> Iterator[Tensor]:

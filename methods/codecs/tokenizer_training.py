@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from isoflop.core.hashing import derive_seed
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.budgets import BudgetSampler
-from isoflop.models import sprite_world as world
-from isoflop.models.codec import to_bytes
-from isoflop.models.descent import descend, record_training
-from isoflop.models.quantizers import VectorQuantizer, usage_of
-from isoflop.models.tokenizer import Tokenizer, TokenizerSize
+from isoflop.models.hooks.pixels import to_bytes
+from isoflop.models.networks.image_tokenizer import Tokenizer, TokenizerSize
+from isoflop.models.networks.quantizers import VectorQuantizer, usage_of
+from isoflop.models.training.descent import descend, record_training
+from isoflop.models.worlds import sprite_world as world
 
 log = logging.getLogger(__name__)
 _WEIGHTS = "tokenizer.safetensors"
@@ -68,7 +68,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Step:
+class TokenizerLesson:
     """One batch: its number, images (B, C, H, W) in [0, 1], and how many tokens of each are kept, (B,)."""
 
     number: int
@@ -76,7 +76,7 @@ class Step:
     kept_B: Tensor
 
 
-def lessons(recipe: Recipe, tokens: int, data: str, seed: int) -> Iterator[Step]:
+def lessons(recipe: Recipe, tokens: int, data: str, seed: int) -> Iterator[TokenizerLesson]:
     """All batches in order: 8-bit images of the training split with objects of all shares, and lengths."""
     sampler = BudgetSampler(recipe.drop, tokens, tokens)
     images = world.ImageSet(data, "train", recipe.steps * recipe.batch, 0.0, derive_seed("tokenizer lessons", seed))
@@ -85,7 +85,7 @@ def lessons(recipe: Recipe, tokens: int, data: str, seed: int) -> Iterator[Step]
         for batch_BCHW in torch.from_numpy(images_NCHW).split(recipe.batch):
             kept = sampler.draw_each(number, seed, len(batch_BCHW) if recipe.each else 1)
             kept_B = torch.tensor(kept).expand(len(batch_BCHW))
-            yield Step(number, to_bytes(batch_BCHW).float() / 255, kept_B)
+            yield TokenizerLesson(number, to_bytes(batch_BCHW).float() / 255, kept_B)
             number += 1
 
 
@@ -116,7 +116,7 @@ class Trainer:
         self.tokenizer.eval().requires_grad_(False)
         return losses
 
-    def loss(self, step: Step) -> Tensor:
+    def loss(self, step: TokenizerLesson) -> Tensor:
         """Squared error of the pixels, in [-1, 1], behind the tail drop, and the quantizer's loss of all tokens."""
         self._revive(step.number)
         found = self.tokenizer.quantizer(self.tokenizer.latents(step.images_BCHW))
@@ -127,7 +127,7 @@ class Trainer:
         images_BCHW = self.tokenizer.render(found.values_BLD, length, kept_B)
         return 4 * F.mse_loss(images_BCHW, step.images_BCHW) + self.recipe.quantizer_weight * found.loss
 
-    def _descend(self, steps: Iterator[Step], count: int, betas: tuple[float, float]) -> list[float]:
+    def _descend(self, steps: Iterator[TokenizerLesson], count: int, betas: tuple[float, float]) -> list[float]:
         parameters = [p for p in self.tokenizer.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.recipe.lr, betas=betas, weight_decay=1e-4, fused=True)
         schedule = dataclasses.replace(self.recipe, steps=count)

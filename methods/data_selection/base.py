@@ -13,8 +13,7 @@ import dataclasses
 import json
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -22,14 +21,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import numpy as np
 
 from isoflop.core.errors import Infeasible
+from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Method, build
 from isoflop.methods.data_selection.scorers import DocumentScorer, OracleScorer
 from isoflop.methods.data_selection.select import UNITS, Budget, select
 from isoflop.models.base import Model, ModelInfo
-from isoflop.models.lm import LmInfo, LmModel
-from isoflop.models.text_pool import Document, Selection, SelectionSource, TrainingPool
+from isoflop.models.hooks.documents import DOCUMENTS, DocumentSelection, SelectionSource
+from isoflop.models.hooks.occupant import Occupant
+from isoflop.models.lm import LmInfo
+from isoflop.models.worlds.text_pool import Document, TrainingPool
 
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe
@@ -48,9 +50,7 @@ class DataSelectionMethod(Method):
     """
 
     family: ClassVar[str] = "data-selection"
-    needs: ClassVar[frozenset[str]] = frozenset({"data-selection"})
-    order: ClassVar[int] = 0
-    slot: ClassVar[str] = "training-data"
+    hooks: ClassVar[tuple[Hook[Any], ...]] = (DOCUMENTS,)
     trains_model: ClassVar[bool] = True
     wants_target: ClassVar[bool] = True
     by_chance: ClassVar[bool] = False
@@ -104,23 +104,15 @@ class DataSelectionMethod(Method):
         """What the training depends on: the selection, or None where everything is kept, whoever decides that."""
         return None if self.keep == 1.0 else self.selection(info, seed)
 
-    @contextmanager
-    def apply(self, model: Model, prepared: Any) -> Iterator[None]:
-        """Note on the model what it was trained on.
+    def occupants(self, model: Model, prepared: Any) -> dict[Hook[Any], Occupant]:
+        """What the model was trained on.
 
         Args:
-            prepared: the :class:`Selection` that its training used.
+            prepared: the :class:`DocumentSelection` that its training used.
         """
-        self.check(model.info)
-        if not isinstance(model, LmModel) or not isinstance(prepared, Selection):
-            raise ValueError(f"method {self.name}: apply() needs a language model and the value of its prepare() stage")
-        if model.selection is not None:
-            raise Infeasible(f"method {self.name}: the training data are selected already; a trial takes one selection")
-        model.selection = prepared
-        try:
-            yield
-        finally:
-            del model.selection
+        if not isinstance(prepared, DocumentSelection):
+            raise ValueError(f"method {self.name}: apply() needs the value of its prepare() stage")
+        return {DOCUMENTS: prepared}
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
         """``ratio`` = tokens of the pool over kept ones, and what the selection cost and chose.
@@ -130,8 +122,7 @@ class DataSelectionMethod(Method):
         ``method_bytes`` is what the scorer held, which a served model does not need; ``target_share`` the share of kept
         tokens from the target's domain; ``length_correlation`` that of the scores with the documents' tokens.
         """
-        assert isinstance(model, LmModel)
-        found = model.selection
+        found = model.occupant(DOCUMENTS)
         if found is None:
             raise ValueError(f"method {self.name} is not applied")
         target = pool_of(model.info).target or ""
@@ -186,7 +177,7 @@ def scored(scorer: DocumentScorer | OracleScorer, pool: Sequence[Document], targ
     return Scored(scores_N, time.process_time() - started, scorer.nbytes, scorer.work)
 
 
-def selection_of(pool: Sequence[Document], found: Scored, keep: float, unit: str) -> Selection:
+def selection_of(pool: Sequence[Document], found: Scored, keep: float, unit: str) -> DocumentSelection:
     """The documents that a share keeps.
 
     Raises:
@@ -199,7 +190,7 @@ def selection_of(pool: Sequence[Document], found: Scored, keep: float, unit: str
     domains: dict[str, int] = {}
     for number in kept_K:
         domains[pool[number].domain] = domains.get(pool[number].domain, 0) + pool[number].tokens
-    return Selection(
+    return DocumentSelection(
         kept_K,
         int(tokens_N[kept_K].sum()),
         int(tokens_N.sum()),
@@ -274,9 +265,9 @@ class SelectionStage(SelectionSource):
         figures = {name: value for name, value in vars(found).items() if name != "kept_K"}
         (folder / "figures.json").write_text(json.dumps(figures) + "\n")
 
-    def load(self, ctx: StageContext, folder: Path) -> Selection:
+    def load(self, ctx: StageContext, folder: Path) -> DocumentSelection:
         """The numbers of the kept documents, and figures."""
-        return Selection(np.load(folder / "kept.npy"), **json.loads((folder / "figures.json").read_text()))
+        return DocumentSelection(np.load(folder / "kept.npy"), **json.loads((folder / "figures.json").read_text()))
 
 
 def pool_of(info: ModelInfo) -> TrainingPool:

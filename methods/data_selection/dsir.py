@@ -19,7 +19,7 @@ from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
 from isoflop.methods.data_selection.base import DataSelectionMethod
 from isoflop.methods.data_selection.scorers import DocumentScorer
-from isoflop.models.text_pool import Text
+from isoflop.models.worlds.text_pool import Text
 
 SMOOTHING = 1e-8
 WORD = re.compile(r"\w+|[^\w\s]+")

@@ -22,11 +22,12 @@ from isoflop.methods.base import Method
 from isoflop.methods.data_selection.base import DataSelectionMethod, scored, selection_of
 from isoflop.methods.kv_cache.probe import VOCABULARY, untrained_decoder
 from isoflop.methods.probe import Probe
+from isoflop.models.hooks.documents import DOCUMENTS, DocumentSelection
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
-from isoflop.models.lm_text import Tokens, TokensStage, TrainedTokenizer
-from isoflop.models.text_domains import DOMAINS, DomainsStage
-from isoflop.models.text_pool import Document, Selection, TrainingPool, pool_lessons
-from isoflop.models.tiny_lm_training import LmRecipe, train_lm
+from isoflop.models.tiny.lm_training import LmRecipe, train_lm
+from isoflop.models.worlds.lm_text import Tokens, TokensStage, TrainedTokenizer
+from isoflop.models.worlds.text_domains import DOMAINS, DomainsStage
+from isoflop.models.worlds.text_pool import Document, TrainingPool, pool_lessons
 
 PIECES, TARGETS, LENGTH = 40, 50, 150
 CONTEXT, ROWS = 16, 4
@@ -55,7 +56,7 @@ class DataSelectionProbe(Probe):
         tokens = TokensStage(corpus, TrainedTokenizer(corpus, 300), "pool")
         self.model.info = replace(
             self.model.info,
-            hooks=self.model.info.hooks | {"data-selection"},
+            hooks=self.model.info.hooks | {DOCUMENTS},
             geometry={
                 **self.model.info.geometry,
                 "pool_documents": PIECES * len(DOMAINS),
@@ -74,7 +75,7 @@ class DataSelectionProbe(Probe):
         rng = np.random.default_rng(1)
         self._ids = torch.from_numpy(rng.integers(0, VOCABULARY, (examples, CONTEXT)))
 
-    def prepared(self, method: Method, seed: int) -> Selection:
+    def prepared(self, method: Method, seed: int) -> DocumentSelection:
         """What the method keeps; the seconds, which no knob decides, are not told."""
         assert isinstance(method, DataSelectionMethod)
         found = scored(method.scorer(seed), self._pool, self._target if method.wants_target else [])
@@ -87,7 +88,7 @@ class DataSelectionProbe(Probe):
     def verify(self, method: Method, prepared: Any) -> None:
         """What is kept is a set of documents of the size that was asked for, and the lessons hold these documents only."""
         assert isinstance(method, DataSelectionMethod)
-        assert isinstance(prepared, Selection)
+        assert isinstance(prepared, DocumentSelection)
         kept = prepared.kept_K
         assert (np.diff(kept) > 0).all(), "documents are kept twice or not in order"
         sizes = [d.tokens if method.unit == "tokens" else 1 for d in self._pool]
@@ -102,7 +103,7 @@ class DataSelectionProbe(Probe):
     @torch.no_grad()
     def outputs(self, rows: Sequence[int]) -> Tensor:
         """Logits of the decoder after its training, (B, tokens · vocabulary)."""
-        selection = self.model.selection
+        selection = self.model.occupant(DOCUMENTS)
         kept_K = np.arange(len(self._pool)) if selection is None else selection.kept_K
         ids_BT = self._ids[list(rows)]
         model = LmModel(self.model.info, self._module(kept_K))
@@ -110,7 +111,7 @@ class DataSelectionProbe(Probe):
 
     def cost(self) -> float:
         """Tokens that are kept, counted on the documents."""
-        selection = self.model.selection
+        selection = self.model.occupant(DOCUMENTS)
         kept = range(len(self._pool)) if selection is None else selection.kept_K
         return float(sum(self._pool[n].tokens for n in kept))
 

@@ -1,6 +1,6 @@
 """Scorers of documents: what they share, and those that look at no text.
 
-A :class:`DocumentScorer` is given :class:`~isoflop.models.text_pool.Text`, which has no domain. The one scorer that is given
+A :class:`DocumentScorer` is given :class:`~isoflop.models.worlds.text_pool.Text`, which has no domain. The one scorer that is given
 domains, :class:`OracleScorer`, is of no kin to it.
 
 Shape suffixes: N documents of the pool.
@@ -15,7 +15,7 @@ from typing import final
 import numpy as np
 
 from isoflop.core.hashing import derive_seed
-from isoflop.models.text_pool import Text
+from isoflop.models.worlds.text_pool import Text
 
 
 class DocumentScorer(ABC):

@@ -16,7 +16,7 @@ from isoflop.methods.data_selection.base import DataSelectionMethod
 from isoflop.methods.data_selection.compressors import COMPRESSORS, CompressedLength, ncd
 from isoflop.methods.data_selection.scorers import DocumentScorer
 from isoflop.models.base import ModelInfo
-from isoflop.models.text_pool import Text
+from isoflop.models.worlds.text_pool import Text
 
 AGGREGATES = ("mean", "max", "top-5", "concatenated")
 ORDERS = ("document-first", "target-first", "symmetric")

@@ -1,31 +1,31 @@
 """Methods that drop visual tokens inside the language model: the first K layers see all of them, later ones see some.
 
-The base class owns the hook point. Pre-hooks on the decoder's layers cut hidden states, rotary embeddings, positions and
-masks to the tokens that stay; every token keeps the position it had. The attention slot sees shorter calls from layer K
-on, so that methods on the KV cache compress what is left.
+The base class owns what sits in the hook ``decoder_layers``.
 
-Shape suffixes: B batch, V visual tokens, L tokens of the prompt, K tokens that stay, D head width.
+Shape suffixes: B batch, V visual tokens, L tokens of the prompt.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from isoflop.core.errors import Infeasible
+from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
 from isoflop.methods.vision_language import vlm_info, vlm_model
 from isoflop.models.base import Model, ModelInfo
+from isoflop.models.hooks.decoder_layers import DECODER_LAYERS, LayerChange, LayerTokens, TokenPolicy
+from isoflop.models.hooks.occupant import Occupant
 from isoflop.models.taps import Tap
-from isoflop.models.vlm import PromptLayout, VlmModel
+from isoflop.models.vlm import VlmModel
 
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe
@@ -51,9 +51,7 @@ class DecoderTokenMethod(Method):
     """Base class of methods that drop a share of the visual tokens before one decoder layer."""
 
     family: ClassVar[str] = "decoder-tokens"
-    slot: ClassVar[str] = "decoder-tokens"
-    needs: ClassVar[frozenset[str]] = frozenset({"visual-tokens", "attention"})
-    order: ClassVar[int] = 20
+    hooks: ClassVar[tuple[Hook[Any], ...]] = (DECODER_LAYERS,)
 
     drop: Annotated[
         float,
@@ -93,24 +91,13 @@ class DecoderTokenMethod(Method):
                 "allowed: every share below 1, which leaves at least one"
             )
 
-    @contextmanager
-    def apply(self, model: Model, prepared: Any) -> Iterator[None]:
-        """Hook the decoder's layers."""
-        self.check(model.info)
-        vlm = vlm_model(model)
-        if vlm.dropping is not None:
-            raise Infeasible(f"method {self.name}: another method drops tokens in the decoder already")
-        dropping = Dropping(self, vlm)
-        with dropping.hooked():
-            vlm.dropping = dropping
-            try:
-                yield
-            finally:
-                vlm.dropping = None
+    def occupants(self, model: Model, prepared: Any) -> dict[Hook[Any], Occupant]:
+        """What drops the tokens."""
+        return {DECODER_LAYERS: Dropping(self, vlm_model(model))}
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
         """``ratio``: visual tokens without dropping over their mean over the layers, from the last pass."""
-        dropping = vlm_model(model).dropping
+        dropping = model.occupant(DECODER_LAYERS)
         if not isinstance(dropping, Dropping):
             raise ValueError(f"method {self.name} is not applied")
         return {"ratio": dropping.entering / dropping.mean_tokens, "layer_visual_tokens": dropping.mean_tokens}
@@ -123,18 +110,12 @@ class DecoderTokenMethod(Method):
         return DecoderTokenProbe()
 
 
-class Dropping:
-    """A method at work in a decoder (``VlmModel.dropping``); acts on prompts and leaves every other pass alone.
-
-    Attributes:
-        per_layer: visual tokens that each layer processed in the last pass over a prompt.
-    """
+class Dropping(TokenPolicy):
+    """A method at work in a decoder."""
 
     def __init__(self, method: DecoderTokenMethod, model: VlmModel) -> None:
-        self.method, self.model = method, model
-        self.per_layer: list[int] = []
-        self._prompt: PromptLayout | None = None
-        self._kept_BK: Tensor | None = None
+        super().__init__(model)
+        self.method = method
         self._tap = Tap(model.decoder.layers[method.layer - 1].self_attn)
 
     @property
@@ -150,87 +131,24 @@ class Dropping:
         return sum(self.per_layer) / len(self.per_layer)
 
     @contextmanager
-    def hooked(self) -> Iterator[None]:
-        """Hooks in place inside the block."""
-        with ExitStack() as stack:
-            stack.enter_context(self._tap.listening())
-            for number, layer in enumerate(self.model.decoder.layers):
-                hook = partial(self._before, number)
-                stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+    def at_work(self, model: Any) -> Iterator[None]:
+        """Also a tap on the layer whose attention may be asked for."""
+        with self._tap.listening(), super().at_work(model):
             yield
 
-    @contextmanager
-    def prompt(self, layout: PromptLayout) -> Iterator[None]:
-        """The pass inside the block is over a prompt."""
-        self._prompt, self.per_layer = layout, []
-        try:
-            yield
-        finally:
-            self._prompt = self._kept_BK = None
-
-    def _before(
-        self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        prompt = self._prompt
-        if prompt is None:
-            return None
-        hidden = args[0]
-        if number == self.method.layer:
-            self._kept_BK = self._choose(prompt, kwargs)
-            if self._kept_BK is not None:
-                hidden = rows_of(hidden, self._kept_BK)
-                self._move_prefix(self._kept_BK)
-        self.per_layer.append(hidden.shape[1] - prompt.image_BL.shape[1] + prompt.count)
-        if self._kept_BK is None:
-            return None
-        return (hidden, *args[1:]), cut(kwargs, self._kept_BK)
-
-    def _choose(self, prompt: PromptLayout, kwargs: dict[str, Any]) -> Tensor | None:
-        """Columns of the prompt that stay, ascending, (B, K); None for all of them."""
+    def change(self, tokens: LayerTokens) -> LayerChange | None:
+        """The method's choice before its layer."""
+        prompt = tokens.layout
         left = self.method.tokens_left(prompt.count)
-        if left == prompt.count:
+        if tokens.layer != self.method.layer or left == prompt.count:
             return None
         columns_BV = prompt.image_BL.nonzero()[:, 1].view(-1, prompt.count)
 
         def attention() -> Tensor:
-            row_BHL = self._tap.last_row(kwargs["position_embeddings"], prompt.valid_BL)
+            row_BHL = self._tap.last_row(tokens.kwargs["position_embeddings"], prompt.valid_BL)
             return row_BHL.mean(1).gather(1, columns_BV)
 
         kept_BN = self.method.kept(Candidates(prompt.ids_B, prompt.count, attention), left)
         stays_BL = ~prompt.image_BL
         stays_BL = stays_BL.scatter(1, columns_BV.gather(1, kept_BN), True)
-        return stays_BL.nonzero()[:, 1].view(len(stays_BL), -1)
-
-    def _move_prefix(self, kept_BK: Tensor) -> None:
-        """Tell the attention policy how much of its prefix is left; the prompt's end restores it."""
-        policy = self.model.attention
-        if policy is None or policy.prefix is None:
-            return
-        left_B = (kept_BK < policy.prefix).sum(1)
-        if not bool((left_B == left_B[0]).all()):
-            raise ValueError("the prompts of a batch must keep as many tokens before the question")
-        policy.prefix = int(left_B[0])
-
-
-def rows_of(x: Tensor, kept_BK: Tensor) -> Tensor:
-    """Rows of (B or 1, L, …) that stay, (B, K, …)."""
-    x = x.expand(len(kept_BK), *x.shape[1:])
-    index = kept_BK.view(*kept_BK.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
-    return x.gather(1, index)
-
-
-def cut(kwargs: dict[str, Any], kept_BK: Tensor) -> dict[str, Any]:
-    """A decoder layer's keyword arguments for the tokens that stay."""
-    cos, sin = kwargs["position_embeddings"]
-    found = {**kwargs, "position_embeddings": (rows_of(cos, kept_BK), rows_of(sin, kept_BK))}
-    if kwargs.get("position_ids") is not None:
-        found["position_ids"] = rows_of(kwargs["position_ids"], kept_BK)
-    mask = kwargs.get("attention_mask")
-    if mask is not None:
-        found["attention_mask"] = rows_of(mask, kept_BK) if mask.dim() == 2 else _cut_square(mask, kept_BK)
-    return found
-
-
-def _cut_square(mask_B1LL: Tensor, kept_BK: Tensor) -> Tensor:
-    rows_BKL = rows_of(mask_B1LL[:, 0], kept_BK)
-    return rows_BKL.gather(2, kept_BK[:, None].expand(-1, kept_BK.shape[1], -1))[:, None]
+        return LayerChange(stays_BL.nonzero()[:, 1].view(len(stays_BL), -1))

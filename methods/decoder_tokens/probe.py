@@ -6,6 +6,7 @@ import torch
 
 from isoflop.methods.decoder_tokens.base import Dropping
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
+from isoflop.models.hooks.decoder_layers import DECODER_LAYERS
 
 
 class DecoderTokenProbe(VisualTokenProbe):
@@ -18,7 +19,7 @@ class DecoderTokenProbe(VisualTokenProbe):
     def cost(self) -> float:
         """Visual tokens that a layer processes, mean over the layers, from a pass."""
         self.outputs([0])
-        dropping = self.model.dropping
+        dropping = self.model.occupant(DECODER_LAYERS)
         return (
             dropping.mean_tokens if isinstance(dropping, Dropping) else float(self.model.info.geometry["visual_tokens"])
         )

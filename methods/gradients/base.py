@@ -1,19 +1,19 @@
 """Gradient methods: how the workers of a data-parallel training exchange gradients.
 
-They act in training only: the family of models trains its weights with them (see ``isoflop.models.distributed``), and the
+They act in training only: the family of models trains its weights with them (see ``isoflop.models.training.distributed``), and the
 resulting model is served as it is. Costs are what a worker sent, as recorded by that training.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from isoflop.core.errors import Infeasible
+from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Method
@@ -21,7 +21,9 @@ from isoflop.methods.gradients.compressors import GradCompressor
 from isoflop.methods.gradients.exchange import Compression, Exchanger
 from isoflop.methods.gradients.memory import ErrorFeedback, Forgetful, Memory
 from isoflop.models.base import Model, ModelInfo
-from isoflop.models.distributed import ExchangeReport, Setting
+from isoflop.models.hooks.gradients import GRADIENTS, ExchangeReport
+from isoflop.models.hooks.occupant import Occupant
+from isoflop.models.training.distributed import Setting
 
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe
@@ -41,8 +43,7 @@ class GradientMethod(Method):
     """
 
     family: ClassVar[str] = "gradients"
-    slot: ClassVar[str] = "gradients"
-    needs: ClassVar[frozenset[str]] = frozenset({"gradients"})
+    hooks: ClassVar[tuple[Hook[Any], ...]] = (GRADIENTS,)
     trains_model: ClassVar[bool] = True
 
     workers: Annotated[int, Knob(low=2, high=4, doc="N, data-parallel workers; must divide the model's batch")] = 2
@@ -79,21 +80,14 @@ class GradientMethod(Method):
         """The model's own training, whose report tells what was sent."""
         return weights
 
-    @contextmanager
-    def apply(self, model: Model, prepared: Any) -> Iterator[None]:
-        """The model is served as it was trained; its training's report is at hand for ``footprint``.
+    def occupants(self, model: Model, prepared: Any) -> dict[Hook[Any], Occupant]:
+        """The report of the model's training, at hand for ``footprint``; the model is served as it was trained.
 
         Args:
             prepared: the checkpoint of the training, or its ``ExchangeReport``; None gives no footprint.
         """
-        self.check(model.info)
-        if model.exchange is not None:
-            raise Infeasible(f"method {self.name}: another gradient method is applied already; a trial takes one")
-        model.exchange = report_of(prepared)
-        try:
-            yield
-        finally:
-            del model.exchange
+        report = report_of(prepared)
+        return {} if report is None else {GRADIENTS: report}
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
         """Bytes that a worker sends per step, measured in the training.
@@ -105,7 +99,7 @@ class GradientMethod(Method):
         not a measurement: ``exchange_ms`` and ``wire_bytes`` over a link of that speed. ``socket_bytes``: what a
         worker's sockets sent per step, by the kernel's count; only over gloo.
         """
-        report = model.exchange
+        report = model.occupant(GRADIENTS)
         if report is None:
             raise ValueError(f"method {self.name} knows nothing of the model's training")
         wire, payload = report.steady(report.wire_bytes), report.steady(report.payload_bytes)

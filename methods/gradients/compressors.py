@@ -1,7 +1,7 @@
 """Gradient compressors: what a worker sends of its tensors, and what everybody makes of all workers' messages.
 
 Two kinds: messages that must be gathered (sparse), and those that can be added up on the way (low rank, common entries).
-All are written as generators of requests (see ``isoflop.models.collectives``), the same for every back-end.
+All are written as generators of requests (see ``isoflop.models.training.collectives``), the same for every back-end.
 
 Shape suffixes: n elements of the flattened tensor, R rows, C columns, r rank, K entries, B bytes.
 """
@@ -19,7 +19,7 @@ from isoflop.core.hashing import derive_seed
 from isoflop.methods.gradients.coding import Entries, EntryCoding
 from isoflop.methods.gradients.memory import Sent
 from isoflop.methods.gradients.selection import entries_at, exact_top, sampled_top
-from isoflop.models.collectives import Exchanging, Gather, Sum
+from isoflop.models.training.collectives import Exchanging, Gather, Sum
 
 Density = Callable[[int], float]
 """Step → share of the entries that is sent."""

@@ -9,7 +9,7 @@ from isoflop.methods.base import METHODS
 from isoflop.methods.gradients.base import GradientMethod
 from isoflop.methods.gradients.exchange import Exchanger
 from isoflop.models.base import ModelInfo
-from isoflop.models.distributed import Setting
+from isoflop.models.training.distributed import Setting
 
 
 @METHODS.register("dense-gradients")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from isoflop.methods.gradients.compressors import GradCompressor, mean_of
 from isoflop.methods.gradients.memory import Memory
-from isoflop.models.collectives import Exchanging
+from isoflop.models.training.collectives import Exchanging
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from isoflop.methods.gradients.base import CompressingMethod, feedback_memory
 from isoflop.methods.gradients.compressors import LowRank
 from isoflop.methods.gradients.memory import Memory
 from isoflop.models.base import ModelInfo
-from isoflop.models.distributed import Setting
+from isoflop.models.training.distributed import Setting
 
 
 @METHODS.register("powersgd")

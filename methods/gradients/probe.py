@@ -18,10 +18,12 @@ from isoflop.methods.base import Method
 from isoflop.methods.gradients.base import GradientMethod
 from isoflop.methods.kv_cache.probe import VOCABULARY, untrained_decoder
 from isoflop.methods.probe import Probe
-from isoflop.models.descent import descend
-from isoflop.models.distributed import ExchangeReport, dense_wire_bytes, simulate
+from isoflop.models.hooks.gradients import GRADIENTS, ExchangeReport
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
-from isoflop.models.tiny_lm_exchange import LmLoss, rows_of
+from isoflop.models.tiny.lm_exchange import LmLoss, rows_of
+from isoflop.models.training.collectives import dense_wire_bytes
+from isoflop.models.training.descent import descend
+from isoflop.models.training.distributed import simulate
 
 STEPS, BATCH, TOKENS = 4, 12, 8
 
@@ -55,7 +57,7 @@ class GradientProbe(Probe):
     def __init__(self, examples: int = 4) -> None:
         self.model: LmModel = untrained_decoder(layers=1)
         info = self.model.info
-        self.model.info = replace(info, hooks=info.hooks | {"gradients"}, options=(("batch", BATCH),))
+        self.model.info = replace(info, hooks=info.hooks | {GRADIENTS}, options=(("batch", BATCH),))
         self.ctx = FolderContext(Path(mkdtemp(prefix="isoflop-probe-")))
         self.examples = examples
         rng = np.random.default_rng(1)
@@ -66,7 +68,7 @@ class GradientProbe(Probe):
     def prepared(self, method: Method, seed: int) -> TrainedProbe:
         """What a training with the method gave; the back-end is simulated whatever the knob says."""
         assert isinstance(method, GradientMethod)
-        key = f"{replace(method, backend='simulated').spec()} {seed}"
+        key = f"{replace(method, backend='simulated').as_field()} {seed}"
         if key not in self._trained:
             module = self._copy()
             report = simulate(LmLoss(module), method, ProbeRecipe(), self._lessons(), rows_of, seed)
@@ -88,13 +90,13 @@ class GradientProbe(Probe):
     def outputs(self, rows: Sequence[int]) -> Tensor:
         """Logits after the training, (B, tokens · vocabulary)."""
         ids_BT = self._ids[list(rows)]
-        report = self.model.exchange
+        report = self.model.occupant(GRADIENTS)
         weights = report.weights if isinstance(report, TrainedProbe) else self._plainly_trained()
         return functional_call(self.model.module, weights or {}, (ids_BT,)).logits.flatten(1)
 
     def cost(self) -> float:
         """Bytes that a worker sends in the last step; without a method, those of a ring all-reduce in float32."""
-        report = self.model.exchange
+        report = self.model.occupant(GRADIENTS)
         if report is None:
             return dense_wire_bytes(sum(p.numel() for p in self.model.module.parameters()), 2)
         return report.wire_bytes[-1]

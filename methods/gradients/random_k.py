@@ -12,7 +12,7 @@ from isoflop.methods.gradients.compressors import RandomK
 from isoflop.methods.gradients.memory import Memory
 from isoflop.methods.gradients.sparse import SparseMethod
 from isoflop.models.base import ModelInfo
-from isoflop.models.distributed import Setting
+from isoflop.models.training.distributed import Setting
 
 
 @METHODS.register("random-k")

@@ -10,7 +10,7 @@ from isoflop.methods.gradients.base import CompressingMethod
 from isoflop.methods.gradients.coding import CODINGS, VALUE_TYPES, EntryCoding
 from isoflop.methods.gradients.compressors import TopK
 from isoflop.methods.gradients.selection import SAMPLERS, warmed_density
-from isoflop.models.distributed import Setting
+from isoflop.models.training.distributed import Setting
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
 from isoflop.methods.kv_cache.accumulated import Accumulated
-from isoflop.models.attention import AttentionCall
+from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.segments import LayerStore
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from isoflop.methods.kv_cache.eviction import Rolling
 from isoflop.methods.kv_cache.scores import attention_scores, forgetting
 from isoflop.methods.kv_cache.select import count_of
-from isoflop.models.attention import AttentionCall
+from isoflop.models.hooks.attention import AttentionCall
 
 
 @dataclass(frozen=True)

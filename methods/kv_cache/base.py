@@ -1,6 +1,6 @@
 """KV-cache methods: what becomes of the prompt's keys and values, and how later queries read them.
 
-The base class owns the hook point, the attention slot of a decoder. A method turns the prompt of one layer into a store
+The base class owns what sits in the hook ``attention``. A method turns the prompt of one layer into a store
 of segments (``compress``), may change how queries read it (``read``) and what happens while tokens are generated
 (``step`` and ``stride``). Everything runs per layer, and per row of a batch: no row sees another.
 
@@ -22,11 +22,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from isoflop.core.hook import Hook
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
-from isoflop.models.attention import AttentionCall, CacheReport, causal_attention, order_of
-from isoflop.models.base import Model, tensor_bytes
-from isoflop.models.decoder_model import decoder_model
+from isoflop.models.base import Model
+from isoflop.models.hooks.attention import (
+    ATTENTION,
+    AttentionCall,
+    AttentionPolicy,
+    CacheReport,
+    causal_attention,
+    order_of,
+)
+from isoflop.models.hooks.occupant import Occupant, tensor_bytes
 from isoflop.models.segments import DenseSegment, LayerStore, attend_segments, decode_one, stored_bytes
 
 if TYPE_CHECKING:
@@ -42,9 +50,7 @@ class KvCacheMethod(Method):
     """
 
     family: ClassVar[str] = "kv-cache"
-    needs: ClassVar[frozenset[str]] = frozenset({"kv-cache"})
-    order: ClassVar[int] = 30
-    slot: ClassVar[str] = "attention"
+    hooks: ClassVar[tuple[Hook[Any], ...]] = (ATTENTION,)
     cuts: ClassVar[str] = "kv_store_ratio"
 
     @abstractmethod
@@ -76,14 +82,9 @@ class KvCacheMethod(Method):
         """Bytes that one step fetches for the whole batch; ``fetched`` are the segments' ``read_tensors``."""
         return stored_bytes([*fetched, *store.extra], dense_bits)
 
-    @contextmanager
-    def apply(self, model: Model, prepared: Any) -> Iterator[None]:
-        """Put the method into the decoder's attention."""
-        decoder = decoder_model(model, self.name)
-        self.check(model.info)
-        cache = CompressedCache(self, prepared, model.info.dense_bits)
-        with decoder.attending(cache), cache.following(decoder.decoder.get_input_embeddings()):
-            yield
+    def occupants(self, model: Model, prepared: Any) -> dict[Hook[Any], Occupant]:
+        """A compressed cache in the decoder's attention."""
+        return {ATTENTION: CompressedCache(self, prepared, model.info.dense_bits)}
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
         """Dense bytes over those of the last pass, everything included: scales, indices, labels, exact tokens.
@@ -100,7 +101,7 @@ class KvCacheMethod(Method):
 
     def cache(self, model: Model) -> CompressedCache:
         """The method at work in ``model``. Raises ValueError when it is not applied."""
-        policy = decoder_model(model, self.name).attention
+        policy = model.occupant(ATTENTION)
         if not isinstance(policy, CompressedCache):
             raise ValueError(f"method {self.name} is not applied")
         return policy
@@ -113,8 +114,8 @@ class KvCacheMethod(Method):
         return KvCacheProbe()
 
 
-class CompressedCache:
-    """A KV-cache method at work in a decoder (an ``AttentionPolicy``).
+class CompressedCache(AttentionPolicy):
+    """A KV-cache method at work in a decoder.
 
     Args:
         method: what compresses.
@@ -135,13 +136,13 @@ class CompressedCache:
         self._ids_BT: Tensor | None = None
 
     @contextmanager
-    def following(self, embedding: torch.nn.Module) -> Iterator[None]:
-        """Inside the block the token ids that enter ``embedding`` become known to the method."""
+    def at_work(self, model: Any) -> Iterator[None]:
+        """Inside the block the token ids that enter the decoder become known to the method."""
 
         def note(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
             self._ids_BT = args[0] if args else None
 
-        handle = embedding.register_forward_pre_hook(note)
+        handle = model.decoder.get_input_embeddings().register_forward_pre_hook(note)
         try:
             yield
         finally:

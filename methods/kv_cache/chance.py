@@ -14,7 +14,7 @@ from torch import Tensor
 
 from isoflop.core.hashing import derive_seed
 from isoflop.methods.selection import mix, shifted
-from isoflop.models.attention import AttentionCall
+from isoflop.models.hooks.attention import AttentionCall
 
 
 def row_keys(call: AttentionCall) -> Tensor:

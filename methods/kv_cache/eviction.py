@@ -19,9 +19,9 @@ from torch import Tensor
 from isoflop.core.knobs import Knob
 from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, key_positions, slice_call, whole_prompt
 from isoflop.methods.kv_cache.scores import over_group
-from isoflop.methods.kv_cache.select import Selection, candidates, check_share, count_of, lengths, protect, select
-from isoflop.models.attention import AttentionCall
+from isoflop.methods.kv_cache.select import KeptTokens, candidates, check_share, count_of, lengths, protect, select
 from isoflop.models.base import ModelInfo
+from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.segments import DenseSegment, LayerStore, attend_segments
 
 
@@ -58,7 +58,7 @@ class Eviction(KvCacheMethod):
 
     def choose(
         self, scores_BGN: Tensor, positions_BGN: Tensor, seen: list[int], counts: list[int], live_BGN: Tensor | None
-    ) -> Selection:
+    ) -> KeptTokens:
         """``counts[b]`` tokens of each head of row b: the protected ones, then the highest scores."""
         windows = [self.windows(count) for count in counts]
         sinks, recent = [w[0] for w in windows], [w[1] for w in windows]
@@ -179,7 +179,7 @@ class Rolling(Eviction):
         store.extra = [scores_BGN.view(torch.int32)] if self.remembers else []
 
 
-def _kept(segment: DenseSegment, chosen: Selection) -> DenseSegment:
+def _kept(segment: DenseSegment, chosen: KeptTokens) -> DenseSegment:
     bias_BGN = chosen.bias(segment.k_BGND.dtype)
     return DenseSegment(
         chosen.take(segment.positions_BGN), bias_BGN, chosen.take(segment.k_BGND), chosen.take(segment.v_BGND)

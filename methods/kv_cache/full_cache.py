@@ -7,8 +7,8 @@ from typing import Any
 
 from isoflop.methods.base import METHODS
 from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, whole_prompt
-from isoflop.models.attention import AttentionCall
 from isoflop.models.base import ModelInfo
+from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.segments import LayerStore
 
 

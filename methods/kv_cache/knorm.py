@@ -9,7 +9,7 @@ from torch import Tensor
 
 from isoflop.methods.base import METHODS
 from isoflop.methods.kv_cache.eviction import Eviction
-from isoflop.models.attention import AttentionCall
+from isoflop.models.hooks.attention import AttentionCall
 
 
 @METHODS.register("knorm")

@@ -18,8 +18,11 @@ from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
 from isoflop.methods.probe import Probe
 from isoflop.methods.untrained import untrained_llama
-from isoflop.models.calibration import CalibrationText
+from isoflop.models.hooks.attention import ATTENTION
+from isoflop.models.hooks.matrices import MATRICES
+from isoflop.models.hooks.residual import RESIDUAL
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmInfo, LmModel
+from isoflop.models.worlds.calibration import CalibrationText
 
 VOCABULARY, PROMPT, TAIL = 48, 40, 8
 
@@ -47,7 +50,7 @@ def untrained_decoder(seed: int = 0, layers: int = 2) -> LmModel:
         family="probe",
         version="1",
         n_params=n_params,
-        hooks=frozenset({"kv-cache", "attention", "weights"}),
+        hooks=frozenset({ATTENTION, MATRICES, RESIDUAL}),
         geometry=geometry,
         text=RandomTokens(VOCABULARY, PROMPT + TAIL),
         vocabulary="probe",
@@ -93,12 +96,13 @@ class KvCacheProbe(Probe):
         from isoflop.methods.kv_cache.base import KvCacheMethod
 
         bare = nullcontext()
-        if self.model.attention is None:
+        if self.model.occupant(ATTENTION) is None:
             dense = build("full-cache", {})
             assert isinstance(dense, KvCacheMethod)
             bare = dense.apply(self.model, None)  # type: ignore[assignment]
         with bare:
             self.outputs([0])
-            assert self.model.attention is not None
-            report = self.model.attention.report()
+            policy = self.model.occupant(ATTENTION)
+            assert policy is not None
+            report = policy.report()
         return report.prompt_stored if self._cost == "stored" else report.read

@@ -22,9 +22,9 @@ from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.kernels.quant import FP16_MAX, quant_pack
 from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, key_positions
-from isoflop.methods.kv_cache.select import Selection, candidates
-from isoflop.models.attention import AttentionCall
+from isoflop.methods.kv_cache.select import KeptTokens, candidates
 from isoflop.models.base import Model
+from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.segments import DenseSegment, LayerStore, PackedSegment, Segment
 
 EXACT = 16
@@ -63,10 +63,10 @@ class Quantised(KvCacheMethod):
         """How each block is quantised."""
 
     @abstractmethod
-    def tiers(self, block: AttentionCall) -> Sequence[tuple[int, Selection]]:
+    def tiers(self, block: AttentionCall) -> Sequence[tuple[int, KeptTokens]]:
         """Bits and tokens of each tier of the prompt; every real token is in exactly one."""
 
-    def new_tiers(self, query: AttentionCall, block: DenseSegment) -> Sequence[tuple[int, Selection]]:
+    def new_tiers(self, query: AttentionCall, block: DenseSegment) -> Sequence[tuple[int, KeptTokens]]:
         """The same for a full buffer, seen by the newest query (T = 1)."""
         return self.tiers(replace(query, k_BGTD=block.k_BGND, v_BGTD=block.v_BGND))
 
@@ -96,7 +96,7 @@ class Quantised(KvCacheMethod):
 
 
 def quantise(
-    block: DenseSegment, tiers: Sequence[tuple[int, Selection]], grids: Grids, real_B1N: Tensor | None = None
+    block: DenseSegment, tiers: Sequence[tuple[int, KeptTokens]], grids: Grids, real_B1N: Tensor | None = None
 ) -> list[Segment]:
     """The tiers of a block as segments; empty tiers are left out.
 

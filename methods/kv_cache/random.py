@@ -12,7 +12,7 @@ from isoflop.methods.base import METHODS
 from isoflop.methods.kv_cache.chance import uniform
 from isoflop.methods.kv_cache.eviction import Eviction
 from isoflop.methods.kv_cache.select import count_of
-from isoflop.models.attention import AttentionCall
+from isoflop.models.hooks.attention import AttentionCall
 
 
 @METHODS.register("kv-random")

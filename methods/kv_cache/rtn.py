@@ -11,9 +11,9 @@ import torch
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
 from isoflop.methods.kv_cache.quantised import Grids, Quantised
-from isoflop.methods.kv_cache.select import Selection, candidates, lengths, select
-from isoflop.models.attention import AttentionCall
+from isoflop.methods.kv_cache.select import KeptTokens, candidates, lengths, select
 from isoflop.models.base import ModelInfo
+from isoflop.models.hooks.attention import AttentionCall
 
 
 @METHODS.register("kv-rtn")
@@ -45,7 +45,7 @@ class KvRtn(Quantised):
         """One grid per ``group`` values."""
         return Grids(-2 if self.keys == "channel" else -1, self.group, self.group)
 
-    def tiers(self, block: AttentionCall) -> Sequence[tuple[int, Selection]]:
+    def tiers(self, block: AttentionCall) -> Sequence[tuple[int, KeptTokens]]:
         """All tokens in one tier."""
         everything_BGT = torch.zeros_like(block.k_BGTD[..., 0], dtype=torch.float32)
         return [(self.bits, select(everything_BGT, lengths(block), candidates(block)))]

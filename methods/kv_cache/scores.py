@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from isoflop.kernels.column_scores import column_scores
-from isoflop.models.attention import AttentionCall
+from isoflop.models.hooks.attention import AttentionCall
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from isoflop.core.errors import Infeasible
-from isoflop.models.attention import AttentionCall
+from isoflop.models.hooks.attention import AttentionCall
 
 
 @dataclass(frozen=True, eq=False)
-class Selection:
+class KeptTokens:
     """Chosen tokens of every row and head.
 
     Attributes:
@@ -43,13 +43,13 @@ class Selection:
         zeros_BGN = self.index_BGM.new_zeros(*self.index_BGM.shape[:2], length)
         return zeros_BGN.scatter_add(2, self.index_BGM, live_BGM) > 0
 
-    def of_heads(self, groups: int) -> Selection:
+    def of_heads(self, groups: int) -> KeptTokens:
         """The same choice for so many heads: one head's for all, or the first of heads that choose alike."""
         if groups == self.index_BGM.shape[1]:
             return self
         index_BGM, empty_BGM = self.index_BGM[:, :1], self.empty_BGM
         empty_BGM = None if empty_BGM is None else empty_BGM[:, :1].expand(-1, groups, -1)
-        return Selection(index_BGM.expand(-1, groups, -1), empty_BGM)
+        return KeptTokens(index_BGM.expand(-1, groups, -1), empty_BGM)
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """-inf at empty slots and 0 elsewhere, (B, G, M); None where there are none."""
@@ -82,7 +82,7 @@ def check_share(method: str, knob: str, share: float, prompt: int, task: str) ->
         )
 
 
-def select(scores_BGN: Tensor, counts: list[int], candidates_BGN: Tensor | None = None) -> Selection:
+def select(scores_BGN: Tensor, counts: list[int], candidates_BGN: Tensor | None = None) -> KeptTokens:
     """The ``counts[b]`` highest scores of every head.
 
     Args:
@@ -96,18 +96,18 @@ def select(scores_BGN: Tensor, counts: list[int], candidates_BGN: Tensor | None 
     most, least = max(counts), min(counts)
     best_BGM = order_BGN[..., :most]
     if most == least:
-        return Selection(best_BGM.sort(dim=-1).values, None)
+        return KeptTokens(best_BGM.sort(dim=-1).values, None)
     ranks_M = torch.arange(most, device=scores_BGN.device)
     surplus_BGM = (ranks_M >= torch.tensor(counts, device=scores_BGN.device)[:, None, None]).expand_as(best_BGM)
     places_BGM = best_BGM.masked_fill(surplus_BGM, scores_BGN.shape[-1]).sort(dim=-1).values
     empty_BGM = places_BGM == scores_BGN.shape[-1]
     last_BG1 = places_BGM.masked_fill(empty_BGM, 0).amax(-1, keepdim=True)
-    return Selection(torch.where(empty_BGM, last_BG1, places_BGM), empty_BGM)
+    return KeptTokens(torch.where(empty_BGM, last_BG1, places_BGM), empty_BGM)
 
 
 def split(
     scores_BGN: Tensor, counts: list[int], total: list[int], candidates_BGN: Tensor | None = None
-) -> tuple[Selection, Selection]:
+) -> tuple[KeptTokens, KeptTokens]:
     """The ``counts[b]`` highest scores, and all other candidates: each of a row's ``total[b]`` is in exactly one."""
     best = select(scores_BGN, counts, candidates_BGN)
     others_BGN = (~best.mask(scores_BGN.shape[-1])).float()

@@ -16,7 +16,7 @@ from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
 from isoflop.methods.kv_cache.eviction import Eviction
 from isoflop.methods.kv_cache.scores import attention_scores, window
-from isoflop.models.attention import AttentionCall
+from isoflop.models.hooks.attention import AttentionCall
 
 KERNELS = tuple(range(1, 64, 2))
 

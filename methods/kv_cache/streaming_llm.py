@@ -14,7 +14,7 @@ from torch import Tensor
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
 from isoflop.methods.kv_cache.eviction import Rolling
-from isoflop.models.attention import AttentionCall
+from isoflop.models.hooks.attention import AttentionCall
 
 
 @METHODS.register("streaming-llm")

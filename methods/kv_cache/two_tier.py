@@ -17,9 +17,9 @@ from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
 from isoflop.methods.kv_cache.chance import uniform
 from isoflop.methods.kv_cache.quantised import Grids, Quantised
-from isoflop.methods.kv_cache.select import Selection, candidates, count_of, lengths, split
-from isoflop.models.attention import AttentionCall
+from isoflop.methods.kv_cache.select import KeptTokens, candidates, count_of, lengths, split
 from isoflop.models.base import ModelInfo
+from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.segments import DenseSegment
 
 V_GROUP = 32
@@ -68,15 +68,15 @@ class TwoTier(Quantised):
         """Keys per channel; values as ``v_scheme`` says."""
         return Grids(v_group=V_GROUP if self.v_scheme == "group32" else None, v_balanced=self.v_scheme == "cst")
 
-    def tiers(self, block: AttentionCall) -> Sequence[tuple[int, Selection]]:
+    def tiers(self, block: AttentionCall) -> Sequence[tuple[int, KeptTokens]]:
         """The highest saliency at bits_hi."""
         return self._by_score(self.saliency(block), lengths(block), candidates(block))
 
-    def new_tiers(self, query: AttentionCall, block: DenseSegment) -> Sequence[tuple[int, Selection]]:
+    def new_tiers(self, query: AttentionCall, block: DenseSegment) -> Sequence[tuple[int, KeptTokens]]:
         """The same among the tokens of a full buffer."""
         return self._by_score(self.new_saliency(query, block), [block.tokens] * query.q_BHTD.shape[0], None)
 
-    def _by_score(self, scores_BGN: Tensor, total: list[int], real_B1N: Tensor | None) -> list[tuple[int, Selection]]:
+    def _by_score(self, scores_BGN: Tensor, total: list[int], real_B1N: Tensor | None) -> list[tuple[int, KeptTokens]]:
         counts = [count_of(self.salient_ratio, n, least=0) for n in total]
         salient, regular = split(scores_BGN, counts, total, real_B1N)
         return [(self.bits_hi, salient), (self.bits_lo, regular)]

@@ -20,8 +20,8 @@ from isoflop.methods.kv_cache.chance import uniform
 from isoflop.methods.kv_cache.scores import QueryWeights, attention_scores, real
 from isoflop.methods.kv_cache.select import lengths
 from isoflop.methods.kv_cache.two_tier import TwoTier
-from isoflop.models.attention import AttentionCall
 from isoflop.models.base import ModelInfo
+from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.segments import DenseSegment
 
 

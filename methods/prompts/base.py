@@ -1,14 +1,13 @@
 """Prompt compressors: text in, text out, before the reader sees it.
 
-The base class owns the hook point, ``DecoderModel.context``: it splits documents into units with offsets, counts them in
+The base class owns what sits in the hook ``prompt_text``: it splits documents into units with offsets, counts them in
 the reader's tokens, asks the method which units stay, puts the text together, and keeps account. A method that writes
 new text overrides ``rewrite`` instead. A method sees the query only if it says ``query_aware``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -16,12 +15,22 @@ import numpy as np
 from torch import nn
 
 from isoflop.core.errors import Infeasible
+from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
 from isoflop.methods.prompts.units import Page, Span, page_of, split_up, words_of
-from isoflop.models.base import Model, tensor_bytes
-from isoflop.models.context import SEPARATOR, Compressed, Document, joined, prompt_tokens
+from isoflop.models.base import Model
+from isoflop.models.hooks.occupant import Occupant, tensor_bytes
+from isoflop.models.hooks.prompt_text import (
+    PROMPT_TEXT,
+    SEPARATOR,
+    Compressed,
+    ContextCompressor,
+    Document,
+    joined,
+    prompt_tokens,
+)
 from isoflop.models.lm import LmModel
 
 if TYPE_CHECKING:
@@ -29,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Selection:
+class KeptUnits:
     """Which units stay.
 
     Attributes:
@@ -50,17 +59,14 @@ class PromptMethod(Method):
     """
 
     family: ClassVar[str] = "prompts"
-    needs: ClassVar[frozenset[str]] = frozenset({"context"})
-    order: ClassVar[int] = 40
-    slot: ClassVar[str] = "context"
-    asked_by_task: ClassVar[bool] = True
+    hooks: ClassVar[tuple[Hook[Any], ...]] = (PROMPT_TEXT,)
     query_aware: ClassVar[bool] = False
 
     def split(self, text: str) -> list[Span]:
         """The units of a document; by default its words."""
         return words_of(text)
 
-    def select(self, pages: Sequence[Page], query: str | None, reader: LmModel, prepared: Any) -> Selection:
+    def select(self, pages: Sequence[Page], query: str | None, reader: LmModel, prepared: Any) -> KeptUnits:
         """Which units stay.
 
         Args:
@@ -85,13 +91,9 @@ class PromptMethod(Method):
         """The method's own network, which is served besides the reader."""
         return None
 
-    @contextmanager
-    def apply(self, model: Model, prepared: Any) -> Iterator[None]:
-        """Put the method between the documents and the reader."""
-        self.check(model.info)
-        reader = reader_of(model, self.name)
-        with reader.reading_through(PromptCompressor(self, reader, prepared)):
-            yield
+    def occupants(self, model: Model, prepared: Any) -> dict[Hook[Any], Occupant]:
+        """The method between the documents and the reader."""
+        return {PROMPT_TEXT: PromptCompressor(self, reader_of(model, self.name), prepared)}
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
         """``ratio``: reader tokens of all prompts seen so far, question and instruction included, before over after.
@@ -110,7 +112,7 @@ class PromptMethod(Method):
 
     def compressor(self, model: Model) -> PromptCompressor:
         """The method at work in ``model``. Raises ValueError when it is not applied."""
-        found = reader_of(model, self.name).context
+        found = model.occupant(PROMPT_TEXT)
         if not isinstance(found, PromptCompressor):
             raise ValueError(f"method {self.name} is not applied")
         return found
@@ -142,8 +144,8 @@ class _Entry:
     after: int
 
 
-class PromptCompressor:
-    """A prompt method at work on a reader (a ``ContextCompressor``)."""
+class PromptCompressor(ContextCompressor):
+    """A prompt method at work on a reader."""
 
     def __init__(self, method: PromptMethod, reader: LmModel, prepared: Any) -> None:
         self.method = method
@@ -189,9 +191,9 @@ def over_all_pages(pages: Sequence[Page]) -> np.ndarray:
     return np.concatenate([page.tokens_U for page in pages]) if pages else np.zeros(0, dtype=np.int64)
 
 
-def selection_of(kept_N: np.ndarray, pages: Sequence[Page], tokens: int = 0) -> Selection:
+def selection_of(kept_N: np.ndarray, pages: Sequence[Page], tokens: int = 0) -> KeptUnits:
     """A selection from one array over the units of all pages."""
-    return Selection(split_up(kept_N, pages), tokens)
+    return KeptUnits(split_up(kept_N, pages), tokens)
 
 
 def reader_of(model: Model, method: str) -> LmModel:

@@ -26,9 +26,9 @@ from isoflop.core.hashing import derive_seed
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.prompts.labels import Labelled, draw_chunks, well_labelled
 from isoflop.methods.prompts.units import Span, places_of, words_of
-from isoflop.models.descent import descend, record_training
-from isoflop.models.lm_text import read_tokenizer
 from isoflop.models.quiet import no_progress_bars
+from isoflop.models.training.descent import descend, record_training
+from isoflop.models.worlds.lm_text import read_tokenizer
 
 log = logging.getLogger(__name__)
 CHUNK_ENDS = (".", "\n")

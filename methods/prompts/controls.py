@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from isoflop.methods.base import METHODS
-from isoflop.methods.prompts.base import PromptMethod, Selection
+from isoflop.methods.prompts.base import KeptUnits, PromptMethod
 from isoflop.methods.prompts.units import Page
 from isoflop.models.base import ModelInfo
 from isoflop.models.lm import LmModel
@@ -25,9 +25,9 @@ class FullContext(PromptMethod):
         """Always."""
         return cls()
 
-    def select(self, pages: Sequence[Page], query: str | None, reader: LmModel, prepared: Any) -> Selection:
+    def select(self, pages: Sequence[Page], query: str | None, reader: LmModel, prepared: Any) -> KeptUnits:
         """Everything."""
-        return Selection(tuple(np.ones(len(page.units), dtype=bool) for page in pages))
+        return KeptUnits(tuple(np.ones(len(page.units), dtype=bool) for page in pages))
 
 
 @METHODS.register("no-context")
@@ -35,6 +35,6 @@ class FullContext(PromptMethod):
 class NoContext(PromptMethod):
     """The question alone: what the reader knows without its documents, the floor of every curve."""
 
-    def select(self, pages: Sequence[Page], query: str | None, reader: LmModel, prepared: Any) -> Selection:
+    def select(self, pages: Sequence[Page], query: str | None, reader: LmModel, prepared: Any) -> KeptUnits:
         """Nothing."""
-        return Selection(tuple(np.zeros(len(page.units), dtype=bool) for page in pages))
+        return KeptUnits(tuple(np.zeros(len(page.units), dtype=bool) for page in pages))

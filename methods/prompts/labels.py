@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from isoflop.methods.prompts.units import words_of
-from isoflop.models import fact_world as world
+from isoflop.models.worlds import fact_world as world
 
 WINDOW = 150
 """Words within which an occurrence is looked for on both sides."""

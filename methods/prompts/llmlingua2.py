@@ -16,7 +16,7 @@ from torch import nn
 from isoflop.core.knobs import Knob, KnobValue
 from isoflop.core.stage import Stage
 from isoflop.methods.base import METHODS, Method
-from isoflop.methods.prompts.base import RatedPromptMethod, Selection
+from isoflop.methods.prompts.base import KeptUnits, RatedPromptMethod
 from isoflop.methods.prompts.classifier import Chunk, ClassifierStage, TokenClassifier
 from isoflop.methods.prompts.select import above_percentile
 from isoflop.methods.prompts.units import Page, places_of
@@ -101,10 +101,10 @@ class LlmLingua2(RatedPromptMethod):
         module: nn.Module = prepared.module
         return module
 
-    def select(self, pages: Sequence[Page], query: str | None, reader: LmModel, prepared: TokenClassifier) -> Selection:
+    def select(self, pages: Sequence[Page], query: str | None, reader: LmModel, prepared: TokenClassifier) -> KeptUnits:
         """One pass of the classifier over all chunks, then the percentiles."""
         if self.rate == 1.0 and self.context_rate == 1.0:
-            return Selection(tuple(np.ones(len(page.units), dtype=bool) for page in pages))
+            return KeptUnits(tuple(np.ones(len(page.units), dtype=bool) for page in pages))
         chunks = [prepared.chunks(page.document.text) for page in pages]
         flat = prepared.probabilities([chunk for group in chunks for chunk in group])
         scored = []
@@ -112,7 +112,7 @@ class LlmLingua2(RatedPromptMethod):
             scored.append(self.scored(page, group, flat[: len(group)]))
             flat = flat[len(group) :]
         keep = self.filtered(scored)
-        return Selection(tuple(keep), sum(len(chunk.ids) + 2 for group in chunks for chunk in group))
+        return KeptUnits(tuple(keep), sum(len(chunk.ids) + 2 for group in chunks for chunk in group))
 
     def scored(self, page: Page, chunks: Sequence[Chunk], keep: Sequence[np.ndarray]) -> ScoredPage:
         """Probabilities of pieces made into probabilities of words."""

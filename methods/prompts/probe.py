@@ -19,11 +19,13 @@ from isoflop.methods.prompts.base import PromptMethod
 from isoflop.methods.prompts.classifier import ClassifierStage
 from isoflop.methods.prompts.units import words_of
 from isoflop.methods.untrained import untrained_llama
-from isoflop.models.context import Compressed, joined
-from isoflop.models.fact_reader import WORDS, WordTokenizer
-from isoflop.models.fact_world import FactQuestion, question_number
+from isoflop.models.hooks.attention import ATTENTION
+from isoflop.models.hooks.matrices import MATRICES
+from isoflop.models.hooks.prompt_text import PROMPT_TEXT, Compressed, joined
 from isoflop.models.lm import LmInfo, LmModel
 from isoflop.models.prompting import Prompt, answer_batch, tokenised
+from isoflop.models.tiny.fact_reader import WORDS, WordTokenizer
+from isoflop.models.worlds.fact_world import FactQuestion, question_number
 
 Settings = Mapping[str, Sequence[Mapping[str, KnobValue]]]
 FEW = {"chunks": 48, "epochs": 1}
@@ -40,7 +42,8 @@ def untrained_reader(ctx: FolderContext, seed: int = 0) -> LmModel:
         family="probe",
         version="1",
         n_params=n_params,
-        hooks=frozenset({"kv-cache", "attention", "weights", "tokenizer", "context"}),
+        hooks=frozenset({ATTENTION, MATRICES, PROMPT_TEXT}),
+        offers=frozenset({"tokenizer"}),
         geometry=geometry,
         text=None,
         tokenizer=WordTokenizer(),
@@ -84,9 +87,9 @@ class PromptProbe(Probe):
         for question in self._questions:
             compressed = self._shown(question)
             check_spans(question, compressed)
-            assert self.model.context is not None
+            assert self.model.occupant(PROMPT_TEXT) is not None
             if not method.query_aware:
-                other = self.model.context.fresh("something else altogether", question.documents)
+                other = self.model.occupant(PROMPT_TEXT).fresh("something else altogether", question.documents)
                 assert other == compressed, "the text depends on the query, which the method does not declare"
 
     @torch.no_grad()
@@ -100,9 +103,9 @@ class PromptProbe(Probe):
         return float(sum(self._prompt(row).tokens for row in range(self.examples)))
 
     def _shown(self, question: FactQuestion) -> Compressed:
-        if self.model.context is None:
+        if self.model.occupant(PROMPT_TEXT) is None:
             return Compressed(joined(question.documents), None)
-        return self.model.context.compress(question.query, question.documents)
+        return self.model.occupant(PROMPT_TEXT).compress(question.query, question.documents)
 
     def _prompt(self, row: int) -> Prompt:
         question = self._questions[row]

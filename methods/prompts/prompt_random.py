@@ -10,7 +10,7 @@ import numpy as np
 
 from isoflop.core.hashing import derive_seed
 from isoflop.methods.base import METHODS
-from isoflop.methods.prompts.base import RatedPromptMethod, Selection, over_all_pages, selection_of
+from isoflop.methods.prompts.base import KeptUnits, RatedPromptMethod, over_all_pages, selection_of
 from isoflop.methods.prompts.select import within_budget
 from isoflop.methods.prompts.units import Page
 from isoflop.models.lm import LmModel
@@ -21,7 +21,7 @@ from isoflop.models.lm import LmModel
 class PromptRandom(RatedPromptMethod):
     """Keep words at random up to the share of reader tokens; the same words for the same documents, and nested in ``rate``."""
 
-    def select(self, pages: Sequence[Page], query: str | None, reader: LmModel, prepared: Any) -> Selection:
+    def select(self, pages: Sequence[Page], query: str | None, reader: LmModel, prepared: Any) -> KeptUnits:
         """Random scores that depend on nothing but the documents' text."""
         tokens_N = over_all_pages(pages)
         rng = np.random.default_rng(derive_seed(self.name, *(page.document.text for page in pages)))

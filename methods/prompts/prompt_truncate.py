@@ -10,7 +10,7 @@ import numpy as np
 
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
-from isoflop.methods.prompts.base import RatedPromptMethod, Selection, over_all_pages, selection_of
+from isoflop.methods.prompts.base import KeptUnits, RatedPromptMethod, over_all_pages, selection_of
 from isoflop.methods.prompts.select import within_budget
 from isoflop.methods.prompts.units import Page
 from isoflop.models.lm import LmModel
@@ -23,7 +23,7 @@ class PromptTruncate(RatedPromptMethod):
 
     side: Annotated[str, Knob(choices=("head", "tail"), doc="what stays: the beginning or the end")] = "head"
 
-    def select(self, pages: Sequence[Page], query: str | None, reader: LmModel, prepared: Any) -> Selection:
+    def select(self, pages: Sequence[Page], query: str | None, reader: LmModel, prepared: Any) -> KeptUnits:
         """Scores fall with the distance from the side that stays."""
         tokens_N = over_all_pages(pages)
         places_N = np.arange(len(tokens_N), dtype=np.float64)

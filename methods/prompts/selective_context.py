@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
-from isoflop.methods.prompts.base import RatedPromptMethod, Selection, selection_of
+from isoflop.methods.prompts.base import KeptUnits, RatedPromptMethod, selection_of
 from isoflop.methods.prompts.select import at_least_percentile
 from isoflop.methods.prompts.units import Page, Span, places_of, sentences_of, words_of
-from isoflop.models.context import SEPARATOR, joined, prompt_of
+from isoflop.models.hooks.prompt_text import SEPARATOR, joined, prompt_of
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
 
 
@@ -40,7 +40,7 @@ class SelectiveContext(RatedPromptMethod):
         """Words or sentences."""
         return words_of(text) if self.unit == "word" else sentences_of(text)
 
-    def select(self, pages: Sequence[Page], query: str | None, reader: LmModel, prepared: Any) -> Selection:
+    def select(self, pages: Sequence[Page], query: str | None, reader: LmModel, prepared: Any) -> KeptUnits:
         """Mean self-information of each unit against the percentile."""
         heading = len(prompt_of("", "")[0])
         bits_T, ends = self_information(reader, prompt_of(joined([page.document for page in pages]), "")[0])

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from isoflop.models.context import Document
+from isoflop.models.hooks.prompt_text import Document
 
 Span = tuple[int, int]
 _WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]")

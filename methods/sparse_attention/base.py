@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from isoflop.core.knobs import Knob
 from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, key_positions, slice_call, whole_prompt
 from isoflop.methods.kv_cache.select import check_share
-from isoflop.models.attention import AttentionCall
 from isoflop.models.base import ModelInfo
+from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.segments import DenseSegment, LayerStore, decode_one, stored_bytes
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ class SparseAttention(KvCacheMethod):
     """Base class of methods that read a share of a cache which is kept whole: their ratio is that of bytes read."""
 
     family: ClassVar[str] = "sparse-attention"
-    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
     cuts: ClassVar[str] = "kv_read_ratio"
 
     k_share: Annotated[

@@ -21,8 +21,8 @@ from isoflop.methods.calibration import OnModel
 from isoflop.methods.kv_cache.quantised import EXACT
 from isoflop.methods.sparse_attention.base import SparseAttention, visible
 from isoflop.methods.sparse_attention.labels import Contributions, LabelStage, contributions, pick, ranked
-from isoflop.models.attention import AttentionCall
 from isoflop.models.base import Model, ModelInfo
+from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.segments import LayerStore
 
 

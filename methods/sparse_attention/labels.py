@@ -17,9 +17,9 @@ from torch import Tensor
 from isoflop.core.hashing import derive_seed
 from isoflop.core.stage import StageContext
 from isoflop.methods.calibration import OnModel
-from isoflop.models.attention import AttentionCall, CacheReport, causal_attention
 from isoflop.models.base import Model
 from isoflop.models.decoder_model import decoder_model
+from isoflop.models.hooks.attention import ATTENTION, AttentionCall, AttentionPolicy, CacheReport, causal_attention
 
 Contributions = dict[str, Tensor]
 """Mean magnitudes over all calibration tokens, by what they are of: ``qk`` and ``q`` are (L, H, D), ``k`` is (L, G, D)."""
@@ -52,17 +52,17 @@ class LabelStage(OnModel):
 @torch.no_grad()
 def contributions(model: Model, ctx: StageContext, texts: int, seed: int) -> Contributions:
     """Mean of |q k|, |q| and |k| per layer, head and channel, each token's query with its own key, after RoPE."""
-    decoder = decoder_model(model, "double-sparsity")
+    decoder_model(model, "double-sparsity")
     meter = Meter()
-    with decoder.attending(meter):
+    with model.occupy(ATTENTION, meter):
         for batch in model.calibration(ctx, texts, derive_seed("label channels", seed)):
             model.supervised(batch)
             meter.count()
     return meter.means()
 
 
-class Meter:
-    """Stock attention that adds up the magnitudes of queries and keys (an ``AttentionPolicy``).
+class Meter(AttentionPolicy):
+    """Stock attention that adds up the magnitudes of queries and keys.
 
     Only the last pass before ``count`` is counted, that of the scored prompts: compressors that follow the question run
     the decoder on text alone before it.

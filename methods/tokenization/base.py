@@ -1,23 +1,21 @@
 """Methods on the tokenizer's side of a language model: they choose how text becomes probabilities of bytes.
 
-The base class owns the hook point, the slot ``LmModel.byte_view``, which tasks ask that score bytes. No method of this
+The base class owns what sits in the hook ``byte_view``, which tasks ask that score bytes. No method of this
 kind has a ratio: the model is what it was, and what changes is how many tokens it is run on, and what is added up.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from isoflop.core.errors import Infeasible
+from isoflop.core.hook import Hook
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
 from isoflop.models.base import Model, ModelInfo
-from isoflop.models.byte_view import ByteView, segmentations_of
-from isoflop.models.lm import LmModel
+from isoflop.models.hooks.byte_view import BYTE_VIEW, ByteView, segmentations_of
+from isoflop.models.hooks.occupant import Occupant
 
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe
@@ -31,10 +29,8 @@ class TokenizationMethod(Method):
     """
 
     family: ClassVar[str] = "tokenization"
-    slot: ClassVar[str] = "byte-view"
-    asked_by_task: ClassVar[bool] = True
+    hooks: ClassVar[tuple[Hook[Any], ...]] = (BYTE_VIEW,)
     needs: ClassVar[frozenset[str]] = frozenset({"tokenizer"})
-    order: ClassVar[int] = 40
     exact_at_cuts: ClassVar[bool] = False
 
     @abstractmethod
@@ -46,26 +42,16 @@ class TokenizationMethod(Method):
         super().check(info)
         segmentations_of(info, f"method {self.name}")
 
-    @contextmanager
-    def apply(self, model: Model, prepared: Any) -> Iterator[None]:
-        """Take the slot."""
-        self.check(model.info)
-        if not isinstance(model, LmModel):
-            raise Infeasible(f"method {self.name}: model {model.info.ref} is no language model")
-        if model.byte_view is not None:
-            raise Infeasible(f"method {self.name}: another method gives the model's bytes their probabilities already")
-        model.byte_view = self.view(prepared)
-        try:
-            yield
-        finally:
-            del model.byte_view
+    def occupants(self, model: Model, prepared: Any) -> dict[Hook[Any], Occupant]:
+        """The view."""
+        return {BYTE_VIEW: self.view(prepared)}
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
         """What the last texts took per scored byte: forward passes, tokens; and the most covers at one position.
 
         ``method_params`` and ``method_bytes`` are those of models that are asked besides.
         """
-        view = model.byte_view if isinstance(model, LmModel) else None
+        view = model.occupant(BYTE_VIEW)
         if view is None:
             raise ValueError(f"method {self.name} is not applied")
         return {

@@ -10,8 +10,8 @@ import numpy as np
 
 from isoflop.methods.base import METHODS
 from isoflop.methods.tokenization.base import TokenizationMethod
-from isoflop.models.byte_view import ByteText, ByteView, TokenView
-from isoflop.models.byte_view_segmentations import Segmentations
+from isoflop.models.byte_trees.segmentations import Segmentations
+from isoflop.models.hooks.byte_view import ByteText, ByteView, TokenView
 from isoflop.models.lm import LmModel
 
 

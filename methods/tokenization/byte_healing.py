@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from isoflop.methods.base import METHODS
 from isoflop.methods.tokenization.base import TokenizationMethod
-from isoflop.models.byte_view import ByteText, ByteView, TreeView
-from isoflop.models.byte_view_segmentations import Segmentations
-from isoflop.models.byte_view_starts import healed_start
-from isoflop.models.byte_view_tree import Start
+from isoflop.models.byte_trees.segmentations import Segmentations
+from isoflop.models.byte_trees.starts import healed_start
+from isoflop.models.byte_trees.tree import Start
+from isoflop.models.hooks.byte_view import ByteText, ByteView, TreeView
 
 
 @dataclass

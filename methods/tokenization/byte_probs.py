@@ -18,10 +18,10 @@ from isoflop.methods.base import METHODS, Method
 from isoflop.methods.tokenization.base import TokenizationMethod
 from isoflop.methods.tokenization.members import Member, MembersStage, parse_members
 from isoflop.models.base import ModelInfo
-from isoflop.models.byte_view import ByteText, ByteView, TreeView, segmentations_of
-from isoflop.models.byte_view_segmentations import Segmentations
-from isoflop.models.byte_view_starts import boundary_start
-from isoflop.models.byte_view_tree import MASSES, RENORMALISED, Start
+from isoflop.models.byte_trees.segmentations import Segmentations
+from isoflop.models.byte_trees.starts import boundary_start
+from isoflop.models.byte_trees.tree import MASSES, RENORMALISED, Start
+from isoflop.models.hooks.byte_view import ByteText, ByteView, TreeView, segmentations_of
 from isoflop.models.lm import LmModel
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from isoflop.methods.base import METHODS, Method
 from isoflop.methods.tokenization.base import TokenizationMethod
 from isoflop.models.base import ModelInfo
-from isoflop.models.byte_view import ByteView, TokenView
+from isoflop.models.hooks.byte_view import ByteView, TokenView
 
 
 @METHODS.register("byte-tokens")

@@ -21,12 +21,13 @@ from isoflop.methods.tokenization.base import TokenizationMethod
 from isoflop.methods.tokenization.byte_probs import ByteProbs
 from isoflop.methods.tokenization.members import Member, parse_members
 from isoflop.methods.untrained import untrained_llama
-from isoflop.models.byte_view import ByteText, SegmentationsStage, TokenView
-from isoflop.models.byte_view_segmentations import Segmentations
-from isoflop.models.byte_view_tree import EVERY
+from isoflop.models.byte_trees.segmentations import Segmentations
+from isoflop.models.byte_trees.tree import EVERY
 from isoflop.models.counting import flops_of
+from isoflop.models.hooks.byte_view import BYTE_VIEW, ByteText, SegmentationsStage, TokenView
+from isoflop.models.hooks.matrices import MATRICES
 from isoflop.models.lm import LmInfo, LmModel
-from isoflop.models.lm_text import TokenizerSource, read_tokenizer
+from isoflop.models.worlds.lm_text import TokenizerSource, read_tokenizer
 
 TEXT = "it's the other weather; whether they're there, or where the others were, it's the same thing then"
 PROMPTS = (b"where is it's", b"\xc3\xa9 they're", b"so the weat", b"or t", b"a caf\xc3", b"who is  ")
@@ -77,7 +78,8 @@ def untrained_reader(vocabulary: int, seed: int = 0) -> LmModel:
         family="probe",
         version="1",
         n_params=n_params,
-        hooks=frozenset({"weights", "tokenizer"}),
+        hooks=frozenset({MATRICES, BYTE_VIEW}),
+        offers=frozenset({"tokenizer"}),
         geometry=geometry,
         text=None,
         tokenizer=ProbeTokenizer(vocabulary),
@@ -121,7 +123,7 @@ class TokenizationProbe(Probe):
         """Probabilities of the next byte, and of no byte, sum to one at every position."""
         total_RP = self.outputs(range(self.examples)).view(self.examples, -1, 257).sum(-1)
         assert bool(((total_RP - 1).abs() < 1e-9).all()), f"{method}: byte probabilities sum to {total_RP.flatten()}"
-        view = self.model.byte_view or TokenView()
+        view = self.model.occupant(BYTE_VIEW) or TokenView()
         for text in self._texts:  # the last byte comes after everything that is predicted
             other = ByteText(text.data[:-1] + (b"q" if text.data[-1:] != b"q" else b"z"), text.first)
             (seen,), (changed,) = (view.next_bytes(self.model, self.segmentations, [t]) for t in (text, other))
@@ -129,7 +131,7 @@ class TokenizationProbe(Probe):
 
     def outputs(self, rows: Sequence[int]) -> Tensor:
         """Probabilities of all symbols at the scored positions, (B, positions · 257)."""
-        view = self.model.byte_view or TokenView()
+        view = self.model.occupant(BYTE_VIEW) or TokenView()
         logs = view.next_bytes(self.model, self.segmentations, [self._texts[row] for row in rows])
         return torch.from_numpy(np.exp(np.stack(logs))).flatten(1)
 

@@ -17,7 +17,7 @@ from isoflop.methods.base import METHODS
 from isoflop.methods.vision_language import vlm_info
 from isoflop.methods.visual_tokens.base import VisualTokenMethod
 from isoflop.models.base import ModelInfo
-from isoflop.models.vlm import CompressedTokens, VisualInput
+from isoflop.models.hooks.visual_tokens import CompressedTokens, VisualInput
 
 
 def square_counts(grid: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Visual-token methods: a compressor between the vision tower and the projector.
 
-The base class owns the hook point. A method says how many tokens it leaves and how it computes them; a method with
+The base class owns what sits in the hook ``visual_tokens``. A method says how many tokens it leaves and how it computes them; a method with
 weights also builds a module. In the tiny family the model is trained with the compressor in the loop. On a Hugging
 Face checkpoint, and on a tiny model with ``joint: false``, a method without weights is applied as it is, and one with
 weights is trained together with the projector while the language model stays frozen.
@@ -11,22 +11,22 @@ Shape suffixes: B batch, P patches, V visual tokens, D vision width.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
-from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import derive_seed
+from isoflop.core.hook import Hook
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Method
 from isoflop.methods.vision_language import vlm_info, vlm_model
-from isoflop.models.base import Model, ModelInfo, tensor_bytes
+from isoflop.models.base import Model, ModelInfo
 from isoflop.models.features import LayerKey
-from isoflop.models.vlm import Checkpoint, CompressedTokens, VisualInput, VlmInfo, VlmModel
+from isoflop.models.hooks.occupant import Occupant, tensor_bytes
+from isoflop.models.hooks.visual_tokens import VISUAL_TOKENS, CompressedTokens, Compression, VisualInput
+from isoflop.models.vlm import Checkpoint, VlmInfo, VlmModel
 
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe
@@ -45,9 +45,7 @@ class VisualTokenMethod(Method):
     """
 
     family: ClassVar[str] = "visual-tokens"
-    needs: ClassVar[frozenset[str]] = frozenset({"visual-tokens"})
-    order: ClassVar[int] = 10
-    slot: ClassVar[str] = "visual-tokens"
+    hooks: ClassVar[tuple[Hook[Any], ...]] = (VISUAL_TOKENS,)
     trains_model: ClassVar[bool] = True
     commutes: ClassVar[bool] = True
 
@@ -111,35 +109,24 @@ class VisualTokenMethod(Method):
             return weights
         if self.untrained(vlm, 0) is None:
             return None
-        from isoflop.models.frozen import CompressorStage
+        from isoflop.models.training.frozen import CompressorStage
 
         return CompressorStage.of(vlm, self, seed, weights)
 
-    @contextmanager
-    def apply(self, model: Model, prepared: Any) -> Iterator[None]:
-        """Put the compressor in place.
+    def occupants(self, model: Model, prepared: Any) -> dict[Hook[Any], Occupant]:
+        """The compressor.
 
         Args:
             prepared: a ``Checkpoint`` with the trained weights, a module, or None for a method without weights.
         """
-        vlm = vlm_model(model)
-        self.check(vlm.info)
-        if vlm.compression is not None:
-            raise Infeasible(f"method {self.name}: another visual-token method is applied already; a trial takes one")
-        slot = self._in_place(vlm, prepared)
-        unused = dict.fromkeys(projector_names(vlm), 0.0) if self.projector(slot.module) is not None else {}
-        vlm.compression = slot
-        try:
-            with vlm.storing(unused):
-                yield
-        finally:
-            vlm.compression = None
+        return {VISUAL_TOKENS: self._in_place(vlm_model(model), prepared)}
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
         """``ratio`` = P / V, and parameters and bytes of the compressor's own weights."""
         vlm = vlm_model(model)
         patches = vlm.info.geometry["visual_tokens"]
-        module = vlm.compression.module if isinstance(vlm.compression, InPlace) else None
+        compression = vlm.occupant(VISUAL_TOKENS)
+        module = compression.module if compression is not None else None
         tensors = [] if module is None else [*module.parameters(), *module.buffers()]
         return {
             "ratio": patches / self.tokens_left(vlm.info.geometry["grid"]),
@@ -166,7 +153,8 @@ class VisualTokenMethod(Method):
         if module is not None:
             module = module.to(model.device, model.dtype).eval().requires_grad_(False)
             projector = self.projector(module) or projector
-        return InPlace(self, module, projector, self.layers(model.info))
+        unused = projector_names(model) if self.projector(module) is not None else []
+        return InPlace(self, module, projector, self.layers(model.info), tuple(unused))
 
     def _load(self, model: VlmModel, checkpoint: Checkpoint) -> nn.Module | None:
         state = checkpoint.state("compressor")
@@ -176,14 +164,24 @@ class VisualTokenMethod(Method):
         return module
 
 
-@dataclass
-class InPlace:
-    """A compressor in place (``VlmModel.compression``)."""
+@dataclass(eq=False)
+class InPlace(Compression):
+    """A compressor in place.
+
+    Attributes:
+        unused: parameters of the model that nobody needs to store because of it.
+    """
 
     method: VisualTokenMethod
     module: nn.Module | None
     projector: nn.Module | None
     layers: tuple[LayerKey, ...]
+    unused: tuple[str, ...] = ()
+
+    @property
+    def stored(self) -> dict[str, float]:
+        """Nothing for the projector in whose place the method's own stands."""
+        return dict.fromkeys(self.unused, 0.0)
 
     def __call__(self, view: VisualInput) -> CompressedTokens:
         """Compress a batch."""

@@ -9,7 +9,7 @@ from torch import nn
 from isoflop.methods.base import METHODS
 from isoflop.methods.visual_tokens.base import VisualTokenMethod
 from isoflop.models.base import ModelInfo
-from isoflop.models.vlm import CompressedTokens, VisualInput
+from isoflop.models.hooks.visual_tokens import CompressedTokens, VisualInput
 
 
 @METHODS.register("none")

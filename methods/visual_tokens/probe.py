@@ -15,12 +15,12 @@ from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import Method
 from isoflop.methods.probe import Probe
 from isoflop.methods.visual_tokens.base import VisualTokenMethod
-from isoflop.models import digit_world as world
 from isoflop.models.features import vision_of
-from isoflop.models.tiny_config import SIZES, initialise, llava_config
-from isoflop.models.tiny_llava import tiny_info
-from isoflop.models.training import Recipe
+from isoflop.models.tiny.llava import tiny_info
+from isoflop.models.tiny.llava_config import SIZES, initialise, llava_config
+from isoflop.models.tiny.llava_training import Recipe
 from isoflop.models.vlm import VlmBatch, VlmModel
+from isoflop.models.worlds import digit_world as world
 
 STEPS = 16
 """Steps of a training whose budgets are looked at."""

@@ -14,14 +14,14 @@ from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
 from isoflop.methods.selection import random_subset
 from isoflop.methods.vision_language import vlm_info
-from isoflop.methods.visual_tokens.select import Selection
+from isoflop.methods.visual_tokens.select import PatchSelection
 from isoflop.models.base import ModelInfo
-from isoflop.models.vlm import VisualInput
+from isoflop.models.hooks.visual_tokens import VisualInput
 
 
 @METHODS.register("random")
 @dataclass(frozen=True)
-class RandomTokens(Selection):
+class RandomTokens(PatchSelection):
     """``tokens`` patches of each image in raster order, drawn anew per image. No weights.
 
     The subset depends on ``draw`` and on the example's number (which carries the job's seed), not on the rest of the

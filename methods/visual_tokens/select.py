@@ -17,14 +17,14 @@ from isoflop.core.knobs import Knob
 from isoflop.methods.vision_language import vlm_info
 from isoflop.methods.visual_tokens.base import VisualTokenMethod
 from isoflop.models.base import ModelInfo
-from isoflop.models.vlm import CompressedTokens, VisualInput
+from isoflop.models.hooks.visual_tokens import CompressedTokens, VisualInput
 
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe
 
 
 @dataclass(frozen=True)
-class Selection(VisualTokenMethod):
+class PatchSelection(VisualTokenMethod):
     """Base class of selections: says which patches stay; they enter the language model in raster order.
 
     ``keep_positions`` acts at inference only: every training sees V places in a row. On a model that is trained with the
@@ -43,7 +43,7 @@ class Selection(VisualTokenMethod):
     def kept(self, view: VisualInput, count: int) -> Tensor:
         """Numbers of the ``count`` patches that stay, ascending, (B, V)."""
 
-    def as_trained(self) -> Selection:
+    def as_trained(self) -> PatchSelection:
         """With places in a row."""
         return replace(self, keep_positions="contiguous")
 

@@ -12,14 +12,14 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
 from isoflop.methods.vision_language import vlm_info
-from isoflop.methods.visual_tokens.select import Selection, lattice
+from isoflop.methods.visual_tokens.select import PatchSelection, lattice
 from isoflop.models.base import ModelInfo
-from isoflop.models.vlm import VisualInput
+from isoflop.models.hooks.visual_tokens import VisualInput
 
 
 @METHODS.register("uniform-grid")
 @dataclass(frozen=True)
-class UniformGrid(Selection):
+class UniformGrid(PatchSelection):
     """√V x √V patches, the middles of equal cells, the same for every image. No weights."""
 
     tokens: Annotated[

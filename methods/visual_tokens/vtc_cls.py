@@ -17,10 +17,11 @@ from isoflop.core.stage import StageContext
 from isoflop.methods.base import METHODS
 from isoflop.methods.selection import top_places
 from isoflop.methods.vision_language import vlm_info, vlm_model
-from isoflop.methods.visual_tokens.select import Selection
+from isoflop.methods.visual_tokens.select import PatchSelection
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.features import LayerKey, attention_in
-from isoflop.models.vlm import VisualInput, VlmInfo
+from isoflop.models.hooks.visual_tokens import VisualInput
+from isoflop.models.vlm import VlmInfo
 
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 @METHODS.register("vtc-cls")
 @dataclass(frozen=True)
-class VtcCls(Selection):
+class VtcCls(PatchSelection):
     """Score every patch by the attention it gets from [CLS] over several layers of the tower; keep the best.
 
     1. c^l_i: softmax row of [CLS] in layer l at patch i, averaged over the heads; not renormalised without the column

@@ -1,4 +1,4 @@
-"""Vision-transformer token methods: the base class that owns the hook point inside the blocks.
+"""Vision-transformer token methods: the base class that owns what sits in the hook ``vision_blocks``.
 
 A method says which tokens go and how they merge; the base class says how many: a schedule over the blocks, either in
 the paper's own terms or solved for a budget of MACs, so that methods compare at equal cost.
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -20,14 +18,16 @@ import torch
 from torch import Tensor
 
 from isoflop.core.errors import Infeasible
+from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
 from isoflop.methods.vit_tokens.schedule import SHAPES, largest_amount, model_macs, removals, within_budget
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.counting import flops_of
-from isoflop.models.vit import TOKENS_HOOK, VitInfo, VitModel
-from isoflop.models.vit_blocks import Signals, TokenReduction, TokenState, log_sizes
+from isoflop.models.hooks.occupant import Occupant
+from isoflop.models.hooks.vision_blocks import VISION_BLOCKS, BlockRun, Signals, TokenReduction, TokenState, log_sizes
+from isoflop.models.vit import VitInfo, VitModel
 
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe
@@ -48,9 +48,7 @@ class VitTokenMethod(Method):
     """
 
     family: ClassVar[str] = "vit-tokens"
-    needs: ClassVar[frozenset[str]] = frozenset({TOKENS_HOOK})
-    order: ClassVar[int] = 5
-    slot: ClassVar[str] = "vit-tokens"
+    hooks: ClassVar[tuple[Hook[Any], ...]] = (VISION_BLOCKS,)
     after_block: ClassVar[bool] = False
 
     macs: Annotated[
@@ -126,13 +124,10 @@ class VitTokenMethod(Method):
         super().check(info)
         self.plan(vit_info(info))
 
-    @contextmanager
-    def apply(self, model: Model, prepared: Any) -> Iterator[None]:
-        """Reduce tokens in every forward pass of the model."""
+    def occupants(self, model: Model, prepared: Any) -> dict[Hook[Any], Occupant]:
+        """A reduction in every forward pass of the model."""
         vit = vit_model(model)
-        self.check(vit.info)
-        with vit.reducing(InPlace(self, self.plan(vit.info))):
-            yield
+        return {VISION_BLOCKS: BlockRun(InPlace(self, self.plan(vit.info)), vit.info.geometry["prefix"])}
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
         """``ratio`` is the dense model's multiply-adds over those counted on the live model for one image.

@@ -12,7 +12,7 @@ from isoflop.methods.base import METHODS
 from isoflop.methods.selection import top_places
 from isoflop.methods.vit_tokens.base import VitTokenMethod
 from isoflop.methods.vit_tokens.tokens import keep
-from isoflop.models.vit_blocks import Signals, TokenState
+from isoflop.models.hooks.vision_blocks import Signals, TokenState
 
 
 @METHODS.register("vit-cls-topk")

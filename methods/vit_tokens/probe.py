@@ -14,11 +14,11 @@ from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import Method
 from isoflop.methods.probe import Probe
 from isoflop.methods.vit_tokens.base import counted_macs
-from isoflop.models.sprite_world import ImageSet
-from isoflop.models.tiny_vit import tiny_info
-from isoflop.models.tiny_vit_config import SIZES, untrained
-from isoflop.models.tiny_vit_training import Recipe
+from isoflop.models.tiny.vit import tiny_info
+from isoflop.models.tiny.vit_config import SIZES, untrained
+from isoflop.models.tiny.vit_training import Recipe
 from isoflop.models.vit import VitModel
+from isoflop.models.worlds.sprite_world import ImageSet
 
 
 def untrained_model(size: str = "c48", seed: int = 0) -> VitModel:

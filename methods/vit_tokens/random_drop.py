@@ -13,7 +13,7 @@ from isoflop.methods.base import METHODS
 from isoflop.methods.selection import random_subset
 from isoflop.methods.vit_tokens.base import VitTokenMethod
 from isoflop.methods.vit_tokens.tokens import keep
-from isoflop.models.vit_blocks import Signals, TokenState
+from isoflop.models.hooks.vision_blocks import Signals, TokenState
 
 
 @METHODS.register("vit-random")

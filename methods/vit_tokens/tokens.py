@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from isoflop.kernels.merge import merge_tokens
-from isoflop.models.vit_blocks import TokenState
+from isoflop.models.hooks.vision_blocks import TokenState
 
 
 @dataclass(frozen=True)

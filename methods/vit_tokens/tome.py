@@ -18,7 +18,7 @@ from isoflop.methods.base import METHODS
 from isoflop.methods.vit_tokens.base import VitTokenMethod
 from isoflop.methods.vit_tokens.schedule import largest_amount
 from isoflop.methods.vit_tokens.tokens import MergePlan, merge
-from isoflop.models.vit_blocks import Signals, TokenState
+from isoflop.models.hooks.vision_blocks import Signals, TokenState
 
 
 @METHODS.register("tome")

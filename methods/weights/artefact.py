@@ -13,6 +13,7 @@ from torch import Tensor
 from isoflop.methods.weights.payloads import PAYLOADS, Payload
 from isoflop.methods.weights.views import LinearView, replaceable
 from isoflop.models.base import Model
+from isoflop.models.hooks.occupant import Occupant
 
 _TENSORS = "payloads.safetensors"
 _INDEX = "payloads.json"
@@ -85,20 +86,39 @@ def in_place(model: Model, vectors: Mapping[str, Tensor]) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def serving(
-    model: Model, views: list[LinearView], payload_of: Callable[[LinearView], Payload], vectors: Mapping[str, Tensor]
-) -> Iterator[None]:
-    """Serve decoded payloads inside the ``with`` block and count their bytes; afterwards the model is what it was.
+class Serving(Occupant):
+    """Decoded payloads in a model's parameters, and their bytes; afterwards the model is what it was.
 
-    Raises:
-        Infeasible: another method holds one of the matrices compressed already.
+    Args:
+        views: the matrices.
+        payload_of: the payload of each.
+        vectors: parameters outside the views with other values.
     """
-    stored = dict.fromkeys((view.parameter for view in views), 0.0)
-    with replaceable(model, list(stored)), in_place(model, vectors):
-        for view in views:
-            payload = payload_of(view)
-            view.write(payload.decode())
-            stored[view.parameter] += payload.nbytes(model.info.dense_bits)
-        with model.storing(stored):
-            yield
+
+    def __init__(
+        self, views: list[LinearView], payload_of: Callable[[LinearView], Payload], vectors: Mapping[str, Tensor]
+    ) -> None:
+        self.views = views
+        self._payload_of = payload_of
+        self._vectors = vectors
+        self._stored: dict[str, float] = {}
+
+    @property
+    def stored(self) -> dict[str, float]:
+        """Bytes of the payloads by the views' parameters, while they are served."""
+        return self._stored
+
+    @contextmanager
+    def at_work(self, model: Model) -> Iterator[None]:
+        """The decoded matrices in the parameters' place."""
+        stored = dict.fromkeys((view.parameter for view in self.views), 0.0)
+        with replaceable(model, list(stored)), in_place(model, self._vectors):
+            for view in self.views:
+                payload = self._payload_of(view)
+                view.write(payload.decode())
+                stored[view.parameter] += payload.nbytes(model.info.dense_bits)
+            self._stored = stored
+            try:
+                yield
+            finally:
+                self._stored = {}

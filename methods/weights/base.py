@@ -1,7 +1,7 @@
 """Weight methods: each matrix of a model is stored as a payload and served as what the payload decodes to.
 
 A method is a codec: ``encode`` turns one matrix, and what calibration knows of its inputs, into a payload. The base class
-owns the hook point (the linear views of the model), the calibration, the stage that keeps encoded models, and the costs.
+owns what sits in the hook ``matrices`` (the linear views of the model), the calibration, the stage that keeps encoded models, and the costs.
 
 Shape suffixes: O outputs (rows), I inputs (columns).
 """
@@ -9,8 +9,7 @@ Shape suffixes: O outputs (rows), I inputs (columns).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
@@ -18,15 +17,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob, KnobValue, knob_specs
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Method, build
 from isoflop.methods.calibration import OnModel, Spec
-from isoflop.methods.weights.artefact import Artefact, serving
+from isoflop.methods.weights.artefact import Artefact, Serving
 from isoflop.methods.weights.payloads import Payload
 from isoflop.methods.weights.statistics import CalibrationStage, Statistics, ViewStats, calibration_seed, collect
 from isoflop.methods.weights.views import LinearView, linear_views
-from isoflop.models.base import Model, ModelInfo, tensor_bytes
+from isoflop.models.base import Model, ModelInfo
+from isoflop.models.hooks.matrices import MATRICES
+from isoflop.models.hooks.occupant import Occupant, tensor_bytes
 
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe
@@ -42,9 +44,7 @@ class WeightMethod(Method):
     """
 
     family: ClassVar[str] = "weights"
-    slot: ClassVar[str] = "weights"
-    needs: ClassVar[frozenset[str]] = frozenset({"weights"})
-    order: ClassVar[int] = 0
+    hooks: ClassVar[tuple[Hook[Any], ...]] = (MATRICES,)
 
     def check(self, info: ModelInfo) -> None:
         """Refuse models without the hook point, and knobs that the matrices' sizes rule out, as far as they are known."""
@@ -59,19 +59,16 @@ class WeightMethod(Method):
     def check_shape(self, rows: int, cols: int) -> None:
         """Raise Infeasible when a matrix of this size cannot be encoded; names the knob and what would work."""
 
-    @contextmanager
-    def apply(self, model: Model, prepared: Any) -> Iterator[None]:
-        """Serve the compressed matrices.
+    def occupants(self, model: Model, prepared: Any) -> dict[Hook[Any], Occupant]:
+        """The compressed matrices, served.
 
         Args:
             prepared: value of the ``prepare`` stage, or None for a method without one.
         """
-        self.check(model.info)
         views = linear_views(model)
         for view in views:
             self.check_shape(view.rows, view.cols)
-        with serving(model, views, *self.served(model, views, prepared)):
-            yield
+        return {MATRICES: Serving(views, *self.served(model, views, prepared))}
 
     @abstractmethod
     def served(self, model: Model, views: list[LinearView], prepared: Any) -> Served:
@@ -79,7 +76,7 @@ class WeightMethod(Method):
 
         Args:
             model: uncompressed.
-            prepared: as in ``apply``.
+            prepared: as in ``occupants``.
         """
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
@@ -119,7 +116,7 @@ class WeightMethod(Method):
 
 
 @dataclass(frozen=True)
-class CodecMethod(WeightMethod):
+class MatrixCodecMethod(WeightMethod):
     """Base class of methods that encode each matrix by itself, without calibration."""
 
     @abstractmethod
@@ -145,7 +142,7 @@ class CodecMethod(WeightMethod):
 
 
 @dataclass(frozen=True)
-class CalibratedMethod(CodecMethod):
+class CalibratedMethod(MatrixCodecMethod):
     """Base class of methods that encode each matrix by itself, knowing its inputs on training examples."""
 
     n_calib: Annotated[int, Knob(low=1, high=100_000, log=True, unit="examples", doc="training examples to calibrate on")] = 128  # fmt: skip
@@ -192,7 +189,7 @@ class ArtefactStage(OnModel):
         """Encode every view."""
         name, _, knobs = self.method
         method = build(name, dict(knobs))
-        assert isinstance(method, CodecMethod)
+        assert isinstance(method, MatrixCodecMethod)
         with self.model(ctx) as model:
             method.encode_model(model, ctx.get(self.calibration)).save(folder)
 

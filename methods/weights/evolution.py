@@ -19,20 +19,20 @@ _TRIES = 100
 
 
 @dataclass(frozen=True)
-class Selection:
+class SelectionStep:
     """One step of selection: how many survive, judged on how many examples."""
 
     survivors: int
     examples: int
 
 
-def selections(steps: int, survivors: int, examples: int, growth: int) -> tuple[Selection, ...]:
+def selections(steps: int, survivors: int, examples: int, growth: int) -> tuple[SelectionStep, ...]:
     """``survivors`` in the first step and a quarter of them in each further one, one in the last; examples grow by ``growth``.
 
     With 3 steps and 16 (8) survivors these are the 16, 4, 1 (8, 2, 1) of the paper's searches for bits (sparsity).
     """
     return tuple(
-        Selection(1 if step == steps - 1 else max(1, survivors // 4**step), examples * growth**step)
+        SelectionStep(1 if step == steps - 1 else max(1, survivors // 4**step), examples * growth**step)
         for step in range(steps)
     )
 
@@ -84,7 +84,7 @@ def evolve(
     starts: Sequence[Levels],
     propose: Propose,
     judge: Judge,
-    plan: Sequence[Selection],
+    plan: Sequence[SelectionStep],
     generations: int,
     offspring: int,
     rng: np.random.Generator,

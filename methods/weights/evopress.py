@@ -30,7 +30,7 @@ from isoflop.methods.allocation import allocate
 from isoflop.methods.base import METHODS
 from isoflop.methods.calibration import OnModel, Spec
 from isoflop.methods.weights.artefact import Artefact
-from isoflop.methods.weights.base import CodecMethod, Served
+from isoflop.methods.weights.base import MatrixCodecMethod, Served
 from isoflop.methods.weights.filling import shares
 from isoflop.methods.weights.fitness import Fitness
 from isoflop.methods.weights.gptq import Gptq
@@ -39,7 +39,7 @@ from isoflop.methods.weights.magnitude import Magnitude
 from isoflop.methods.weights.payloads import Payload
 from isoflop.methods.weights.rtn import RoundToNearest
 from isoflop.methods.weights.search_base import UNIFORM, SearchMethod, method_of, spec_of
-from isoflop.methods.weights.space import Levels, Space
+from isoflop.methods.weights.space import Levels, LevelSpace
 from isoflop.methods.weights.sparsegpt import SparseGpt
 from isoflop.methods.weights.statistics import CalibrationStage, Statistics, ViewStats, calibration_seed, collect
 from isoflop.methods.weights.views import LinearView, linear_views
@@ -91,11 +91,11 @@ class LevelMethod(SearchMethod):
     n_calib: Annotated[int, Knob(low=1, high=100_000, log=True, unit="examples", doc="training examples that matrices are compressed on")] = 128  # fmt: skip
 
     @abstractmethod
-    def space(self, views: list[LinearView]) -> Space:
+    def space(self, views: list[LinearView]) -> LevelSpace:
         """Bounds of the levels, and which matrices may exchange them."""
 
     @abstractmethod
-    def codec(self, view: LinearView, views: list[LinearView], level: int) -> CodecMethod:
+    def codec(self, view: LinearView, views: list[LinearView], level: int) -> MatrixCodecMethod:
         """What compresses a matrix to a level."""
 
     @abstractmethod
@@ -264,18 +264,18 @@ class EvoPress(LevelMethod):
                 "allowed: whole bits"
             )
 
-    def space(self, views: list[LinearView]) -> Space:
+    def space(self, views: list[LinearView]) -> LevelSpace:
         """Matrices of equal size, or all, exchange bits."""
         count = len(views)
         groups = (tuple(range(count)),) if self.exchange == ANY else tuple(map(tuple, by_size(views).values()))
-        return Space((self.lowest,) * count, (self.highest,) * count, groups, tuple(view.numel for view in views))
+        return LevelSpace((self.lowest,) * count, (self.highest,) * count, groups, tuple(view.numel for view in views))
 
     def relevant(self) -> EvoPress:
         """Where all matrices have the same level, nothing is exchanged."""
         relevant = super().relevant()
         return relevant.at_defaults("exchange") if self.allocation == UNIFORM else relevant
 
-    def codec(self, view: LinearView, views: list[LinearView], level: int) -> CodecMethod:
+    def codec(self, view: LinearView, views: list[LinearView], level: int) -> MatrixCodecMethod:
         """Rounding to so many bits."""
         codec = Gptq if self.compressor == GPTQ else RoundToNearest
         return codec(bits=level, group=self.group)
@@ -328,14 +328,14 @@ class EvoPressSparse(LevelMethod):
             return self.at_defaults("allocation", "generations", "offspring", "survivors")
         return super().relevant()
 
-    def space(self, views: list[LinearView]) -> Space:
+    def space(self, views: list[LinearView]) -> LevelSpace:
         """All matrices exchange levels."""
         step = self.step(views)
         low = tuple(-min(int(self.sparsity * view.numel) // step, self.levels) for view in views)
         high = tuple(min((view.numel - int(self.sparsity * view.numel)) // step, self.levels) for view in views)
         if self.sparsity == 0:
             high = low
-        return Space(low, high, (tuple(range(len(views))),))
+        return LevelSpace(low, high, (tuple(range(len(views))),))
 
     def step(self, views: list[LinearView]) -> int:
         """Zeros from one level to the next: ½·min(s, 1 - s)/levels·d², d the model's width, as in the published code.
@@ -346,7 +346,7 @@ class EvoPressSparse(LevelMethod):
         wanted = 0.5 * min(self.sparsity, 1 - self.sparsity) / self.levels * views[0].cols ** 2
         return max(1, round(wanted / unit)) * unit
 
-    def codec(self, view: LinearView, views: list[LinearView], level: int) -> CodecMethod:
+    def codec(self, view: LinearView, views: list[LinearView], level: int) -> MatrixCodecMethod:
         """Pruning to ``level`` steps more."""
         # the nudge, a small part of one weight, keeps rounding from losing one
         more = (level * self.step(views) + 1e-5) / view.numel if level else 0.0

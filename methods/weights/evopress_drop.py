@@ -5,30 +5,35 @@ Shape suffixes: B batch, T tokens, d width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from isoflop.core.errors import Infeasible
+from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
+from isoflop.methods.weights.artefact import Serving
 from isoflop.methods.weights.base import Served
 from isoflop.methods.weights.fitness import Fitness
-from isoflop.methods.weights.payloads import AbsentPayload, DensePayload
+from isoflop.methods.weights.payloads import AbsentPayload, DensePayload, Payload
 from isoflop.methods.weights.search_base import SearchMethod
-from isoflop.methods.weights.space import Levels, Space
+from isoflop.methods.weights.space import Levels, LevelSpace
 from isoflop.methods.weights.views import LinearView, linear_views
 from isoflop.models.base import Model, ModelInfo
+from isoflop.models.hooks.attention import ATTENTION
+from isoflop.models.hooks.matrices import MATRICES
+from isoflop.models.hooks.occupant import Occupant
 
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe
 
-ATTENTION, MLP = ("self_attn", "attn"), ("mlp", "block_sparse_moe")
+ATTENTIONS, MLPS = ("self_attn", "attn"), ("mlp", "block_sparse_moe")
 DROPPED, KEPT = 0, 1
 
 
@@ -59,14 +64,14 @@ def halves(model: Model) -> list[Half]:
     found: dict[str, Half] = {}
     for view in linear_views(model):
         parts = view.name.split(".")
-        place = next((i for i, part in enumerate(parts) if part in (*ATTENTION, *MLP)), None)
+        place = next((i for i, part in enumerate(parts) if part in (*ATTENTIONS, *MLPS)), None)
         if place is None or parts[place - 1] != str(view.layer):
             raise Infeasible(
                 f"method evopress-drop: {view.name} of model {model.info.ref} belongs neither to an attention "
-                f"({', '.join(ATTENTION)}) nor to an MLP ({', '.join(MLP)}) that could be left out"
+                f"({', '.join(ATTENTIONS)}) nor to an MLP ({', '.join(MLPS)}) that could be left out"
             )
         name = ".".join(parts[: place + 1])
-        found[name] = Half(name, view.layer, parts[place] in ATTENTION, modules[name])
+        found[name] = Half(name, view.layer, parts[place] in ATTENTIONS, modules[name])
     return sorted(found.values(), key=lambda half: (not half.attention, half.layer))
 
 
@@ -126,8 +131,6 @@ class EvoPressDrop(SearchMethod):
     distances.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"weights", "attention"})
-
     dropped: Annotated[float, Knob(low=0.0, high=0.9, ratio=True, doc="share of attentions, and of MLPs, that are left out")] = 0.25  # fmt: skip
 
     @classmethod
@@ -136,8 +139,9 @@ class EvoPressDrop(SearchMethod):
         return cls(dropped=0.0)
 
     def check(self, info: ModelInfo) -> None:
-        """A share above 0 leaves out at least one block."""
+        """A share above 0 leaves out at least one block; attentions are found by their hook."""
         super().check(info)
+        info.check_offers(f"method {self.name}", (ATTENTION,), ())
         layers = info.geometry.get("layers")
         if layers and self.dropped > 0 and not self.count(layers):
             raise Infeasible(
@@ -163,14 +167,12 @@ class EvoPressDrop(SearchMethod):
         """Which halves to keep."""
         return DropProblem(halves(model), self)
 
-    @contextmanager
-    def apply(self, model: Model, prepared: Any) -> Iterator[None]:
-        """Leave out what was found."""
-        self.check(model.info)
+    def occupants(self, model: Model, prepared: Any) -> dict[Hook[Any], Occupant]:
+        """What was found is left out, and not stored."""
         skipping = Skipping(halves(model))
         skipping.dropped = self._dropped(prepared)
-        with super().apply(model, prepared), skipping.installed():
-            yield
+        views = linear_views(model)
+        return {MATRICES: Shortened(views, *self.served(model, views, prepared), skipping)}
 
     def served(self, model: Model, views: list[LinearView], prepared: Any) -> Served:
         """Nothing for the matrices of what is left out, all others as they are."""
@@ -194,6 +196,26 @@ class EvoPressDrop(SearchMethod):
         return frozenset(name for name, level in self.found(prepared).levels.items() if level == DROPPED)
 
 
+class Shortened(Serving):
+    """A model without some of its halves."""
+
+    def __init__(
+        self,
+        views: list[LinearView],
+        payload_of: Callable[[LinearView], Payload],
+        vectors: Mapping[str, Tensor],
+        skipping: Skipping,
+    ) -> None:
+        super().__init__(views, payload_of, vectors)
+        self._skipping = skipping
+
+    @contextmanager
+    def at_work(self, model: Model) -> Iterator[None]:
+        """Also skips what is left out."""
+        with super().at_work(model), self._skipping.installed():
+            yield
+
+
 class DropProblem:
     """The search for what to keep (a ``Problem``): level 1 keeps a half, level 0 leaves it out."""
 
@@ -202,7 +224,7 @@ class DropProblem:
         kinds = [tuple(i for i, half in enumerate(found) if half.attention is kind) for kind in (True, False)]
         self._groups = tuple(group for group in kinds if group)
         self._counts = [method.count(len(group)) for group in self._groups]
-        self.space = Space((DROPPED,) * len(found), (KEPT,) * len(found), self._groups)
+        self.space = LevelSpace((DROPPED,) * len(found), (KEPT,) * len(found), self._groups)
 
     def starts(self, count: int, rng: np.random.Generator) -> list[Levels]:
         """Random configurations."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
-from isoflop.methods.weights.base import CodecMethod
+from isoflop.methods.weights.base import MatrixCodecMethod
 from isoflop.methods.weights.payloads import DensePayload, GridPayload, Payload
 from isoflop.methods.weights.statistics import ViewStats
 from isoflop.models.base import ModelInfo
@@ -19,7 +19,7 @@ BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 
 @METHODS.register("rtn")
 @dataclass(frozen=True)
-class RoundToNearest(CodecMethod):
+class RoundToNearest(MatrixCodecMethod):
     """Asymmetric min-max grids of ``2^bits`` values, one per ``group`` weights of a row, with float16 scale and zero.
 
     Stored bits per weight: ``bits + 32/group``.

@@ -21,9 +21,9 @@ from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Method, build
 from isoflop.methods.calibration import OnModel, Spec
 from isoflop.methods.weights.base import WeightMethod
-from isoflop.methods.weights.evolution import Search, Selection, evolve, selections
+from isoflop.methods.weights.evolution import Search, SelectionStep, evolve, selections
 from isoflop.methods.weights.fitness import FITNESSES, KL, Fitness
-from isoflop.methods.weights.space import Levels, Space
+from isoflop.methods.weights.space import Levels, LevelSpace
 from isoflop.models.base import Model, ModelInfo
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Problem(Protocol):
         space: the configurations of the budget.
     """
 
-    space: Space
+    space: LevelSpace
 
     def starts(self, count: int, rng: np.random.Generator) -> list[Levels]:
         """Where the search begins: one configuration, or ``count`` random ones."""
@@ -160,7 +160,7 @@ class SearchMethod(WeightMethod):
         propose = problem.space.mutate if self.allocation == EVOLUTION else problem.space.shuffle
         return evolve(starts, propose, judge, self.plan(), self.generations, self.offspring, rng)
 
-    def plan(self) -> tuple[Selection, ...]:
+    def plan(self) -> tuple[SelectionStep, ...]:
         """The steps of selection."""
         return selections(self.selections, self.survivors, self.examples, self.growth)
 

@@ -23,7 +23,7 @@ _CHANGES = 10
 
 
 @dataclass(frozen=True)
-class Space:
+class LevelSpace:
     """The configurations of one budget.
 
     Attributes:

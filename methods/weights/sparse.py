@@ -13,7 +13,7 @@ from torch import Tensor
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
-from isoflop.methods.weights.base import CalibratedMethod, CodecMethod
+from isoflop.methods.weights.base import CalibratedMethod, MatrixCodecMethod
 from isoflop.methods.weights.payloads import BitmapPayload, DensePayload, PatternPayload, Payload
 from isoflop.methods.weights.rules import PATTERNS, UNSTRUCTURED, keep_highest, keep_pattern, pattern_of
 
@@ -21,7 +21,7 @@ GROUPS = ("matrix", "row")
 
 
 @dataclass(frozen=True)
-class Pruner(CodecMethod):
+class Pruner(MatrixCodecMethod):
     """Base class of methods that set weights to zero.
 
     Unstructured masks are stored as a bitmap, 16·(1 - sparsity) + 1 bits per weight, or dense where that is smaller; N:M

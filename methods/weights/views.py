@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from isoflop.core.errors import Infeasible
 from isoflop.models.base import Model
 from isoflop.models.decoder_model import DecoderModel
-from isoflop.models.matrices import blocks_matrices
+from isoflop.models.hooks.matrices import blocks_matrices
 
 Observer = Callable[["LinearView", Tensor], None]
 

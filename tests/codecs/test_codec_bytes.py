@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from isoflop.methods.base import METHODS, build
-from isoflop.methods.codecs.base import CodecMethod
+from isoflop.methods.codecs.base import ImageCodecMethod
 from isoflop.methods.codecs.one_d_piece import OneDPiece, TokenCodec
 from isoflop.methods.codecs.packing import packed_bytes, read_codes, write_codes
 from isoflop.methods.codecs.pca import ComponentCodec, fit_basis
 from isoflop.methods.codecs.pictures import FileCodec, jpeg_header
 from isoflop.methods.codecs.probe import CodecProbe
-from isoflop.models.codec import ImageCodec, to_bytes
-from isoflop.models.sprite_world import ImageSet
-from isoflop.models.tokenizer import Tokenizer
+from isoflop.models.hooks.pixels import ImageCodec, to_bytes
+from isoflop.models.networks.image_tokenizer import Tokenizer
+from isoflop.models.worlds.sprite_world import ImageSet
 from isoflop.tasks.distortion import mse, psnr
 
-CODECS = sorted(name for name in METHODS.names() if issubclass(METHODS.get(name), CodecMethod))
+CODECS = sorted(name for name in METHODS.names() if issubclass(METHODS.get(name), ImageCodecMethod))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def probe() -> CodecProbe:
 
 def codec_of(probe: CodecProbe, name: str, **knobs: Any) -> ImageCodec:
     method = build(name, knobs)
-    assert isinstance(method, CodecMethod)
+    assert isinstance(method, ImageCodecMethod)
     return method.codec(probe.model.info, probe.prepared(method, 0))
 
 
@@ -79,7 +79,7 @@ def test_shorter_strings_are_prefixes_and_lengths_can_be_mixed(images: Tensor) -
 @pytest.mark.parametrize("name", CODECS)
 def test_bits_per_pixel_come_from_the_length_of_the_strings(probe: CodecProbe, name: str) -> None:
     method = build(name, {})
-    assert isinstance(method, CodecMethod)
+    assert isinstance(method, ImageCodecMethod)
     prepared = probe.prepared(method, 0)
     coded = method.codec(probe.model.info, prepared).encode(to_bytes(probe._images))
     sizes = [len(c.data) for c in coded]

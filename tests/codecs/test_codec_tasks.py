@@ -18,12 +18,12 @@ from isoflop.core.errors import Infeasible
 from isoflop.jobs.job import Job, MethodSpec, ResolvedJob
 from isoflop.jobs.runner import merge_footprints
 from isoflop.methods.base import build
-from isoflop.methods.codecs.base import CodecMethod
+from isoflop.methods.codecs.base import ImageCodecMethod
 from isoflop.methods.codecs.one_d_piece import TokenCodec
 from isoflop.methods.vit_tokens.probe import untrained_model
 from isoflop.models.base import family_of
-from isoflop.models.codec import ImageCodec
-from isoflop.models.tokenizer import Tokenizer
+from isoflop.models.hooks.pixels import PIXELS, ImageCodec
+from isoflop.models.networks.image_tokenizer import Tokenizer
 from isoflop.tasks.base import TASKS
 from isoflop.tasks.classification import DigitClassification
 from isoflop.tasks.distortion import mse, psnr, ssim
@@ -83,8 +83,8 @@ def test_tasks_measure_what_the_codec_left(tmp_path: Path) -> None:
     with method.apply(model, None):
         shards = list(seen.evaluate(model, ctx, 3))
         measured = seen.measure(model, ctx)
-        assert model.codec is not None
-        assert model.codec.bytes().images == 40  # what is measured besides does not count
+        assert model.occupant(PIXELS) is not None
+        assert model.occupant(PIXELS).bytes().examples == 40  # what is measured besides does not count
         cost = merge_footprints(measured, [(method, method.footprint(model, ctx))])
     with method.apply(model, None):
         distorted = list(lost.evaluate(model, ctx, 3))
@@ -113,8 +113,8 @@ def test_each_image_counts_once_whatever_a_repeat_s_order(tmp_path: Path) -> Non
         with build("png", {}).apply(model, None):
             list(Reconstruction(examples=30).evaluate(model, ctx, seed))
             list(Reconstruction(examples=30).evaluate(model, ctx, seed))
-            assert model.codec is not None
-            sizes.append(model.codec.bytes())
+            assert model.occupant(PIXELS) is not None
+            sizes.append(model.occupant(PIXELS).bytes())
     assert sizes[0] == sizes[1]
     assert sizes[0].images == 30
 
@@ -186,7 +186,7 @@ def test_what_no_codec_trains_weighs_nothing_and_integers_weigh_what_they_take()
     assert measured["codec_weight_bytes"] == 0
     assert measured["weight_bytes"] == probe.model.weight_bytes()
     method = build("one-d-piece", {"quantizer": "fsq", "layers": 1, "codebook_size": 64})
-    assert isinstance(method, CodecMethod)
+    assert isinstance(method, ImageCodecMethod)
     codec = method.codec(probe.model.info, probe.prepared(method, 0))
     parameters = sum(p.numel() for p in codec.tokenizer.parameters())  # type: ignore[attr-defined]
     assert codec.weight_bytes(16) == 2 * parameters + 8 * (2 + 2)  # two numbers per code: their levels and places
@@ -201,7 +201,7 @@ def test_a_codec_that_hides_weights_does_not_conform() -> None:
         def tensors(self) -> list[Tensor]:
             return list(self.tokenizer.encoder.parameters())
 
-    class Keeping(CodecMethod):
+    class Keeping(ImageCodecMethod):
         def codec(self, info: Any, prepared: Any) -> ImageCodec:
             return Hiding(prepared, 2)
 
@@ -237,7 +237,7 @@ def test_a_codec_takes_the_slot_and_gives_it_back() -> None:
     with build("jpeg", {}).apply(model, None):
         with pytest.raises(Infeasible, match="another codec"), build("webp", {}).apply(model, None):
             pass
-        assert model.codec is not None
+        assert model.occupant(PIXELS) is not None
         with pytest.raises(ValueError, match="no image has gone through"):
             build("jpeg", {}).footprint(model, FolderContext(Path("unused")))
-    assert model.codec is None
+    assert model.occupant(PIXELS) is None

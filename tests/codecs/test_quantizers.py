@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from isoflop.models.quantizers import COMMITMENT, FiniteScalarQuantizer, VectorQuantizer, fsq_levels, usage_of
+from isoflop.models.networks.quantizers import COMMITMENT, FiniteScalarQuantizer, VectorQuantizer, fsq_levels, usage_of
 
 
 def vector_quantizer(codes: int, width: int, normalise: bool, seed: int) -> VectorQuantizer:

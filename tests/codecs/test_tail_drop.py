@@ -14,11 +14,11 @@ from torch import Tensor
 
 from isoflop.methods.budgets import BudgetSampler
 from isoflop.methods.codecs.one_d_piece import OneDPiece, contributions
-from isoflop.methods.codecs.tokenizer_training import Recipe, Step, Trainer
+from isoflop.methods.codecs.tokenizer_training import Recipe, TokenizerLesson, Trainer
 from isoflop.models.base import family_of
-from isoflop.models.descent import descend
-from isoflop.models.sprite_world import ImageSet
-from isoflop.models.tokenizer import Tokenizer, TokenizerSize
+from isoflop.models.networks.image_tokenizer import Tokenizer, TokenizerSize
+from isoflop.models.training.descent import descend
+from isoflop.models.worlds.sprite_world import ImageSet
 from isoflop.testing import FolderContext
 
 TOKENS = 4
@@ -39,7 +39,7 @@ def trained(drop: str) -> Tokenizer:
     net = Tokenizer(SIZE, 0)
     trainer, sampler = Trainer(net, recipe, 0), BudgetSampler(drop, TOKENS, TOKENS)
     steps = (
-        Step(n, squares(recipe.batch, n), torch.tensor(sampler.draw_each(n, 0, recipe.batch)))
+        TokenizerLesson(n, squares(recipe.batch, n), torch.tensor(sampler.draw_each(n, 0, recipe.batch)))
         for n in range(recipe.steps)
     )
     descend(torch.optim.AdamW(net.parameters(), lr=recipe.lr, weight_decay=1e-4), recipe, steps, trainer.loss)

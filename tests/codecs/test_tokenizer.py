@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from isoflop.methods.codecs.one_d_piece import OneDPiece
-from isoflop.methods.codecs.tokenizer_training import Recipe, Step, Trainer, lessons
+from isoflop.methods.codecs.tokenizer_training import Recipe, TokenizerLesson, Trainer, lessons
 from isoflop.models.base import family_of
-from isoflop.models.quantizers import COMMITMENT
-from isoflop.models.sprite_world import ImageSet
-from isoflop.models.tokenizer import Tokenizer, from_patches, to_patches
+from isoflop.models.networks.image_tokenizer import Tokenizer, from_patches, to_patches
+from isoflop.models.networks.quantizers import COMMITMENT
+from isoflop.models.worlds.sprite_world import ImageSet
 from isoflop.testing import FolderContext
 
 SMALL = OneDPiece(tokens=2, n_latent=6, codebook_size=16, patch=8, width=32, layers=1, steps=8, batch=8, revive=2)
@@ -132,7 +132,7 @@ def test_the_tail_is_dropped_in_both_stages() -> None:
     kept: dict[bool, list[Tensor]] = {True: [], False: []}
 
     class Recording(Trainer):
-        def loss(self, step: Step) -> Tensor:
+        def loss(self, step: TokenizerLesson) -> Tensor:
             frozen = not any(p.requires_grad for p in self.tokenizer.encoder.parameters())
             kept[frozen].append(step.kept_B)
             return super().loss(step)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from isoflop.core.folder_context import FolderContext
-from isoflop.models.text_domains import DomainsStage
+from isoflop.models.worlds.text_domains import DomainsStage
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from isoflop.methods.data_selection.probe import documents_of
-from isoflop.models.text_domains import DOMAINS
-from isoflop.models.text_pool import Document
+from isoflop.models.worlds.text_domains import DOMAINS
+from isoflop.models.worlds.text_pool import Document
 
 REF = "tiny-lm/mixed-d64"
 OPTIONS: dict[str, Any] = {

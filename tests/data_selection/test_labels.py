@@ -16,8 +16,8 @@ from isoflop.methods.base import METHODS, build
 from isoflop.methods.data_selection.base import DataSelectionMethod, scored
 from isoflop.methods.data_selection.scorers import DocumentScorer, OracleScorer
 from isoflop.models.base import family_of
-from isoflop.models.text_domains import DOMAINS
-from isoflop.models.text_pool import Document, Text
+from isoflop.models.worlds.text_domains import DOMAINS
+from isoflop.models.worlds.text_pool import Document, Text
 
 NAMES = [name for name in METHODS.names() if issubclass(METHODS.get(name), DataSelectionMethod)]
 

@@ -15,7 +15,7 @@ from isoflop.jobs.job import Job, MethodSpec, ResolvedJob
 from isoflop.methods.base import Method, build
 from isoflop.models.base import family_of
 from isoflop.models.lm import LmInfo, LmModel
-from isoflop.models.text_domains import DOMAINS, REPEATED, DomainsStage, _shingles, domain_of
+from isoflop.models.worlds.text_domains import DOMAINS, REPEATED, DomainsStage, _shingles, domain_of
 
 
 def stage_of(methods: tuple[Method, ...], seed: int = 0, **options: object) -> Any:

@@ -19,8 +19,8 @@ from isoflop.methods.data_selection.dsir import SMOOTHING, WORD, DsirScorer
 from isoflop.methods.data_selection.probe import documents_of
 from isoflop.methods.data_selection.scorers import LengthMatchedScorer, OracleScorer, RandomScorer
 from isoflop.methods.data_selection.select import Budget, select
-from isoflop.models.lm_text import Tokens
-from isoflop.models.text_pool import Text, pool_lessons
+from isoflop.models.worlds.lm_text import Tokens
+from isoflop.models.worlds.text_pool import Text, pool_lessons
 
 NAMES = [name for name in METHODS.names() if issubclass(METHODS.get(name), DataSelectionMethod)]
 DOCUMENTS = st.lists(st.tuples(st.integers(-5, 5), st.integers(1, 50)), min_size=1, max_size=30)

@@ -19,7 +19,7 @@ from isoflop.methods.data_selection.base import scored
 from isoflop.methods.data_selection.compressors import COMPRESSORS, CompressedLength, ncd
 from isoflop.methods.data_selection.probe import DataSelectionProbe
 from isoflop.methods.data_selection.zip_fit import ZipFitScorer
-from isoflop.models.text_pool import Document
+from isoflop.models.worlds.text_pool import Document
 
 TEXT = (gzip.open.__doc__ or "")[:600]
 """English prose, which repeats itself little."""

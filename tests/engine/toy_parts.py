@@ -144,7 +144,7 @@ class ToyFamily(ModelFamily):
 
             raise unknown("toy model", ref, SIZES)
         geometry = {"visual_tokens": FULL_TOKENS, **options}
-        return ModelInfo(ref, "toy", "1", SIZES[ref], frozenset({"toy"}), geometry)
+        return ModelInfo(ref, "toy", "1", SIZES[ref], frozenset(), geometry, offers=frozenset({"toy"}))
 
     def weights(self, info: ModelInfo, methods: tuple[Method, ...], seed: int) -> Stage:
         return ToyWeights(info.ref, seed, float(info.geometry.get("seconds", 0)), str(info.geometry.get("fail", "")))

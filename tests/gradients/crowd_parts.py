@@ -49,7 +49,7 @@ class CrowdFamily(toy_parts.ToyFamily):
 
     def info(self, ref: str, options: Mapping[str, Any]) -> ModelInfo:
         found = super().info(ref.replace("crowd/", "toy/"), options)
-        return ModelInfo(ref, self.name, "1", found.n_params, found.hooks, found.geometry)
+        return ModelInfo(ref, self.name, "1", found.n_params, found.hooks, found.geometry, offers=found.offers)
 
     def weights(self, info: ModelInfo, methods: tuple[Method, ...], seed: int) -> Stage:
         return CrowdWeights(info.ref, seed, float(info.geometry.get("seconds", 0)))

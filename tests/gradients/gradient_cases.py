@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from isoflop.methods.gradients.base import GradientMethod
-from isoflop.models.collectives import ByteMeter, Worker, run_together
-from isoflop.models.distributed import ExchangeReport, Setting, connect, leave, simulate, train_rank
+from isoflop.models.hooks.gradients import ExchangeReport
+from isoflop.models.training.collectives import ByteMeter, Worker, run_together
+from isoflop.models.training.distributed import Setting, connect, leave, simulate, train_rank
 
 WIDTH, BATCH = 24, 12
 Batch = tuple[Tensor, Tensor]

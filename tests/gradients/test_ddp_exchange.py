@@ -11,7 +11,8 @@ import torch
 from gradient_cases import Recipe, simulated
 
 from isoflop.core.local_processes import run_local_processes
-from isoflop.models.distributed import ExchangeReport, ReplicasDiffer, gather_records
+from isoflop.models.hooks.gradients import ExchangeReport
+from isoflop.models.training.distributed import ReplicasDiffer, gather_records
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4])

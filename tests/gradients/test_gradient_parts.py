@@ -23,7 +23,7 @@ from isoflop.methods.gradients.selection import (
     selected_above,
     warmed_density,
 )
-from isoflop.models.collectives import ByteMeter, Gather, Sum, Worker, dense_wire_bytes, run_together
+from isoflop.models.training.collectives import ByteMeter, Gather, Sum, Worker, dense_wire_bytes, run_together
 
 
 @given(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from isoflop.methods.kv_cache.base import slice_call
-from isoflop.models.attention import AttentionCall
+from isoflop.models.hooks.attention import AttentionCall
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
 

@@ -20,7 +20,7 @@ from isoflop.methods.sparse_attention.base import best, gathered_attention, mask
 from isoflop.methods.sparse_attention.double_sparsity import DoubleSparsity, dense
 from isoflop.methods.sparse_attention.labels import Contributions, Meter, contributions, ranked
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
-from isoflop.models.attention import AttentionCall
+from isoflop.models.hooks.attention import ATTENTION, AttentionCall
 from isoflop.models.lm import LmBatch
 from isoflop.models.segments import DenseSegment, LayerStore, stored_bytes
 
@@ -114,7 +114,7 @@ def test_contributions_are_those_of_each_token_with_itself(probe: KvCacheProbe, 
     ids = torch.randint(0, 48, (2, 9), generator=torch.Generator().manual_seed(2))
     with Blocks(probe, [ids]):
         found = contributions(probe.model, FolderContext(str(tmp_path)), 2, 0)
-    from isoflop.models.attention import causal_attention, replaced_attention
+    from isoflop.models.hooks.attention import causal_attention, replaced_attention
 
     def note(call: AttentionCall) -> Tensor:
         seen.append(call)
@@ -225,7 +225,7 @@ def test_the_ratio_is_that_of_reading_and_storing_costs_more(probe: KvCacheProbe
     method = build("double-sparsity", {"k_share": 0.1, "dense_layers": 1})
     with method.apply(probe.model, probe.prepared(method, 0)), torch.no_grad():
         probe.model.logits(probe.batch([0]))
-        report = probe.model.attention.report()  # type: ignore[union-attr]
+        report = probe.model.occupant(ATTENTION).report()  # type: ignore[union-attr]
         costs = method.footprint(probe.model, probe.ctx)
     assert costs["ratio"] == costs["kv_read_ratio"] == report.dense / report.read > 1
     labels = 3 * 2 * PROMPT * (16 // 8) * 2  # three sparse layers, two heads, two channels, two bytes
@@ -301,7 +301,7 @@ def test_calibration_counts_the_scored_prompts_alone() -> None:
             return attend(call)
 
         meter.attend = note  # type: ignore[method-assign]
-        with probe.model.attending(meter):
+        with probe.model.occupy(ATTENTION, meter):
             for _ in range(2):
                 probe.model.answer_logits(batch)
                 meter.count()

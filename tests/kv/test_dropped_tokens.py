@@ -14,7 +14,7 @@ from isoflop.methods.decoder_tokens.probe import DecoderTokenProbe
 from isoflop.methods.kv_cache.base import CompressedCache, KvCacheMethod
 from isoflop.methods.kv_cache.eviction import Eviction
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
-from isoflop.models.attention import AttentionCall
+from isoflop.models.hooks.attention import ATTENTION, AttentionCall
 
 EVICTORS = sorted(n for n in METHODS.names() if issubclass(METHODS.get(n), Eviction))
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -69,7 +69,7 @@ def test_gaps_in_positions_change_nothing(
     model = probe.model
     with build(*before).apply(model, None):
         cache = CompressedCache(method, None, model.info.dense_bits)
-        with recorded(cache, calls, outs), model.attending(cache):
+        with recorded(cache, calls, outs), model.occupy(ATTENTION, cache):
             probe.outputs([0, 1])
     assert sorted(calls) == list(range(model.info.geometry["layers"]))
     assert min(call.q_BHTD.shape[2] for call, _ in calls.values()) < model.info.geometry["visual_tokens"]
@@ -108,7 +108,7 @@ def test_the_newest_tokens_are_the_last_columns(
         return out, store
 
     cache._prefill = note  # type: ignore[method-assign]
-    with build(*before).apply(model, None), model.attending(cache):
+    with build(*before).apply(model, None), model.occupy(ATTENTION, cache):
         probe.outputs([0, 1])
     assert min(checked) in (8, 9)
 

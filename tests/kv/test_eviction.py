@@ -23,7 +23,7 @@ from isoflop.methods.kv_cache.select import count_of
 from isoflop.methods.kv_cache.snapkv import SnapKV
 from isoflop.methods.kv_cache.streaming_llm import StreamingLLM
 from isoflop.methods.kv_cache.tova import Tova
-from isoflop.models.attention import AttentionCall
+from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.segments import stored_bytes
 
 EVICTORS = ["a2sf", "h2o", "tova", "streaming-llm", "snapkv", "knorm", "kv-random"]

@@ -16,7 +16,7 @@ from isoflop.methods.kv_cache.chance import row_keys, uniform
 from isoflop.methods.kv_cache.scores import attention_scores, forgetting, window
 from isoflop.methods.kv_cache.select import count_of, protect, select, split
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
-from isoflop.models.attention import AttentionCall
+from isoflop.models.hooks.attention import AttentionCall
 
 
 @pytest.mark.parametrize(

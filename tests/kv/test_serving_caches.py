@@ -12,6 +12,7 @@ from isoflop.methods.kv_cache.base import KvCacheMethod
 from isoflop.methods.kv_cache.probe import PROMPT, KvCacheProbe
 from isoflop.methods.kv_cache.quantised import Quantised
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
+from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.lm import LmBatch, LmModel
 
 NAMES = [name for name in METHODS.names() if issubclass(METHODS.get(name), KvCacheMethod)]
@@ -46,9 +47,9 @@ def test_one_pass_equals_decoding_token_by_token(name: str, knobs: dict[str, Any
     method, batch = build(name, knobs), probe.batch(range(2))
     with method.apply(probe.model, probe.prepared(method, 0)), torch.no_grad():
         together = probe.model.logits(batch)
-        report = probe.model.attention.report()  # type: ignore[union-attr]
+        report = probe.model.occupant(ATTENTION).report()  # type: ignore[union-attr]
         alone = probe.model.stepwise_logits(batch)
-        assert probe.model.attention.report() == report  # type: ignore[union-attr]
+        assert probe.model.occupant(ATTENTION).report() == report  # type: ignore[union-attr]
     assert (together - alone).abs().max() <= tolerance(method) * together.abs().max()
 
 

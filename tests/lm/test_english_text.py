@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isoflop.core.folder_context import FolderContext
-from isoflop.models.english import EnglishStage, split_of
 from isoflop.models.lm import LmModel
-from isoflop.models.lm_text import EnglishText, Tokens, TokensStage, _byte_ends
+from isoflop.models.worlds.english import EnglishStage, split_of
+from isoflop.models.worlds.lm_text import EnglishText, Tokens, TokensStage, _byte_ends
 
 
 def test_no_paragraph_is_in_both_splits(lm_ctx: FolderContext) -> None:

@@ -14,6 +14,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import build
 from isoflop.models.base import family_of
+from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.vlm import VlmBatch, VlmInfo, VlmModel
 
 WORDS, IMAGE = 60, 5
@@ -135,5 +136,5 @@ def test_a_checkpoint_gives_stock_logits_from_pixels(tower: str, strategy: str, 
     torch.testing.assert_close(model.answer_logits(batch), expected, atol=1e-5, rtol=1e-4)
     with build("full-cache", {}).apply(model, None):
         torch.testing.assert_close(model.answer_logits(batch), expected, atol=1e-5, rtol=1e-4)
-        report = model.attention.report()  # type: ignore[union-attr]
+        report = model.occupant(ATTENTION).report()  # type: ignore[union-attr]
     assert report.dense == model.dense_cache_bytes(9 + 4)

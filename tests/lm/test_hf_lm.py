@@ -101,7 +101,7 @@ def test_a_checkpoint_is_described_from_its_config(model: LmModel) -> None:
     assert info.dense_bits == 32
     assert info.geometry["heads"] * info.geometry["head_width"] == 32
     assert info.geometry["positions"] == 64
-    assert "tokenizer" not in info.hooks
+    assert "tokenizer" not in info.offers
     with pytest.raises(Infeasible, match="neither a tokenizer nor a known vocabulary"):
         next(model.calibration(FolderContext("unused"), 1, 0))
 
@@ -157,7 +157,7 @@ def test_a_checkpoint_with_a_tokenizer_does_what_the_tiny_model_in_it_does(
     assert weights is not None
     ref = f"hf:{lm_ctx.get(weights).folder}"
     info = family_of(ref).info(ref, {})
-    assert "tokenizer" in info.hooks
+    assert "tokenizer" in info.offers
     assert info.n_params == text_lm.info.n_params
     checkpoint = family_of(ref).load(info, None, lm_ctx)
     task = TASKS.get("bits-per-byte")(examples=4, tokens=48)  # type: ignore[call-arg]

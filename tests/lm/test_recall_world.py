@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isoflop.core.folder_context import FolderContext
-from isoflop.models import recall_world as world
 from isoflop.models.lm import NOT_SCORED, LmBatch
+from isoflop.models.worlds import recall_world as world
 
 
 def looked_up(batch: LmBatch) -> Any:

@@ -14,11 +14,13 @@ from lm_cases import FEW_STEPS, RECALL, TEXT, trained
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import build
-from isoflop.models import recall_world as world
 from isoflop.models.base import family_of
+from isoflop.models.hooks.attention import ATTENTION
+from isoflop.models.hooks.matrices import MATRICES
 from isoflop.models.lm import LmModel
-from isoflop.models.tiny_lm_config import RECALL_SIZES, TEXT_SIZES, LmSize
-from isoflop.models.tiny_lm_training import RecallLessons, RecallRecipe, add_outliers, untrained_lm
+from isoflop.models.tiny.lm_config import RECALL_SIZES, TEXT_SIZES, LmSize
+from isoflop.models.tiny.lm_training import RecallLessons, RecallRecipe, add_outliers, untrained_lm
+from isoflop.models.worlds import recall_world as world
 
 
 @pytest.mark.parametrize("size", [*RECALL_SIZES.values(), *TEXT_SIZES.values()])
@@ -43,7 +45,7 @@ def test_a_member_is_what_it_says(ref: str, lm_ctx: FolderContext) -> None:
         "positions": config.max_position_embeddings,
     }
     assert described.items() <= model.info.geometry.items()
-    assert {"kv-cache", "attention", "weights"} < model.info.hooks
+    assert {ATTENTION, MATRICES} < model.info.hooks
     logits_SW, targets_S = model.supervised(next(iter(model.calibration(lm_ctx, 2, 0))))
     assert logits_SW.shape == (len(targets_S), config.vocab_size)
 

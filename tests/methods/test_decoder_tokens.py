@@ -16,9 +16,11 @@ from isoflop.methods.decoder_tokens.base import Candidates, DecoderTokenMethod, 
 from isoflop.methods.decoder_tokens.fastv import DropRandom, FastV
 from isoflop.methods.decoder_tokens.probe import DecoderTokenProbe
 from isoflop.methods.kv_cache.full_cache import FullCache
-from isoflop.models import digit_world as world
 from isoflop.models.counting import flops_of
+from isoflop.models.hooks.attention import ATTENTION
+from isoflop.models.hooks.decoder_layers import DECODER_LAYERS
 from isoflop.models.vlm import VlmBatch, expand_placeholders
+from isoflop.models.worlds import digit_world as world
 from isoflop.tasks.footprint import decoder_cache
 
 ROWS = range(3)
@@ -70,7 +72,7 @@ def test_equals_a_hand_written_loop_with_explicit_positions(probe: DecoderTokenP
     expected = module.lm_head(decoder.norm(x[:, -1]))
     with FastV(layer=layer, drop=drop).apply(probe.model, None):
         found = probe.outputs(ROWS)
-        dropping = probe.model.dropping
+        dropping = probe.model.occupant(DECODER_LAYERS)
         assert isinstance(dropping, Dropping)
         assert dropping.per_layer == [V] * layer + [count] * (3 - layer)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
@@ -150,7 +152,7 @@ def test_works_together_with_a_policy_on_the_cache(probe: DecoderTokenProbe) -> 
         alone = probe.outputs(ROWS)
         with FullCache().apply(probe.model, None):
             together = probe.outputs(ROWS)
-            policy = probe.model.attention
+            policy = probe.model.occupant(ATTENTION)
             assert policy is not None
             assert policy.prefix is None
             report = decoder_cache(probe.model, lambda: probe.model.prefill(visual, batch))
@@ -212,7 +214,7 @@ def test_impossible_layers_are_refused_in_one_line(probe: DecoderTokenProbe) -> 
         DropRandom().apply(probe.model, None),
     ):
         pass
-    assert probe.model.dropping is None
+    assert probe.model.occupant(DECODER_LAYERS) is None
 
 
 def test_placeholders_stand_before_the_question(probe: DecoderTokenProbe) -> None:

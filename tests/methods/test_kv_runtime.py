@@ -7,6 +7,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.methods.base import build
 from isoflop.methods.kv_cache.base import KvCacheMethod
 from isoflop.methods.kv_cache.probe import PROMPT, KvCacheProbe
+from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.lm import LmBatch
 
 
@@ -20,9 +21,9 @@ def test_one_pass_equals_step_by_step(name: str, probe: KvCacheProbe) -> None:
     method, batch = build(name, {}), probe.batch(range(3))
     with method.apply(probe.model, None), torch.no_grad():
         together = probe.model.logits(batch)
-        report = probe.model.attention.report()  # type: ignore[union-attr]
+        report = probe.model.occupant(ATTENTION).report()  # type: ignore[union-attr]
         alone = probe.model.stepwise_logits(batch)
-        assert probe.model.attention.report() == report  # type: ignore[union-attr]
+        assert probe.model.occupant(ATTENTION).report() == report  # type: ignore[union-attr]
     assert (together - alone).abs().max() <= 1e-5 * together.abs().max()
 
 
@@ -48,4 +49,4 @@ def test_the_slot_takes_one_method(probe: KvCacheProbe) -> None:
         method.apply(probe.model, None),
     ):
         pass
-    assert probe.model.attention is None
+    assert probe.model.occupant(ATTENTION) is None

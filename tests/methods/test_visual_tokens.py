@@ -16,6 +16,7 @@ from isoflop.methods.selection import random_subset
 from isoflop.methods.visual_tokens.avgpool import AvgPool
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
 from isoflop.methods.visual_tokens.quecc import QueCC, QueCCModule, fold_windows, last_real, layers_at, masked_mean
+from isoflop.models.hooks.visual_tokens import VISUAL_TOKENS
 from isoflop.models.vlm import VisualInput
 
 
@@ -178,8 +179,8 @@ def test_fold_windows_keeps_raster_order() -> None:
 def test_two_compressors_cannot_be_stacked(probe: VisualTokenProbe) -> None:
     with (
         AvgPool().apply(probe.model, None),
-        pytest.raises(Infeasible, match="a trial takes one"),
+        pytest.raises(Infeasible, match="a trial has one method there"),
         AvgPool().apply(probe.model, None),
     ):
         pass
-    assert probe.model.compression is None
+    assert probe.model.occupant(VISUAL_TOKENS) is None

@@ -18,7 +18,7 @@ from isoflop.methods.visual_tokens.mqt import Mqt, Resampler, resized, sine_tabl
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
 from isoflop.models.base import family_of
 from isoflop.models.counting import flops_of
-from isoflop.models.training import CellStage
+from isoflop.models.tiny.llava_training import CellStage
 from isoflop.models.vlm import VlmModel
 from isoflop.tasks.base import TASKS
 from isoflop.testing import FolderContext

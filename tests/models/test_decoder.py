@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModel, LlamaConfig, Qwen2Config
 
-from isoflop.models.decoder import LastPosition
+from isoflop.models.training.last_position import LastPosition
 
 SHAPE = {"vocab_size": 11, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4}
 ROPE = {"rope_type": "default", "rope_theta": 1000.0}

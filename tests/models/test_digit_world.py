@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isoflop.models import digit_world as world
+from isoflop.models.worlds import digit_world as world
 
 MIX = world.TEST_READING_MIX
 

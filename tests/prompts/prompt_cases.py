@@ -13,7 +13,7 @@ from isoflop.core.knobs import check_knobs
 from isoflop.methods.base import Method, build
 from isoflop.methods.prompts.classifier import ClassifierStage, TokenClassifier
 from isoflop.methods.prompts.units import words_of
-from isoflop.models.context import Compressed, Document
+from isoflop.models.hooks.prompt_text import PROMPT_TEXT, Compressed, Document
 from isoflop.models.lm import LmModel
 from isoflop.tasks.base import TASKS
 from isoflop.tasks.prompt_qa import PromptQa
@@ -49,8 +49,8 @@ def shortened(
     """The documents above through a method."""
     method = build(name, knobs)
     with method.apply(reader, prepared):
-        assert reader.context is not None
-        return reader.context.compress(query, DOCUMENTS)
+        assert reader.occupant(PROMPT_TEXT) is not None
+        return reader.occupant(PROMPT_TEXT).compress(query, DOCUMENTS)
 
 
 def task_of(**options: Any) -> PromptQa:

@@ -10,10 +10,12 @@ import torch
 
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.prompts.probe import untrained_reader
-from isoflop.models import fact_world as world
 from isoflop.models.base import family_of
-from isoflop.models.context import joined, token_ids
-from isoflop.models.fact_reader import (
+from isoflop.models.hooks.attention import ATTENTION
+from isoflop.models.hooks.matrices import MATRICES
+from isoflop.models.hooks.prompt_text import PROMPT_TEXT, joined, token_ids
+from isoflop.models.lm import NOT_SCORED, LmInfo, LmModel
+from isoflop.models.tiny.fact_reader import (
     WORD_ID,
     WORDS,
     FactLessons,
@@ -26,7 +28,7 @@ from isoflop.models.fact_reader import (
     split_words,
     thinned,
 )
-from isoflop.models.lm import NOT_SCORED, LmInfo, LmModel
+from isoflop.models.worlds import fact_world as world
 
 REF = "tiny-lm/facts-d64"
 FEW = {"steps": 4, "batch": 2, "length": 24}
@@ -113,7 +115,8 @@ def test_a_member_trains_loads_and_describes_itself(prompt_ctx: FolderContext) -
     family = family_of(REF)
     info = family.info(REF, FEW)
     assert isinstance(info, LmInfo)
-    assert {"context", "tokenizer", "kv-cache", "weights"} <= info.hooks
+    assert {PROMPT_TEXT, ATTENTION, MATRICES} <= info.hooks
+    assert "tokenizer" in info.offers
     model = family.load(info, family.weights(info, (), 0), prompt_ctx)
     assert isinstance(model, LmModel)
     assert sum(p.numel() for p in model.module.model.layers.parameters()) == info.n_params

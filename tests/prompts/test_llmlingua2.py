@@ -27,9 +27,9 @@ from isoflop.methods.prompts.labels import Labelled, align, draw_chunks, label, 
 from isoflop.methods.prompts.llmlingua2 import LlmLingua2
 from isoflop.methods.prompts.select import above_percentile
 from isoflop.methods.prompts.units import page_of, words_of
-from isoflop.models import fact_world as world
-from isoflop.models.context import Document, joined
+from isoflop.models.hooks.prompt_text import Document, joined
 from isoflop.models.lm import LmModel
+from isoflop.models.worlds import fact_world as world
 
 small_words = st.lists(st.sampled_from(["a", "b", "c", "The", "the"]), max_size=12)
 

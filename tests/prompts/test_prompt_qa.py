@@ -14,18 +14,18 @@ from prompt_cases import DOCUMENTS, RATES, is_subsequence, mean_error, shortened
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.folder_context import FolderContext
-from isoflop.jobs.job import _one_per_slot
+from isoflop.jobs.job import _one_per_hook
 from isoflop.methods.base import METHODS, build
 from isoflop.methods.prompts.base import PromptMethod
 from isoflop.methods.prompts.classifier import ClassifierStage, TokenClassifier
 from isoflop.methods.prompts.selective_context import self_information
 from isoflop.methods.prompts.units import words_of
-from isoflop.models import fact_world as world
 from isoflop.models.base import family_of
-from isoflop.models.context import joined, prompt_of
 from isoflop.models.counting import flops_of
+from isoflop.models.hooks.prompt_text import PROMPT_TEXT, joined, prompt_of
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
 from isoflop.models.prompting import alike, answer_batch, tokenised
+from isoflop.models.worlds import fact_world as world
 from isoflop.tasks.prompt_qa import ReaderGate, answers, evidence_kept, prompts_of
 
 FEW: dict[str, Any] = {"examples": 6, "shard": 4, "gate": 0.0}
@@ -135,8 +135,11 @@ def test_evidence_is_counted_in_characters_of_the_answering_sentence(reader: LmM
     question = task_of().question(0)
     for name, expected in (("full-context", 1.0), ("no-context", 0.0)):
         with build(name, {}).apply(reader, None):
-            assert reader.context is not None
-            assert evidence_kept(question, reader.context.compress(question.query, question.documents)) == expected
+            assert reader.occupant(PROMPT_TEXT) is not None
+            assert (
+                evidence_kept(question, reader.occupant(PROMPT_TEXT).compress(question.query, question.documents))
+                == expected
+            )
 
 
 # --- every method of the family ---------------------------------------------------------------------------------------
@@ -222,8 +225,8 @@ def test_selective_context_keeps_the_most_surprising_words(reader: LmModel) -> N
     text = DOCUMENTS[0].text
     method = build("selective-context", {"rate": 0.25})
     with method.apply(reader, None):
-        assert reader.context is not None
-        shown = reader.context.compress("", DOCUMENTS[:1])
+        assert reader.occupant(PROMPT_TEXT) is not None
+        shown = reader.occupant(PROMPT_TEXT).compress("", DOCUMENTS[:1])
     heading = prompt_of(text, "")[0]
     bits_T, _ = self_information(reader, heading)
     own = bits_T[-len(words_of(text)) :]
@@ -269,7 +272,7 @@ def test_the_compressors_flops_are_those_of_its_forward_pass(reader: LmModel, cl
     chunks = [chunk for document in question.documents for chunk in classifier.chunks(document.text)]
     expected, _ = flops_of(lambda: classifier.probabilities(chunks))
     with build("llmlingua2", {}).apply(reader, classifier):
-        compressor = reader.context
+        compressor = reader.occupant(PROMPT_TEXT)
         assert compressor is not None
         counted, _ = flops_of(lambda: compressor.fresh(question.query, question.documents))
     assert counted == expected > 0
@@ -298,7 +301,7 @@ def test_a_checkpoint_with_a_tokenizer_reads_through_the_same_slot(
     ref = f"hf:{folder}"
     family = family_of(ref)
     info = family.info(ref, {})
-    assert "context" in info.hooks
+    assert PROMPT_TEXT in info.hooks
     loaded = family.load(info, None, prompt_ctx)
     assert isinstance(loaded, LmModel)
     method = build("prompt-random", {"rate": 0.5})
@@ -333,14 +336,14 @@ def test_prompts_and_cache_are_compressed_together(reader: LmModel, prompt_ctx: 
 def test_a_trial_has_one_method_on_the_text(reader: LmModel) -> None:
     methods = (build("prompt-random", {}), build("prompt-truncate", {}))
     with pytest.raises(Infeasible, match="both take the place 'context'"):
-        _one_per_slot(methods)
+        _one_per_hook(methods)
     with (
         methods[0].apply(reader, None),
-        pytest.raises(Infeasible, match="one method on the text"),
+        pytest.raises(Infeasible, match="a trial has one method there"),
         methods[1].apply(reader, None),
     ):
         pass
-    assert reader.context is None
+    assert reader.occupant(PROMPT_TEXT) is None
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from prompt_cases import DOCUMENTS, is_subsequence, words
 
 from isoflop.methods.prompts.select import above_percentile, at_least_percentile, within_budget
 from isoflop.methods.prompts.units import Page, page_of, sentences_of, words_of
-from isoflop.models.context import Document, token_ids
+from isoflop.models.hooks.prompt_text import Document, token_ids
 from isoflop.models.lm import LmModel
 
 texts = st.text(alphabet="ab é'-.,?! \n7", max_size=40)

@@ -16,8 +16,8 @@ from isoflop.methods.activation_sparsity.base import Rule, Sparsity
 from isoflop.methods.activation_sparsity.calibration import Calibration, Crossed
 from isoflop.methods.activation_sparsity.cett_rule import CETT_TOLERANCE, SparsingLaw, cett_rules
 from isoflop.models.base import family_of
+from isoflop.models.hooks.feed_forward import FEED_FORWARD, mlps_of
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
-from isoflop.models.mlps import mlps_of
 
 SHORT: dict[str, Any] = {
     "layers": 2, "steps": 64, "batch": 8, "context": 64, "vocabulary": 400, "warmup": 0.05, "final": 1.0, "lr": 6e-3,
@@ -45,15 +45,15 @@ def sequences(model: LmModel, count: int = 4, length: int = 24, seed: int = 5) -
 
 def observe(model: LmModel) -> None:
     """Tell the method that is applied of the pass that was run, as tasks do."""
-    assert model.mlp is not None
-    model.mlp.observed()
+    assert model.occupant(FEED_FORWARD) is not None
+    model.occupant(FEED_FORWARD).observed()
 
 
 @torch.no_grad()
 def under(model: LmModel, rules: Sequence[Rule], batch: LmBatch) -> tuple[Tensor, Sparsity]:
     """Logits of a pass under rules, and what counted and observed it."""
     sparsity = Sparsity(model, mlps_of(model.decoder), rules)
-    with sparsity.hooked():
+    with sparsity.at_work(None):
         logits_BTW = model.logits(batch)
     sparsity.observed()
     return logits_BTW, sparsity

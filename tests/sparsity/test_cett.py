@@ -22,11 +22,11 @@ from isoflop.methods.activation_sparsity.cett import Contributions
 from isoflop.methods.activation_sparsity.cett_rule import MlpCett, MlpCettActive, SparsingLaw, cett_rules
 from isoflop.methods.activation_sparsity.fat import MlpFat
 from isoflop.methods.activation_sparsity.rules import top_of_each, units_kept
-from isoflop.models.english import EnglishStage
+from isoflop.models.hooks.feed_forward import mlps_of
 from isoflop.models.lm import LmBatch, LmModel
-from isoflop.models.lm_text import TokensStage
-from isoflop.models.mlps import mlps_of
 from isoflop.models.taps import ActivationTap
+from isoflop.models.worlds.english import EnglishStage
+from isoflop.models.worlds.lm_text import TokensStage
 
 
 def some_states(
@@ -245,7 +245,7 @@ def test_thresholds_are_not_those_behind_a_thinned_block(short_lm: LmModel, spar
     eps_L = text.thresholds(0.5)
     dense = Contributions(hidden(model, batch)[1].flatten(0, 1), text.mlps[1].out_Fd())
     assert float(eps_L[1]) == pytest.approx(dense.threshold(0.5), rel=1e-6)
-    with Sparsity(model, text.mlps, cett_rules(text.mlps, eps_L)).hooked():
+    with Sparsity(model, text.mlps, cett_rules(text.mlps, eps_L)).at_work(None):
         seen = hidden(model, batch)[1]
     thinned = Contributions(seen.flatten(0, 1), text.mlps[1].out_Fd())
     assert thinned.threshold(0.5) > 2 * float(eps_L[1])  # 3.7 to 4.3 times over three trainings and texts

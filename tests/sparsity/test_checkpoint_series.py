@@ -19,7 +19,7 @@ from isoflop.methods.activation_sparsity.calibration import CettStage, Threshold
 from isoflop.methods.activation_sparsity.cett_rule import SparsingLaw
 from isoflop.models.base import family_of, split_ref
 from isoflop.models.lm import LmInfo, LmModel
-from isoflop.models.tiny_lm_training import TextRecipe, TextSeriesStage
+from isoflop.models.tiny.lm_training import TextRecipe, TextSeriesStage
 from isoflop.sweep.resolve import resolve
 
 REF = "tiny-lm/text-d32?act=relu&at={}"

@@ -17,8 +17,8 @@ from isoflop.methods.activation_sparsity.fat import MlpFat
 from isoflop.methods.activation_sparsity.probe import ActivationProbe
 from isoflop.methods.base import build
 from isoflop.models.base import family_of
+from isoflop.models.hooks.feed_forward import FEED_FORWARD, mlps_of
 from isoflop.models.lm import LmModel
-from isoflop.models.mlps import mlps_of
 from isoflop.models.prompting import answer_batch
 from isoflop.sweep.resolve import resolve
 from isoflop.tasks.base import TASKS
@@ -130,5 +130,5 @@ def test_what_nobody_observed_is_not_measured_and_nothing_counts_twice() -> None
             method.footprint(probe.model, probe.ctx)
         probe.outputs([0])
         with pytest.raises(ValueError, match="no pass has been run since"):
-            probe.model.mlp.observed()  # type: ignore[union-attr]
+            probe.model.occupant(FEED_FORWARD).observed()  # type: ignore[union-attr]
         assert method.footprint(probe.model, probe.ctx)["activation_ratio"] == pytest.approx(0.3, abs=0.02)

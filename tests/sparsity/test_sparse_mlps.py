@@ -33,8 +33,9 @@ from isoflop.methods.activation_sparsity.probe import ActivationProbe
 from isoflop.methods.activation_sparsity.rules import nonzero, top_of_each, units_kept
 from isoflop.methods.base import build
 from isoflop.models.base import family_of
+from isoflop.models.hooks.experts import EXPERTS
+from isoflop.models.hooks.feed_forward import FEED_FORWARD, mlps_of
 from isoflop.models.lm import LmBatch, LmModel
-from isoflop.models.mlps import mlps_of
 from isoflop.tasks.base import TASKS
 from isoflop.tasks.language_task import LanguageTask
 
@@ -99,8 +100,9 @@ def test_a_checkpoint_offers_the_hook_where_its_blocks_are_found(tmp_path: Path)
     for name, module in modules.items():
         module.save_pretrained(tmp_path / name)
         offered[name] = family_of("hf:x").info(f"hf:{tmp_path / name}", {}).hooks
-    assert "mlp" in offered["opt"]
-    assert "mlp" not in offered["mixtral"]
+    assert FEED_FORWARD in offered["opt"]
+    assert FEED_FORWARD not in offered["mixtral"]
+    assert EXPERTS in offered["mixtral"]
 
 
 def test_experts_are_refused() -> None:
@@ -119,7 +121,7 @@ def test_a_model_takes_one_of_these_methods() -> None:
     taken, second = build("mlp-topk", {}), build("mlp-exact-zero", {})
     with (
         taken.apply(probe.model, None),
-        pytest.raises(Infeasible, match="one method on the neurons"),
+        pytest.raises(Infeasible, match="feed_forward is taken already; a trial has one method there"),
         second.apply(probe.model, None),
     ):
         pass
@@ -166,7 +168,7 @@ def test_padding_is_not_counted() -> None:
     valid_BT = torch.ones(2, 20, dtype=torch.bool)
     valid_BT[1, :8] = False
     padded = Sparsity(model, mlps_of(model.decoder), rules)
-    with padded.hooked(), torch.no_grad():
+    with padded.at_work(None), torch.no_grad():
         model.logits(LmBatch(batch.ids_BT, batch.targets_BT, 0, valid_BT))
     _, first = under(model, rules, LmBatch(batch.ids_BT[:1], batch.targets_BT[:1]))
     rows = padded.observed()["activation_ratio"].tolist()

@@ -10,9 +10,9 @@ import torch
 
 from isoflop.methods.base import build
 from isoflop.methods.visual_tokens.probe import untrained_model
-from isoflop.models import digit_world as world
 from isoflop.models.features import Vision
 from isoflop.models.vlm import VlmModel
+from isoflop.models.worlds import digit_world as world
 from isoflop.tasks import digit_scenes
 from isoflop.tasks.base import TASKS
 from isoflop.tasks.digit_scenes import DigitSceneTask

@@ -6,6 +6,9 @@ import pytest
 
 from isoflop.core.errors import UserError
 from isoflop.methods.base import METHODS
+from isoflop.models.hooks.byte_view import BYTE_VIEW
+from isoflop.models.hooks.feed_forward import FEED_FORWARD
+from isoflop.models.hooks.prompt_text import PROMPT_TEXT
 from isoflop.sweep.resolve import resolve
 from isoflop.tasks.base import TASKS
 
@@ -35,8 +38,8 @@ def test_a_method_or_model_that_a_task_cannot_use_is_refused_at_plan(
 
 
 def test_what_a_task_asks_for_some_method_gives() -> None:
-    given = {METHODS.get(name).slot for name in METHODS.names() if METHODS.get(name).asked_by_task}
-    assert given == {"context", "byte-view", "mlp"} == {slot for name in TASKS for slot in TASKS.get(name).asks}
+    given = {hook for name in METHODS.names() for hook in METHODS.get(name).hooks if hook.asked}
+    assert given == {PROMPT_TEXT, BYTE_VIEW, FEED_FORWARD} == {hook for name in TASKS for hook in TASKS.get(name).asks}
 
 
 def test_they_are_accepted_where_they_act() -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from isoflop.methods.tokenization.probe import untrained_reader
-from isoflop.models.byte_view_segmentations import Segmentations, Tail
-from isoflop.models.byte_view_tree import EVERY, NO_BYTE, RENORMALISED, Start
-from isoflop.models.byte_view_vocabulary import ByteVocabulary
+from isoflop.models.byte_trees.segmentations import Segmentations, Tail
+from isoflop.models.byte_trees.tree import EVERY, NO_BYTE, RENORMALISED, Start
+from isoflop.models.byte_trees.vocabulary import ByteVocabulary
 from isoflop.models.lm import LmModel
 
 GPT2 = "gpt2"

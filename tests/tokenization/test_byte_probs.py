@@ -24,10 +24,9 @@ from isoflop.methods.base import build
 from isoflop.methods.tokenization.byte_probs import ByteProbs, ExactView
 from isoflop.methods.tokenization.members import Member, parse_members
 from isoflop.methods.tokenization.probe import TokenizationProbe, untrained_reader
-from isoflop.models.byte_view import ByteText, TokenView
-from isoflop.models.byte_view_segmentations import Tail, folded
-from isoflop.models.byte_view_starts import boundary_start
-from isoflop.models.byte_view_tree import (
+from isoflop.models.byte_trees.segmentations import Tail, folded
+from isoflop.models.byte_trees.starts import boundary_start
+from isoflop.models.byte_trees.tree import (
     EVERY,
     MASKED,
     MASSES,
@@ -36,6 +35,7 @@ from isoflop.models.byte_view_tree import (
     CoveringTree,
     log_likelihood,
 )
+from isoflop.models.hooks.byte_view import ByteText, TokenView
 
 AB = segmentations_of_letters("ab", TWO_LETTERS)
 MODEL = double_model(7)

@@ -21,11 +21,11 @@ from isoflop.methods.tokenization.byte_probs import ExactView
 from isoflop.methods.tokenization.members import MembersStage, parse_members
 from isoflop.methods.tokenization.probe import TokenizationProbe
 from isoflop.models.base import family_of
-from isoflop.models.byte_view import ByteText, TokenView
-from isoflop.models.byte_view_tree import NO_BYTE
-from isoflop.models.byte_view_vocabulary import ByteSegmenter, Segmenter, completions
-from isoflop.models.english import EnglishStage
+from isoflop.models.byte_trees.tree import NO_BYTE
+from isoflop.models.byte_trees.vocabulary import ByteSegmenter, Segmenter, completions
+from isoflop.models.hooks.byte_view import BYTE_VIEW, ByteText, TokenView
 from isoflop.models.lm import LmModel
+from isoflop.models.worlds.english import EnglishStage
 from isoflop.tasks.base import TASKS
 from isoflop.tasks.byte_completion import ByteBoundary, ByteCompletion
 from isoflop.tasks.byte_meter import ByteMeter
@@ -75,7 +75,7 @@ def test_a_job_with_a_member_runs_from_stages_to_costs(ctx: FolderContext, lm: L
     with method.apply(lm, ctx.get(stage)):
         shards = list(task.evaluate(lm, ctx, seed=0))
         costs, own = task.measure(lm, ctx), method.footprint(lm, ctx)
-    assert lm.byte_view is None
+    assert lm.occupant(BYTE_VIEW) is None
     assert sorted(np.concatenate([shard.ids for shard in shards])) == [0, 1, 2, 3]
     assert all(np.isfinite(shard.errors).all() for shard in shards)
     assert costs["flops"] > 1.5 * alone["flops"]

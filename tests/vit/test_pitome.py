@@ -19,7 +19,7 @@ from isoflop.methods.base import build
 from isoflop.methods.vit_tokens.pitome import ENERGIES, VARIANTS, PiToMe, cosines
 from isoflop.methods.vit_tokens.probe import VitProbe
 from isoflop.methods.vit_tokens.tome import ToMe
-from isoflop.models.vit_blocks import Signals, TokenState
+from isoflop.models.hooks.vision_blocks import Signals, TokenState
 
 
 def state_of(x_BNC: Tensor, size_BN1: Tensor | None = None, prefix: int = 1) -> TokenState:

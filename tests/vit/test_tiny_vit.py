@@ -13,12 +13,13 @@ import torch
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.methods.base import build
 from isoflop.methods.vit_tokens.probe import untrained_model
-from isoflop.models import digit_world, vit_hf
 from isoflop.models.base import family_of
-from isoflop.models.sprite_world import DATA, ImageSet
-from isoflop.models.tiny_vit_config import SIZES, vit_config
-from isoflop.models.tiny_vit_training import BACKGROUND, Recipe, lessons, patch_labels, train
+from isoflop.models.checkpoints import vit as vit_hf
+from isoflop.models.tiny.vit_config import SIZES, vit_config
+from isoflop.models.tiny.vit_training import BACKGROUND, Recipe, lessons, patch_labels, train
 from isoflop.models.vit import VitModel
+from isoflop.models.worlds import digit_world
+from isoflop.models.worlds.sprite_world import DATA, ImageSet
 from isoflop.tasks.base import TASKS
 from isoflop.tasks.classification import DigitClassification
 from isoflop.testing import FolderContext
@@ -112,7 +113,7 @@ def test_training_is_a_cached_stage_that_leaves_the_global_state_alone(tmp_path:
 
 
 def test_a_few_steps_lower_the_loss() -> None:
-    from isoflop.models.tiny_vit_config import untrained
+    from isoflop.models.tiny.vit_config import untrained
 
     recipe = Recipe(steps=120, batch=32, lr=3e-3, warmup=0.1, patch_loss=0.0)
     losses = train(untrained(SIZES["c48"], "sprites", 0), recipe, "sprites", 0)

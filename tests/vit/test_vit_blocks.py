@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from isoflop.models.vit_blocks import Signals, TokenReduction, TokenState, blocks_of, log_sizes, reduced_blocks
+from isoflop.models.hooks.vision_blocks import (
+    BlockRun,
+    Signals,
+    TokenReduction,
+    TokenState,
+    blocks_of,
+    log_sizes,
+    reduced_blocks,
+)
 
 SMALL = {
     "hidden_size": 24,
@@ -21,6 +30,14 @@ SMALL = {
     "patch_size": 4,
     "attn_implementation": "sdpa",
 }
+
+
+@contextmanager
+def reduced(module: nn.Module, prefix: int, reduction: TokenReduction) -> Iterator[BlockRun]:
+    """A reduction at work inside an encoder's blocks."""
+    run = BlockRun(reduction, prefix)
+    with reduced_blocks(blocks_of(module), run):
+        yield run
 
 
 def vit() -> tuple[nn.Module, int]:
@@ -100,7 +117,7 @@ class DropsLast(TokenReduction):
 def test_a_reduction_that_does_nothing_changes_no_bit(encoder: tuple[Any, int]) -> None:
     module, prefix = encoder
     bare = output(module, pixels())
-    with reduced_blocks(blocks_of(module), prefix, TokenReduction()) as run:
+    with reduced(module, prefix, TokenReduction()) as run:
         assert torch.equal(output(module, pixels()), bare)
     assert run.counts == [(16 + prefix, 16 + prefix)] * 3
 
@@ -109,7 +126,7 @@ def test_the_model_is_left_as_it_was(encoder: tuple[Any, int]) -> None:
     module, prefix = encoder
     bare = output(module, pixels())
     hooks = {name: tuple(part._forward_hooks) for name, part in module.named_modules()}
-    with pytest.raises(RuntimeError, match="broken"), reduced_blocks(blocks_of(module), prefix, Breaks()):
+    with pytest.raises(RuntimeError, match="broken"), reduced(module, prefix, Breaks()):
         output(module, pixels())
     assert {name: tuple(part._forward_hooks) for name, part in module.named_modules()} == hooks
     assert not any("forward" in vars(part) for part in module.modules())
@@ -118,9 +135,9 @@ def test_the_model_is_left_as_it_was(encoder: tuple[Any, int]) -> None:
 
 def test_two_reductions_at_once_are_refused(encoder: tuple[Any, int]) -> None:
     module, prefix = encoder
-    second = reduced_blocks(blocks_of(module), prefix, TokenReduction())
+    second = reduced(module, prefix, TokenReduction())
     with (
-        reduced_blocks(blocks_of(module), prefix, TokenReduction()),
+        reduced(module, prefix, TokenReduction()),
         pytest.raises(RuntimeError, match="another method"),
         second,
     ):
@@ -129,7 +146,7 @@ def test_two_reductions_at_once_are_refused(encoder: tuple[Any, int]) -> None:
 
 def test_tokens_dropped_between_attention_and_mlp_stay_dropped(encoder: tuple[Any, int]) -> None:
     module, prefix = encoder
-    with reduced_blocks(blocks_of(module), prefix, DropsLast()) as run:
+    with reduced(module, prefix, DropsLast()) as run:
         module(pixels())
     tokens = 16 + prefix
     assert run.counts == [(tokens - b, tokens - b - 1) for b in range(3)]
@@ -141,7 +158,7 @@ def test_signals_are_those_of_the_blocks_own_attention(encoder: tuple[Any, int])
     """Attention weights computed from captured queries and keys equal those that eager attention returns."""
     module, prefix = encoder
     watching = Watching()
-    with reduced_blocks(blocks_of(module), prefix, watching):
+    with reduced(module, prefix, watching):
         module(pixels())
     module.set_attn_implementation("eager")
     expected = module(pixels(), output_attentions=True).attentions
@@ -180,9 +197,9 @@ class OneLargeToken(TokenReduction):
 def test_proportional_attention_counts_a_token_as_often_as_its_size(encoder: tuple[Any, int]) -> None:
     """A token of size 4 acts on the others exactly as four copies of it do."""
     module, prefix = encoder
-    with reduced_blocks(blocks_of(module), prefix, repeated(4)()) as copies:
+    with reduced(module, prefix, repeated(4)()) as copies:
         module(pixels())
-    with reduced_blocks(blocks_of(module), prefix, OneLargeToken(4.0)) as large:
+    with reduced(module, prefix, OneLargeToken(4.0)) as large:
         module(pixels())
     assert copies.state is not None
     assert large.state is not None

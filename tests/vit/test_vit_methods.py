@@ -14,7 +14,7 @@ from isoflop.methods.vit_tokens.cls_topk import VitClsTopK
 from isoflop.methods.vit_tokens.probe import VitProbe, untrained_model
 from isoflop.methods.vit_tokens.random_drop import VitRandom
 from isoflop.methods.vit_tokens.tome import ToMe, soft_matching
-from isoflop.models.vit_blocks import Signals, TokenState
+from isoflop.models.hooks.vision_blocks import VISION_BLOCKS, BlockRun, Signals, TokenState
 
 NAMES = sorted(name for name in METHODS.names() if issubclass(METHODS.get(name), VitTokenMethod))
 DROPS = ("vit-random", "vit-cls-topk")
@@ -123,7 +123,8 @@ def test_proportional_attention_acts_once_tokens_have_merged(name: str) -> None:
             biases.append(super().attention_bias(state, block))
             return biases[-1]
 
-    with probe.model.reducing(Spy(reduction.method, reduction.plan)) as run:
+    run = BlockRun(Spy(reduction.method, reduction.plan), probe.model.info.geometry["prefix"])
+    with probe.model.occupy(VISION_BLOCKS, run):
         probe.outputs([0, 1])
     assert biases[0] is None
     if name in DROPS:
@@ -138,5 +139,9 @@ def test_proportional_attention_acts_once_tokens_have_merged(name: str) -> None:
 
 def test_a_second_token_method_in_one_trial_is_refused() -> None:
     model = untrained_model()
-    with ToMe().apply(model, None), pytest.raises(Exception, match="a trial takes one"), VitRandom().apply(model, None):
+    with (
+        ToMe().apply(model, None),
+        pytest.raises(Exception, match="a trial has one method there"),
+        VitRandom().apply(model, None),
+    ):
         pass

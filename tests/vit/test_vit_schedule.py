@@ -18,6 +18,7 @@ from isoflop.methods.vit_tokens.base import VitTokenMethod, counted_macs
 from isoflop.methods.vit_tokens.probe import VitProbe
 from isoflop.methods.vit_tokens.random_drop import VitRandom
 from isoflop.methods.vit_tokens.schedule import block_macs, largest_amount, model_macs, removals, within_budget
+from isoflop.models.hooks.vision_blocks import VISION_BLOCKS
 
 NAMES = sorted(name for name in METHODS.names() if issubclass(METHODS.get(name), VitTokenMethod))
 DEIT_S = {
@@ -151,7 +152,7 @@ def test_methods_may_act_after_the_blocks(probe: VitProbe) -> None:
     plan = method.plan(probe.model.info)
     with method.apply(probe.model, None):
         assert probe.cost() == model_macs(geometry, plan, None, after_block=True) > model_macs(geometry, plan)
-        run = probe.model.reduction
+        run = probe.model.occupant(VISION_BLOCKS)
         assert run is not None
         assert run.state is not None
         assert all(attention == mlp for attention, mlp in run.counts)

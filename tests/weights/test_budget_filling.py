@@ -14,7 +14,7 @@ from weight_cases import gpt2, mixtral, trained_decoder
 from isoflop.methods.weights.evolution import distinct, evolve, selections
 from isoflop.methods.weights.evopress import EvoPress
 from isoflop.methods.weights.filling import fewest_steps, most_within, shares
-from isoflop.methods.weights.space import Levels, Space
+from isoflop.methods.weights.space import Levels, LevelSpace
 from isoflop.methods.weights.views import LinearView, linear_views
 
 COUNTS = st.dictionaries(st.integers(1, 12), st.integers(0, 5), min_size=1, max_size=3)
@@ -118,7 +118,7 @@ def test_no_configuration_exceeds_the_budget_or_leaves_room(name: str, bits: flo
 
 def test_offspring_among_all_sizes_trade_levels_of_unequal_size() -> None:
     """One unit of 4 for two of 2, seen from both sides, and never more than ten changes."""
-    space = Space((0,) * 7, (4,) * 7, (tuple(range(7)),), (2, 2, 2, 2, 4, 4, 11))
+    space = LevelSpace((0,) * 7, (4,) * 7, (tuple(range(7)),), (2, 2, 2, 2, 4, 4, 11))
     parent = (2,) * 7
     found = distinct(parent, space.mutate, 60, np.random.default_rng(0))
     moves = [np.subtract(levels, parent) for levels in found]
@@ -131,9 +131,9 @@ def test_offspring_among_all_sizes_trade_levels_of_unequal_size() -> None:
 
 def test_where_sizes_cannot_trade_the_parent_comes_back() -> None:
     """Three of one size for two of the other, but only one of each there is."""
-    space = Space((0, 0), (4, 4), ((0, 1),), (2, 3))
+    space = LevelSpace((0, 0), (4, 4), ((0, 1),), (2, 3))
     assert distinct((0, 4), space.mutate, 5, np.random.default_rng(0)) == [(3, 2)]
-    assert distinct((1, 1), Space((0, 0), (2, 2), ((0, 1),), (2, 3)).mutate, 5, np.random.default_rng(0)) == []
+    assert distinct((1, 1), LevelSpace((0, 0), (2, 2), ((0, 1),), (2, 3)).mutate, 5, np.random.default_rng(0)) == []
 
 
 class Additive:
@@ -156,7 +156,7 @@ def test_the_search_among_all_sizes_reaches_the_optimum_of_equal_storage(seed: i
     best = min(Additive(errors).scores(every, 1, rng))
     found = {}
     for name, groups in (("any", (tuple(range(6)),)), ("size", ((0, 1), (2, 3), (4, 5)))):
-        space = Space((0,) * 6, (3,) * 6, groups, sizes)
+        space = LevelSpace((0,) * 6, (3,) * 6, groups, sizes)
         search = evolve([parent], space.mutate, Additive(errors), selections(1, 1, 1, 1), 80, 12, rng)
         found[name] = search.fitness[-1]
     assert found["any"] == pytest.approx(best)

@@ -20,7 +20,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import Method, build
 from isoflop.methods.kv_cache.probe import untrained_decoder
-from isoflop.methods.weights.evolution import Selection, distinct, evolve, selections
+from isoflop.methods.weights.evolution import SelectionStep, distinct, evolve, selections
 from isoflop.methods.weights.evopress import EvoPress, EvoPressSparse
 from isoflop.methods.weights.fitness import FITNESSES, Fitness, rows_of, size_of
 from isoflop.methods.weights.gptq import Gptq
@@ -28,7 +28,7 @@ from isoflop.methods.weights.magnitude import Magnitude
 from isoflop.methods.weights.payloads import BitmapPayload
 from isoflop.methods.weights.rtn import RoundToNearest
 from isoflop.methods.weights.search_base import Found, SearchStage
-from isoflop.methods.weights.space import Levels, Space
+from isoflop.methods.weights.space import Levels, LevelSpace
 from isoflop.methods.weights.sparsegpt import SparseGpt
 from isoflop.methods.weights.views import LinearView, linear_views
 from isoflop.methods.weights.wanda import Wanda
@@ -54,12 +54,12 @@ class Separable:
         return (np.array(exact) + noise).tolist()
 
 
-def line(units: int, low: int = 0, high: int = 4) -> Space:
+def line(units: int, low: int = 0, high: int = 4) -> LevelSpace:
     """Units that all exchange levels."""
-    return Space((low,) * units, (high,) * units, (tuple(range(units)),))
+    return LevelSpace((low,) * units, (high,) * units, (tuple(range(units)),))
 
 
-def run(space: Space, start: Levels, judge: Any, generations: int = 60, seed: int = 0, offspring: int = 8) -> Any:
+def run(space: LevelSpace, start: Levels, judge: Any, generations: int = 60, seed: int = 0, offspring: int = 8) -> Any:
     plan = selections(3, 4, 4, 4)
     return evolve([start], space.mutate, judge, plan, generations, offspring, np.random.default_rng(seed))
 
@@ -75,7 +75,7 @@ def test_totals_are_identical_for_parent_and_all_offspring(seed: int, units: int
     high = tuple(int(bound + extra) for bound, extra in zip(low, rng.integers(0, 5, units), strict=True))
     start = tuple(int(rng.integers(a, b + 1)) for a, b in zip(low, high, strict=True))
     member = rng.integers(0, groups, units)
-    space = Space(low, high, tuple(tuple(np.flatnonzero(member == g).tolist()) for g in range(groups)))
+    space = LevelSpace(low, high, tuple(tuple(np.flatnonzero(member == g).tolist()) for g in range(groups)))
     for levels in [*distinct(start, space.mutate, 5, rng), space.shuffle(start, rng)]:
         assert all(a <= level <= b for a, level, b in zip(low, levels, high, strict=True))
         for group in space.groups:
@@ -90,7 +90,7 @@ def test_offspring_are_distinct_and_a_space_of_one_has_none() -> None:
     assert (2,) * 6 not in found
     assert all(sum(abs(level - 2) for level in levels) in (2, 4, 6) for levels in found)
     assert distinct((4, 4), line(2).mutate, 8, rng) == []
-    assert distinct((1, 3), Space((0, 0), (4, 4), ((0,), (1,))).mutate, 8, rng) == []
+    assert distinct((1, 3), LevelSpace((0, 0), (4, 4), ((0,), (1,))).mutate, 8, rng) == []
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -137,10 +137,10 @@ def test_all_offspring_worse_keep_the_parent() -> None:
 
 
 def test_steps_of_selection_are_the_papers() -> None:
-    assert selections(3, 16, 2048, 8) == (Selection(16, 2048), Selection(4, 16_384), Selection(1, 131_072))
+    assert selections(3, 16, 2048, 8) == (SelectionStep(16, 2048), SelectionStep(4, 16_384), SelectionStep(1, 131_072))
     assert [s.survivors for s in selections(3, 8, 1, 1)] == [8, 2, 1]
-    assert selections(2, 2, 2048, 16) == (Selection(2, 2048), Selection(1, 32_768))
-    assert selections(1, 8, 5, 4) == (Selection(1, 5),)
+    assert selections(2, 2, 2048, 16) == (SelectionStep(2, 2048), SelectionStep(1, 32_768))
+    assert selections(1, 8, 5, 4) == (SelectionStep(1, 5),)
 
 
 def test_the_same_seed_gives_the_same_trajectory_and_another_another() -> None:
@@ -488,7 +488,7 @@ def test_impossible_budgets_are_refused_in_one_line(knobs: dict[str, Any], messa
 
 def test_random_search_does_not_stay_near_its_parent() -> None:
     """Levels are drawn anew, whatever the parent's, and every group keeps its sum."""
-    space = Space((-8,) * 12, (8,) * 12, (tuple(range(8)), tuple(range(8, 12))))
+    space = LevelSpace((-8,) * 12, (8,) * 12, (tuple(range(8)), tuple(range(8, 12))))
     parent = (8,) * 4 + (-8,) * 4 + (8, 8, -8, -8)
     rng = np.random.default_rng(0)
     found = np.array([space.shuffle(parent, rng) for _ in range(400)])

@@ -21,6 +21,8 @@ from isoflop.methods.weights.search_base import Found
 from isoflop.methods.weights.space import Levels
 from isoflop.methods.weights.views import linear_views, replaceable
 from isoflop.models.base import Model, family_of
+from isoflop.models.hooks.attention import ATTENTION
+from isoflop.models.hooks.matrices import MATRICES
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
 
 LAYERS = 4
@@ -64,7 +66,7 @@ def test_what_is_left_out_adds_nothing_to_the_residual_stream(model: LmModel) ->
 def test_gpt2_loses_biases_too() -> None:
     """Attention and MLP under other names; what is left out has biases, which go with it."""
     model = gpt2()
-    model.info = replace(model.info, hooks=frozenset({"weights", "attention"}))
+    model.info = replace(model.info, hooks=frozenset({MATRICES, ATTENTION}))
     ids_BT = IDS_BT % 48
     with torch.no_grad():
         with EvoPressDrop(dropped=0.5).apply(model, dropping(model, "0.attn", "0.mlp", "1.attn", "1.mlp")):

@@ -16,8 +16,8 @@ from isoflop.methods.visual_tokens.probe import untrained_model
 from isoflop.methods.vit_tokens.probe import untrained_model as untrained_vit
 from isoflop.methods.weights.views import linear_views
 from isoflop.models.base import Model, family_of
-from isoflop.models.matrices import matrix_shapes
-from isoflop.models.tiny_lm_config import TEXT_SIZES, lm_config
+from isoflop.models.hooks.matrices import matrix_shapes
+from isoflop.models.tiny.lm_config import TEXT_SIZES, lm_config
 
 REFS = ("tiny-llava/d24", "tiny-llava/d48-qwen", "tiny-lm/text-d64", "tiny-lm/recall-d192", "tiny-vit/c48")
 

@@ -14,7 +14,7 @@ from weight_cases import context, gpt2, held_out_loss, llama, mixtral, trained_d
 
 from isoflop.core.errors import Infeasible
 from isoflop.methods.base import build
-from isoflop.methods.weights.base import CalibratedMethod, CodecMethod
+from isoflop.methods.weights.base import CalibratedMethod, MatrixCodecMethod
 from isoflop.methods.weights.magnitude import Magnitude
 from isoflop.methods.weights.probe import WeightProbe
 from isoflop.methods.weights.rules import keep_highest
@@ -158,7 +158,7 @@ def test_bytes_are_those_of_the_payloads(name: str, make: object) -> None:
     """Also where a parameter holds several matrices; the footprint's two ratios agree with the bytes."""
     model = make()  # type: ignore[operator]
     method = build(name, {} if name in ("rtn", "magnitude") else {"n_calib": 2})
-    assert isinstance(method, CodecMethod)
+    assert isinstance(method, MatrixCodecMethod)
     artefact = prepared(method, model) or method.encode_model(model)
     dense_views = sum(view.numel for view in linear_views(model)) * 2
     dense = model.dense_weight_bytes()

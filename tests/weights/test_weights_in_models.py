@@ -16,10 +16,11 @@ from isoflop.jobs.runner import merge_footprints
 from isoflop.methods.base import build
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
 from isoflop.methods.weights.views import linear_views
-from isoflop.models import recall_world
-from isoflop.models.attention import CacheReport
 from isoflop.models.base import family_of
+from isoflop.models.hooks.attention import CacheReport
+from isoflop.models.hooks.visual_tokens import VISUAL_TOKENS
 from isoflop.models.vlm import VlmModel
+from isoflop.models.worlds import recall_world
 from isoflop.tasks.base import TASKS
 from isoflop.tasks.footprint import byte_costs
 from isoflop.testing import FolderContext
@@ -86,7 +87,7 @@ def test_the_ratio_of_all_weights_is_that_of_the_row_where_a_resampler_replaces_
                 probe.model,
                 CacheReport(0, 0, 0, 0, 0),
                 0.0,
-                probe.model.compression.module,  # type: ignore[union-attr]
+                probe.model.occupant(VISUAL_TOKENS).module,  # type: ignore[union-attr]
             ),
         )
     assert own["model_ratio"] == pytest.approx(row["weight_bytes_dense"] / row["weight_bytes"])
@@ -121,7 +122,7 @@ def test_a_model_without_matrices_is_refused_at_plan() -> None:
     import dataclasses
 
     info = family_of("tiny-llava/d24").info("tiny-llava/d24", {})
-    bare = dataclasses.replace(info, hooks=frozenset({"visual-tokens"}))
+    bare = dataclasses.replace(info, hooks=frozenset({VISUAL_TOKENS}))
     with pytest.raises(Infeasible, match="bitstack needs weights"):
         build("bitstack", {}).check(bare)
 

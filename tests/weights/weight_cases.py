@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.kv_cache.probe import VOCABULARY, untrained_decoder
 from isoflop.models.base import Model, ModelInfo
-from isoflop.models.calibration import CalibrationText
 from isoflop.models.lm import LmModel
+from isoflop.models.worlds.calibration import CalibrationText
 
 torch.set_num_threads(1)
 TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

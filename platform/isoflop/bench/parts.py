@@ -101,7 +101,7 @@ class BenchFamily(ModelFamily):
         sizes = {"bench/noop": 1, "bench/big": _LAYERS * _WIDTH * (_WIDTH + 1)}
         if ref not in sizes:
             raise unknown("model", ref, sizes)
-        return ModelInfo(ref, self.name, "1", sizes[ref], frozenset({"bench"}))
+        return ModelInfo(ref, self.name, "1", sizes[ref], frozenset())
 
     def weights(self, info: ModelInfo, methods: tuple[Method, ...], seed: int) -> Stage | None:
         return BigWeights() if info.ref == "bench/big" else None

@@ -11,6 +11,7 @@ import click
 
 from isoflop.cli.common import console, emit, grid, json_option
 from isoflop.core.errors import unknown
+from isoflop.core.hook import names_of
 from isoflop.core.knobs import KnobSpec, knob_specs
 from isoflop.methods.base import METHODS
 from isoflop.models.base import FAMILIES
@@ -148,11 +149,19 @@ def models_command(as_json: bool) -> None:
         family = FAMILIES.get(family_name)
         for ref in family.members():
             info = family.info(ref, {})
-            data.append({"ref": ref, "N": info.n_params, "hooks": sorted(info.hooks), "geometry": dict(info.geometry)})
+            data.append(
+                {
+                    "ref": ref,
+                    "N": info.n_params,
+                    "hooks": names_of(info.hooks),
+                    "offers": sorted(info.offers),
+                    "geometry": dict(info.geometry),
+                }
+            )
 
     def human() -> None:
-        rows = [(d["ref"], d["N"], ", ".join(d["hooks"])) for d in data]
-        console().print(grid(("model", "N", "hooks"), rows, right=("N",)))
+        rows = [(d["ref"], d["N"], ", ".join([*d["hooks"], *d["offers"]])) for d in data]
+        console().print(grid(("model", "N", "hooks, and what it offers besides"), rows, right=("N",)))
         console().print("\nN: non-embedding parameters of the language model. hf:REPO and hf:PATH name checkpoints.")
 
     emit(data, as_json, human)

@@ -36,7 +36,7 @@ class Stage:
     Life cycle: ``deps`` are computed first; ``compute`` writes files into an empty folder, which is then moved into the
     cache atomically; ``load`` turns the folder into a value, once per worker process, for as long as memory allows.
 
-    Subclasses are frozen dataclasses with plain fields (numbers, strings, tuples, other stages) and raise ``version``
+    Subclasses are frozen dataclasses with plain fields (numbers, strings, tuples, other stages, methods) and raise ``version``
     whenever the same fields would give another result.
     """
 
@@ -93,6 +93,8 @@ def walk(stages: tuple[Stage, ...]) -> Iterator[Stage]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Stage):
         return value.key
+    if hasattr(value, "as_field"):  # a method, which core does not know
+        return _plain(value.as_field())
     if isinstance(value, (tuple, list)):
         return [_plain(v) for v in value]
     if isinstance(value, dict):

@@ -156,7 +156,7 @@ class ResolvedJob:
             prompt = built.prompt_length(info)
             if prompt is not None:
                 method.check_prompt(prompt, built.name)
-        _one_per_slot(methods)
+        _one_per_hook(methods)
         weights = family.weights(info, methods, job.seed)
         trained_with = family.trained_with(info, methods)
         prepared = tuple(method.prepare(info, weights, job.seed, trained_with) for method in methods)
@@ -165,7 +165,7 @@ class ResolvedJob:
     @property
     def in_order(self) -> list[tuple[Method, Stage | None]]:
         """Methods with their prepared stages, in the order in which they are applied."""
-        return sorted(zip(self.methods, self.prepared, strict=True), key=lambda pair: pair[0].order)
+        return sorted(zip(self.methods, self.prepared, strict=True), key=lambda pair: pair[0].order())
 
     @property
     def model_key(self) -> str:
@@ -179,25 +179,26 @@ class ResolvedJob:
 
 
 def _asked_for(method: Method, task: Task) -> None:
-    """A method that acts, or is measured, through a slot which the task never looks at would do nothing, or say nothing."""
-    if method.asked_by_task and method.slot not in task.asks:
-        asking = [name for name in TASKS if method.slot in TASKS.get(name).asks]
-        raise Infeasible(
-            f"task {task.name} does not ask for the {method.slot} of a model, where method {method.name} acts and is "
-            f"measured; tasks that do: {', '.join(asking)}"
-        )
+    """A method that acts, or is measured, through a hook which the task never looks at would do nothing, or say nothing."""
+    for hook in method.hooks:
+        if hook.asked and hook not in task.asks:
+            asking = [name for name in TASKS if hook in TASKS.get(name).asks]
+            raise Infeasible(
+                f"task {task.name} does not ask for the {hook.name} of a model, where method {method.name} acts and is "
+                f"measured; tasks that do: {', '.join(asking)}"
+            )
 
 
-def _one_per_slot(methods: tuple[Method, ...]) -> None:
+def _one_per_hook(methods: tuple[Method, ...]) -> None:
     taken: dict[str, str] = {}
     for method in methods:
-        slot = method.slot
-        if slot in taken:
-            raise Infeasible(
-                f"methods {taken[slot]} and {method.name} both take the place {slot!r} in the model; a trial has one of them"
-            )
-        if slot:
-            taken[slot] = method.name
+        for hook in method.hooks:
+            if hook.name in taken:
+                raise Infeasible(
+                    f"methods {taken[hook.name]} and {method.name} both take the place {hook.name!r} in the model; "
+                    "a trial has one of them"
+                )
+            taken[hook.name] = method.name
 
 
 def versions_of(model: str, model_options: Mapping[str, Any], methods: tuple[str, ...], task: str) -> dict[str, str]:

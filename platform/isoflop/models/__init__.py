@@ -1,5 +1,6 @@
-"""Models: what a reference names, how its weights come to be, and its hook points. Importing it registers the families."""
+"""Models: what a reference names, how its weights come to be, and where methods act. Importing it registers the families."""
 
-from isoflop.models import hf, tiny_llava, tiny_lm, tiny_vit
+from isoflop.models.checkpoints import hf
+from isoflop.models.tiny import llava, lm, vit
 
-__all__ = ["hf", "tiny_llava", "tiny_lm", "tiny_vit"]
+__all__ = ["hf", "llava", "lm", "vit"]

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Self, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from isoflop.core.errors import Infeasible, UserError
+from isoflop.core.hook import Hook, names_of
 from isoflop.core.knobs import check_knobs, knob_specs
 from isoflop.core.registry import Registry
 from isoflop.core.stage import Stage, StageContext
+from isoflop.models.hooks.occupant import Occupant, tensor_bytes
+from isoflop.models.training.taught import Taught
 
-if TYPE_CHECKING:
-    from isoflop.methods.base import Method
-    from isoflop.models.distributed import ExchangeReport
+OccupantT = TypeVar("OccupantT", bound=Occupant)
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class ModelInfo:
         version: changes whenever the same reference would give other weights (recipe, revision, file hash).
         n_params: N, the number of non-embedding parameters of the language model (vision tower and projector
             excluded; input and output embeddings excluded).
-        hooks: hook points that it offers: ``visual-tokens``, ``kv-cache``, ``weights``, …
+        hooks: places that it offers to methods (``isoflop.models.hooks``).
+        offers: what tasks and methods may need besides: ``tokenizer``, ``labelled-images``, ``vocabulary:<name>``, …
         geometry: sizes that methods check against: ``grid`` (patches per side), ``visual_tokens``, ``hidden``, ``layers``…
         dense_bits: what an element of a weight or of a cache counts where nothing compresses it. Families trained here
             compute in float32, because CPUs do, and count 16 bits, as they would be served; checkpoints count what
@@ -43,27 +44,80 @@ class ModelInfo:
     family: str
     version: str
     n_params: int
-    hooks: frozenset[str]
+    hooks: frozenset[Hook[Any]]
     geometry: Mapping[str, Any] = field(default_factory=dict)
     dense_bits: int = 16
     options: tuple[tuple[str, Any], ...] = ()
+    offers: frozenset[str] = frozenset()
+
+    def check_offers(self, asker: str, hooks: Iterable[Hook[Any]], needs: Iterable[str]) -> None:
+        """Raise Infeasible when ``asker`` ("method quecc") wants a hook, or something else, that the model does not offer."""
+        missing = [*names_of(set(hooks) - self.hooks), *sorted(set(needs) - self.offers)]
+        if missing:
+            offered = ", ".join([*names_of(self.hooks), *sorted(self.offers)]) or "nothing"
+            raise Infeasible(
+                f"{asker} needs {', '.join(missing)}, which model {self.ref} does not offer (it offers: {offered})"
+            )
 
 
 class Model(ABC):
-    """A loaded model, held warm by a worker. Methods change it only inside their ``apply`` and restore it exactly.
+    """A loaded model, held warm by a worker. Methods change it only by occupying hooks, which restores it exactly.
 
     Attributes:
         info: its description.
         module: the Hugging Face model, in evaluation mode.
-        stored: bytes of the weights that a method holds in a compressed form, by parameter name in ``module``; every
-            other tensor counts ``info.dense_bits`` per element (see ``weight_bytes``).
-        exchange: what its training recorded of the exchange of gradients, while a method on gradients is applied.
     """
 
     info: ModelInfo
     module: nn.Module
-    stored: Mapping[str, float] = {}  # noqa: RUF012: replaced, never changed in place
-    exchange: ExchangeReport | None = None
+    _occupants: dict[Hook[Any], Occupant]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """With all hooks free, whatever a subclass does in its ``__init__``."""
+        model = super().__new__(cls)
+        model._occupants = {}
+        return model
+
+    @property
+    def occupied(self) -> tuple[Hook[Any], ...]:
+        """The hooks that are taken."""
+        return tuple(self._occupants)
+
+    def occupant(self, hook: Hook[OccupantT]) -> OccupantT | None:
+        """What sits in a hook now, or None."""
+        return cast("OccupantT | None", self._occupants.get(hook))
+
+    @contextmanager
+    def occupy(self, hook: Hook[OccupantT], occupant: OccupantT) -> Iterator[OccupantT]:
+        """Inside the ``with`` block ``occupant`` sits in ``hook``; afterwards the model is what it was.
+
+        Raises:
+            Infeasible: the model does not offer the hook, it is taken, or a parameter is held in two compressed forms.
+        """
+        if hook not in self.info.hooks:
+            raise Infeasible(
+                f"model {self.info.ref} does not offer {hook.name} (it offers: {', '.join(names_of(self.info.hooks)) or 'nothing'})"
+            )
+        if hook in self._occupants:
+            raise Infeasible(f"model {self.info.ref}: {hook.name} is taken already; a trial has one method there")
+        self._occupants[hook] = occupant
+        try:
+            with hook.installed(self, occupant), occupant.at_work(self):
+                self._refuse_twice_stored(hook)
+                yield occupant
+        finally:
+            del self._occupants[hook]
+
+    @property
+    def stored(self) -> dict[str, float]:
+        """Bytes of the parameters that occupants hold in forms of their own, by name in ``module``."""
+        return {name: size for occupant in self._occupants.values() for name, size in occupant.stored.items()}
+
+    def _refuse_twice_stored(self, hook: Hook[Any]) -> None:
+        for other, occupant in self._occupants.items():
+            twice = [] if other == hook else sorted(occupant.stored.keys() & self._occupants[hook].stored.keys())
+            if twice:
+                raise Infeasible(f"{twice[0]} is compressed twice: by what sits in {other.name} and in {hook.name}")
 
     def calibration(self, ctx: StageContext, examples: int, seed: int) -> Iterator[Any]:
         """Batches of training examples (never test examples), about ``examples`` rows in all, for ``supervised``.
@@ -82,50 +136,36 @@ class Model(ABC):
     def weight_bytes(self) -> float:
         """Bytes of all weights and buffers as they would be stored, those of compressed ones as their methods hold them."""
         named = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
-        dense = {name: t for name, t in named.items() if name not in self.stored}
+        stored = self.stored
+        dense = {name: t for name, t in named.items() if name not in stored}
         distinct = {id(t): t for t in dense.values()}.values()
-        return sum(tensor_bytes(t, self.info.dense_bits) for t in distinct) + sum(self.stored.values())
+        return sum(tensor_bytes(t, self.info.dense_bits) for t in distinct) + sum(stored.values())
 
     def served_bytes(self) -> float:
-        """``weight_bytes``, and those of weights that a method adds to the model."""
-        return self.weight_bytes()
+        """``weight_bytes``, and the bytes of what occupants hold besides the model."""
+        return self.weight_bytes() + sum(o.held_bytes(self.info.dense_bits) for o in self._occupants.values())
+
+    def resident_bytes(self) -> int:
+        """Bytes of the model's parameters and buffers, and of its occupants' tensors, as they lie in memory; each once."""
+        own = [t for o in self._occupants.values() for t in o.tensors()]
+        tensors = {id(t): t for t in [*self.module.parameters(), *self.module.buffers(), *own]}
+        return sum(t.numel() * t.element_size() for t in tensors.values())
 
     def dense_weight_bytes(self) -> float:
         """Bytes of all weights and buffers where nothing is compressed."""
         distinct = {id(t): t for t in [*self.module.parameters(), *self.module.buffers()]}.values()
         return sum(tensor_bytes(t, self.info.dense_bits) for t in distinct)
 
-    @contextmanager
-    def storing(self, stored: Mapping[str, float]) -> Iterator[None]:
-        """Inside the ``with`` block these parameters count the given bytes.
-
-        Raises:
-            Infeasible: another method holds one of them in a compressed form already.
-        """
-        twice = sorted(self.stored.keys() & stored.keys())
-        if twice:
-            raise Infeasible(f"{twice[0]} is compressed twice: a trial takes one weight method per matrix")
-        before = vars(self).get("stored")
-        self.stored = {**self.stored, **stored}
-        try:
-            yield
-        finally:
-            if before is None:
-                del self.stored
-            else:
-                self.stored = before
-
-
-def tensor_bytes(tensor: Tensor, dense_bits: int) -> float:
-    """Bytes of a dense tensor: float32 counts ``dense_bits`` per element, every other type what it takes."""
-    bits = dense_bits if tensor.dtype is torch.float32 else 8 * tensor.element_size()
-    return tensor.numel() * bits / 8
-
 
 class ModelFamily(ABC):
-    """Everything that is loaded in the same way: a tiny family trained here, or Hugging Face checkpoints."""
+    """Everything that is loaded in the same way: a tiny family trained here, or Hugging Face checkpoints.
+
+    Class attributes:
+        trainable: hooks with whose occupants in place the family trains its models.
+    """
 
     name: ClassVar[str]
+    trainable: ClassVar[frozenset[Hook[Any]]] = frozenset()
 
     @abstractmethod
     def members(self) -> list[str]:
@@ -142,18 +182,31 @@ class ModelFamily(ABC):
         """
         return dict(options)
 
-    def weights(self, info: ModelInfo, methods: tuple[Method, ...], seed: int) -> Stage | None:
+    def weights(self, info: ModelInfo, methods: tuple[Taught, ...], seed: int) -> Stage | None:
         """The stage that trains the weights, or None when they lie on disk already.
 
-        ``methods`` are the trial's methods, of which those with ``trains_model`` take part in the training.
+        ``methods`` are the trial's methods; those of ``trained_with`` take part in the training.
         """
         return None
 
-    def trained_with(self, info: ModelInfo, methods: tuple[Method, ...]) -> tuple[Method, ...]:
-        """Those of a trial's methods that ``weights`` trains the model with; what calibrates on it applies them first."""
-        return tuple(method for method in methods if method.trains_model)
+    def trained_with(self, info: ModelInfo, methods: tuple[Taught, ...]) -> tuple[Taught, ...]:
+        """Those of a trial's methods that ``weights`` trains the model with; what calibrates on it applies them first.
 
-    def calibration_stages(self, info: ModelInfo, methods: tuple[Method, ...]) -> tuple[Stage, ...]:
+        Raises:
+            Infeasible: a method with ``trains_model`` takes a hook that the family cannot train with.
+        """
+        taking = tuple(method for method in methods if method.trains_model)
+        for method in taking:
+            stuck = names_of(set(method.hooks) - self.trainable)
+            if stuck:
+                works = ", ".join(names_of(self.trainable & info.hooks)) or "no hook"
+                raise Infeasible(
+                    f"method {method.name} takes part in training at {', '.join(stuck)}, and models of the family "
+                    f"{self.name} are trained with methods at: {works}"
+                )
+        return taking
+
+    def calibration_stages(self, info: ModelInfo, methods: tuple[Taught, ...]) -> tuple[Stage, ...]:
         """Stages that ``Model.calibration`` asks for; ``methods`` are those that took part in the training."""
         return ()
 

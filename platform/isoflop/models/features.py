@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isoflop.core.stage import Stage, StageContext
-from isoflop.models.digit_world import VOCABULARY, SceneSet
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.taps import Tap
+from isoflop.models.worlds.digit_world import VOCABULARY, SceneSet
 
 LayerKey = int | str
 """What is read of a tower: a hidden state by its number, or attention by ``attention_in(layer)``."""
@@ -168,7 +168,7 @@ class TinyTowerStage(TowerSource):
 
     def compute(self, ctx: StageContext, folder: Path) -> None:
         """Train and save in ``save_pretrained`` form with a ``preprocessor_config.json``."""
-        from isoflop.models.tiny_vision import save_tower, train_tower
+        from isoflop.models.tiny.vision import save_tower, train_tower
 
         save_tower(train_tower(self.steps, self.batch, self.lr, self.seed, self.tower), folder)
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from isoflop.core.errors import Infeasible
 from isoflop.core.stage import StageContext
 from isoflop.models.base import ModelInfo
-from isoflop.models.byte_view import ByteView
-from isoflop.models.calibration import CalibrationText
 from isoflop.models.decoder_model import DecoderModel
-from isoflop.models.lm_text import TokenizerSource, TokensStage
-from isoflop.models.text_pool import Selection, TrainingPool
+from isoflop.models.hooks.attention import ATTENTION
+from isoflop.models.worlds.calibration import CalibrationText
+from isoflop.models.worlds.lm_text import TokenizerSource, TokensStage
+from isoflop.models.worlds.text_pool import TrainingPool
 
 NOT_SCORED = -100
 
@@ -77,15 +77,9 @@ class LmModel(DecoderModel):
 
     Args:
         tokenizer: gives the model's tokenizer, which is read when text is handed to the model; None where it has none.
-
-    Attributes:
-        selection: what the data-selection method that is applied kept of its training documents, or None.
-        byte_view: how it gives probabilities of bytes; None where no method says so (see ``byte_view``).
     """
 
     info: LmInfo
-    byte_view: ByteView | None = None
-    selection: Selection | None = None
 
     def __init__(self, info: LmInfo, module: nn.Module, tokenizer: Callable[[], Any] | None = None) -> None:
         self.info = info
@@ -121,11 +115,12 @@ class LmModel(DecoderModel):
     @torch.no_grad()
     def stepwise_logits(self, batch: LmBatch) -> Tensor:
         """The same as ``logits``, computed as in serving: the prompt, then one token after the other."""
-        if self.attention is None or not batch.prefix:
+        policy = self.occupant(ATTENTION)
+        if policy is None or not batch.prefix:
             raise ValueError("stepwise_logits needs a method on the KV cache and a prompt")
         positions_BT = positions_of(batch)
         parts = []
-        with self.attention.session():
+        with policy.session():
             bounds = [0, *range(batch.prefix, batch.ids_BT.shape[1] + 1)]
             for start, stop in pairwise(bounds):
                 prompt = start == 0 and batch.valid_BT is not None
@@ -152,10 +147,11 @@ class LmModel(DecoderModel):
 
         from isoflop.models.lm_cache import SessionCache
 
-        if self.attention is None:
+        policy = self.occupant(ATTENTION)
+        if policy is None:
             yield DynamicCache()
             return
-        with self.attention.session():
+        with policy.session():
             yield SessionCache()
 
     @torch.no_grad()
@@ -201,8 +197,3 @@ def positions_of(batch: LmBatch) -> Tensor:
     if batch.valid_BT is None:
         return torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device)[None]
     return (batch.valid_BT.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def decoder_layers(decoder: Any) -> nn.ModuleList:
-    """The layers of a Hugging Face decoder, which GPT-2 calls ``h``."""
-    return decoder.layers if hasattr(decoder, "layers") else decoder.h

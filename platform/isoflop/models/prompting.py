@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from isoflop.models.context import prompt_of, token_ids
+from isoflop.models.hooks.prompt_text import prompt_of, token_ids
 from isoflop.models.lm import NOT_SCORED, LmBatch
 
 

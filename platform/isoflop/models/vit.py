@@ -1,8 +1,8 @@
-"""Image classifiers of the ViT type: what is known of one, and the loaded model with its hook points.
+"""Image classifiers of the ViT type: what is known of one, and the loaded model.
 
 Tiny models trained here and Hugging Face checkpoints run through this one class. A token reduction acts inside the
-blocks (see :mod:`isoflop.models.vit_blocks`), an image codec in front of the model (see :mod:`isoflop.models.codec`); the
-model holds them in ``reduction`` and ``codec`` while a method is applied.
+blocks (see :mod:`isoflop.models.hooks.vision_blocks`), an image codec in front of the model (see
+:mod:`isoflop.models.hooks.pixels`).
 
 Shape suffixes: B batch, C channels, H height, W width, K classes.
 """
@@ -22,13 +22,11 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import derive_seed
 from isoflop.core.stage import StageContext
 from isoflop.models.base import Model, ModelInfo
-from isoflop.models.codec import CodecRun, ImageCodec
-from isoflop.models.sprite_world import CHUNK, ImageSet
-from isoflop.models.vit_blocks import BlockRun, TokenReduction, blocks_of, reduced_blocks
+from isoflop.models.hooks.pixels import PIXELS
+from isoflop.models.hooks.vision_blocks import VISION_BLOCKS, TokenReduction
+from isoflop.models.worlds.sprite_world import CHUNK, ImageSet
 
-TOKENS_HOOK = "vit-tokens"
-"""Offered by models inside whose vision blocks tokens can be merged or dropped."""
-IMAGES_HOOK = "labelled-images"
+LABELLED_IMAGES = "labelled-images"
 """Offered by models that classify one of the built-in kinds of images (``VitInfo.data``)."""
 
 
@@ -75,8 +73,6 @@ class VitModel(Model):
     Attributes:
         info: its description.
         module: the Hugging Face model, in evaluation mode.
-        reduction: the token reduction at work, or None.
-        codec: the image codec at work, or None.
     """
 
     info: VitInfo
@@ -84,8 +80,11 @@ class VitModel(Model):
     def __init__(self, info: VitInfo, module: nn.Module) -> None:
         self.info = info
         self.module: Any = module
-        self.reduction: BlockRun | None = None
-        self.codec: CodecRun | None = None
+
+    @property
+    def vision_encoder(self) -> nn.Module:
+        """The classifier, whose blocks methods may act in."""
+        return self.module
 
     @property
     def device(self) -> torch.device:
@@ -93,47 +92,17 @@ class VitModel(Model):
         return next(self.module.parameters()).device
 
     @contextmanager
-    def reducing(self, reduction: TokenReduction) -> Iterator[BlockRun]:
-        """Let ``reduction`` act inside the blocks within the ``with`` block.
-
-        Raises:
-            Infeasible: another one does already.
-        """
-        if self.reduction is not None:
-            raise Infeasible(f"model {self.info.ref}: tokens are reduced by another method already; a trial takes one")
-        with reduced_blocks(blocks_of(self.module), self.info.geometry["prefix"], reduction) as run:
-            self.reduction = run
-            try:
-                yield run
-            finally:
-                self.reduction = None
-
-    @contextmanager
     def unreduced(self) -> Iterator[None]:
         """All tokens within the ``with`` block, also while a reduction is at work."""
-        if self.reduction is None:
+        run = self.occupant(VISION_BLOCKS)
+        if run is None:
             yield
             return
-        reduction, self.reduction.reduction = self.reduction.reduction, TokenReduction()
+        reduction, run.reduction = run.reduction, TokenReduction()
         try:
             yield
         finally:
-            self.reduction.reduction = reduction
-
-    @contextmanager
-    def coding(self, codec: ImageCodec) -> Iterator[CodecRun]:
-        """Let images go through ``codec`` before the model sees them within the ``with`` block.
-
-        Raises:
-            Infeasible: they go through another one already.
-        """
-        if self.codec is not None:
-            raise Infeasible(f"model {self.info.ref}: images go through another codec already; a trial takes one")
-        self.codec = CodecRun(codec)
-        try:
-            yield self.codec
-        finally:
-            self.codec = None
+            run.reduction = reduction
 
     def seen(self, images_BCHW: Tensor, ids_B: Tensor | None = None) -> Tensor:
         """What the model sees of images in [0, 1]: themselves, or what the codec leaves of them.
@@ -142,7 +111,8 @@ class VitModel(Model):
             ids_B: numbers of examples that are evaluated: the codec counts their bytes, each once.
         """
         images_BCHW = images_BCHW.to(self.device)
-        return images_BCHW if self.codec is None else self.codec.through(images_BCHW, ids_B)
+        codec = self.occupant(PIXELS)
+        return images_BCHW if codec is None else codec.through(images_BCHW, ids_B)
 
     def logits(self, images_BCHW: Tensor, ids_B: Tensor | None = None) -> Tensor:
         """Class logits (B, K) of images in [0, 1], which go through the codec first; gradients flow behind it when enabled.
@@ -164,9 +134,9 @@ class VitModel(Model):
             images_BCHW = F.interpolate(images_BCHW, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
         mean, std = (images_BCHW.new_tensor(v)[:, None, None] for v in (self.info.pixel_mean, self.info.pixel_std))
         pixels_BCHW = ((images_BCHW - mean) / std).to(next(self.module.parameters()).dtype)
-        if self.reduction is None:
-            return self.module(pixels_BCHW).logits
-        self.reduction.ids_B = None if ids_B is None else ids_B.to(self.device)
+        reduction = self.occupant(VISION_BLOCKS)
+        if reduction is not None:
+            reduction.ids_B = None if ids_B is None else ids_B.to(self.device)
         return self.module(pixels_BCHW).logits
 
     def supervised(self, batch: VitBatch) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
-"""Vision-language models of the LLaVA type: what is known of one, and the loaded model with its hook point.
+"""Vision-language models of the LLaVA type: what is known of one, and the loaded model.
 
-Tiny models trained here and Hugging Face checkpoints run through this one class. A compressor sits between the vision
-tower and the projector; the model holds it in ``compression`` while a method is applied.
+Tiny models trained here and Hugging Face checkpoints run through this one class.
 
 Shape suffixes: B batch, P patches, V visual tokens that enter the language model, Q question tokens, T prompt tokens
 (one image placeholder among them), L tokens after the placeholder is expanded, D vision width, d language width.
@@ -9,25 +8,36 @@ Shape suffixes: B batch, P patches, V visual tokens that enter the language mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import derive_seed
+from isoflop.core.hook import Hook
 from isoflop.core.stage import StageContext
-from isoflop.models.base import ModelInfo, tensor_bytes
+from isoflop.models.base import ModelInfo
 from isoflop.models.decoder_model import DecoderModel
-from isoflop.models.digit_world import VOCABULARY
 from isoflop.models.features import LayerKey, TowerSource, Vision
-from isoflop.models.lessons import Lessons, Step, table_rows
+from isoflop.models.hooks.attention import ATTENTION
+from isoflop.models.hooks.decoder_layers import DECODER_LAYERS, PromptLayout
+from isoflop.models.hooks.feed_forward import FEED_FORWARD
+from isoflop.models.hooks.matrices import MATRICES
+from isoflop.models.hooks.residual import RESIDUAL
+from isoflop.models.hooks.vision_blocks import VISION_BLOCKS
+from isoflop.models.hooks.visual_tokens import VISUAL_TOKENS, CompressedTokens, VisualInput
+from isoflop.models.worlds.digit_world import VOCABULARY
+from isoflop.models.worlds.lessons import Lesson, Lessons, table_rows
 
 CALIBRATION_BATCH = 32
-TextEncoder = Callable[[Tensor, Tensor | None], Tensor]
+HOOKS: frozenset[Hook[Any]] = frozenset(
+    {VISION_BLOCKS, VISUAL_TOKENS, DECODER_LAYERS, RESIDUAL, FEED_FORWARD, ATTENTION, MATRICES}
+)
+"""What every model of this kind offers; see ``isoflop.models.hooks``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,68 +68,11 @@ class VlmInfo(ModelInfo):
 
 
 @dataclass(frozen=True)
-class VisualInput:
-    """What a compressor sees of a batch.
-
-    Attributes:
-        x_BPD: patch features of the layer that feeds the projector, in raster order, without prefix tokens.
-        hidden: what the compressor asked for besides: the same of other layers, by their numbers, and attention (B, P)
-            by ``attention_in(layer)``.
-        grid: patches per side; P = grid².
-        question_BQ: token ids of the question, the text after the last image marker; None when there is none.
-        question_mask_BQ: 1 for real tokens and 0 for padding (either side); None when nothing is padded.
-        ids_B: example numbers; what is random in a method may depend on them and on nothing else of the batch.
-        encode_text: the language model on text alone, without gradients and without a cache: (ids, mask) → (B, Q, d),
-            last layer after the final norm.
-        embed_text: ids → token embeddings (B, Q, d), without gradients.
-    """
-
-    x_BPD: Tensor
-    hidden: Mapping[LayerKey, Tensor]
-    grid: int
-    question_BQ: Tensor | None
-    question_mask_BQ: Tensor | None
-    ids_B: Tensor
-    encode_text: TextEncoder
-    embed_text: Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class CompressedTokens:
-    """What a compressor returns.
-
-    Attributes:
-        tokens_BVD: input of the projector.
-        kept_BV: numbers of the patches that were kept, sorted, for methods that select; None for those that mix.
-        places_BV: places that the tokens take among the P places of the image in the prompt, text behind it staying
-            where it was; None for V places in a row.
-    """
-
-    tokens_BVD: Tensor
-    kept_BV: Tensor | None = None
-    places_BV: Tensor | None = None
-
-
-class Compression(Protocol):
-    """A compressor in place: what a method puts into ``VlmModel.compression``."""
-
-    layers: tuple[LayerKey, ...]
-    """What it reads of the tower besides the model's own feature layer."""
-    module: nn.Module | None
-    """Its own weights."""
-    projector: nn.Module | None
-    """A projector trained together with it, used instead of the model's."""
-
-    def __call__(self, view: VisualInput) -> CompressedTokens:
-        """Compress a batch."""
-
-
-@dataclass(frozen=True)
 class VlmBatch:
     """Prompts about images, one image each.
 
     Attributes:
-        hidden: what was read of the tower by key; holds at least the feature layer and ``compression.layers``.
+        hidden: what was read of the tower by key; holds at least ``VlmModel.layers_needed``.
         prompt_BT: token ids with exactly one image placeholder per row.
         question_BQ: the text after the placeholder, for query-conditioned compressors.
         ids_B: example numbers.
@@ -136,33 +89,6 @@ class VlmBatch:
     answers_B: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class PromptLayout:
-    """Where the visual tokens of a batch of prompts are.
-
-    Attributes:
-        image_BL: True at visual tokens; equally many in every row.
-        ids_B: example numbers.
-        valid_BL: False for padding; None when nothing is padded.
-    """
-
-    image_BL: Tensor
-    ids_B: Tensor
-    valid_BL: Tensor | None
-
-    @property
-    def count(self) -> int:
-        """V."""
-        return int(self.image_BL[0].sum())
-
-
-class TokenDropping(Protocol):
-    """What a method on tokens between decoder layers puts into ``VlmModel.dropping``."""
-
-    def prompt(self, layout: PromptLayout) -> AbstractContextManager[None]:
-        """The decoder's pass inside the block is over a prompt."""
-
-
 class VlmModel(DecoderModel):
     """A loaded LLaVA-style model (``LlavaForConditionalGeneration``).
 
@@ -170,9 +96,6 @@ class VlmModel(DecoderModel):
         info: its description.
         module: the Hugging Face model, in evaluation mode.
         vision: its tower with the preprocessing.
-        compression: the compressor in place, or None for all tokens.
-        dropping: the method that drops tokens between decoder layers, or None.
-        live_vision: set by methods that change the tower, so that cached features are not used.
     """
 
     info: VlmInfo
@@ -181,9 +104,16 @@ class VlmModel(DecoderModel):
         self.info = info
         self.module: Any = module
         self.vision = vision
-        self.compression: Compression | None = None
-        self.dropping: TokenDropping | None = None
-        self.live_vision = False
+
+    @property
+    def vision_encoder(self) -> nn.Module:
+        """The tower, whose blocks methods may act in."""
+        return self.vision.tower
+
+    @property
+    def live_vision(self) -> bool:
+        """Whether something acts in the tower, so that features must be computed anew instead of read from a stage."""
+        return self.occupant(VISION_BLOCKS) is not None
 
     @property
     def decoder(self) -> Any:
@@ -198,24 +128,27 @@ class VlmModel(DecoderModel):
     @property
     def layers_needed(self) -> tuple[LayerKey, ...]:
         """What the model, as it is now, reads of the tower."""
-        extra = self.compression.layers if self.compression is not None else ()
+        compression = self.occupant(VISUAL_TOKENS)
+        extra = compression.layers if compression is not None else ()
         return tuple(sorted({self.info.feature_layer, *extra}, key=str))
 
-    def served_bytes(self) -> float:
-        """With the weights of the compressor in place."""
-        module = self.compression.module if self.compression is not None else None
-        own = {} if module is None else module.state_dict()
-        return super().served_bytes() + sum(tensor_bytes(t, self.info.dense_bits) for t in own.values())
+    def look(self, images_BCHW: Tensor, ids_B: Tensor | None = None) -> dict[LayerKey, Tensor]:
+        """Run the tower on images in [0, 1]; what is needed of it, by key.
 
-    def look(self, images_BCHW: Tensor) -> dict[LayerKey, Tensor]:
-        """Run the tower on images in [0, 1]; what is needed of it, by key."""
+        Args:
+            ids_B: example numbers, for reductions in the tower that draw at random.
+        """
+        reduction = self.occupant(VISION_BLOCKS)
+        if reduction is not None:
+            reduction.ids_B = None if ids_B is None else ids_B.to(self.device)
         return self.vision.read(images_BCHW.to(self.device), self.layers_needed)
 
     def compress(self, batch: VlmBatch) -> CompressedTokens:
         """What enters the projector: the compressor's output, or every patch."""
-        if self.compression is None:
+        compression = self.occupant(VISUAL_TOKENS)
+        if compression is None:
             return CompressedTokens(batch.hidden[self.info.feature_layer].to(self.dtype))
-        wanted = {key: batch.hidden[key] for key in self.compression.layers}  # a batch may hold more
+        wanted = {key: batch.hidden[key] for key in compression.layers}  # a batch may hold more
         view = VisualInput(
             x_BPD=batch.hidden[self.info.feature_layer].to(self.dtype),
             hidden={key: h if isinstance(key, str) else h.to(self.dtype) for key, h in wanted.items()},
@@ -226,11 +159,12 @@ class VlmModel(DecoderModel):
             encode_text=self.encode_text,
             embed_text=self.embed_text,
         )
-        return self.compression(view)
+        return compression(view)
 
     def project(self, tokens_BVD: Tensor) -> Tensor:
         """The visual tokens in the language model's width, (B, V, d)."""
-        own = self.compression.projector if self.compression is not None else None
+        compression = self.occupant(VISUAL_TOKENS)
+        own = compression.projector if compression is not None else None
         return (own if own is not None else self.module.model.multi_modal_projector)(tokens_BVD)
 
     def prefill(
@@ -255,12 +189,13 @@ class VlmModel(DecoderModel):
             # without a mask, Hugging Face takes a gap in the positions for the start of another sequence
             mask_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
         image = BaseModelOutputWithPooling(pooler_output=list(visual_BVd))
-        prefix = 0 if self.attention is None else _image_end(image_BL)
+        prefix = 0 if self.occupant(ATTENTION) is None else _image_end(image_BL)
+        dropping = self.occupant(DECODER_LAYERS)
         with ExitStack() as stack:
             stack.enter_context(self.compressing_prefix(prefix, batch.ids_B))
-            if self.dropping is not None:
+            if dropping is not None:
                 layout = PromptLayout(image_BL, batch.ids_B, None if mask_BL is None else mask_BL.bool())
-                stack.enter_context(self.dropping.prompt(layout))
+                stack.enter_context(dropping.prompt(layout))
             return self.module(
                 input_ids=ids_BL,
                 attention_mask=mask_BL,
@@ -302,7 +237,7 @@ class VlmModel(DecoderModel):
         found = self.compress(batch)
         return self.prefill(self.project(found.tokens_BVD), batch, found.places_BV).logits[:, -1]
 
-    def lesson(self, step: Step, hidden: Mapping[LayerKey, Tensor]) -> VlmBatch:
+    def lesson(self, step: Lesson, hidden: Mapping[LayerKey, Tensor]) -> VlmBatch:
         """The prompts of training examples with the given features, on the model's device."""
         image_B1 = torch.full((len(step.rows_B), 1), self.info.geometry["image_token"])
         return VlmBatch(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from isoflop.core.errors import Infeasible
+from isoflop.core.hook import Hook
 from isoflop.core.registry import Registry
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import Model, ModelInfo
@@ -38,9 +38,10 @@ class Task(ABC):
     """Base class of tasks: a frozen dataclass whose ``Knob`` fields are the task's options.
 
     ``version`` is part of every job id: raise it whenever the same options would give other examples or another metric.
-    ``asks`` names slots of the model that the task uses besides running it (``context``, ``byte-view``, or ``mlp``, whose
-    policy it tells of every pass that it scores); methods that act, or are measured, there and nowhere else are refused by
-    other tasks.
+    ``needs`` is what the model must offer (``ModelInfo.offers``), ``hooks`` the places that it must have.
+    ``asks`` names hooks of the model that the task uses besides running it (``prompt_text``, ``byte_view``, or
+    ``feed_forward``, whose occupant it tells of every pass that it scores); methods that act, or are measured, there and
+    nowhere else are refused by other tasks.
     ``chance`` is the expected error of the best answerer that sees the question only, at the default options.
     """
 
@@ -49,16 +50,12 @@ class Task(ABC):
     metric: ClassVar[str] = "error"
     needs: ClassVar[frozenset[str]] = frozenset()
     chance: ClassVar[float] = float("nan")
-    asks: ClassVar[frozenset[str]] = frozenset()
+    hooks: ClassVar[frozenset[Hook[Any]]] = frozenset()
+    asks: ClassVar[frozenset[Hook[Any]]] = frozenset()
 
     def check(self, info: ModelInfo) -> None:
         """Raise Infeasible when the model cannot do this task; says what is missing."""
-        missing = self.needs - info.hooks
-        if missing:
-            raise Infeasible(
-                f"task {self.name} needs {', '.join(sorted(missing))}, which model {info.ref} does not offer "
-                f"(it offers: {', '.join(sorted(info.hooks)) or 'nothing'})"
-            )
+        info.check_offers(f"task {self.name}", self.hooks, self.needs)
 
     def check_method(self, method: Method, info: ModelInfo) -> None:  # noqa: B027
         """Raise Infeasible when the task, with its options, gives the method nothing to act on."""

@@ -14,21 +14,29 @@ import torch
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import derive_seed
+from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Method
-from isoflop.models.attention import CacheReport
 from isoflop.models.base import Model, ModelInfo
-from isoflop.models.byte_view import ByteText, ByteView, SegmentationsStage, TokenView, segmentations_of
-from isoflop.models.byte_view_segmentations import Segmentations
-from isoflop.models.byte_view_tree import log_likelihood
+from isoflop.models.byte_trees.segmentations import Segmentations
+from isoflop.models.byte_trees.tree import log_likelihood
 from isoflop.models.counting import flops_of
-from isoflop.models.english import EnglishStage, python_release
 from isoflop.models.features import batches
+from isoflop.models.hooks.attention import ATTENTION, CacheReport
+from isoflop.models.hooks.byte_view import (
+    BYTE_VIEW,
+    ByteText,
+    ByteView,
+    SegmentationsStage,
+    TokenView,
+    segmentations_of,
+)
 from isoflop.models.lm import LmModel
+from isoflop.models.worlds.english import EnglishStage, python_release
 from isoflop.tasks.base import TASKS, Shard, Task
 from isoflop.tasks.byte_meter import ByteMeter
-from isoflop.tasks.footprint import byte_costs, module_bytes, peak_bytes_of, seconds_of
+from isoflop.tasks.footprint import byte_costs, peak_bytes_of, seconds_of
 from isoflop.tasks.language_task import lm_info, lm_model
 
 CUTS = {"inside": re.compile(rb"(?<=[A-Za-z])(?=[A-Za-z])"), "anywhere": re.compile(rb"(?s)(?=.)")}
@@ -52,7 +60,7 @@ class ByteTask(Task):
     version: ClassVar[str] = f"1-{python_release()}"
     metric: ClassVar[str] = "bits per byte"
     needs: ClassVar[frozenset[str]] = frozenset({"tokenizer"})
-    asks: ClassVar[frozenset[str]] = frozenset({"byte-view"})
+    asks: ClassVar[frozenset[Hook[Any]]] = frozenset({BYTE_VIEW})
 
     examples: Annotated[int, Knob(low=1, high=100_000, doc="places in the text")] = 128
     prompt: Annotated[int, Knob(low=24, high=100_000, doc="most bytes of a prompt", unit="bytes")] = 128
@@ -76,7 +84,7 @@ class ByteTask(Task):
 
     def check_method(self, method: Method, info: ModelInfo) -> None:
         """Refuse methods on the cache or on attention, for which a tree of tokens is no text."""
-        if method.slot == "attention":
+        if ATTENTION in method.hooks:
             raise Infeasible(
                 f"task {self.name}: method {method.name} acts on the KV cache or attention, and bytes get their "
                 "probabilities from trees of tokens; take bits-per-byte"
@@ -110,7 +118,7 @@ class ByteTask(Task):
         segmentations: Segmentations = ctx.get(self._segmentations(lm.info))
         texts = self.texts(ctx)
         order = np.random.default_rng(derive_seed("order", self.name, seed)).permutation(len(texts))
-        view = lm.byte_view or TokenView()
+        view = lm.occupant(BYTE_VIEW) or TokenView()
         for part in batches(len(order), self.shard):
             ids = order[part]
             yield score(view, lm, segmentations, ids, [texts[i] for i in ids])
@@ -123,7 +131,7 @@ class ByteTask(Task):
         """
         lm = lm_model(model, self.name)
         segmentations: Segmentations = ctx.get(self._segmentations(lm.info))
-        text, view = self.texts(ctx)[0], lm.byte_view or TokenView()
+        text, view = self.texts(ctx)[0], lm.occupant(BYTE_VIEW) or TokenView()
 
         def predict() -> Any:
             return view.next_bytes(lm, segmentations, [text])
@@ -132,7 +140,6 @@ class ByteTask(Task):
         tokens = len(segmentations.vocabulary.encode(text.data[:-1]))
         stored = sum(part.dense_cache_bytes(count) for part, count in _run_tokens(view, lm))
         costs = byte_costs(lm, CacheReport(stored, stored, 0.0, 0.0, stored), lm.dense_cache_bytes(tokens))
-        members = sum(member.weight_bytes() for member in view.members)
         return {
             "visual_tokens": 0.0,
             "text_tokens": float(tokens),
@@ -141,12 +148,8 @@ class ByteTask(Task):
             "flops_llm": float(flops),
             "flops_per_byte": flops / self.scored,
             **costs,
-            "weight_bytes": costs["weight_bytes"] + members,
-            "bytes": costs["bytes"] + members,
             "seconds": seconds_of(predict, lm.device),
-            "peak_bytes": float(
-                module_bytes(lm.module, *(member.module for member in view.members)) + peak_bytes_of(predict, lm.device)
-            ),
+            "peak_bytes": float(lm.resident_bytes() + peak_bytes_of(predict, lm.device)),
         }
 
     def _segmentations(self, info: ModelInfo) -> SegmentationsStage:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from isoflop.models.byte_view_vocabulary import Segmenter
+from isoflop.models.byte_trees.vocabulary import Segmenter
 
 
 class ByteMeter:

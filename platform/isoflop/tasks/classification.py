@@ -14,9 +14,10 @@ import torch
 from torch.nn import functional as F
 
 from isoflop.core.stage import StageContext
-from isoflop.models import sprite_world as world
 from isoflop.models.base import Model
 from isoflop.models.features import batches
+from isoflop.models.hooks.pixels import PIXELS
+from isoflop.models.worlds import sprite_world as world
 from isoflop.tasks.base import TASKS, Shard
 from isoflop.tasks.labelled_images import BATCH, LabelledImages, distortions, vit_model
 
@@ -49,7 +50,7 @@ class DigitClassification(LabelledImages):
                 logits_BK, labels_B = vit.classify(seen_BCHW, batch.ids_B), batch.labels_B.to(vit.device)
                 metrics["nll"].append(F.cross_entropy(logits_BK.float(), labels_B, reduction="none").cpu().numpy())
                 right_N.append((logits_BK.argmax(-1) == labels_B).cpu().numpy())
-                if vit.codec is not None:
+                if vit.occupant(PIXELS) is not None:
                     for name, lost_B in distortions(seen_BCHW, batch.images_BCHW).items():
                         metrics.setdefault(name, []).append(lost_B)
             errors_N = 1.0 - np.concatenate(right_N).astype(np.float64)

@@ -9,9 +9,9 @@ import numpy as np
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
-from isoflop.models import recall_world as world
 from isoflop.models.base import ModelInfo
 from isoflop.models.lm import LmBatch
+from isoflop.models.worlds import recall_world as world
 from isoflop.tasks.base import TASKS
 from isoflop.tasks.symbols import SymbolTask
 

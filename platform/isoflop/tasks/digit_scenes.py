@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,12 +18,14 @@ from torch.nn import functional as F
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import derive_seed
+from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
-from isoflop.models import digit_world as world
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.features import FeaturesStage, LayerKey, batches
+from isoflop.models.hooks.visual_tokens import VISUAL_TOKENS
 from isoflop.models.vlm import VlmBatch, VlmInfo, VlmModel
+from isoflop.models.worlds import digit_world as world
 from isoflop.tasks.base import Shard, Task
 from isoflop.tasks.footprint import measure_answer
 
@@ -47,7 +49,8 @@ class DigitSceneTask(Task):
     only; the job's seed shuffles the order in which they are asked. A shorter suite is a prefix of a longer one.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"visual-tokens", f"vocabulary:{world.VOCABULARY}"})
+    needs: ClassVar[frozenset[str]] = frozenset({f"vocabulary:{world.VOCABULARY}"})
+    hooks: ClassVar[frozenset[Hook[Any]]] = frozenset({VISUAL_TOKENS})
 
     examples: Annotated[int, Knob(low=1, high=1_000_000, doc="number of test questions, one image each")] = 2000
     shard: Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 
 from isoflop.core.knobs import Knob
-from isoflop.models import digit_world as world
+from isoflop.models.worlds import digit_world as world
 from isoflop.tasks.base import TASKS
 from isoflop.tasks.digit_scenes import DigitSceneTask, Examples
 from isoflop.tasks.reading import BLIND_READING_ERROR
@@ -25,7 +25,7 @@ class FindDigit(DigitSceneTask):
     """
 
     version: ClassVar[str] = "1"
-    needs: ClassVar[frozenset[str]] = DigitSceneTask.needs | {world.SPARSE_HOOK}
+    needs: ClassVar[frozenset[str]] = DigitSceneTask.needs | {world.SPARSE_SCENES}
     chance: ClassVar[float] = BLIND_READING_ERROR
 
     digits: Annotated[int, Knob(low=1, high=world.TILES - 1, doc="tiles of a scene that carry a digit")] = (

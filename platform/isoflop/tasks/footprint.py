@@ -22,11 +22,10 @@ from torch.utils._pytree import tree_leaves
 
 from isoflop.methods.kv_cache.base import CompressedCache
 from isoflop.methods.kv_cache.full_cache import FullCache
-from isoflop.models.attention import CacheReport
-from isoflop.models.base import tensor_bytes
 from isoflop.models.counting import flops_of
 from isoflop.models.decoder_model import DecoderModel
 from isoflop.models.features import LayerKey
+from isoflop.models.hooks.attention import ATTENTION, CacheReport
 from isoflop.models.vlm import VlmBatch, VlmModel
 
 REPEATS = 5
@@ -55,7 +54,6 @@ def measure_answer(model: VlmModel, image_BCHW: Tensor, make: MakeBatch) -> dict
     def answer() -> Tensor:
         return model.answer_logits(make(model.look(image_BCHW)))
 
-    own = model.compression.module if model.compression is not None else None
     text = batch.prompt_BT.shape[1] - 1
     cache = decoder_cache(model, prefill)
     dense_cache = model.dense_cache_bytes(model.info.geometry["visual_tokens"] + text)
@@ -67,23 +65,21 @@ def measure_answer(model: VlmModel, image_BCHW: Tensor, make: MakeBatch) -> dict
         "flops_vision": float(vision),
         "flops_projector": float(projector),
         "flops_method": float(method),
-        **byte_costs(model, cache, dense_cache, own),
+        **byte_costs(model, cache, dense_cache),
         "seconds": seconds_of(answer, model.device),
-        "peak_bytes": float(module_bytes(model.module, own) + peak_bytes_of(answer, model.device)),
+        "peak_bytes": float(model.resident_bytes() + peak_bytes_of(answer, model.device)),
     }
 
 
-def byte_costs(
-    model: DecoderModel, cache: CacheReport, dense_cache: float, own: torch.nn.Module | None = None
-) -> dict[str, float]:
+def byte_costs(model: DecoderModel, cache: CacheReport, dense_cache: float) -> dict[str, float]:
     """Bytes of weights and cache, as compressed and dense; ``bytes`` is their sum, what serving one request holds.
+
+    Weights that methods hold besides the model count as compressed only.
 
     Args:
         dense_cache: bytes of the whole cache of the same request where no method of any kind acts.
-        own: weights of a method that are not part of the model; counted as compressed only.
     """
-    extra = 0.0 if own is None else sum(tensor_bytes(t, model.info.dense_bits) for t in own.state_dict().values())
-    weight_bytes, dense = model.weight_bytes() + extra, model.dense_weight_bytes()
+    weight_bytes, dense = model.served_bytes(), model.dense_weight_bytes()
     return {
         "weight_bytes": weight_bytes,
         "weight_bytes_dense": dense,
@@ -97,19 +93,14 @@ def byte_costs(
 
 def decoder_cache(model: DecoderModel, forward: Callable[[], Any]) -> CacheReport:
     """The key-value cache that one forward pass leaves behind, batch of one; the whole cache where no method acts on it."""
-    if model.attention is not None:
+    policy = model.occupant(ATTENTION)
+    if policy is not None:
         forward()
-        return model.attention.report()
+        return policy.report()
     whole = CompressedCache(FullCache(), None, model.info.dense_bits)
-    with model.attending(whole):
+    with model.occupy(ATTENTION, whole):
         forward()
         return whole.report()
-
-
-def module_bytes(*modules: torch.nn.Module | None) -> int:
-    """Bytes of all distinct parameters and buffers as they lie in memory."""
-    tensors = {id(t): t for m in modules if m is not None for t in [*m.parameters(), *m.buffers()]}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> float:

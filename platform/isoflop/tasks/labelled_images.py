@@ -17,13 +17,15 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
-from isoflop.models import sprite_world as world
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.counting import flops_of
-from isoflop.models.vit import IMAGES_HOOK, VitBatch, VitInfo, VitModel
+from isoflop.models.hooks.pixels import PIXELS
+from isoflop.models.hooks.vision_blocks import VISION_BLOCKS
+from isoflop.models.vit import LABELLED_IMAGES, VitBatch, VitInfo, VitModel
+from isoflop.models.worlds import sprite_world as world
 from isoflop.tasks.base import Task
 from isoflop.tasks.distortion import mse, psnr, ssim
-from isoflop.tasks.footprint import module_bytes, peak_bytes_of, seconds_of
+from isoflop.tasks.footprint import peak_bytes_of, seconds_of
 
 BATCH = 128
 
@@ -36,7 +38,7 @@ class LabelledImages(Task):
     shorter suite is a prefix of a longer one.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({IMAGES_HOOK})
+    needs: ClassVar[frozenset[str]] = frozenset({LABELLED_IMAGES})
 
     data: Annotated[str, Knob(choices=("own", *world.DATA), doc="kind of images; own is the model's")] = "own"
     examples: Annotated[int, Knob(low=1, high=1_000_000, doc="number of test images")] = 2000
@@ -94,17 +96,16 @@ class LabelledImages(Task):
         flops, _ = flops_of(lambda: vit.supervised(batch))
         patches = vit.info.geometry["patches"]
         left, seen = float(patches), [patches]
-        if vit.reduction is not None and vit.reduction.state is not None:
-            left = float(vit.reduction.state.patches)
-            seen = [tokens - vit.info.geometry["prefix"] for tokens, _ in vit.reduction.counts]
+        reduction, codec = vit.occupant(VISION_BLOCKS), vit.occupant(PIXELS)
+        if reduction is not None and reduction.state is not None:
+            left = float(reduction.state.patches)
+            seen = [tokens - vit.info.geometry["prefix"] for tokens, _ in reduction.counts]
         with vit.unreduced():
             dense, _ = flops_of(lambda: vit.classify(batch.images_BCHW, batch.ids_B))
-        coding, held, resident = {}, vit.weight_bytes(), module_bytes(vit.module)
-        if vit.codec is not None:
+        coding, held = {}, vit.served_bytes()
+        if codec is not None:
             coding["flops_codec"] = float(flops_of(lambda: vit.seen(batch.images_BCHW))[0])
-            coding["codec_weight_bytes"] = vit.codec.codec.weight_bytes(vit.info.dense_bits)
-            held += coding["codec_weight_bytes"]
-            resident += sum(t.numel() * t.element_size() for t in vit.codec.codec.tensors())
+            coding["codec_weight_bytes"] = float(codec.held_bytes(vit.info.dense_bits))
         return {
             "tokens_left": left,
             "tokens_mean": float(np.mean(seen)),
@@ -116,7 +117,7 @@ class LabelledImages(Task):
             "bytes": held,
             "bytes_dense": vit.dense_weight_bytes(),
             "seconds": seconds_of(lambda: vit.supervised(batch), vit.device),
-            "peak_bytes": float(resident + peak_bytes_of(lambda: vit.supervised(batch), vit.device)),
+            "peak_bytes": float(vit.resident_bytes() + peak_bytes_of(lambda: vit.supervised(batch), vit.device)),
         }
 
 

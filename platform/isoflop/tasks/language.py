@@ -15,9 +15,10 @@ from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Method
 from isoflop.models.base import ModelInfo
-from isoflop.models.english import EnglishStage, python_release
+from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmInfo
-from isoflop.models.lm_text import Tokens, TokensStage
+from isoflop.models.worlds.english import EnglishStage, python_release
+from isoflop.models.worlds.lm_text import Tokens, TokensStage
 from isoflop.tasks.base import TASKS, Shard
 from isoflop.tasks.language_task import LanguageTask, Suite, lm_info
 
@@ -47,7 +48,7 @@ class BitsPerByte(LanguageTask):
 
     def check_method(self, method: Method, info: ModelInfo) -> None:
         """Refuse methods on the cache where there is no prompt that they could compress."""
-        if method.slot == "attention" and self.prompt_tokens == 0:
+        if ATTENTION in method.hooks and self.prompt_tokens == 0:
             raise Infeasible(
                 f"task {self.name}: prefix = {self.prefix} leaves no prompt for method {method.name} to compress; "
                 f"raise prefix to {1 / self.tokens:.2g} or more"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,14 +16,16 @@ from torch.nn import functional as F
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import derive_seed
+from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.counting import flops_of
 from isoflop.models.features import batches
+from isoflop.models.hooks.feed_forward import FEED_FORWARD
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmInfo, LmModel
 from isoflop.tasks.base import Shard, Task
-from isoflop.tasks.footprint import byte_costs, decoder_cache, module_bytes, peak_bytes_of, seconds_of
+from isoflop.tasks.footprint import byte_costs, decoder_cache, peak_bytes_of, seconds_of
 
 MOST_LOGITS = 2**24
 """Logits of one forward pass, batch times tokens times vocabulary."""
@@ -61,7 +63,7 @@ class LanguageTask(Task):
     options only; the job's seed shuffles the order. A shorter suite is a prefix of a longer one.
     """
 
-    asks: ClassVar[frozenset[str]] = frozenset({"mlp"})
+    asks: ClassVar[frozenset[Hook[Any]]] = frozenset({FEED_FORWARD})
 
     examples: Annotated[int, Knob(low=1, high=100_000, doc="number of sequences")] = 256
     shard: Annotated[
@@ -136,7 +138,7 @@ class LanguageTask(Task):
             "flops_llm": float(flops),
             **byte_costs(lm, decoder_cache(lm, lambda: lm.logits(whole)), lm.dense_cache_bytes(length)),
             "seconds": seconds_of(lambda: lm.logits(batch), lm.device),
-            "peak_bytes": float(module_bytes(lm.module) + peak_bytes_of(lambda: lm.logits(batch), lm.device)),
+            "peak_bytes": float(lm.resident_bytes() + peak_bytes_of(lambda: lm.logits(batch), lm.device)),
         }
 
 
@@ -153,7 +155,8 @@ def score(model: LmModel, batch: LmBatch) -> tuple[np.ndarray, np.ndarray, np.nd
 
 def observed(model: LmModel) -> dict[str, np.ndarray]:
     """What the method on the feed-forward blocks noted of each sequence of the last pass, by name; each (B,)."""
-    return {} if model.mlp is None else {name: x_B.cpu().numpy() for name, x_B in model.mlp.observed().items()}
+    policy = model.occupant(FEED_FORWARD)
+    return {} if policy is None else {name: x_B.cpu().numpy() for name, x_B in policy.observed().items()}
 
 
 def lm_model(model: Model, task: str) -> LmModel:

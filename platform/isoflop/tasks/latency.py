@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,13 +13,16 @@ from torch import Tensor
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import derive_seed
+from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.counting import flops_of
+from isoflop.models.hooks.attention import ATTENTION
+from isoflop.models.hooks.feed_forward import FEED_FORWARD
 from isoflop.models.lm import LmModel
 from isoflop.tasks.base import TASKS, Shard, Task
-from isoflop.tasks.footprint import byte_costs, decoder_cache, module_bytes, peak_bytes_of
+from isoflop.tasks.footprint import byte_costs, decoder_cache, peak_bytes_of
 from isoflop.tasks.language_task import lm_info, lm_model, observed
 
 
@@ -37,8 +40,8 @@ class GenerationLatency(Task):
 
     version: ClassVar[str] = "1"
     metric: ClassVar[str] = "seconds per token"
-    asks: ClassVar[frozenset[str]] = frozenset({"mlp"})
-    needs: ClassVar[frozenset[str]] = frozenset({"kv-cache"})
+    asks: ClassVar[frozenset[Hook[Any]]] = frozenset({FEED_FORWARD})
+    hooks: ClassVar[frozenset[Hook[Any]]] = frozenset({ATTENTION})
 
     prompt: Annotated[int, Knob(low=1, high=1_000_000, doc="tokens of the prompt", unit="tokens")] = 256
     new: Annotated[int, Knob(low=2, high=100_000, doc="generated tokens", unit="tokens")] = 32
@@ -93,7 +96,7 @@ class GenerationLatency(Task):
             "flops_llm": flops / self.batch,
             **byte_costs(lm, decoder_cache(lm, generate), lm.dense_cache_bytes(self.prompt + self.new - 1)),
             "seconds": total,
-            "peak_bytes": float(module_bytes(lm.module) + peak_bytes_of(generate, lm.device)),
+            "peak_bytes": float(lm.resident_bytes() + peak_bytes_of(generate, lm.device)),
         }
 
     def _prompt(self, model: LmModel, seed: int) -> Tensor:

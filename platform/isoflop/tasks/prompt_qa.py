@@ -7,26 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 
 from isoflop.core.errors import Infeasible, IsoflopError
 from isoflop.core.hashing import derive_seed
+from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
-from isoflop.models import fact_world as world
-from isoflop.models.attention import CacheReport
 from isoflop.models.base import Model, ModelInfo
-from isoflop.models.context import Compressed, joined
 from isoflop.models.counting import flops_of
-from isoflop.models.fact_world import FactQuestion
 from isoflop.models.features import batches
+from isoflop.models.hooks.attention import CacheReport
+from isoflop.models.hooks.feed_forward import FEED_FORWARD
+from isoflop.models.hooks.prompt_text import PROMPT_TEXT, Compressed, joined
 from isoflop.models.lm import LmModel
 from isoflop.models.prompting import Prompt, alike, answer_batch, tokenised
+from isoflop.models.worlds import fact_world as world
+from isoflop.models.worlds.fact_world import FactQuestion
 from isoflop.tasks.base import TASKS, Shard, Task
-from isoflop.tasks.footprint import byte_costs, decoder_cache, module_bytes, peak_bytes_of, seconds_of
+from isoflop.tasks.footprint import byte_costs, decoder_cache, peak_bytes_of, seconds_of
 from isoflop.tasks.language_task import MOST_LOGITS, lm_info, lm_model, observed, score
 
 MEASURED = 8
@@ -51,8 +53,8 @@ class PromptQa(Task):
     """
 
     version: ClassVar[str] = "1"
-    needs: ClassVar[frozenset[str]] = frozenset({"context"})
-    asks: ClassVar[frozenset[str]] = frozenset({"context", "mlp"})
+    hooks: ClassVar[frozenset[Hook[Any]]] = frozenset({PROMPT_TEXT})
+    asks: ClassVar[frozenset[Hook[Any]]] = frozenset({PROMPT_TEXT, FEED_FORWARD})
     chance: ClassVar[float] = 1.0 - 1.0 / world.CHOICES
 
     examples: Annotated[int, Knob(low=1, high=100_000, doc="number of questions, each with documents of its own")] = 256
@@ -112,7 +114,7 @@ class PromptQa(Task):
         Raises:
             ReaderGate: it cannot.
         """
-        if lm.context is None or not self.gate:
+        if lm.occupant(PROMPT_TEXT) is None or not self.gate:
             return
         questions = [self.question(number) for number in range(min(GATED, self.examples))]
         _, wrong_B = answers(lm, prompts_of(lm, questions, [joined(q.documents) for q in questions]))
@@ -132,7 +134,6 @@ class PromptQa(Task):
         the first examples, seconds those of the first.
         """
         lm = lm_model(model, self.name)
-        own = None if lm.context is None else lm.context.module
         questions = [self.question(number) for number in range(self.examples)]
         prompts = prompts_of(lm, questions, [context_of(lm, question).text for question in questions])
         costs, caches = [], []
@@ -157,9 +158,9 @@ class PromptQa(Task):
             "flops": method + language,
             "flops_llm": language,
             "flops_method": method,
-            **byte_costs(lm, cache, lm.dense_cache_bytes(1) * float(np.mean([p.length for p in whole])), own),
+            **byte_costs(lm, cache, lm.dense_cache_bytes(1) * float(np.mean([p.length for p in whole]))),
             "seconds": seconds_of(answer, lm.device),
-            "peak_bytes": float(module_bytes(lm.module, own) + peak_bytes_of(answer, lm.device)),
+            "peak_bytes": float(lm.resident_bytes() + peak_bytes_of(answer, lm.device)),
         }
 
 
@@ -169,10 +170,11 @@ def context_of(lm: LmModel, question: FactQuestion, fresh: bool = False) -> Comp
     Args:
         fresh: compress anew, though the same was compressed before.
     """
-    if lm.context is None:
+    compressor = lm.occupant(PROMPT_TEXT)
+    if compressor is None:
         spans = tuple((document.id, 0, len(document.text)) for document in question.documents)
         return Compressed(joined(question.documents), spans)
-    compress = lm.context.fresh if fresh else lm.context.compress
+    compress = compressor.fresh if fresh else compressor.compress
     return compress(question.query, question.documents)
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from isoflop.models import digit_world as world
+from isoflop.models.worlds import digit_world as world
 from isoflop.tasks.base import TASKS
 from isoflop.tasks.digit_scenes import DigitSceneTask, Examples
 

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 
 from isoflop.core.knobs import Knob
-from isoflop.models import digit_world as world
+from isoflop.models.worlds import digit_world as world
 from isoflop.tasks.base import TASKS
 from isoflop.tasks.digit_scenes import DigitSceneTask, Examples
 from isoflop.tasks.reading import BLIND_READING_ERROR

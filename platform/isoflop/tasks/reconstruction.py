@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 
 from isoflop.core.errors import Infeasible
+from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.models.base import Model, ModelInfo
-from isoflop.models.codec import CODEC_HOOK
 from isoflop.models.features import batches
-from isoflop.models.vit import IMAGES_HOOK
+from isoflop.models.hooks.pixels import PIXELS
+from isoflop.models.vit import LABELLED_IMAGES
 from isoflop.tasks.base import TASKS, Shard
 from isoflop.tasks.labelled_images import BATCH, LabelledImages, distortions, vit_model
 
@@ -36,7 +37,8 @@ class Reconstruction(LabelledImages):
     """
 
     metric: ClassVar[str] = "distortion"
-    needs: ClassVar[frozenset[str]] = frozenset({IMAGES_HOOK, CODEC_HOOK})
+    needs: ClassVar[frozenset[str]] = frozenset({LABELLED_IMAGES})
+    hooks: ClassVar[frozenset[Hook[Any]]] = frozenset({PIXELS})
 
     distortion: Annotated[
         str, Knob(choices=("mse", "ssim"), doc="the error: mean squared error, or 1 - structural similarity")
@@ -44,7 +46,7 @@ class Reconstruction(LabelledImages):
 
     def check_method(self, method: Method, info: ModelInfo) -> None:
         """Refuse methods that leave images as they are."""
-        if CODEC_HOOK not in method.needs:
+        if PIXELS not in method.hooks:
             raise Infeasible(f"task {self.name}: method {method.name} does nothing to images; allowed: codecs")
 
     @torch.no_grad()

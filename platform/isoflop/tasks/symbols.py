@@ -13,8 +13,8 @@ import torch
 from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
-from isoflop.models import recall_world as world
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmInfo
+from isoflop.models.worlds import recall_world as world
 from isoflop.tasks.base import Shard
 from isoflop.tasks.language_task import LanguageTask, Suite
 

@@ -84,8 +84,8 @@ def check_declaration(cls: type[Method], probe: Probe) -> None:
         assert not spec.required, f"knob {spec.name} has no default"
         spec.check(spec.default)
     assert sum(spec.knob.ratio for spec in specs.values()) <= 1, "more than one knob claims to set the ratio"
-    assert cls().spec()["knobs"] == {name: spec.default for name, spec in specs.items()}, (
-        "spec() does not hold every knob"
+    assert dict(cls().as_field()[2]) == {name: spec.default for name, spec in specs.items()}, (
+        "as_field() does not hold every knob"
     )
 
 
@@ -107,8 +107,8 @@ def check_impossible_knobs(cls: type[Method], probe: Probe) -> None:
                 continue
             _refused(partial(method.check, probe.model.info), Infeasible, ratio.name, f"{ratio.name} = {value!r}")
             _refused(partial(_enter, method, probe), Infeasible, ratio.name, f"applying {ratio.name} = {value!r}")
-    if cls.needs:
-        bare = dataclasses.replace(probe.model.info, hooks=frozenset())
+    if cls.needs or cls.hooks:
+        bare = dataclasses.replace(probe.model.info, hooks=frozenset(), offers=frozenset())
         _refused(partial(_default(cls, probe).check, bare), Infeasible, cls.name, "a model without the hook point")
 
 
@@ -333,6 +333,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _structure(model: Any) -> dict[str, Any]:
     found: dict[str, Any] = {f"model.{k}": id(v) for k, v in vars(model).items()}
+    found["occupied hooks"] = model.occupied
     for name, part in model.module.named_modules():
         found[f"type of {name}"] = type(part)
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):

@@ -1,0 +1,119 @@
+"""The family ``hf``: checkpoints from a local folder or the Hugging Face hub, offline first.
+
+``hf:<path>`` names a folder in ``save_pretrained`` form, ``hf:<owner>/<repo>`` a repository on the hub. A repository is
+looked for in the local cache; it is downloaded only when it is not there and the hub can be reached. Weights are read
+from safetensors files only; code in a repository runs only when the sweep sets ``trust_remote_code`` for that model.
+
+The architecture that ``config.json`` names decides what kind of model it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from isoflop.core.errors import Infeasible
+from isoflop.core.hashing import content_hash
+from isoflop.core.knobs import check_knobs
+from isoflop.core.stage import Stage, StageContext
+from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo, without_defaults
+from isoflop.models.checkpoints import llava as hf_llava
+from isoflop.models.checkpoints import lm as hf_lm
+from isoflop.models.checkpoints import vit as vit_hf
+from isoflop.models.checkpoints.source import FAMILY, Content, Options, architecture_of, content_of, locate, read_config
+from isoflop.models.lm import LmInfo
+from isoflop.models.vit import VitInfo
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of checkpoint.
+
+    Attributes:
+        what: what it is called in messages.
+        handles: whether an architecture is of this kind.
+        describe: from (ref, options, source folder, version).
+        load: from (description, source folder, options, context).
+    """
+
+    what: str
+    handles: Callable[[str], bool]
+    describe: Callable[[str, tuple[tuple[str, Any], ...], Path, str], ModelInfo]
+    load: Callable[[Any, Path, Options, StageContext], Model]
+
+
+def _describe_vit(ref: str, options: tuple[tuple[str, Any], ...], source: Path, version: str) -> VitInfo:
+    chosen = Options(**dict(options))
+    return vit_hf.describe(ref, read_config(source, chosen), FAMILY, version, options, source, chosen.bits)
+
+
+def _load_vit(info: ModelInfo, source: Path, options: Options, ctx: StageContext) -> Model:
+    if not isinstance(info, VitInfo):
+        raise TypeError(f"{info.ref} was not described as a vision transformer")
+    return vit_hf.load(info, source, ctx.device, options.torch_dtype)
+
+
+KINDS = (
+    Kind(
+        ", ".join(hf_llava.ARCHITECTURES), lambda name: name in hf_llava.ARCHITECTURES, hf_llava.describe, hf_llava.load
+    ),
+    Kind(", ".join(vit_hf.ARCHITECTURES), lambda name: name in vit_hf.ARCHITECTURES, _describe_vit, _load_vit),
+    Kind("causal language models (…ForCausalLM)", hf_lm.handles, hf_lm.describe, hf_lm.load),
+)
+
+
+class HuggingFace(ModelFamily):
+    """Checkpoints in ``save_pretrained`` form: LLaVA-type models, vision transformers, causal language models."""
+
+    name: ClassVar[str] = FAMILY
+
+    def members(self) -> list[str]:
+        """Nothing: any ``hf:<repo or path>`` may be named."""
+        return []
+
+    def info(self, ref: str, options: Mapping[str, Any]) -> ModelInfo:
+        """Describe a checkpoint from its config, without loading weights."""
+        checked = check_knobs(Options, options, f"model {ref}")
+        source = locate(ref, Options(**checked).revision, weights=False)  # type: ignore[arg-type]
+        return _describe(ref, tuple(sorted(checked.items())), source, content_of(source))
+
+    def canonical_options(self, ref: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of ``Options`` that differ from its defaults."""
+        return without_defaults(Options, options, f"model {ref}")
+
+    def trained_with(self, info: ModelInfo, methods: tuple[Any, ...]) -> tuple[Any, ...]:
+        """None: a checkpoint is trained already."""
+        return ()
+
+    def calibration_stages(self, info: ModelInfo, methods: tuple[Any, ...]) -> tuple[Stage, ...]:
+        """The tokenised training text of a language model with a tokenizer."""
+        text = info.text if isinstance(info, LmInfo) else None
+        return text.stages() if text is not None else ()
+
+    def load(self, info: ModelInfo, weights: Stage | None, ctx: StageContext) -> Model:
+        """The checkpoint on the worker's device in evaluation mode."""
+        options = Options(**dict(info.options))
+        source = locate(info.ref, options.revision, weights=True)
+        return _kind(info.ref, architecture_of(info.ref, source)).load(info, source, options, ctx)
+
+
+@lru_cache(maxsize=256)
+def _describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, content: Content) -> ModelInfo:
+    # The content is an argument, so that a folder whose files changed in this process is described anew.
+    kind = _kind(ref, architecture_of(ref, source))
+    version = content_hash({"files": [list(pair) for pair in content], "dtype": dict(options)["dtype"]}, 16)
+    return kind.describe(ref, options, source, version)
+
+
+def _kind(ref: str, architecture: str) -> Kind:
+    for kind in KINDS:
+        if kind.handles(architecture):
+            return kind
+    allowed = "; ".join(kind.what for kind in KINDS)
+    raise Infeasible(f"model {ref}: architecture {architecture} is not supported; allowed: {allowed}")
+
+
+FAMILIES.register(FAMILY)(HuggingFace())

@@ -1,0 +1,166 @@
+"""Checkpoints of decoder-only language models for the family ``hf``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from isoflop.core.errors import Infeasible
+from isoflop.core.hook import Hook
+from isoflop.core.stage import StageContext
+from isoflop.models.base import ModelInfo
+from isoflop.models.byte_trees.vocabulary import not_byte_level
+from isoflop.models.checkpoints.decoder import decoder_geometry
+from isoflop.models.checkpoints.source import (
+    FAMILY,
+    Content,
+    Options,
+    content_of,
+    locate,
+    read_config,
+    require_safetensors,
+)
+from isoflop.models.decoder_model import layers_of
+from isoflop.models.hooks.attention import ATTENTION
+from isoflop.models.hooks.byte_view import BYTE_VIEW
+from isoflop.models.hooks.experts import EXPERTS, routers_of
+from isoflop.models.hooks.feed_forward import FEED_FORWARD, has_mlps
+from isoflop.models.hooks.matrices import MATRICES
+from isoflop.models.hooks.prompt_text import PROMPT_TEXT
+from isoflop.models.hooks.residual import RESIDUAL
+from isoflop.models.lm import LmInfo, LmModel, tokenizer_of
+from isoflop.models.quiet import no_progress_bars
+from isoflop.models.worlds import recall_world
+from isoflop.models.worlds.calibration import CalibrationText
+from isoflop.models.worlds.english import EnglishStage
+from isoflop.models.worlds.lm_text import EnglishText, TokenizerSource, TokensStage, has_tokenizer, read_tokenizer
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+CALIBRATION_LENGTH = 512
+CALIBRATION_PAIRS = 16
+
+
+@dataclass(frozen=True)
+class CheckpointTokenizer(TokenizerSource):
+    """The tokenizer of a checkpoint; nothing is computed, the files are read where they lie.
+
+    Args:
+        ref: ``hf:…``.
+        revision: see ``Options``.
+        files: what names the tokenizer's files.
+    """
+
+    kind: ClassVar[str] = "hf-tokenizer"
+
+    ref: str
+    revision: str
+    files: Content
+
+    def compute(self, ctx: StageContext, folder: Path) -> None:
+        """Write down which checkpoint it is."""
+        (folder / "source.json").write_text(json.dumps({"ref": self.ref, "revision": self.revision}) + "\n")
+
+    def load(self, ctx: StageContext, folder: Path) -> Any:
+        """The tokenizer, read from the checkpoint."""
+        return read_tokenizer(locate(self.ref, self.revision, weights=False))
+
+    def not_byte_level(self) -> str:
+        """Read off ``tokenizer.json``."""
+        stored = locate(self.ref, self.revision, weights=False) / "tokenizer.json"
+        return not_byte_level(json.loads(stored.read_text()))
+
+
+def handles(architecture: str) -> bool:
+    """Whether an architecture is a causal language model by its name."""
+    return architecture.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, version: str) -> LmInfo:
+    """What is known of a checkpoint from its config.
+
+    Raises:
+        Infeasible: another kind of config, or attention that methods on the cache could not take the place of.
+    """
+    chosen = Options(**dict(options))
+    config = read_config(source, chosen)
+    skeleton = _skeleton(ref, config, chosen)
+    geometry = decoder_geometry(ref, skeleton.get_decoder() or skeleton, type(skeleton).__name__)
+    vocabulary = (getattr(config, "isoflop", None) or {}).get("vocabulary")
+    tokenizer = _tokenizer(ref, source, chosen)
+    positions = int(config.max_position_embeddings)
+    named = {f"vocabulary:{vocabulary}"} if vocabulary else set()
+    decoder = skeleton.get_decoder() or skeleton
+    return LmInfo(
+        ref=ref,
+        family=FAMILY,
+        version=version,
+        n_params=sum(p.numel() for p in layers_of(skeleton.get_decoder()).parameters()),
+        hooks=hooks_of(decoder, bool(tokenizer)),
+        offers=frozenset(named | ({"tokenizer"} if tokenizer else set())),
+        geometry={**geometry, "positions": positions},
+        dense_bits=chosen.bits,
+        options=options,
+        text=_calibration_text(tokenizer, vocabulary, positions),
+        vocabulary=vocabulary,
+        tokenizer=tokenizer,
+    )
+
+
+def hooks_of(decoder: Any, reads_text: bool) -> frozenset[Hook[Any]]:
+    """Places that a decoder offers to methods; ``decoder`` may be a skeleton on the device ``meta``."""
+    found = {ATTENTION, MATRICES, RESIDUAL}
+    found |= {FEED_FORWARD} if has_mlps(decoder) else set()
+    found |= {EXPERTS} if routers_of(decoder) else set()
+    found |= {PROMPT_TEXT, BYTE_VIEW} if reads_text else set()
+    return frozenset(found)
+
+
+def load(info: ModelInfo, source: Path, options: Options, ctx: StageContext) -> LmModel:
+    """The checkpoint on the worker's device in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    if not isinstance(info, LmInfo):
+        raise TypeError(f"{info.ref} was not described as a language model")
+    require_safetensors(source)
+    with no_progress_bars():
+        module = AutoModelForCausalLM.from_pretrained(
+            source,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=options.trust_remote_code,
+            dtype=options.torch_dtype,
+        )
+    return LmModel(info, module.to(ctx.device).eval().requires_grad_(False), tokenizer_of(info, ctx))
+
+
+def _skeleton(ref: str, config: Any, options: Options) -> Any:
+    """The module without memory for its weights."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
+    except ValueError as error:
+        raise Infeasible(
+            f"model {ref}: its config, of the type {config.model_type!r}, is not that of a causal language model"
+        ) from error
+
+
+def _tokenizer(ref: str, source: Path, options: Options) -> CheckpointTokenizer | None:
+    if not has_tokenizer(source):
+        return None
+    return CheckpointTokenizer(ref, options.revision, content_of(source, TOKENIZER_FILES, weights=False))
+
+
+def _calibration_text(
+    tokenizer: TokenizerSource | None, vocabulary: str | None, positions: int
+) -> CalibrationText | None:
+    if vocabulary == recall_world.VOCABULARY:
+        return recall_world.RecallText(CALIBRATION_PAIRS)
+    if tokenizer is None:
+        return None
+    return EnglishText(TokensStage(EnglishStage.here(), tokenizer, "train"), min(CALIBRATION_LENGTH, positions))

@@ -1,0 +1,1 @@
+"""Hooks: the places in a model where methods act, a file each."""

@@ -1,0 +1,199 @@
+"""The hook ``attention``: run one's own attention inside a Hugging Face decoder, whose other code stays as it is.
+
+A function registered with transformers' attention interface, together with a mask builder of the same name, sees the
+queries and keys after RoPE, which is all that KV-cache and sparse-attention methods need. The builder hands the padding
+mask through, so that exact masks are built from positions, also over caches from which tokens are gone.
+
+Shape suffixes: B batch, H query heads, G key-value heads, T tokens of this call, D head width.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from isoflop.core.errors import Infeasible
+from isoflop.core.hook import Hook
+from isoflop.models.hooks.occupant import Occupant
+
+IMPLEMENTATION = "isoflop"
+_WITHOUT_EFFECT = frozenset(
+    {
+        "dropout", "is_causal", "position_ids", "cache_position", "past_key_values", "use_cache", "return_dict", "deterministic",
+        "output_attentions", "output_hidden_states", "output_router_logits", "logits_to_keep",
+    }
+)  # fmt: skip
+"""What modules hand to their attention function that changes nothing in a causal pass without training. Anything else
+may change the softmax (sinks, caps, windows, biases, packed sequences)."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One layer's attention in one forward pass.
+
+    Attributes:
+        layer: number of the decoder layer.
+        q_BHTD, k_BGTD, v_BGTD: of the tokens in this pass, after RoPE.
+        scaling: factor on the logits.
+        order_BT: each token's number among its row's real tokens that have reached this layer, from 0; batch dimension 1
+            when all rows agree. It orders and counts tokens. It is not the position that RoPE used, which may have gaps
+            where tokens were dropped before; nothing here needs that, as keys and queries carry it.
+        valid_BT: False for padding; None when nothing is padded.
+        ids_BT: token ids, where the policy follows them.
+        examples_B: example numbers, where the model has them. What is random in a method depends on these numbers, else on
+            the token ids, and on nothing else of the batch.
+    """
+
+    layer: int
+    q_BHTD: Tensor
+    k_BGTD: Tensor
+    v_BGTD: Tensor
+    scaling: float
+    order_BT: Tensor
+    valid_BT: Tensor | None
+    ids_BT: Tensor | None = None
+    examples_B: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What the key-value cache of the last forward pass took: bytes per example, summed over layers.
+
+    Attributes:
+        stored, dense: everything resident at the end of the pass (codes, scales, indices, labels, exact tokens, scores
+            kept for later steps), and the same tokens kept whole.
+        prompt_stored, prompt_dense: the same of the compressed prompt alone.
+        read: fetched by one decoding step at the end of the pass.
+    """
+
+    stored: float
+    dense: float
+    prompt_stored: float
+    prompt_dense: float
+    read: float
+
+
+class AttentionPolicy(Occupant):
+    """The occupant: computes every attention layer of the decoder, and answers for the cache.
+
+    Attributes:
+        prefix: tokens of the prompt in a one-pass evaluation, at the layer that runs next; None for plain causal passes.
+        examples_B: example numbers of that evaluation's rows, where the model has them.
+    """
+
+    prefix: int | None = None
+    examples_B: Tensor | None = None
+
+    @abstractmethod
+    def attend(self, call: AttentionCall) -> Tensor:
+        """The layer's output, (B, T, H, D)."""
+
+    @abstractmethod
+    def session(self) -> AbstractContextManager[None]:
+        """A step-by-step run: the first pass inside the block is the prompt, later ones continue it."""
+
+    @abstractmethod
+    def report(self) -> CacheReport:
+        """Bytes of the last one-pass evaluation, or of the session so far."""
+
+
+class AttentionHook(Hook[AttentionPolicy]):
+    """Every attention layer of the decoder calls the policy's ``attend``."""
+
+    def installed(self, model: Any, occupant: AttentionPolicy) -> AbstractContextManager[None]:
+        """See ``replaced_attention``."""
+        return replaced_attention(model.decoder, occupant.attend)
+
+
+ATTENTION = AttentionHook("attention", 30, "computes the decoder's attention and keeps its key-value cache")
+Attend = Callable[[AttentionCall], Tensor]
+_ACTIVE: dict[int, Attend] = {}
+
+
+@contextmanager
+def replaced_attention(decoder: Any, attend: Attend) -> Iterator[None]:
+    """Every attention layer of ``decoder`` calls ``attend`` inside the ``with`` block."""
+    _register()
+    config = decoder.config
+    before = config._attn_implementation
+    if id(config) in _ACTIVE:
+        raise RuntimeError("another method has replaced the attention of this model already")
+    _ACTIVE[id(config)] = attend
+    config._attn_implementation = IMPLEMENTATION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        del _ACTIVE[id(config)]
+
+
+def causal_attention(call: AttentionCall) -> Tensor:
+    """Plain causal attention over the tokens of the call, (B, T, H, D)."""
+    mask = None
+    if call.valid_BT is not None:
+        length = call.valid_BT.shape[1]
+        causal_TT = torch.ones(length, length, dtype=torch.bool, device=call.q_BHTD.device).tril()
+        diagonal_TT = torch.eye(length, dtype=torch.bool, device=call.q_BHTD.device)  # padding rows see themselves
+        mask = (causal_TT & call.valid_BT[:, None, None, :]) | diagonal_TT
+    out_BHTD = F.scaled_dot_product_attention(
+        call.q_BHTD,
+        call.k_BGTD,
+        call.v_BGTD,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=call.scaling,
+        enable_gqa=call.q_BHTD.shape[1] != call.k_BGTD.shape[1],
+    )
+    return out_BHTD.transpose(1, 2)
+
+
+def order_of(valid_BT: Tensor | None, length: int, device: torch.device, before: Tensor | int = 0) -> Tensor:
+    """Numbers of a pass's tokens among the real ones, (B or 1, T); padding takes the number before it, or 0.
+
+    Args:
+        before: real tokens of earlier passes, for all rows or each, (B, 1).
+    """
+    if valid_BT is None:
+        return torch.arange(length, device=device)[None] + before
+    return (valid_BT.long().cumsum(-1) - 1 + before).clamp(min=0)
+
+
+def supports_attention(module: Any) -> bool:
+    """Whether a Hugging Face model dispatches through the attention interface (Falcon and Bloom do not)."""
+    return bool(getattr(module, "_supports_attention_backend", False))
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs: Any
+) -> tuple[Tensor, None]:
+    changes = sorted(name for name, value in kwargs.items() if value is not None and name not in _WITHOUT_EFFECT)
+    if changes:
+        raise Infeasible(
+            f"attention with {', '.join(changes)} cannot be replaced; allowed: a plain softmax over all tokens before"
+        )
+    valid_BT = None if attention_mask is None else attention_mask.bool()[:, -query.shape[2] :]
+    order_BT = order_of(valid_BT, query.shape[2], query.device)
+    call = AttentionCall(module.layer_idx, query, key, value, scaling, order_BT, valid_BT)
+    return _ACTIVE[id(module.config)](call).contiguous(), None
+
+
+def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    if attention_mask is None or attention_mask.is_meta or bool(attention_mask.all()):
+        return None
+    return attention_mask
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    if IMPLEMENTATION not in AttentionInterface._global_mapping:
+        AttentionInterface.register(IMPLEMENTATION, _attention)
+        AttentionMaskInterface.register(IMPLEMENTATION, _padding_mask)

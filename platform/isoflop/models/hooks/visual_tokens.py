@@ -1,0 +1,89 @@
+"""The hook ``visual_tokens``: a compressor between the vision tower and the projector, what it sees and what it returns.
+
+Shape suffixes: B batch, P patches, V visual tokens that enter the language model, Q question tokens, D vision width, d
+language width.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from isoflop.core.hook import Hook
+from isoflop.models.features import LayerKey
+from isoflop.models.hooks.occupant import Occupant
+
+TextEncoder = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class VisualInput:
+    """What a compressor sees of a batch.
+
+    Attributes:
+        x_BPD: patch features of the layer that feeds the projector, in raster order, without prefix tokens.
+        hidden: what the compressor asked for besides: the same of other layers, by their numbers, and attention (B, P)
+            by ``attention_in(layer)``.
+        grid: patches per side; P = grid².
+        question_BQ: token ids of the question, the text after the last image marker; None when there is none.
+        question_mask_BQ: 1 for real tokens and 0 for padding (either side); None when nothing is padded.
+        ids_B: example numbers; what is random in a method may depend on them and on nothing else of the batch.
+        encode_text: the language model on text alone, without gradients and without a cache: (ids, mask) → (B, Q, d),
+            last layer after the final norm.
+        embed_text: ids → token embeddings (B, Q, d), without gradients.
+    """
+
+    x_BPD: Tensor
+    hidden: Mapping[LayerKey, Tensor]
+    grid: int
+    question_BQ: Tensor | None
+    question_mask_BQ: Tensor | None
+    ids_B: Tensor
+    encode_text: TextEncoder
+    embed_text: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class CompressedTokens:
+    """What a compressor returns.
+
+    Attributes:
+        tokens_BVD: input of the projector.
+        kept_BV: numbers of the patches that were kept, sorted, for methods that select; None for those that mix.
+        places_BV: places that the tokens take among the P places of the image in the prompt, text behind it staying
+            where it was; None for V places in a row.
+    """
+
+    tokens_BVD: Tensor
+    kept_BV: Tensor | None = None
+    places_BV: Tensor | None = None
+
+
+class Compression(Occupant):
+    """The occupant: a compressor between the vision tower and the projector.
+
+    Attributes:
+        layers: what it reads of the tower besides the model's own feature layer.
+        module: its own weights.
+        projector: a projector trained together with it, used instead of the model's.
+    """
+
+    layers: tuple[LayerKey, ...] = ()
+    module: nn.Module | None = None
+    projector: nn.Module | None = None
+
+    def tensors(self) -> Sequence[Tensor]:
+        """Those of ``module``."""
+        return [] if self.module is None else list(self.module.state_dict().values())
+
+    @abstractmethod
+    def __call__(self, view: VisualInput) -> CompressedTokens:
+        """Compress a batch."""
+
+
+VISUAL_TOKENS: Hook[Compression] = Hook(
+    "visual_tokens", 10, "turns the patch features of an image into fewer tokens for the language model"
+)

@@ -1,0 +1,1 @@
+"""Networks of methods that bring models of their own."""

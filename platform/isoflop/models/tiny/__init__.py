@@ -1,0 +1,1 @@
+"""The built-in tiny families: shapes, recipes and lessons of models that are trained on the spot."""

@@ -1,0 +1,158 @@
+"""Training a compressor on a checkpoint whose language model stays frozen: the compressor and the projector learn.
+
+Shape suffixes: B batch, Q question tokens, P patches, D vision width.
+"""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from isoflop.core.errors import Infeasible
+from isoflop.core.hashing import derive_seed
+from isoflop.core.stage import Stage, StageContext
+from isoflop.models.base import family_of
+from isoflop.models.features import FeaturesStage, LayerKey
+from isoflop.models.hooks.visual_tokens import VISUAL_TOKENS, CompressedTokens, Compression, VisualInput
+from isoflop.models.tiny.llava_training import MethodSpec, Recipe, build_visual, method_spec
+from isoflop.models.training.descent import descend
+from isoflop.models.vlm import Checkpoint, VlmBatch, VlmInfo, VlmModel
+from isoflop.models.worlds.digit_world import VOCABULARY
+from isoflop.models.worlds.lessons import Lesson, Lessons
+
+if TYPE_CHECKING:
+    from isoflop.methods.visual_tokens.base import VisualTokenMethod
+
+STEPS = 900
+BATCH = 32
+
+
+@dataclass(eq=False)
+class _Learning(Compression):
+    """A compressor in training."""
+
+    method: VisualTokenMethod
+    module: nn.Module | None
+    projector: nn.Module | None
+    layers: tuple[LayerKey, ...]
+    seen: VisualInput | None = None
+
+    def __call__(self, view: VisualInput) -> CompressedTokens:
+        self.seen = view
+        return self.method.compress(view, self.module)
+
+
+@dataclass(frozen=True)
+class CompressorStage(Stage):
+    """``compressor.safetensors`` and ``projector.safetensors``, trained on the digit scenes for one checkpoint.
+
+    AdamW at the method's learning rate with warm-up and linear decay; the projector starts from the checkpoint's.
+    """
+
+    kind: ClassVar[str] = "compressor"
+
+    ref: str
+    checkpoint: str
+    options: tuple[tuple[str, Any], ...]
+    method: MethodSpec
+    seed: int
+    lessons: tuple[tuple[str, Any], ...]
+    features: tuple[FeaturesStage, ...]
+    weights: Stage | None = None
+    steps: int = STEPS
+    batch: int = BATCH
+
+    @classmethod
+    def of(cls, info: VlmInfo, method: VisualTokenMethod, seed: int, weights: Stage | None = None) -> CompressorStage:
+        """The stage of a method on a checkpoint, or on the model that ``weights`` trains with all tokens.
+
+        Raises:
+            Infeasible: there are no training scenes for the model.
+        """
+        lessons = info.known_lessons
+        if lessons is None:
+            raise Infeasible(
+                f"method {method.name} must be trained for {info.ref}, and there are training scenes only for checkpoints that declare the vocabulary {VOCABULARY}"
+            )
+        layers: list[LayerKey] = [info.feature_layer, *(n for n in method.layers(info) if n != info.feature_layer)]
+        features = tuple(stage for n in layers for stage in lessons.tables(info.tower, n))
+        return cls(info.ref, info.version, info.options, method_spec(method), seed, lessons.fields(), features, weights)
+
+    def deps(self) -> tuple[Stage, ...]:
+        """Training features, and the model's weights if they are trained here."""
+        return (*self.features, *(() if self.weights is None else (self.weights,)))
+
+    def compute(self, ctx: StageContext, folder: Path) -> None:
+        """Train, save."""
+        from safetensors.torch import save_file
+
+        family = family_of(self.ref)
+        options = dict(self.options)
+        if "dtype" in options:  # float32, whatever the type at evaluation: small steps vanish in 16 bits
+            options["dtype"] = "float32"
+        model = family.load(family.info(self.ref, options), self.weights, ctx)
+        method = build_visual(self.method)
+        if not isinstance(model, VlmModel):
+            raise TypeError(f"{self.ref} is no vision-language model")
+        module = method.untrained(model.info, self.seed)
+        if module is None:
+            raise TypeError(f"method {method.name} has no weights to train")
+        module = module.to(model.device)
+        parts = {"compressor": module}
+        projector = method.projector(module)
+        if projector is None:
+            projector = deepcopy(model.module.model.multi_modal_projector).requires_grad_(True)
+            parts["projector"] = projector
+        losses = self._train(ctx, model, method, module, projector)
+        for name, trained in parts.items():
+            save_file(
+                {key: t.contiguous().cpu() for key, t in trained.state_dict().items()}, folder / f"{name}.safetensors"
+            )
+        tail = losses[-max(1, len(losses) // 10) :]
+        (folder / "training.json").write_text(
+            json.dumps({"steps": len(losses), "final_loss": sum(tail) / len(tail)}) + "\n"
+        )
+
+    def load(self, ctx: StageContext, folder: Path) -> Checkpoint:
+        """Where the files are."""
+        return Checkpoint(folder, json.loads((folder / "training.json").read_text()))
+
+    def _train(
+        self, ctx: StageContext, model: VlmModel, method: VisualTokenMethod, module: nn.Module, projector: nn.Module
+    ) -> list[float]:
+        recipe = Recipe(steps=self.steps, batch=self.batch, lr=method.learning_rate)
+        learning = _Learning(method, module, projector, method.layers(model.info))
+        tables: dict[LayerKey, list[Tensor]] = {}
+        for stage in self.features:
+            tables.setdefault(stage.layer, []).append(torch.from_numpy(ctx.get(stage).copy()))
+        hidden = {layer: torch.cat(parts) for layer, parts in tables.items()}
+
+        def batch(lesson: Lesson) -> VlmBatch:
+            return model.lesson(lesson, {n: table.index_select(0, lesson.rows_B) for n, table in hidden.items()})
+
+        numbers = count()
+
+        def loss(lesson: Lesson) -> Tensor:
+            learning.method = method.at_step(next(numbers), self.seed)
+            logits_BW, answers_B = model.supervised(batch(lesson))
+            return F.cross_entropy(logits_BW.float(), answers_B)
+
+        with model.occupy(VISUAL_TOKENS, learning):
+            sample = torch.arange(0, len(hidden[model.info.feature_layer]), 8)
+            with torch.no_grad():
+                model.compress(batch(Lesson(sample, torch.zeros(len(sample), 1, dtype=torch.long), sample)))
+            if learning.seen is not None:
+                method.fit_inputs(module, learning.seen)
+            parameters = list({id(p): p for p in [*module.parameters(), *projector.parameters()]}.values())
+            optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0, betas=(0.9, 0.98))
+            lessons = Lessons(**dict(self.lessons))
+            steps = lessons.steps(self.steps, self.batch, derive_seed("compressor", self.seed))
+            return descend(optimizer, recipe, steps, loss)
