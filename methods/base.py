@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import torch
+from torch import Tensor, nn
+
+from isoflop.core.hashing import derive_seed
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import KnobSpec, KnobValue, check_knobs, knob_specs
 from isoflop.core.registry import Registry
 from isoflop.core.stage import Stage, StageContext
-from isoflop.models.base import Model, ModelInfo
+from isoflop.models.base import Checkpoint, Model, ModelInfo
 from isoflop.models.hooks.occupant import Occupant
+from isoflop.models.training.taught import InTraining, Teacher
 
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe
@@ -66,6 +71,46 @@ class Method:
         """
         return self
 
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate of the method's own weights, where they are trained."""
+        return 1e-3
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """Whom the training of a model with the method in place follows besides the targets; nobody by default."""
+        return None
+
+    def untrained(self, info: Any, seed: int) -> nn.Module | None:
+        """The method's own weights as they are before training, or None where it has none; ``build`` under a seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed("compressor", self.name, seed))
+            return self.build(info)
+
+    def build(self, info: Any) -> nn.Module | None:
+        """A freshly initialised module with the method's weights, or None. Randomness comes from torch's global state."""
+        return None
+
+    def trains(self, parameter: str) -> bool:
+        """Whether a parameter of the model, by its name in the module, learns while the method takes part in its training."""
+        return True
+
+    def at_step(self, step: int, seed: int) -> Self:
+        """What acts in one step of the training; elastic methods draw their budget here."""
+        return self
+
+    def budgets(self, step: int, steps: int, seed: int) -> Sequence[tuple[float, Self]]:
+        """All that acts in one step of the training: configurations with their weights in the loss.
+
+        One by default. Nested and Matryoshka losses give several; a schedule over the training gives another one as
+        ``step`` of ``steps`` goes on.
+        """
+        return ((1.0, self.at_step(step, seed)),)
+
+    def extra_loss(self, model: Model, occupants: Mapping[Hook[Any], Occupant]) -> Tensor | None:
+        """Added to the loss of a training behind a pass with the method's occupants in place; None by default."""
+        return None
+
     @classmethod
     def identity(cls, info: ModelInfo) -> Method | None:
         """The configuration that leaves the model's outputs exactly as they are (ratio 1), or None where there is none."""
@@ -90,13 +135,37 @@ class Method:
     ) -> Stage | None:
         """The stage that trains or calibrates this method for a model, or None when nothing is needed.
 
+        By default that of the model, where the method took part in its training.
+
         Args:
             weights: the stage that trains the model, or None for a checkpoint.
             trained_with: methods of the trial with ``trains_model``: what calibrates on the model applies them first
                 (see ``isoflop.methods.calibration``). Other methods of a composition are not seen here, so that
                 one calibration serves every combination.
         """
-        return None
+        trained = weights is not None and any(method.name == self.name for method in trained_with)
+        return weights if trained else None
+
+    def module_of(self, model: Model, prepared: Any) -> nn.Module | None:
+        """The method's own weights for ``occupants``; None where it has none.
+
+        Args:
+            prepared: a ``Checkpoint`` with ``<name>.safetensors``, a module, ``InTraining``, or None.
+
+        Raises:
+            ValueError: it has weights, and they are not given.
+        """
+        if isinstance(prepared, InTraining):
+            return prepared.module
+        module = prepared if isinstance(prepared, nn.Module) else self.untrained(model.info, 0)
+        if module is not None and not isinstance(prepared, nn.Module):
+            state = prepared.state(self.name) if isinstance(prepared, Checkpoint) else None
+            if state is None:
+                raise ValueError(f"method {self.name} has weights: apply() needs the value of its prepare() stage")
+            module.load_state_dict(state)
+        return (
+            None if module is None else module.to(next(model.module.parameters()).device).eval().requires_grad_(False)
+        )
 
     def occupants(self, model: Model, prepared: Any) -> Mapping[Hook[Any], Occupant]:
         """What sits in the method's hooks while it is applied; occupants of several hooks may share what they know.

@@ -23,7 +23,7 @@ from isoflop.methods.budgets import BudgetSampler
 from isoflop.models.hooks.pixels import to_bytes
 from isoflop.models.networks.image_tokenizer import Tokenizer, TokenizerSize
 from isoflop.models.networks.quantizers import VectorQuantizer, usage_of
-from isoflop.models.training.descent import descend, record_training
+from isoflop.models.training.loop import fit, record_training
 from isoflop.models.worlds import sprite_world as world
 
 log = logging.getLogger(__name__)
@@ -129,10 +129,10 @@ class Trainer:
 
     def _descend(self, steps: Iterator[TokenizerLesson], count: int, betas: tuple[float, float]) -> list[float]:
         parameters = [p for p in self.tokenizer.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.recipe.lr, betas=betas, weight_decay=1e-4, fused=True)
         schedule = dataclasses.replace(self.recipe, steps=count)
         self.tokenizer.train()
-        return descend(optimizer, schedule, (next(steps) for _ in range(count)), self.loss)
+        batches = (next(steps) for _ in range(count))
+        return fit(parameters, schedule, batches, self.loss, lr=self.recipe.lr, betas=betas, weight_decay=1e-4)
 
     def _revive(self, number: int) -> None:
         """Before a step for which it is time: put codes that the last steps did not use on latents of the last batch."""

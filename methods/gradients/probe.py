@@ -22,8 +22,8 @@ from isoflop.models.hooks.gradients import GRADIENTS, ExchangeReport
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
 from isoflop.models.tiny.lm_exchange import LmLoss, rows_of
 from isoflop.models.training.collectives import dense_wire_bytes
-from isoflop.models.training.descent import descend
 from isoflop.models.training.distributed import simulate
+from isoflop.models.training.loop import descend
 
 STEPS, BATCH, TOKENS = 4, 12, 8
 

@@ -27,7 +27,7 @@ from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.prompts.labels import Labelled, draw_chunks, well_labelled
 from isoflop.methods.prompts.units import Span, places_of, words_of
 from isoflop.models.quiet import no_progress_bars
-from isoflop.models.training.descent import descend, record_training
+from isoflop.models.training.loop import fit, record_training
 from isoflop.models.worlds.lm_text import read_tokenizer
 
 log = logging.getLogger(__name__)
@@ -183,9 +183,15 @@ class ClassifierStage(Stage):
                     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
                     best.update(token_accuracy=accuracy, best_epoch=float(epoch + 1), state=state)
 
-        optimizer = torch.optim.AdamW(module.parameters(), lr=self.lr, betas=(0.9, 0.98), weight_decay=0.0)
         module.train()
-        losses = descend(optimizer, self, batches(), lambda rows: loss_of(module, tokenizer, rows))
+        losses = fit(
+            module.parameters(),
+            self,
+            batches(),
+            lambda rows: loss_of(module, tokenizer, rows),
+            lr=self.lr,
+            fused=False,
+        )
         module.eval()
         module.load_state_dict(best.pop("state"))
         return losses, best

@@ -14,19 +14,18 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import nn
 
-from isoflop.core.hashing import derive_seed
 from isoflop.core.hook import Hook
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Method
 from isoflop.methods.vision_language import vlm_info, vlm_model
-from isoflop.models.base import Model, ModelInfo
+from isoflop.models.base import Checkpoint, Model, ModelInfo
 from isoflop.models.features import LayerKey
 from isoflop.models.hooks.occupant import Occupant, tensor_bytes
 from isoflop.models.hooks.visual_tokens import VISUAL_TOKENS, CompressedTokens, Compression, VisualInput
-from isoflop.models.vlm import Checkpoint, VlmInfo, VlmModel
+from isoflop.models.training.taught import InTraining
+from isoflop.models.vlm import VlmInfo, VlmModel
 
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe
@@ -49,11 +48,6 @@ class VisualTokenMethod(Method):
     trains_model: ClassVar[bool] = True
     commutes: ClassVar[bool] = True
 
-    @property
-    def learning_rate(self) -> float:
-        """Peak learning rate of the method's own weights."""
-        return 1e-3
-
     @abstractmethod
     def tokens_left(self, grid: int) -> int:
         """V for an image of ``grid`` x ``grid`` patches. Raises Infeasible, naming the knob and what would work."""
@@ -61,14 +55,6 @@ class VisualTokenMethod(Method):
     @abstractmethod
     def compress(self, view: VisualInput, module: nn.Module | None) -> CompressedTokens:
         """Compress a batch; ``module`` is what ``build`` returned. Gradients flow when they are enabled."""
-
-    def as_trained(self) -> VisualTokenMethod:
-        """See ``Method.as_trained``."""
-        return self
-
-    def at_step(self, step: int, seed: int) -> VisualTokenMethod:
-        """What compresses in one step of the training; elastic methods draw their budget here."""
-        return self
 
     def projector(self, module: nn.Module | None) -> nn.Module | None:
         """The part of ``module`` that takes the place of the model's projector; None where the model's stays.
@@ -81,18 +67,8 @@ class VisualTokenMethod(Method):
         """What ``compress`` reads of the tower besides the features that feed the projector: ``VisualInput.hidden``."""
         return ()
 
-    def build(self, info: VlmInfo) -> nn.Module | None:
-        """A freshly initialised module with the method's weights, or None. Randomness comes from torch's global state."""
-        return None
-
     def fit_inputs(self, module: nn.Module, view: VisualInput) -> None:
         """Set what ``module`` derives from data (input statistics) from a sample of the training images."""
-
-    def untrained(self, info: VlmInfo, seed: int) -> nn.Module | None:
-        """``build`` under a seed, without touching torch's global random state."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed("compressor", self.name, seed))
-            return self.build(info)
 
     def check(self, info: ModelInfo) -> None:
         """Refuse models without the hook point, and knobs that the patch grid rules out."""
@@ -143,6 +119,9 @@ class VisualTokenMethod(Method):
 
     def _in_place(self, model: VlmModel, prepared: Any) -> InPlace:
         module, projector = None, None
+        if isinstance(prepared, InTraining):
+            module = prepared.module
+            return InPlace(self, module, self.projector(module), self.layers(model.info))
         if isinstance(prepared, Checkpoint):
             module = self._load(model, prepared)
             projector = None if self.projector(module) is not None else _load_projector(model, prepared)
@@ -157,7 +136,8 @@ class VisualTokenMethod(Method):
         return InPlace(self, module, projector, self.layers(model.info), tuple(unused))
 
     def _load(self, model: VlmModel, checkpoint: Checkpoint) -> nn.Module | None:
-        state = checkpoint.state("compressor")
+        own = checkpoint.state("compressor")  # trained with nothing else in place
+        state = checkpoint.state(self.name) if own is None else own
         module = self.untrained(model.info, 0)
         if module is not None and state is not None:
             module.load_state_dict(state)

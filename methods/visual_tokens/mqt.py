@@ -76,17 +76,17 @@ class Mqt(VisualTokenMethod):
         return self.lr
 
     @property
-    def budgets(self) -> BudgetSampler:
+    def sampler(self) -> BudgetSampler:
         """The training's m."""
         return BudgetSampler(self.train_m, self.queries, self.m)
 
     def as_trained(self) -> Mqt:
         """With the largest m, where the training does not depend on it."""
-        return replace(self, m=self.queries) if self.budgets.elastic else self
+        return replace(self, m=self.queries) if self.sampler.elastic else self
 
     def at_step(self, step: int, seed: int) -> Mqt:
         """With the m that is drawn for a step."""
-        return replace(self, m=self.budgets.draw(step, seed))
+        return replace(self, m=self.sampler.draw(step, seed))
 
     def check(self, info: ModelInfo) -> None:
         """Refuse query counts without a square table, more queries than patches, and heads that do not divide the width."""

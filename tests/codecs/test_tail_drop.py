@@ -17,7 +17,7 @@ from isoflop.methods.codecs.one_d_piece import OneDPiece, contributions
 from isoflop.methods.codecs.tokenizer_training import Recipe, TokenizerLesson, Trainer
 from isoflop.models.base import family_of
 from isoflop.models.networks.image_tokenizer import Tokenizer, TokenizerSize
-from isoflop.models.training.descent import descend
+from isoflop.models.training.loop import descend
 from isoflop.models.worlds.sprite_world import ImageSet
 from isoflop.testing import FolderContext
 

@@ -13,7 +13,7 @@ from isoflop.methods.gradients.dgc import Dgc
 from isoflop.methods.gradients.exchange import Exchanger
 from isoflop.methods.gradients.memory import MomentumCorrection
 from isoflop.models.training.collectives import dense_wire_bytes
-from isoflop.models.training.descent import descend
+from isoflop.models.training.loop import descend
 
 SHAPES = {"w": torch.Size((20, 30)), "conv": torch.Size((4, 3, 3)), "bias": torch.Size((20,))}
 ALL = {"density": 1.0, "warmup": 0.0, "clip": False, "lr": 0.02}

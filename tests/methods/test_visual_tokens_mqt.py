@@ -130,7 +130,7 @@ def test_every_query_is_trained(queries: int) -> None:
     """Also the last one of an odd number; the even numbers stay equally likely."""
     method = Mqt(m=1, queries=queries)
     support = sorted({*range(2, queries, 2), queries})
-    assert method.budgets.support() == support
+    assert method.sampler.support() == support
     assert {method.at_step(step, 0).m for step in range(400)} == set(support)
 
 

@@ -13,13 +13,13 @@ import torch
 
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.methods.base import Method, build
-from isoflop.models.base import family_of
+from isoflop.models.base import Checkpoint, family_of
 from isoflop.models.checkpoints.hf import locate
 from isoflop.models.hooks.vision_blocks import VISION_BLOCKS, BlockRun, TokenReduction
 from isoflop.models.tiny.llava_training import CellStage, Recipe
-from isoflop.models.training.descent import schedule
 from isoflop.models.training.frozen import CompressorStage
-from isoflop.models.vlm import Checkpoint, VlmInfo, VlmModel
+from isoflop.models.training.loop import schedule
+from isoflop.models.vlm import VlmInfo, VlmModel
 from isoflop.models.worlds import digit_world as world
 from isoflop.tasks.base import TASKS, Task
 from isoflop.testing import FolderContext

@@ -10,11 +10,11 @@ import torch
 
 from isoflop.core.errors import Infeasible
 from isoflop.methods.base import build
-from isoflop.models.base import family_of
+from isoflop.models.base import Checkpoint, family_of
 from isoflop.models.tiny import vision as tiny_vision
 from isoflop.models.tiny.llava_training import Recipe, recipe_fields
 from isoflop.models.training.frozen import CompressorStage
-from isoflop.models.vlm import Checkpoint, VlmInfo, VlmModel
+from isoflop.models.vlm import VlmInfo, VlmModel
 from isoflop.models.worlds import digit_world as world
 from isoflop.models.worlds.lessons import Lessons
 from isoflop.tasks.base import TASKS

@@ -37,6 +37,12 @@ class FolderContext:
             self._values[stage.key] = stage.load(self, folder)
         return self._values[stage.key]
 
+    def scratch(self, stage: Stage) -> Path:
+        """A folder beside those of the stages."""
+        folder = self.root / f".work-{stage.key}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
     def _compute(self, stage: Stage, folder: Path) -> None:
         for dep in stage.deps():
             self.get(dep)
@@ -47,3 +53,4 @@ class FolderContext:
             unfinished.rename(folder)
         except OSError:  # another process was faster
             shutil.rmtree(unfinished)
+        shutil.rmtree(self.root / f".work-{stage.key}", ignore_errors=True)

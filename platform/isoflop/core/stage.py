@@ -28,6 +28,9 @@ class StageContext(Protocol):
     def get(self, stage: Stage) -> Any:
         """The loaded value of ``stage`` (computed first if nobody has yet). Treat it as read-only: it is shared."""
 
+    def scratch(self, stage: Stage) -> Path:
+        """A folder for what ``compute`` keeps on its way, which outlives a killed process and goes when the stage is done."""
+
 
 @dataclass(frozen=True)
 class Stage:

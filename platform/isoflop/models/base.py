@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -17,6 +17,9 @@ from isoflop.core.registry import Registry
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.hooks.occupant import Occupant, tensor_bytes
 from isoflop.models.training.taught import Taught
+
+if TYPE_CHECKING:
+    from isoflop.models.training.teaching import Course
 
 OccupantT = TypeVar("OccupantT", bound=Occupant)
 
@@ -157,6 +160,26 @@ class Model(ABC):
         return sum(tensor_bytes(t, self.info.dense_bits) for t in distinct)
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """The value of a weights stage: a folder in ``save_pretrained`` form, with a trained compressor beside it.
+
+    Attributes:
+        folder: holds ``config.json`` and ``model.safetensors``, and/or weights of methods beside them.
+        log: figures of the training (steps, final loss, seconds), for people.
+    """
+
+    folder: Any
+    log: Mapping[str, Any] = field(default_factory=dict)
+
+    def state(self, name: str) -> dict[str, Tensor] | None:
+        """Tensors of ``<name>.safetensors`` (``compressor``, ``projector``, a method's name), or None when there is no such file."""
+        from safetensors.torch import load_file
+
+        path = self.folder / f"{name}.safetensors"
+        return load_file(path) if path.exists() else None
+
+
 class ModelFamily(ABC):
     """Everything that is loaded in the same way: a tiny family trained here, or Hugging Face checkpoints.
 
@@ -205,6 +228,14 @@ class ModelFamily(ABC):
                     f"{self.name} are trained with methods at: {works}"
                 )
         return taking
+
+    def course_stages(self, info: ModelInfo, methods: tuple[Taught, ...]) -> tuple[Stage, ...]:
+        """Stages that ``course`` asks for."""
+        return ()
+
+    def course(self, info: ModelInfo, methods: tuple[Taught, ...], seed: int, ctx: StageContext) -> Course:
+        """How a member is trained with ``methods`` in place; for families with ``trainable`` hooks."""
+        raise NotImplementedError(f"models of the family {self.name} are not trained with methods in place")
 
     def calibration_stages(self, info: ModelInfo, methods: tuple[Taught, ...]) -> tuple[Stage, ...]:
         """Stages that ``Model.calibration`` asks for; ``methods`` are those that took part in the training."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -311,23 +311,3 @@ def _image_end(image_BL: Tensor) -> int:
             "before the image, or batches of one, work"
         )
     return int(ends_B[0])
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The value of a weights stage: a folder in ``save_pretrained`` form, with a trained compressor beside it.
-
-    Attributes:
-        folder: holds ``config.json`` and ``model.safetensors``, and/or the two files below.
-        log: figures of the training (steps, final loss, seconds), for people.
-    """
-
-    folder: Any
-    log: Mapping[str, Any] = field(default_factory=dict)
-
-    def state(self, name: str) -> dict[str, Tensor] | None:
-        """Tensors of ``<name>.safetensors`` (``compressor`` or ``projector``), or None when there is no such file."""
-        from safetensors.torch import load_file
-
-        path = self.folder / f"{name}.safetensors"
-        return load_file(path) if path.exists() else None

@@ -75,6 +75,12 @@ class StageCache:
             self._values.popitem(last=False)
         return value
 
+    def scratch(self, stage: Stage) -> Path:
+        """A folder beside those of the stages, removed when the stage is installed."""
+        folder = self._work(stage)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
     def has(self, stage: Stage) -> bool:
         """Whether the result lies on this host's disk."""
         return (self.folder(stage) / _META).is_file()
@@ -105,6 +111,7 @@ class StageCache:
                 }
                 (part / _META).write_text(json.dumps(meta, indent=1))
                 self._install(part, self.folder(stage))
+                shutil.rmtree(self._work(stage), ignore_errors=True)
             except BaseException:
                 shutil.rmtree(part, ignore_errors=True)
                 raise
@@ -144,6 +151,9 @@ class StageCache:
     def loaded(self) -> list[str]:
         """Keys of the values in memory, least recently used first."""
         return list(self._values)
+
+    def _work(self, stage: Stage) -> Path:
+        return self.root / f".work-{stage.key}"
 
     def _part(self, stage: Stage) -> Path:
         """An empty folder to write into; call it under the lock: what a killed process left of this stage is removed."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -44,6 +45,13 @@ class DocumentSelection(Occupant):
 @dataclass(frozen=True)
 class SelectionSource(Stage):
     """A stage whose value is a :class:`DocumentSelection`."""
+
+
+class DocumentChooser(Protocol):
+    """A method of this hook as the family that trains with it sees it."""
+
+    def trained_on(self, info: Any, seed: int) -> SelectionSource | None:
+        """The stage of what is kept for a training; None where that is the whole pool."""
 
 
 DOCUMENTS: Hook[DocumentSelection] = Hook("documents", -20, "chooses the documents that a model is trained on")

@@ -9,12 +9,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
 from isoflop.core.hook import Hook
+from isoflop.core.stage import Stage
 from isoflop.models.features import LayerKey
 from isoflop.models.hooks.occupant import Occupant
+from isoflop.models.training.taught import Taught
 
 TextEncoder = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -82,6 +85,104 @@ class Compression(Occupant):
     @abstractmethod
     def __call__(self, view: VisualInput) -> CompressedTokens:
         """Compress a batch."""
+
+
+class Looking(Compression):
+    """An occupant that compresses nothing and keeps what it saw.
+
+    Args:
+        layers: what it reads of the tower.
+    """
+
+    def __init__(self, layers: tuple[LayerKey, ...]) -> None:
+        self.layers = layers
+        self.seen: VisualInput | None = None
+
+    def __call__(self, view: VisualInput) -> CompressedTokens:
+        """The features as they are."""
+        self.seen = view
+        return CompressedTokens(view.x_BPD)
+
+
+class TaughtCompressor(Taught, Protocol):
+    """A method of this hook as a training sees it.
+
+    Attributes:
+        commutes: the result does not change when the features are shifted and scaled per channel before instead of after.
+    """
+
+    commutes: ClassVar[bool]
+
+    def compress(self, view: VisualInput, module: nn.Module | None) -> CompressedTokens:
+        """Compress a batch; gradients flow when they are enabled."""
+
+    def projector(self, module: nn.Module | None) -> nn.Module | None:
+        """The part of ``module`` that takes the place of the model's projector; None where the model's stays."""
+
+    def layers(self, info: Any) -> tuple[LayerKey, ...]:
+        """What ``compress`` reads of the tower besides the features that feed the projector."""
+
+    def fit_inputs(self, module: nn.Module, view: VisualInput) -> None:
+        """Set what ``module`` derives from data (input statistics) from a sample of the training images."""
+
+
+@dataclass(frozen=True)
+class AllTokens:
+    """The training without a compressor; in keys of stages it goes by the name of the method that does nothing."""
+
+    name: ClassVar[str] = "none"
+    version: ClassVar[str] = "1"
+    hooks: ClassVar[tuple[Hook[Any], ...]] = ()
+    trains_model: ClassVar[bool] = True
+    commutes: ClassVar[bool] = True
+    learning_rate: ClassVar[float] = 1e-3
+    teacher: ClassVar[None] = None
+
+    def as_field(self) -> tuple[Any, ...]:
+        """Name and version; no knobs."""
+        return self.name, self.version, ()
+
+    def as_trained(self) -> AllTokens:
+        """Itself."""
+        return self
+
+    def trains(self, parameter: str) -> bool:
+        """Everything."""
+        return True
+
+    def untrained(self, info: Any, seed: int) -> None:
+        """No weights."""
+
+    def budgets(self, step: int, steps: int, seed: int) -> Sequence[tuple[float, AllTokens]]:
+        """Always the same."""
+        return ((1.0, self),)
+
+    def occupants(self, model: Any, prepared: Any) -> Mapping[Hook[Any], Occupant]:
+        """None."""
+        return {}
+
+    def extra_loss(self, model: Any, occupants: Mapping[Hook[Any], Occupant]) -> None:
+        """None."""
+
+    def check(self, info: Any) -> None:
+        """Always possible."""
+
+    def prepare(self, info: Any, weights: Stage | None, seed: int, trained_with: tuple[Any, ...] = ()) -> None:
+        """Nothing."""
+
+    def compress(self, view: VisualInput, module: nn.Module | None) -> CompressedTokens:
+        """The features as they are."""
+        return CompressedTokens(view.x_BPD)
+
+    def projector(self, module: nn.Module | None) -> None:
+        """The model's own."""
+
+    def layers(self, info: Any) -> tuple[LayerKey, ...]:
+        """None."""
+        return ()
+
+    def fit_inputs(self, module: nn.Module, view: VisualInput) -> None:
+        """Nothing to fit."""
 
 
 VISUAL_TOKENS: Hook[Compression] = Hook(

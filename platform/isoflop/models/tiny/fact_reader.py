@@ -24,10 +24,11 @@ from torch import Tensor
 from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
+from isoflop.models.base import Checkpoint
 from isoflop.models.lm import NOT_SCORED, LmBatch
 from isoflop.models.tiny.lm_config import FACT_SIZES
 from isoflop.models.tiny.lm_training import LmRecipe, accuracy_of, save_lm, train_lm, untrained_lm
-from isoflop.models.vlm import Checkpoint
+from isoflop.models.training.loop import Keeper
 from isoflop.models.worlds import fact_world as world
 from isoflop.models.worlds.calibration import CalibrationText
 from isoflop.models.worlds.lm_text import TokenizerSource, read_tokenizer
@@ -213,7 +214,7 @@ class FactStage(Stage):
         recipe = FactRecipe(**dict(self.recipe))
         module = untrained_lm(FACT_SIZES[self.size], len(WORDS), self.seed)
         lessons = FactLessons(recipe, self.seed)
-        losses = train_lm(module, recipe, lessons, lessons.learned)
+        losses = train_lm(module, recipe, lessons, lessons.learned, Keeper(ctx.scratch(self)))
         figures = {"facts_reached": float(lessons.level), "accuracy": accuracy_of(module, lessons.check(64))}
         ctx.get(self.tokenizer).save_pretrained(folder)
         save_lm(folder, module, figures, losses, started)

@@ -5,23 +5,30 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, cast
 
-from isoflop.core.errors import Infeasible, unknown
+from isoflop.core.errors import unknown
 from isoflop.core.hashing import content_hash
+from isoflop.core.hook import Hook
 from isoflop.core.knobs import check_knobs
 from isoflop.core.stage import Stage, StageContext
-from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo, without_defaults
+from isoflop.models.base import FAMILIES, Checkpoint, Model, ModelFamily, ModelInfo, without_defaults
 from isoflop.models.features import FeaturesStage, LayerKey, TinyTowerStage, vision_of
+from isoflop.models.hooks.attention import ATTENTION
+from isoflop.models.hooks.decoder_layers import DECODER_LAYERS
+from isoflop.models.hooks.feed_forward import FEED_FORWARD
+from isoflop.models.hooks.residual import RESIDUAL
+from isoflop.models.hooks.visual_tokens import VISUAL_TOKENS, AllTokens, TaughtCompressor
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.tiny.llava_config import SIZES
-from isoflop.models.tiny.llava_training import CellStage, Recipe, method_spec, recipe_fields
+from isoflop.models.tiny.llava_course import llava_course
+from isoflop.models.tiny.llava_training import CellStage, Recipe, recipe_fields
 from isoflop.models.tiny.vision import KINDS
-from isoflop.models.vlm import HOOKS, Checkpoint, VlmInfo, VlmModel
+from isoflop.models.training.taught import Taught
+from isoflop.models.training.taught_stage import TaughtStage
+from isoflop.models.training.teaching import Course
+from isoflop.models.vlm import HOOKS, VlmInfo, VlmModel
 from isoflop.models.worlds import digit_world as world
-
-if TYPE_CHECKING:
-    from isoflop.methods.base import Method
 
 FAMILY = "tiny-llava"
 
@@ -56,6 +63,9 @@ class TinyLlava(ModelFamily):
     """
 
     name: ClassVar[str] = FAMILY
+    trainable: ClassVar[frozenset[Hook[Any]]] = frozenset(
+        {VISUAL_TOKENS, DECODER_LAYERS, RESIDUAL, FEED_FORWARD, ATTENTION}
+    )
 
     def members(self) -> list[str]:
         """``tiny-llava/d24`` … ``tiny-llava/d128``, and the same with a Qwen2-type decoder (``…-qwen``)."""
@@ -72,35 +82,31 @@ class TinyLlava(ModelFamily):
         """The fields of ``Recipe`` that differ from its defaults."""
         return without_defaults(Recipe, options, f"model {ref}")
 
-    def weights(self, info: ModelInfo, methods: tuple[Method, ...], seed: int) -> Stage:
-        """The training stage of a cell: size, visual-token method (unless ``joint`` is off), seed."""
-        from isoflop.methods.base import build
-        from isoflop.methods.visual_tokens.base import VisualTokenMethod
-
+    def weights(self, info: ModelInfo, methods: tuple[Taught, ...], seed: int) -> Stage:
+        """The training stage of a cell: size, methods that take part (unless ``joint`` is off), seed."""
         vlm = _own(info)
-        taking_part = [m for m in methods if m.trains_model]
-        visual = [m for m in taking_part if isinstance(m, VisualTokenMethod) and vlm.joint]
-        other = [m.name for m in taking_part if not isinstance(m, VisualTokenMethod)]
-        if other:
-            raise Infeasible(
-                f"model {info.ref}: methods that take part in its training must be visual-token methods, not {', '.join(other)}"
-            )
-        if len(visual) > 1:
-            raise Infeasible(
-                f"model {info.ref}: a trial takes one visual-token method, not {len(visual)}: {', '.join(m.name for m in visual)}"
-            )
-        method = visual[0] if visual else build("none", {})
-        if not isinstance(method, VisualTokenMethod):
-            raise TypeError("the method 'none' must be a visual-token method")
+        taking = self.trained_with(vlm, methods)
+        if any(method.hooks != (VISUAL_TOKENS,) for method in taking) or len(taking) > 1:
+            return TaughtStage.of(vlm, taking, seed)
+        method = cast("TaughtCompressor", taking[0].as_trained() if taking else AllTokens())
         method.check(vlm)
-        features = _features(vlm, (method,))
-        return CellStage(vlm.ref.partition("/")[2], method_spec(method), seed, vlm.options, vlm.tower, features)
+        return CellStage(vlm.ref.partition("/")[2], method, seed, vlm.options, vlm.tower, _features(vlm, (method,)))
 
-    def trained_with(self, info: ModelInfo, methods: tuple[Method, ...]) -> tuple[Method, ...]:
-        """The visual-token method, unless ``joint`` is off."""
+    def trained_with(self, info: ModelInfo, methods: tuple[Taught, ...]) -> tuple[Taught, ...]:
+        """Those that take part, unless ``joint`` is off."""
         return super().trained_with(info, methods) if _own(info).joint else ()
 
-    def calibration_stages(self, info: ModelInfo, methods: tuple[Method, ...]) -> tuple[Stage, ...]:
+    def course_stages(self, info: ModelInfo, methods: tuple[Taught, ...]) -> tuple[Stage, ...]:
+        """The tower, and training features of the layers that are read with the methods in place."""
+        vlm = _own(info)
+        return (vlm.tower, *_features(vlm, methods))
+
+    def course(self, info: ModelInfo, methods: tuple[Taught, ...], seed: int, ctx: StageContext) -> Course:
+        """The training of a member."""
+        vlm = _own(info)
+        return llava_course(vlm, methods, _features(vlm, methods), seed, ctx)
+
+    def calibration_stages(self, info: ModelInfo, methods: tuple[Taught, ...]) -> tuple[Stage, ...]:
         """Training features of the layers that the model reads with the methods in place."""
         return _features(_own(info), methods)
 
@@ -125,17 +131,15 @@ def _info(size: str, options: tuple[tuple[str, Any], ...]) -> VlmInfo:
     return tiny_info(size, dataclasses.replace(Recipe(), **dict(options)))
 
 
-def _features(info: VlmInfo, methods: tuple[Method, ...]) -> tuple[FeaturesStage, ...]:
+def _features(info: VlmInfo, methods: tuple[Taught, ...]) -> tuple[FeaturesStage, ...]:
     """Training features of the layer that feeds the projector, and of those that the methods read besides."""
-    from isoflop.methods.visual_tokens.base import VisualTokenMethod
-
     lessons = info.known_lessons
     if lessons is None:
         raise TypeError(f"{info.ref} was not described by this family")
     layers: list[LayerKey] = [info.feature_layer]
     for method in methods:
-        if isinstance(method, VisualTokenMethod):
-            layers += [n for n in method.layers(info) if n not in layers]
+        if VISUAL_TOKENS in method.hooks:
+            layers += [n for n in cast("TaughtCompressor", method).layers(info) if n not in layers]
     return tuple(stage for layer in layers for stage in lessons.tables(info.tower, layer))
 
 

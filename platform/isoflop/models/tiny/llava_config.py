@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from isoflop.models.hooks.matrices import llama_shapes
 from isoflop.models.tiny.vision import KINDS, WIDTH, tower_config
-from isoflop.models.training.descent import draw_weights
+from isoflop.models.training.loop import draw_weights
 from isoflop.models.worlds import digit_world as world
 
 if TYPE_CHECKING:

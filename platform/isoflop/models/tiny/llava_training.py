@@ -12,11 +12,10 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,21 +25,18 @@ from torch.nn import functional as F
 from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
+from isoflop.models.base import Checkpoint
 from isoflop.models.features import FeaturesStage, LayerKey, TowerSource, Vision
-from isoflop.models.hooks.visual_tokens import VisualInput
+from isoflop.models.hooks.visual_tokens import TaughtCompressor, VisualInput
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.tiny.llava_config import SIZES, initialise, llava_config
 from isoflop.models.tiny.vision import KINDS, save_preprocessing
-from isoflop.models.training.descent import descend, rate_groups, record_training
 from isoflop.models.training.last_position import LastPosition
-from isoflop.models.vlm import Checkpoint, VlmInfo
+from isoflop.models.training.loop import Keeper, fit, rate_groups, record_training
+from isoflop.models.vlm import VlmInfo
 from isoflop.models.worlds.lessons import Lesson, Lessons
 
-if TYPE_CHECKING:
-    from isoflop.methods.visual_tokens.base import VisualTokenMethod
-
 log = logging.getLogger(__name__)
-MethodSpec = tuple[str, str, tuple[tuple[str, Any], ...]]
 
 
 @dataclass(frozen=True)
@@ -121,6 +117,40 @@ class Bank:
             linear.bias.sub_(linear.weight @ self.mean_D)
 
 
+def bank_of(ctx: StageContext, features: Sequence[FeaturesStage], info: VlmInfo, standardise: bool) -> Bank:
+    """The features of some stages."""
+    tables: dict[LayerKey, list[np.ndarray]] = {}
+    for stage in features:
+        tables.setdefault(stage.layer, []).append(ctx.get(stage))
+    return Bank(tables, info.feature_layer, standardise)
+
+
+def untrained_llava(size: str, recipe: Recipe, vision: Vision, seed: int) -> Any:
+    """A ``LlavaForConditionalGeneration`` with a trained tower, frozen, and initial weights drawn from ``seed``."""
+    from transformers import LlavaForConditionalGeneration
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = LlavaForConditionalGeneration(llava_config(SIZES[size], recipe.tower))
+    module.model.vision_tower.load_state_dict(vision.tower.state_dict())
+    module.model.vision_tower.requires_grad_(False)
+    initialise(module, derive_seed("weights", seed))
+    return module
+
+
+def llava_groups(module: Any, width: int, recipe: Recipe) -> list[dict[str, Any]]:
+    """Parameter groups of projector and language model."""
+    projector, decoder = module.model.multi_modal_projector, module.model.language_model
+    return rate_groups(
+        [*projector.parameters(), *decoder.parameters()],
+        module.get_input_embeddings().weight,
+        module.lm_head.weight,
+        width,
+        recipe,
+        fixed=[projector.linear_1.weight],
+    )
+
+
 class CellTrainer:
     """Trains a Hugging Face LLaVA module with a compressor in the loop on cached tower features.
 
@@ -137,7 +167,7 @@ class CellTrainer:
         self,
         module: Any,
         info: VlmInfo,
-        method: VisualTokenMethod,
+        method: TaughtCompressor,
         compressor: nn.Module | None,
         recipe: Recipe,
         seed: int = 0,
@@ -149,20 +179,27 @@ class CellTrainer:
         self._embed = module.get_input_embeddings()
         self.groups = self._groups()
 
-    def run(self, steps: Iterator[Lesson], bank: Bank) -> list[float]:
+    def run(self, steps: Iterator[Lesson], bank: Bank, keeper: Keeper | None = None) -> list[float]:
         """All steps; returns the loss of every step."""
-        optimizer = torch.optim.AdamW(self.groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
 
-        numbers = count()
+        def loss(numbered: tuple[int, Lesson]) -> Tensor:
+            number, lesson = numbered
+            view = self.view(bank.rows(lesson.rows_B), lesson.questions_BQ, lesson.rows_B)
+            return self.loss(self.method.budgets(number, self.recipe.steps, self.seed), view, lesson)
 
-        def loss(step: Lesson) -> Tensor:
-            method = self.method.at_step(next(numbers), self.seed)
-            view = self.view(bank.rows(step.rows_B), step.questions_BQ, step.rows_B)
-            return F.cross_entropy(self.logits(method, view, step.questions_BQ), step.answers_B)
+        return fit(self.groups, self.recipe, enumerate(steps), loss, keeper=keeper)
 
-        return descend(optimizer, self.recipe, steps, loss)
+    def loss(self, budgets: Sequence[tuple[float, Any]], view: VisualInput, lesson: Lesson) -> Tensor:
+        """The mean over a step's budgets of the answers' cross-entropy, by their weights."""
+        parts = [
+            (weight, F.cross_entropy(self.logits(method, view, lesson.questions_BQ), lesson.answers_B))
+            for weight, method in budgets
+        ]
+        if len(parts) == 1 and parts[0][0] == 1:
+            return parts[0][1]
+        return torch.stack([weight * loss for weight, loss in parts]).sum()
 
-    def logits(self, method: VisualTokenMethod, view: VisualInput, questions_BQ: Tensor) -> Tensor:
+    def logits(self, method: TaughtCompressor, view: VisualInput, questions_BQ: Tensor) -> Tensor:
         """Logits of the answer, (B, vocabulary), with gradients."""
         visual_BVd = self._projector(method.compress(view, self.compressor).tokens_BVD)
         return self.module.lm_head(self._last_position(torch.cat((visual_BVd, self._embed(questions_BQ)), dim=1)))
@@ -189,19 +226,9 @@ class CellTrainer:
         return self._embed(ids_BQ)
 
     def _groups(self) -> list[dict[str, Any]]:
-        projector, decoder = self.module.model.multi_modal_projector, self.module.model.language_model
         own = [] if self.compressor is None else list(self.compressor.parameters())
-        return [
-            *([{"params": own, "lr": self.method.learning_rate}] if own else []),
-            *rate_groups(
-                [*projector.parameters(), *decoder.parameters()],
-                self._embed.weight,
-                self.module.lm_head.weight,
-                self.info.geometry["width"],
-                self.recipe,
-                fixed=[projector.linear_1.weight],
-            ),
-        ]
+        rest = llava_groups(self.module, self.info.geometry["width"], self.recipe)
+        return [*([{"params": own, "lr": self.method.learning_rate}] if own else []), *rest]
 
 
 @dataclass(frozen=True)
@@ -215,7 +242,7 @@ class CellStage(Stage):
     kind: ClassVar[str] = "cell"
 
     size: str
-    method: MethodSpec
+    method: TaughtCompressor
     seed: int
     recipe: tuple[tuple[str, Any], ...]
     tower: TowerSource
@@ -227,60 +254,30 @@ class CellStage(Stage):
 
     def compute(self, ctx: StageContext, folder: Path) -> None:
         """Train, fold the features' standardisation into the projector, save."""
-        from transformers import LlavaForConditionalGeneration
-
         from isoflop.models.tiny.llava import tiny_info
 
         started = time.process_time()
-        recipe, method = Recipe(**dict(self.recipe)), build_visual(self.method)
+        recipe, method = Recipe(**dict(self.recipe)), self.method
         info = tiny_info(self.size, recipe)
-        vision: Vision = ctx.get(self.tower)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            module = LlavaForConditionalGeneration(llava_config(SIZES[self.size], recipe.tower))
-        module.model.vision_tower.load_state_dict(vision.tower.state_dict())
-        module.model.vision_tower.requires_grad_(False)
-        initialise(module, derive_seed("weights", self.seed))
+        module = untrained_llava(self.size, recipe, ctx.get(self.tower), self.seed)
         compressor = method.untrained(info, self.seed)
-        bank = self._bank(ctx, info, standardise=method.commutes)
+        bank = bank_of(ctx, self.features, info, standardise=method.commutes)
         trainer = CellTrainer(module, info, method, compressor, recipe, self.seed)
         if compressor is not None:
             sample = torch.arange(0, len(bank.x[info.feature_layer]), 8)
             method.fit_inputs(
                 compressor, trainer.view(bank.rows(sample), torch.zeros(len(sample), 1, dtype=torch.long), sample)
             )
-        losses = trainer.run(recipe.lessons.steps(recipe.steps, recipe.batch, self.seed), bank)
+        lessons = recipe.lessons.steps(recipe.steps, recipe.batch, self.seed)
+        losses = trainer.run(lessons, bank, Keeper(ctx.scratch(self)))
         bank.fold(module.model.multi_modal_projector.linear_1)
         save_cell(folder, module, compressor)
         record = record_training(folder, losses, started)
-        log.info("trained %s with %s, seed %d: %s", self.size, self.method, self.seed, record)
+        log.info("trained %s with %s, seed %d: %s", self.size, method.name, self.seed, record)
 
     def load(self, ctx: StageContext, folder: Path) -> Checkpoint:
         """Where the files are."""
         return Checkpoint(folder, json.loads((folder / "training.json").read_text()))
-
-    def _bank(self, ctx: StageContext, info: VlmInfo, standardise: bool) -> Bank:
-        tables: dict[LayerKey, list[np.ndarray]] = {}
-        for stage in self.features:
-            tables.setdefault(stage.layer, []).append(ctx.get(stage))
-        return Bank(tables, info.feature_layer, standardise)
-
-
-def build_visual(spec: MethodSpec) -> VisualTokenMethod:
-    """The visual-token method that a stage's fields name."""
-    from isoflop.methods.base import build
-    from isoflop.methods.visual_tokens.base import VisualTokenMethod
-
-    name, _, knobs = spec
-    method = build(name, dict(knobs))
-    if not isinstance(method, VisualTokenMethod):
-        raise TypeError(f"method {name} is no visual-token method")
-    return method
-
-
-def method_spec(method: VisualTokenMethod) -> MethodSpec:
-    """What names a method in the fields of a stage that trains it."""
-    return (method.name, method.version, tuple(sorted(method.as_trained().knobs().items())))
 
 
 def recipe_fields(recipe: Recipe) -> tuple[tuple[str, Any], ...]:

@@ -21,16 +21,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from isoflop.core.errors import Infeasible, UserError, unknown
 from isoflop.core.hashing import content_hash
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import check_knobs, knob_specs
 from isoflop.core.stage import Stage, StageContext
-from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo, split_ref, without_defaults
+from isoflop.models.base import FAMILIES, Checkpoint, Model, ModelFamily, ModelInfo, split_ref, without_defaults
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.byte_view import BYTE_VIEW
+from isoflop.models.hooks.documents import DOCUMENTS, DocumentChooser
 from isoflop.models.hooks.feed_forward import FEED_FORWARD
 from isoflop.models.hooks.gradients import GRADIENTS
 from isoflop.models.hooks.matrices import MATRICES
@@ -40,6 +41,7 @@ from isoflop.models.lm import LmInfo, LmModel, tokenizer_of
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.tiny.fact_reader import WORDS, FactRecipe, FactStage, FactText, WordTokenizer
 from isoflop.models.tiny.lm_config import FACT_SIZES, RECALL_SIZES, TEXT_SIZES
+from isoflop.models.tiny.lm_course import course_stages, lm_course
 from isoflop.models.tiny.lm_exchange import ExchangedTextStage
 from isoflop.models.tiny.lm_training import (
     LATER_OPTIONS,
@@ -50,17 +52,15 @@ from isoflop.models.tiny.lm_training import (
     TextRecipe,
     TextSeriesStage,
     TextStage,
+    train_tokens,
 )
 from isoflop.models.tiny.mixed_lm import MixedRecipe, mixed_info, mixed_weights
-from isoflop.models.vlm import Checkpoint
+from isoflop.models.training.distributed import ExchangingMethod
+from isoflop.models.training.taught import Taught
+from isoflop.models.training.taught_stage import TaughtStage
+from isoflop.models.training.teaching import Course
 from isoflop.models.worlds import recall_world as world
-from isoflop.models.worlds.english import EnglishStage
-from isoflop.models.worlds.lm_text import EnglishText, TokensStage, TrainedTokenizer
-
-if TYPE_CHECKING:
-    from isoflop.methods.base import Method
-    from isoflop.methods.data_selection.base import DataSelectionMethod
-    from isoflop.methods.gradients.base import GradientMethod
+from isoflop.models.worlds.lm_text import EnglishText, TokensStage
 
 FAMILY = "tiny-lm"
 HOOKS: frozenset[Hook[Any]] = frozenset({ATTENTION, MATRICES, FEED_FORWARD, RESIDUAL})
@@ -80,6 +80,7 @@ class TinyLm(ModelFamily):
     """Llama decoders built from Hugging Face classes; options are the fields of the corpus' recipe (``RECIPES``)."""
 
     name: ClassVar[str] = FAMILY
+    trainable: ClassVar[frozenset[Hook[Any]]] = frozenset({DOCUMENTS, GRADIENTS, RESIDUAL, FEED_FORWARD, ATTENTION})
 
     def members(self) -> list[str]:
         """``tiny-lm/recall-d64`` … ``tiny-lm/mixed-d256``."""
@@ -99,28 +100,44 @@ class TinyLm(ModelFamily):
         found = without_defaults(RECIPES[self._corpus(ref)], _all_options(ref, options), f"model {ref}")
         return {name: value for name, value in found.items() if name not in named}
 
-    def weights(self, info: ModelInfo, methods: tuple[Method, ...], seed: int) -> Stage:
-        """The training stage of a size, a recipe and a seed."""
+    def weights(self, info: ModelInfo, methods: tuple[Taught, ...], seed: int) -> Stage:
+        """The training stage of a size, a recipe and a seed, with the methods that take part."""
+        taking = self.trained_with(info, methods)
+        choosing = [m for m in taking if DOCUMENTS in m.hooks]
+        exchanging = [m for m in taking if GRADIENTS in m.hooks]
+        in_place = tuple(m for m in taking if m not in choosing and m not in exchanging)
+        if in_place and len(in_place) < len(taking):
+            raise Infeasible(
+                f"model {info.ref}: method {in_place[0].name} sits in the model while it is trained, which does not go "
+                f"together with {', '.join(m.name for m in (*choosing, *exchanging))}; take one of them"
+            )
+        if in_place:
+            return TaughtStage.of(info, in_place, seed)
         corpus, size = _parts(info.ref)
-        selecting = _selecting(methods) if corpus == "mixed" else []
-        exchanging = _exchanging(methods) if corpus == "text" else []
-        others = [m.name for m in methods if m.trains_model and m not in [*selecting, *exchanging]]
-        if others:
-            raise Infeasible(f"model {info.ref}: no method takes part in its training, so not {', '.join(others)}")
         if corpus == "mixed":
-            selection = next((m.trained_on(info, seed) for m in selecting), None)
-            return mixed_weights(info, selection, size, seed)
+            chooser = cast("DocumentChooser | None", next(iter(choosing), None))
+            return mixed_weights(info, None if chooser is None else chooser.trained_on(info, seed), size, seed)
         if corpus == "recall":
             return RecallStage(size, seed, info.options)
         if corpus == "facts":
             return FactStage(size, seed, info.options, WordTokenizer())
         recipe = dict(info.options)
-        at, tokens = recipe.pop("at", 0), _train_tokens(recipe["vocabulary"])
+        at, tokens = recipe.pop("at", 0), train_tokens(recipe["vocabulary"])
         if exchanging:
-            return _exchanged(info, size, seed, tokens, exchanging[0])
+            return _exchanged(info, size, seed, tokens, cast("ExchangingMethod", exchanging[0]))
         if at:
             return SeriesCheckpoint(TextSeriesStage(size, seed, tuple(sorted(recipe.items())), tokens), at)
         return TextStage(size, seed, info.options, tokens)
+
+    def course_stages(self, info: ModelInfo, methods: tuple[Taught, ...]) -> tuple[Stage, ...]:
+        """Text and tokenizer of the corpus."""
+        return course_stages(info, *_parts(info.ref))
+
+    def course(self, info: ModelInfo, methods: tuple[Taught, ...], seed: int, ctx: StageContext) -> Course:
+        """The training of a member on its corpus."""
+        if not isinstance(info, LmInfo):
+            raise TypeError(f"{info.ref} was not described by this family")
+        return lm_course(info, *_parts(info.ref), seed, ctx)
 
     def series(self, info: ModelInfo, weights: Stage | None) -> tuple[tuple[ModelInfo, Stage | None], ...]:
         """The kept steps of a training of which ``info`` describes one (option ``at``)."""
@@ -132,7 +149,7 @@ class TinyLm(ModelFamily):
             (self.info(plain, {**options, "at": step}), dataclasses.replace(weights, at=step)) for step in steps
         )
 
-    def calibration_stages(self, info: ModelInfo, methods: tuple[Method, ...]) -> tuple[Stage, ...]:
+    def calibration_stages(self, info: ModelInfo, methods: tuple[Taught, ...]) -> tuple[Stage, ...]:
         """The tokenised training text, for members that read English."""
         text = info.text if isinstance(info, LmInfo) else None
         return text.stages() if text is not None else ()
@@ -166,29 +183,13 @@ def _all_options(ref: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, **named}
 
 
-def _selecting(methods: tuple[Method, ...]) -> list[DataSelectionMethod]:
-    """Those that decide which documents are trained on; a trial has at most one."""
-    from isoflop.methods.data_selection.base import DataSelectionMethod
-
-    return [method for method in methods if isinstance(method, DataSelectionMethod)]
-
-
-def _exchanging(methods: tuple[Method, ...]) -> list[GradientMethod]:
-    """Those that exchange the gradients of workers; a trial has at most one."""
-    from isoflop.methods.gradients.base import GradientMethod
-
-    return [method for method in methods if isinstance(method, GradientMethod)]
-
-
-def _exchanged(info: ModelInfo, size: str, seed: int, tokens: TokensStage, method: GradientMethod) -> Stage:
+def _exchanged(info: ModelInfo, size: str, seed: int, tokens: TokensStage, method: ExchangingMethod) -> Stage:
     """The training by several workers; of its steps only the last one is kept."""
     if dict(info.options).get("at"):
         raise Infeasible(
             f"model {info.ref}: at = {dict(info.options)['at']} is not kept with method {method.name}; allowed: 0"
         )
-    trained = method.as_trained()
-    spec = (trained.name, trained.version, tuple(sorted(trained.knobs().items())))
-    return ExchangedTextStage(size, seed, info.options, tokens, spec)
+    return ExchangedTextStage(size, seed, info.options, tokens, method.as_trained())
 
 
 def _parts(ref: str) -> tuple[str, str]:
@@ -222,7 +223,7 @@ def _recall_info(ref: str, size: str, options: Options) -> LmInfo:
 
 def _text_info(ref: str, size: str, options: Options) -> LmInfo:
     recipe = dataclasses.replace(TextRecipe(), **dict(options))
-    shape, tokens = recipe.shaped(TEXT_SIZES[size]), _train_tokens(recipe.vocabulary)
+    shape, tokens = recipe.shaped(TEXT_SIZES[size]), train_tokens(recipe.vocabulary)
     if recipe.at and recipe.at not in recipe.series:
         raise UserError(f"model {ref}: at = {recipe.at} was not kept; allowed: {', '.join(map(str, recipe.series))}")
     return LmInfo(
@@ -260,11 +261,6 @@ def _facts_info(ref: str, size: str, options: Options) -> LmInfo:
 
 def _mixed_info(ref: str, size: str, options: Options) -> LmInfo:
     return mixed_info(ref, FAMILY, size, HOOKS | {BYTE_VIEW}, options)
-
-
-def _train_tokens(vocabulary: int) -> TokensStage:
-    english = EnglishStage.here()
-    return TokensStage(english, TrainedTokenizer(english, vocabulary), "train")
 
 
 FAMILIES.register(FAMILY)(TinyLm())

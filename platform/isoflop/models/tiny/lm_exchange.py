@@ -8,7 +8,7 @@ import resource
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,13 +20,9 @@ from isoflop.models.hooks.gradients import ExchangeReport
 from isoflop.models.lm import LmBatch
 from isoflop.models.tiny.lm_config import TEXT_SIZES
 from isoflop.models.tiny.lm_training import TextRecipe, TextStage, scored_logits, text_lessons, untrained_lm
-from isoflop.models.training.distributed import connect, gather_records, leave, simulate, train_rank
+from isoflop.models.training.distributed import ExchangingMethod, connect, gather_records, leave, simulate, train_rank
+from isoflop.models.training.loop import Keeper
 from isoflop.models.worlds.lm_text import Tokens
-
-if TYPE_CHECKING:
-    from isoflop.methods.gradients.base import GradientMethod
-
-Knobs = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -34,31 +30,21 @@ class ExchangedTextStage(TextStage):
     """A decoder trained by several workers on English text, and ``exchange.json``: what they sent.
 
     Attributes:
-        method: name, version and knobs of the method that exchanges their gradients.
+        method: exchanges their gradients.
     """
 
     kind: ClassVar[str] = "text-lm-exchanged"
 
-    method: tuple[str, str, Knobs]
+    method: ExchangingMethod
 
     @property
     def slots(self) -> int:
         """As many as the training runs processes."""
-        return self.built().processes
+        return self.method.processes
 
-    def built(self) -> GradientMethod:
-        """The method."""
-        from isoflop.methods.base import build
-        from isoflop.methods.gradients.base import GradientMethod
-
-        method = build(self.method[0], dict(self.method[2]))
-        if not isinstance(method, GradientMethod):
-            raise TypeError(f"method {method.name} does not exchange gradients")
-        return method
-
-    def train(self, module: Any, recipe: TextRecipe, tokens: Tokens, folder: Path) -> list[float]:
-        """Train ``module`` with all workers, in this process or in as many others."""
-        method = self.built()
+    def train(self, module: Any, recipe: TextRecipe, tokens: Tokens, folder: Path, keeper: Keeper) -> list[float]:
+        """Train ``module`` with all workers, in this process or in as many others, from the start."""
+        method = self.method
         if method.backend == "simulated":
             lessons = text_lessons(tokens.ids_N, recipe, self.seed)
             module.train()
@@ -69,7 +55,7 @@ class ExchangedTextStage(TextStage):
         report.save(folder)
         return report.loss
 
-    def _train_in_processes(self, module: Any, method: GradientMethod, tokens: Tokens, work: Path) -> ExchangeReport:
+    def _train_in_processes(self, module: Any, method: ExchangingMethod, tokens: Tokens, work: Path) -> ExchangeReport:
         """Train in processes that meet in the folder ``work``, which lies in the stage's own and is removed with it."""
         from safetensors.torch import load_file
 
@@ -80,9 +66,9 @@ class ExchangedTextStage(TextStage):
                 "size": self.size,
                 "seed": self.seed,
                 "recipe": dict(self.recipe),
-                "method": method.name,
                 "knobs": method.knobs(),
-                "module": type(method).__module__,  # registers the method, also one of a sweep's own
+                "module": type(method).__module__,  # also one of a sweep's own
+                "class": type(method).__qualname__,
                 "threads": torch.get_num_threads(),
             }
             (work / "task.json").write_text(json.dumps(task))
@@ -119,12 +105,9 @@ def train_process(folder: Path, rank: int, count: int) -> None:
     """One worker of ``ExchangedTextStage``: reads its task in ``folder``; the first one leaves the weights there."""
     from safetensors.torch import save_file
 
-    from isoflop.methods.base import build
-
     task = json.loads((folder / "task.json").read_text())
     torch.set_num_threads(task["threads"])
-    importlib.import_module(task["module"])
-    method: Any = build(task["method"], task["knobs"])
+    method: Any = getattr(importlib.import_module(task["module"]), task["class"])(**task["knobs"])
     recipe = TextRecipe(**task["recipe"])
     module = untrained_lm(
         recipe.shaped(TEXT_SIZES[task["size"]]), recipe.vocabulary, task["seed"], **recipe.config

@@ -23,13 +23,14 @@ from torch.nn import functional as F
 from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
+from isoflop.models.base import Checkpoint
 from isoflop.models.lm import NOT_SCORED, LmBatch
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.tiny.lm_config import EMBEDDING_STD, RECALL_SIZES, TEXT_SIZES, LmSize, lm_config
-from isoflop.models.training.descent import descend, draw_weights, rate_groups, record_training
-from isoflop.models.vlm import Checkpoint
+from isoflop.models.training.loop import Keeper, draw_weights, fit, rate_groups, record_training
 from isoflop.models.worlds import recall_world as world
-from isoflop.models.worlds.lm_text import Tokens, TokensStage
+from isoflop.models.worlds.english import EnglishStage
+from isoflop.models.worlds.lm_text import Tokens, TokensStage, TrainedTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -166,19 +167,24 @@ class RecallStage(Stage):
         recipe, size = RecallRecipe(**dict(self.recipe)), RECALL_SIZES[self.size]
         module = untrained_lm(size, world.VOCAB_SIZE, self.seed, isoflop={"vocabulary": world.VOCABULARY})
         lessons = RecallLessons(recipe, self.seed)
-        losses = train_lm(module, recipe, lessons, lessons.learned)
-        rng = np.random.default_rng(derive_seed("recall check", self.seed))
-        checks = {
-            "recall_accuracy": world.recalling(rng, 64, recipe.pairs, recipe.pairs),
-            "copy_accuracy": world.copying(rng, 64, recipe.segment, 0, 1),
-        }
-        figures = {name: accuracy_of(module, batch) for name, batch in checks.items()}
+        losses = train_lm(module, recipe, lessons, lessons.learned, Keeper(ctx.scratch(self)))
+        figures = recall_figures(module, recipe, self.seed)
         add_outliers(module, recipe.outliers, recipe.outlier_scale, derive_seed("outliers", self.seed))
         save_lm(folder, module, {"pairs_reached": lessons.pairs, **figures}, losses, started)
 
     def load(self, ctx: StageContext, folder: Path) -> Checkpoint:
         """Where the files are."""
         return Checkpoint(folder, json.loads((folder / "training.json").read_text()))
+
+
+def recall_figures(module: Any, recipe: RecallRecipe, seed: int) -> dict[str, float]:
+    """How often a decoder finds keys and copies, on sequences that it was not trained on."""
+    rng = np.random.default_rng(derive_seed("recall check", seed))
+    checks = {
+        "recall_accuracy": world.recalling(rng, 64, recipe.pairs, recipe.pairs),
+        "copy_accuracy": world.copying(rng, 64, recipe.segment, 0, 1),
+    }
+    return {name: accuracy_of(module, batch) for name, batch in checks.items()}
 
 
 @dataclass(frozen=True)
@@ -202,7 +208,7 @@ class TextStage(Stage):
         recipe = TextRecipe(**dict(self.recipe))
         module = untrained_lm(recipe.shaped(TEXT_SIZES[self.size]), recipe.vocabulary, self.seed, **recipe.config)
         tokens: Tokens = ctx.get(self.tokens)
-        losses = self.train(module, recipe, tokens, folder)
+        losses = self.train(module, recipe, tokens, folder, Keeper(ctx.scratch(self)))
         ctx.get(self.tokens.tokenizer).save_pretrained(folder)
         save_lm(
             folder,
@@ -212,14 +218,9 @@ class TextStage(Stage):
             started,
         )
 
-    def train(self, module: Any, recipe: TextRecipe, tokens: Tokens, folder: Path) -> list[float]:
+    def train(self, module: Any, recipe: TextRecipe, tokens: Tokens, folder: Path, keeper: Keeper) -> list[float]:
         """Train ``module``; returns the loss of every step."""
-        lessons = text_lessons(tokens.ids_N, recipe, self.seed)
-        return train_lm(module, recipe, self.watched(lessons, module, recipe, folder))
-
-    def watched(self, lessons: Iterator[LmBatch], module: Any, recipe: TextRecipe, folder: Path) -> Iterator[LmBatch]:
-        """The lessons as they are trained on; asked for the next one, the weights have learned from the one before."""
-        return lessons
+        return train_lm(module, recipe, text_lessons(tokens.ids_N, recipe, self.seed), keeper=keeper)
 
     def load(self, ctx: StageContext, folder: Path) -> Checkpoint:
         """Where the files are."""
@@ -232,8 +233,13 @@ class TextSeriesStage(TextStage):
 
     kind: ClassVar[str] = "text-lm-series"
 
-    def watched(self, lessons: Iterator[LmBatch], module: Any, recipe: TextRecipe, folder: Path) -> Iterator[LmBatch]:
-        """Save the weights after each step of the series."""
+    def train(self, module: Any, recipe: TextRecipe, tokens: Tokens, folder: Path, keeper: Keeper) -> list[float]:
+        """The same; nothing is kept for a restart, which would miss the weights that lie in the stage's own folder."""
+        lessons = text_lessons(tokens.ids_N, recipe, self.seed)
+        return train_lm(module, recipe, self._watched(lessons, module, recipe, folder))
+
+    def _watched(self, lessons: Iterator[LmBatch], module: Any, recipe: TextRecipe, folder: Path) -> Iterator[LmBatch]:
+        """The lessons; asked for the next one, the weights have learned from the one before, and are saved if in the series."""
         kept = set(recipe.series)
         for step, batch in enumerate(lessons):
             if step in kept:
@@ -261,6 +267,12 @@ class SeriesCheckpoint(Stage):
         return Checkpoint(series.folder / f"step-{self.at}", {**series.log, "steps": self.at})
 
 
+def train_tokens(vocabulary: int) -> TokensStage:
+    """The training split of the English corpus in the tokens of a tokenizer trained on it."""
+    english = EnglishStage.here()
+    return TokensStage(english, TrainedTokenizer(english, vocabulary), "train")
+
+
 def text_lessons(ids_N: np.ndarray, recipe: TextRecipe, seed: int) -> Iterator[LmBatch]:
     """Windows at random places of the corpus; documents follow each other in them."""
     rng = np.random.default_rng(derive_seed("text lessons", seed))
@@ -284,29 +296,33 @@ def untrained_lm(size: LmSize, vocabulary: int, seed: int, **extra: Any) -> Any:
 
 
 def train_lm(
-    module: Any, recipe: LmRecipe, lessons: Iterable[LmBatch], learned: Callable[[float], None] | None = None
+    module: Any,
+    recipe: LmRecipe,
+    lessons: Iterable[LmBatch],
+    learned: Callable[[float], None] | None = None,
+    keeper: Keeper | None = None,
 ) -> list[float]:
     """Train on every batch with AdamW; returns the loss of every step.
 
     Args:
-        learned: is told the loss of each batch before the next one is drawn.
+        learned, keeper: see ``fit``.
     """
-    width = module.config.hidden_size
-    groups = rate_groups(
-        module.model.parameters(), module.model.embed_tokens.weight, module.lm_head.weight, width, recipe
-    )
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
 
     def loss_of(batch: LmBatch) -> Tensor:
-        loss = F.cross_entropy(*scored_logits(module, batch))
-        if learned is not None:
-            learned(float(loss.detach()))
-        return loss
+        return F.cross_entropy(*scored_logits(module, batch))
 
     module.train()
-    losses = descend(optimizer, recipe, lessons, loss_of)
+    losses = fit(lm_groups(module, recipe), recipe, lessons, loss_of, learned=learned, keeper=keeper)
     module.eval()
     return losses
+
+
+def lm_groups(module: Any, recipe: LmRecipe) -> list[dict[str, Any]]:
+    """Parameter groups of a decoder with its head."""
+    width = module.config.hidden_size
+    return rate_groups(
+        module.model.parameters(), module.model.embed_tokens.weight, module.lm_head.weight, width, recipe
+    )
 
 
 def scored_logits(module: Any, batch: LmBatch) -> tuple[Tensor, Tensor]:

@@ -20,13 +20,13 @@ from isoflop.core.hashing import content_hash
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
-from isoflop.models.base import ModelInfo
+from isoflop.models.base import Checkpoint, ModelInfo
 from isoflop.models.hooks.documents import DOCUMENTS, DocumentSelection, SelectionSource
 from isoflop.models.lm import LmBatch, LmInfo
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.tiny.lm_config import TEXT_SIZES
 from isoflop.models.tiny.lm_training import LmRecipe, TextRecipe, TextStage, save_lm, train_lm, untrained_lm
-from isoflop.models.vlm import Checkpoint
+from isoflop.models.training.loop import Keeper
 from isoflop.models.worlds.lm_text import EnglishText, Tokens, TokensStage, TrainedTokenizer
 from isoflop.models.worlds.text_domains import DOMAINS, DomainsStage
 from isoflop.models.worlds.text_pool import TrainingPool, pool_lessons
@@ -99,7 +99,9 @@ class SelectedTextStage(Stage):
         kept_K = self._kept(ctx, tokens)
         rates = {name: getattr(recipe, name) * recipe.tuning for name in ("lr", "vector_lr", "embedding_lr")}
         rows = pool_lessons(tokens, kept_K, recipe.steps, recipe.batch, recipe.context, self.seed)
-        losses = train_lm(module, dataclasses.replace(recipe, **rates), (LmBatch(*pair) for pair in rows))
+        batches = (LmBatch(*pair) for pair in rows)
+        keeper = Keeper(ctx.scratch(self))
+        losses = train_lm(module, dataclasses.replace(recipe, **rates), batches, keeper=keeper)
         tokenizer.save_pretrained(folder)
         kept = float(np.diff(tokens.starts)[kept_K].sum())
         figures = {"kept_tokens": kept, "epochs": recipe.steps * recipe.batch * recipe.context / kept}

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from isoflop.core.hashing import derive_seed
 from isoflop.models.quiet import no_progress_bars
+from isoflop.models.training.loop import Unclipped, descend, one_cycle
 from isoflop.models.worlds import digit_world as world
 
 if TYPE_CHECKING:
@@ -80,23 +81,21 @@ def train_tower(steps: int, batch: int, lr: float, seed: int, kind: str = "dense
         heads = nn.ModuleList([nn.Linear(WIDTH, n) for n in _labels(kind)])
         present = nn.Linear(WIDTH, world.CLASSES + len(world.COLOURS)) if kind == "cls" else None
     parameters = [*tower.parameters(), *heads.parameters(), *(present.parameters() if present is not None else ())]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
-    tower.train()
-    for labelled in _batches(steps, batch, seed, kind):
+
+    def loss_of(labelled: _Labelled) -> Tensor:
         pixels_BCHW = torch.from_numpy((labelled.images - world.PIXEL_MEAN) / world.PIXEL_STD)
         if present is None:
-            loss = _patch_loss(heads, tower(pixels_BCHW).last_hidden_state[:, 1:], labelled)
-        else:
-            outputs = tower(pixels_BCHW, output_hidden_states=True)
-            loss = _patch_loss(heads, outputs.hidden_states[KINDS[kind].feature_layer][:, 1:], labelled)
-            if labelled.sparse:
-                told_BL = present(outputs.pooler_output)
-                loss = loss + CLS_WEIGHT * F.binary_cross_entropy_with_logits(told_BL, labelled.contents())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+            return _patch_loss(heads, tower(pixels_BCHW).last_hidden_state[:, 1:], labelled)
+        outputs = tower(pixels_BCHW, output_hidden_states=True)
+        loss = _patch_loss(heads, outputs.hidden_states[KINDS[kind].feature_layer][:, 1:], labelled)
+        if labelled.sparse:
+            told_BL = present(outputs.pooler_output)
+            loss = loss + CLS_WEIGHT * F.binary_cross_entropy_with_logits(told_BL, labelled.contents())
+        return loss
+
+    optimizer = torch.optim.AdamW(parameters, lr=lr, fused=True)
+    tower.train()
+    descend(optimizer, Unclipped(steps), _batches(steps, batch, seed, kind), loss_of, one_cycle(optimizer, lr, steps))
     return tower.eval().requires_grad_(False)
 
 

@@ -6,21 +6,23 @@ import dataclasses
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from isoflop.core.errors import unknown
 from isoflop.core.hashing import content_hash
+from isoflop.core.hook import Hook
 from isoflop.core.knobs import check_knobs
 from isoflop.core.stage import Stage, StageContext
-from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo, without_defaults
+from isoflop.models.base import FAMILIES, Checkpoint, Model, ModelFamily, ModelInfo, without_defaults
 from isoflop.models.checkpoints import vit as vit_hf
+from isoflop.models.hooks.vision_blocks import VISION_BLOCKS
 from isoflop.models.tiny.vit_config import SIZES, vit_config
-from isoflop.models.tiny.vit_training import Recipe, VitStage
+from isoflop.models.tiny.vit_training import Recipe, VitStage, vit_course
+from isoflop.models.training.taught import Taught
+from isoflop.models.training.taught_stage import TaughtStage
+from isoflop.models.training.teaching import Course
 from isoflop.models.vit import VitInfo
 from isoflop.models.worlds import sprite_world as world
-
-if TYPE_CHECKING:
-    from isoflop.methods.base import Method
 
 FAMILY = "tiny-vit"
 MEMBERS = {
@@ -43,6 +45,7 @@ class TinyVit(ModelFamily):
     """
 
     name: ClassVar[str] = FAMILY
+    trainable: ClassVar[frozenset[Hook[Any]]] = frozenset({VISION_BLOCKS})
 
     def members(self) -> list[str]:
         """``tiny-vit/c48``, ``c64`` and ``c96`` on digits, and the same on sprites (``…-sprites``)."""
@@ -59,17 +62,25 @@ class TinyVit(ModelFamily):
         """The fields of ``Recipe`` that differ from its defaults."""
         return without_defaults(Recipe, options, f"model {ref}")
 
-    def weights(self, info: ModelInfo, methods: tuple[Method, ...], seed: int) -> Stage:
-        """The training stage: size, images, seed. No method takes part in it."""
-        vit = _own(info)
+    def weights(self, info: ModelInfo, methods: tuple[Taught, ...], seed: int) -> Stage:
+        """The training stage: size, images, seed, and the methods that take part."""
+        vit, taking = _own(info), self.trained_with(info, methods)
+        if taking:
+            return TaughtStage.of(vit, taking, seed)
         size, data = MEMBERS[vit.ref.partition("/")[2]]
         return VitStage(size, data, seed, vit.options, world.VERSION)
+
+    def course(self, info: ModelInfo, methods: tuple[Taught, ...], seed: int, ctx: StageContext) -> Course:
+        """The training of a member."""
+        vit = _own(info)
+        return vit_course(vit, *MEMBERS[vit.ref.partition("/")[2]], seed)
 
     def load(self, info: ModelInfo, weights: Stage | None, ctx: StageContext) -> Model:
         """The trained model on the worker's device."""
         if weights is None:
             raise ValueError(f"model {info.ref} has no weights of its own: pass the stage that weights() gives")
-        folder: Path = ctx.get(weights)
+        found = ctx.get(weights)
+        folder: Path = found.folder if isinstance(found, Checkpoint) else found
         return vit_hf.load(_own(info), folder, ctx.device)
 
 

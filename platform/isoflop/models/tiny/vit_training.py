@@ -20,16 +20,20 @@ from torch.nn import functional as F
 from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
+from isoflop.models.base import Model
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.tiny.vision import save_preprocessing
 from isoflop.models.tiny.vit_config import GRID, PATCH, SIZES, untrained
-from isoflop.models.training.descent import descend, record_training
+from isoflop.models.training.loop import Keeper, fit, record_training
+from isoflop.models.training.teaching import Course
+from isoflop.models.vit import VitInfo, VitModel
 from isoflop.models.worlds import sprite_world as world
 
 log = logging.getLogger(__name__)
 COVERED = 0.3
 """A patch shows the object when one of its pixels is at least so opaque."""
 BACKGROUND = world.CLASSES
+WEIGHT_DECAY = 0.02
 
 
 @dataclass(frozen=True)
@@ -83,27 +87,89 @@ def patch_labels(labels_N: np.ndarray, opacity_NHW: np.ndarray) -> np.ndarray:
     return np.where(most_NGG.reshape(len(labels_N), -1) >= COVERED, labels_N[:, None], BACKGROUND)
 
 
-def train(module: Any, recipe: Recipe, data: str, seed: int) -> list[float]:
+class PatchLoss:
+    """Cross-entropy of labelling every patch, by a linear head that is thrown away, behind the pass that was run last.
+
+    Where methods have taken patches away, those that are left have no labels of their own, and the loss is left out.
+    """
+
+    def __init__(self, module: Any, seed: int) -> None:
+        self._module = module
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed("vit patch head", seed))
+            self.head = nn.Linear(module.config.hidden_size, world.CLASSES + 1)
+        self._x_BNC = torch.empty(0)
+
+    def forward(self, lesson: ImageLesson) -> Tensor:
+        """Class logits (B, K); the hidden states are kept for ``of``."""
+        self._x_BNC = self._module.vit(lesson.pixels_BCHW).last_hidden_state
+        return self._module.classifier(self._x_BNC[:, 0])
+
+    def of(self, lesson: ImageLesson) -> Tensor | None:
+        """The weighted loss; None where it counts nothing."""
+        patches_BPC = self._x_BNC[:, 1:]
+        if lesson.patch_weight == 0 or patches_BPC.shape[1] != lesson.patches_BP.shape[1]:
+            return None
+        logits = self.head(patches_BPC).flatten(0, 1)
+        return lesson.patch_weight * F.cross_entropy(logits, lesson.patches_BP.flatten())
+
+
+def train(module: Any, recipe: Recipe, data: str, seed: int, keeper: Keeper | None = None) -> list[float]:
     """Train a ``ViTForImageClassification`` in place; returns the loss of every step, patch labelling included."""
-    width = module.config.hidden_size
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed("vit patch head", seed))
-        head = nn.Linear(width, world.CLASSES + 1)
+    patches = PatchLoss(module, seed)
 
-    def loss_of(step: ImageLesson) -> Tensor:
-        x_BNC = module.vit(step.pixels_BCHW).last_hidden_state
-        loss = F.cross_entropy(module.classifier(x_BNC[:, 0]), step.labels_B)
-        if step.patch_weight == 0:
-            return loss
-        return loss + step.patch_weight * F.cross_entropy(head(x_BNC[:, 1:]).flatten(0, 1), step.patches_BP.flatten())
+    def loss_of(lesson: ImageLesson) -> Tensor:
+        loss = F.cross_entropy(patches.forward(lesson), lesson.labels_B)
+        extra = patches.of(lesson)
+        return loss if extra is None else loss + extra
 
-    lr = recipe.lr * (48 / width) ** 0.5
-    parameters = [*module.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
+    parameters = [*module.parameters(), *patches.head.parameters()]
     module.train()
-    losses = descend(optimizer, recipe, lessons(recipe, data, seed), loss_of)
+    losses = fit(
+        parameters,
+        recipe,
+        lessons(recipe, data, seed),
+        loss_of,
+        lr=peak_rate(module, recipe),
+        weight_decay=WEIGHT_DECAY,
+        keeper=keeper,
+    )
     module.eval()
     return losses
+
+
+def peak_rate(module: Any, recipe: Recipe) -> float:
+    """The learning rate of a width."""
+    return recipe.lr * (48 / module.config.hidden_size) ** 0.5
+
+
+def vit_course(info: VitInfo, size: str, data: str, seed: int) -> Course:
+    """The same training with methods in place."""
+    started = time.process_time()
+    recipe = Recipe(**dict(info.options))
+    module = untrained(SIZES[size], data, derive_seed("vit weights", seed))
+    patches = PatchLoss(module, seed)
+
+    def forward(model: Model, lesson: ImageLesson) -> tuple[Tensor, Tensor]:
+        return patches.forward(lesson), lesson.labels_B
+
+    def save(folder: Path, losses: list[float]) -> None:
+        save_vit(folder, module, losses, started)
+
+    parameters = [*module.parameters(), *patches.head.parameters()]
+    groups = [{"params": parameters, "lr": peak_rate(module, recipe)}]
+    model = VitModel(info, module)
+    course = Course(model, recipe, groups, lessons(recipe, data, seed), save, forward, patches.of)
+    course.weight_decay = WEIGHT_DECAY
+    return course
+
+
+def save_vit(folder: Path, module: Any, losses: list[float], started: float) -> dict[str, float]:
+    """Write the checkpoint and its record."""
+    with no_progress_bars():
+        module.save_pretrained(folder)
+    save_preprocessing(folder, world.SIDE, "ViTImageProcessor")
+    return record_training(folder, losses, started)
 
 
 @dataclass(frozen=True)
@@ -126,11 +192,8 @@ class VitStage(Stage):
         """Train and save."""
         started = time.process_time()
         module = untrained(SIZES[self.size], self.data, derive_seed("vit weights", self.seed))
-        losses = train(module, Recipe(**dict(self.recipe)), self.data, self.seed)
-        with no_progress_bars():
-            module.save_pretrained(folder)
-        save_preprocessing(folder, world.SIDE, "ViTImageProcessor")
-        record = record_training(folder, losses, started)
+        losses = train(module, Recipe(**dict(self.recipe)), self.data, self.seed, Keeper(ctx.scratch(self)))
+        record = save_vit(folder, module, losses, started)
         log.info("trained %s on %s, seed %d: %s", self.size, self.data, self.seed, record)
 
     def load(self, ctx: StageContext, folder: Path) -> Path:

@@ -33,8 +33,9 @@ from isoflop.models.training.collectives import (
     run_over_gloo,
     run_together,
 )
-from isoflop.models.training.descent import Schedule, follow
+from isoflop.models.training.loop import Schedule, follow
 from isoflop.models.training.sockets import loopback, socket_bytes_sent
+from isoflop.models.training.taught import Taught
 
 CHECK_EVERY = 10
 """Steps between comparisons of the replicas."""
@@ -77,8 +78,19 @@ class Setting:
     shapes: Mapping[str, torch.Size]
 
 
-class ExchangingMethod(Protocol):
+class ExchangingMethod(Taught, Protocol):
     """What the training asks of a method."""
+
+    @property
+    def processes(self) -> int:
+        """Local processes that a training runs."""
+
+    @property
+    def backend(self) -> str:
+        """``ddp``, or ``simulated``."""
+
+    def knobs(self) -> dict[str, Any]:
+        """All knob values, from which a worker's process makes the method again."""
 
     @property
     def workers(self) -> int:

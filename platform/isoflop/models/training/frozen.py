@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +18,20 @@ from torch.nn import functional as F
 from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import derive_seed
 from isoflop.core.stage import Stage, StageContext
-from isoflop.models.base import family_of
+from isoflop.models.base import Checkpoint, family_of
 from isoflop.models.features import FeaturesStage, LayerKey
-from isoflop.models.hooks.visual_tokens import VISUAL_TOKENS, CompressedTokens, Compression, VisualInput
-from isoflop.models.tiny.llava_training import MethodSpec, Recipe, build_visual, method_spec
-from isoflop.models.training.descent import descend
-from isoflop.models.vlm import Checkpoint, VlmBatch, VlmInfo, VlmModel
+from isoflop.models.hooks.visual_tokens import (
+    VISUAL_TOKENS,
+    CompressedTokens,
+    Compression,
+    TaughtCompressor,
+    VisualInput,
+)
+from isoflop.models.tiny.llava_training import Recipe
+from isoflop.models.training.loop import Keeper, fit
+from isoflop.models.vlm import VlmBatch, VlmInfo, VlmModel
 from isoflop.models.worlds.digit_world import VOCABULARY
 from isoflop.models.worlds.lessons import Lesson, Lessons
-
-if TYPE_CHECKING:
-    from isoflop.methods.visual_tokens.base import VisualTokenMethod
 
 STEPS = 900
 BATCH = 32
@@ -39,7 +41,7 @@ BATCH = 32
 class _Learning(Compression):
     """A compressor in training."""
 
-    method: VisualTokenMethod
+    method: TaughtCompressor
     module: nn.Module | None
     projector: nn.Module | None
     layers: tuple[LayerKey, ...]
@@ -62,7 +64,7 @@ class CompressorStage(Stage):
     ref: str
     checkpoint: str
     options: tuple[tuple[str, Any], ...]
-    method: MethodSpec
+    method: TaughtCompressor
     seed: int
     lessons: tuple[tuple[str, Any], ...]
     features: tuple[FeaturesStage, ...]
@@ -71,7 +73,7 @@ class CompressorStage(Stage):
     batch: int = BATCH
 
     @classmethod
-    def of(cls, info: VlmInfo, method: VisualTokenMethod, seed: int, weights: Stage | None = None) -> CompressorStage:
+    def of(cls, info: VlmInfo, method: TaughtCompressor, seed: int, weights: Stage | None = None) -> CompressorStage:
         """The stage of a method on a checkpoint, or on the model that ``weights`` trains with all tokens.
 
         Raises:
@@ -84,7 +86,7 @@ class CompressorStage(Stage):
             )
         layers: list[LayerKey] = [info.feature_layer, *(n for n in method.layers(info) if n != info.feature_layer)]
         features = tuple(stage for n in layers for stage in lessons.tables(info.tower, n))
-        return cls(info.ref, info.version, info.options, method_spec(method), seed, lessons.fields(), features, weights)
+        return cls(info.ref, info.version, info.options, method.as_trained(), seed, lessons.fields(), features, weights)
 
     def deps(self) -> tuple[Stage, ...]:
         """Training features, and the model's weights if they are trained here."""
@@ -99,7 +101,7 @@ class CompressorStage(Stage):
         if "dtype" in options:  # float32, whatever the type at evaluation: small steps vanish in 16 bits
             options["dtype"] = "float32"
         model = family.load(family.info(self.ref, options), self.weights, ctx)
-        method = build_visual(self.method)
+        method = self.method
         if not isinstance(model, VlmModel):
             raise TypeError(f"{self.ref} is no vision-language model")
         module = method.untrained(model.info, self.seed)
@@ -126,7 +128,7 @@ class CompressorStage(Stage):
         return Checkpoint(folder, json.loads((folder / "training.json").read_text()))
 
     def _train(
-        self, ctx: StageContext, model: VlmModel, method: VisualTokenMethod, module: nn.Module, projector: nn.Module
+        self, ctx: StageContext, model: VlmModel, method: TaughtCompressor, module: nn.Module, projector: nn.Module
     ) -> list[float]:
         recipe = Recipe(steps=self.steps, batch=self.batch, lr=method.learning_rate)
         learning = _Learning(method, module, projector, method.layers(model.info))
@@ -138,12 +140,14 @@ class CompressorStage(Stage):
         def batch(lesson: Lesson) -> VlmBatch:
             return model.lesson(lesson, {n: table.index_select(0, lesson.rows_B) for n, table in hidden.items()})
 
-        numbers = count()
-
-        def loss(lesson: Lesson) -> Tensor:
-            learning.method = method.at_step(next(numbers), self.seed)
-            logits_BW, answers_B = model.supervised(batch(lesson))
-            return F.cross_entropy(logits_BW.float(), answers_B)
+        def loss(numbered: tuple[int, Lesson]) -> Tensor:
+            number, lesson = numbered
+            parts = []
+            for weight, learning.method in method.budgets(number, self.steps, self.seed):
+                logits_BW, answers_B = model.supervised(batch(lesson))
+                part = F.cross_entropy(logits_BW.float(), answers_B)
+                parts.append(part if weight == 1 else weight * part)
+            return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
         with model.occupy(VISUAL_TOKENS, learning):
             sample = torch.arange(0, len(hidden[model.info.feature_layer]), 8)
@@ -152,7 +156,7 @@ class CompressorStage(Stage):
             if learning.seen is not None:
                 method.fit_inputs(module, learning.seen)
             parameters = list({id(p): p for p in [*module.parameters(), *projector.parameters()]}.values())
-            optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0, betas=(0.9, 0.98))
             lessons = Lessons(**dict(self.lessons))
             steps = lessons.steps(self.steps, self.batch, derive_seed("compressor", self.seed))
-            return descend(optimizer, recipe, steps, loss)
+            keeper = Keeper(ctx.scratch(self))
+            return fit(parameters, recipe, enumerate(steps), loss, lr=recipe.lr, fused=False, keeper=keeper)

@@ -1,12 +1,10 @@
-"""What a training asks of the methods that take part in it. Models know no methods: these are the shapes that they have.
-
-Shape suffixes: S scored positions, W classes.
-"""
+"""What a training asks of the methods that take part in it. Models know no methods: these are the shapes that they have."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -16,6 +14,31 @@ from isoflop.models.hooks.occupant import Occupant
 
 if TYPE_CHECKING:
     from isoflop.models.base import Model, ModelInfo
+
+DENSE, TRAINED = "dense", "trained"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Whose logits a training follows besides the targets.
+
+    Attributes:
+        source: ``dense``: the model as it is at that step, without the methods; ``trained``: the model as its family trains it
+            without them, a stage of its own.
+        weight: of the divergence in the loss; the targets keep 1 - weight.
+        temperature: both logits are divided by it, and the divergence multiplied by its square.
+    """
+
+    source: str = DENSE
+    weight: float = 0.5
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class InTraining:
+    """What ``occupants`` is given while a method is trained: its own weights as they are now, with gradients."""
+
+    module: nn.Module | None
 
 
 class Taught(Protocol):
@@ -36,11 +59,30 @@ class Taught(Protocol):
     def learning_rate(self) -> float:
         """Peak learning rate of the method's own weights."""
 
+    @property
+    def teacher(self) -> Teacher | None:
+        """Whom its training follows, or None."""
+
     def as_field(self) -> tuple[Any, ...]:
         """What names it in a stage's key."""
 
-    def as_trained(self) -> Self:
+    def as_trained(self) -> Any:
         """The configuration that takes part, equal for all values of knobs that act at inference only."""
+
+    def trains(self, parameter: str) -> bool:
+        """Whether a parameter of the model, by its name in the module, learns while the method takes part."""
+
+    def untrained(self, info: Any, seed: int) -> nn.Module | None:
+        """Its own weights as they are before training, or None where it has none."""
+
+    def budgets(self, step: int, steps: int, seed: int) -> Sequence[tuple[float, Any]]:
+        """What it is in one step of the training: configurations with their weights in the loss."""
+
+    def occupants(self, model: Any, prepared: Any) -> Mapping[Hook[Any], Occupant]:
+        """What sits in its hooks; ``prepared`` is ``InTraining``."""
+
+    def extra_loss(self, model: Model, occupants: Mapping[Hook[Any], Occupant]) -> Tensor | None:
+        """Added to the loss behind a pass with its occupants in place, or None."""
 
     def check(self, info: ModelInfo) -> None:
         """Raise Infeasible when it cannot work on the model."""
@@ -49,15 +91,3 @@ class Taught(Protocol):
         self, info: ModelInfo, weights: Stage | None, seed: int, trained_with: tuple[Any, ...] = ()
     ) -> Stage | None:
         """The stage that trains or calibrates it, or None."""
-
-    def untrained(self, info: Any, seed: int) -> nn.Module | None:
-        """Its own weights as they are before training, or None where it has none."""
-
-    def budgets(self, step: int, steps: int, seed: int) -> Sequence[tuple[float, Self]]:
-        """What it is in one step of the training: configurations with their weights in the loss."""
-
-    def occupants(self, model: Any, prepared: Any) -> Mapping[Hook[Any], Occupant]:
-        """What sits in its hooks."""
-
-    def extra_loss(self, model: Model, occupants: Mapping[Hook[Any], Occupant]) -> Tensor | None:
-        """Added to the loss behind a pass with its occupants in place, or None."""
