@@ -215,6 +215,19 @@ class Method:
         return {}
 
 
+@dataclass(frozen=True)
+class Regardless:
+    """A method as a field of a stage whose result is the same for all values of some of its knobs."""
+
+    method: Method
+    knobs: tuple[str, ...]
+
+    def as_field(self) -> tuple[str, str, tuple[tuple[str, KnobValue], ...]]:
+        """Name, version and the other knobs."""
+        name, version, values = self.method.as_field()
+        return name, version, tuple(pair for pair in values if pair[0] not in self.knobs)
+
+
 METHODS: Registry[type[Method]] = Registry("method", ("isoflop.methods",))
 
 

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from isoflop.core.stage import Stage, StageContext
-from isoflop.methods.base import Method, build
+from isoflop.methods.base import Method
 from isoflop.models.base import Model, ModelInfo, family_of
-
-Spec = tuple[str, str, tuple[tuple[str, Any], ...]]
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class OnModel(Stage):
     Attributes:
         ref, options, model_version: of the model.
         weights: the stage that trained it, or None for a checkpoint.
-        trained_with, prepared: methods that took part in the training (name, version, knobs), and their stages.
+        trained_with, prepared: methods that took part in the training, and their stages.
         examples: stages that the model's calibration examples come from.
         seed: of the job.
     """
@@ -34,7 +32,7 @@ class OnModel(Stage):
     options: tuple[tuple[str, Any], ...]
     model_version: str
     weights: Stage | None
-    trained_with: tuple[Spec, ...]
+    trained_with: tuple[Method, ...]
     prepared: tuple[Stage | None, ...]
     examples: tuple[Stage, ...]
     seed: int
@@ -51,7 +49,7 @@ class OnModel(Stage):
             "options": info.options,
             "model_version": info.version,
             "weights": weights,
-            "trained_with": tuple((m.name, m.version, tuple(sorted(m.knobs().items()))) for m in trained_with),
+            "trained_with": trained_with,
             "prepared": tuple(m.prepare(info, weights, seed, trained_with) for m in trained_with),
             "examples": family.calibration_stages(info, trained_with),
             "seed": seed,
@@ -69,7 +67,6 @@ class OnModel(Stage):
         info = family.info(self.ref, dict(self.options))
         model = family.load(info, self.weights, ctx)
         with ExitStack() as stack:
-            for (name, _, knobs), stage in zip(self.trained_with, self.prepared, strict=True):
-                method = build(name, dict(knobs))
+            for method, stage in zip(self.trained_with, self.prepared, strict=True):
                 stack.enter_context(method.apply(model, ctx.get(stage) if stage is not None else None))
             yield model

@@ -26,8 +26,7 @@ from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.activation_sparsity.base import ActivationSparsityMethod, Rule, Sparsity, blocks_of
 from isoflop.methods.activation_sparsity.cett import Contributions
-from isoflop.methods.base import build
-from isoflop.methods.calibration import OnModel, Spec
+from isoflop.methods.calibration import OnModel
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.decoder_model import decoder_model
 from isoflop.models.lm import LmInfo
@@ -166,7 +165,7 @@ class ThresholdMethod(ActivationSparsityMethod):
         """The stage that finds the thresholds."""
         self.check(info)
         source = OnModel.source(info, weights, seed, trained_with)
-        return ThresholdStage(**source, method=self.named(), common=None)
+        return ThresholdStage(**source, method=self, common=None)
 
     def calibrate(self, model: Model, ctx: StageContext, seed: int) -> Thresholds:
         """What the stage computes, on a loaded model that is its own series."""
@@ -177,10 +176,6 @@ class ThresholdMethod(ActivationSparsityMethod):
     def calibration(self, model: Model, ctx: StageContext, seed: int) -> Calibration:
         """A model with the text that ``seed`` draws."""
         return Calibration(model, ctx, self.n_calib, derive_seed("mlp thresholds", seed), self.name)
-
-    def named(self) -> Spec:
-        """What names the method in a stage."""
-        return (self.name, self.version, tuple(sorted(self.knobs().items())))
 
 
 @dataclass(frozen=True)
@@ -210,7 +205,7 @@ class CettStage(Stage):
     kind: ClassVar[str] = "mlp-cett"
 
     models: tuple[OnModel, ...]
-    method: Spec
+    method: ThresholdMethod
 
     def deps(self) -> tuple[Stage, ...]:
         """Those of all checkpoints."""
@@ -218,7 +213,7 @@ class CettStage(Stage):
 
     def compute(self, ctx: StageContext, folder: Path) -> None:
         """Load all of them at once and search."""
-        method = threshold_method(self.method)
+        method = self.method
         with ExitStack() as stack:
             loaded = [stack.enter_context(source.model(ctx)) for source in self.models]
             found = method.shared(
@@ -238,7 +233,7 @@ class ThresholdStage(OnModel):
 
     kind: ClassVar[str] = "mlp-thresholds"
 
-    method: Spec
+    method: ThresholdMethod
     common: CettStage | None
 
     def deps(self) -> tuple[Stage, ...]:
@@ -247,7 +242,7 @@ class ThresholdStage(OnModel):
 
     def compute(self, ctx: StageContext, folder: Path) -> None:
         """Find and save."""
-        method = threshold_method(self.method)
+        method = self.method
         common: Crossed | None = None if self.common is None else ctx.get(self.common)
         with self.model(ctx) as model:
             found = method.find(method.calibration(model, ctx, self.seed), None if common is None else common.cett)
@@ -256,14 +251,6 @@ class ThresholdStage(OnModel):
     def load(self, ctx: StageContext, folder: Path) -> Thresholds:
         """What was found."""
         return Thresholds.read(folder)
-
-
-def threshold_method(spec: Spec) -> ThresholdMethod:
-    """The method that a stage names."""
-    name, _, knobs = spec
-    method = build(name, dict(knobs))
-    assert isinstance(method, ThresholdMethod)
-    return method
 
 
 def prepared_thresholds(method: str, prepared: Any) -> Tensor:

@@ -143,8 +143,8 @@ class SparsingLaw(CettRule):
         self.check(info)
         last = family_of(info.ref).series(info, weights)[-LAST_CHECKPOINTS:]
         models = tuple(OnModel(**OnModel.source(i, w, seed, trained_with)) for i, w in last)
-        common = CettStage(models, self.named())
-        return ThresholdStage(**OnModel.source(info, weights, seed, trained_with), method=self.named(), common=common)
+        common = CettStage(models, self)
+        return ThresholdStage(**OnModel.source(info, weights, seed, trained_with), method=self, common=common)
 
     def shared(self, models: Sequence[Calibration]) -> Crossed | None:
         """Search for the CETT; dips of the ratio that are smaller than the tolerance itself are taken for noise."""

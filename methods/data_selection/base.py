@@ -24,7 +24,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
-from isoflop.methods.base import Method, build
+from isoflop.methods.base import Method, Regardless
 from isoflop.methods.data_selection.scorers import DocumentScorer, OracleScorer
 from isoflop.methods.data_selection.select import UNITS, Budget, select
 from isoflop.models.base import Model, ModelInfo
@@ -92,9 +92,8 @@ class DataSelectionMethod(Method):
     def selection(self, info: ModelInfo, seed: int) -> SelectionStage:
         """What is kept of the model's pool, the scores one stage for every ``keep`` and ``unit``."""
         pool = pool_of(info)
-        knobs = {name: value for name, value in self.knobs().items() if name not in ("keep", "unit")}
         scores = ScoreStage(
-            (self.name, self.version, tuple(sorted(knobs.items()))),
+            Regardless(self, ("keep", "unit")),
             pool if self.wants_target else dataclasses.replace(pool, target=None),
             seed if self.by_chance else None,
         )
@@ -207,7 +206,7 @@ class ScoreStage(Stage):
     """Scores of every document of a pool.
 
     Args:
-        method: name, version and the knobs that scores depend on.
+        method: whose scores do not depend on what is kept.
         pool: the documents and the target examples; no target for methods that look at none.
         seed: of the job, or None where nothing is drawn.
     """
@@ -215,7 +214,7 @@ class ScoreStage(Stage):
     version: ClassVar[str] = "2"
     kind: ClassVar[str] = "document-scores"
 
-    method: tuple[str, str, tuple[tuple[str, Any], ...]]
+    method: Regardless
     pool: TrainingPool
     seed: int | None
 
@@ -230,8 +229,7 @@ class ScoreStage(Stage):
 
     def compute(self, ctx: StageContext, folder: Path) -> None:
         """Fit and score."""
-        name, _, knobs = self.method
-        method = build(name, dict(knobs))
+        method = self.method.method
         assert isinstance(method, DataSelectionMethod)
         found = scored(method.scorer(self.seed or 0), self.pool.pool(ctx), self.pool.wanted(ctx))
         np.save(folder / "scores.npy", found.scores_N)

@@ -20,8 +20,8 @@ from torch import Tensor
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob, KnobValue, knob_specs
 from isoflop.core.stage import Stage, StageContext
-from isoflop.methods.base import Method, build
-from isoflop.methods.calibration import OnModel, Spec
+from isoflop.methods.base import Method
+from isoflop.methods.calibration import OnModel
 from isoflop.methods.weights.artefact import Artefact, Serving
 from isoflop.methods.weights.payloads import Payload
 from isoflop.methods.weights.statistics import CalibrationStage, Statistics, ViewStats, calibration_seed, collect
@@ -154,8 +154,8 @@ class CalibratedMethod(MatrixCodecMethod):
         self.check(info)
         source = OnModel.source(info, weights, seed, trained_with)
         relevant = self.relevant()
-        spec = (self.name, self.version, tuple(sorted(relevant.knobs().items())))
-        return ArtefactStage(**source, method=spec, calibration=CalibrationStage(**source, n_calib=relevant.n_calib))
+        calibration = CalibrationStage(**source, n_calib=relevant.n_calib)
+        return ArtefactStage(**source, method=relevant, calibration=calibration)
 
     def relevant(self) -> Self:
         """The same method with knobs at their defaults that the others leave without effect: one stage for all of them."""
@@ -178,7 +178,7 @@ class ArtefactStage(OnModel):
 
     kind: ClassVar[str] = "weight-artefact"
 
-    method: Spec
+    method: MatrixCodecMethod
     calibration: CalibrationStage
 
     def deps(self) -> tuple[Stage, ...]:
@@ -187,11 +187,8 @@ class ArtefactStage(OnModel):
 
     def compute(self, ctx: StageContext, folder: Path) -> None:
         """Encode every view."""
-        name, _, knobs = self.method
-        method = build(name, dict(knobs))
-        assert isinstance(method, MatrixCodecMethod)
         with self.model(ctx) as model:
-            method.encode_model(model, ctx.get(self.calibration)).save(folder)
+            self.method.encode_model(model, ctx.get(self.calibration)).save(folder)
 
     def load(self, ctx: StageContext, folder: Path) -> Artefact:
         """The payloads, read lazily."""

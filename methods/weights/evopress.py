@@ -28,7 +28,7 @@ from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.allocation import allocate
 from isoflop.methods.base import METHODS
-from isoflop.methods.calibration import OnModel, Spec
+from isoflop.methods.calibration import OnModel
 from isoflop.methods.weights.artefact import Artefact
 from isoflop.methods.weights.base import MatrixCodecMethod, Served
 from isoflop.methods.weights.filling import shares
@@ -38,7 +38,7 @@ from isoflop.methods.weights.level_bank import LevelBank
 from isoflop.methods.weights.magnitude import Magnitude
 from isoflop.methods.weights.payloads import Payload
 from isoflop.methods.weights.rtn import RoundToNearest
-from isoflop.methods.weights.search_base import UNIFORM, SearchMethod, method_of, spec_of
+from isoflop.methods.weights.search_base import UNIFORM, SearchMethod
 from isoflop.methods.weights.space import Levels, LevelSpace
 from isoflop.methods.weights.sparsegpt import SparseGpt
 from isoflop.methods.weights.statistics import CalibrationStage, Statistics, ViewStats, calibration_seed, collect
@@ -118,7 +118,7 @@ class LevelMethod(SearchMethod):
         """The level database."""
         database = type(self)(**self.parts_knobs())
         calibration = CalibrationStage(**source, n_calib=self.n_calib)
-        return DatabaseStage(**source, method=spec_of(database), calibration=calibration)
+        return DatabaseStage(**source, method=database, calibration=calibration)
 
     def compute_parts(self, model: Model, ctx: StageContext, seed: int) -> Database:
         """The level database."""
@@ -208,7 +208,7 @@ class DatabaseStage(OnModel):
 
     kind: ClassVar[str] = "level-database"
 
-    method: Spec
+    method: LevelMethod
     calibration: CalibrationStage
 
     def deps(self) -> tuple[Stage, ...]:
@@ -217,10 +217,8 @@ class DatabaseStage(OnModel):
 
     def compute(self, ctx: StageContext, folder: Path) -> None:
         """Compress every matrix to every level."""
-        method = method_of(self.method)
-        assert isinstance(method, LevelMethod)
         with self.model(ctx) as model:
-            method.database(model, ctx.get(self.calibration)).save(folder)
+            self.method.database(model, ctx.get(self.calibration)).save(folder)
 
     def load(self, ctx: StageContext, folder: Path) -> Database:
         """The levels, read lazily."""

@@ -18,8 +18,8 @@ import numpy as np
 from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob, KnobValue
 from isoflop.core.stage import Stage, StageContext
-from isoflop.methods.base import Method, build
-from isoflop.methods.calibration import OnModel, Spec
+from isoflop.methods.base import Method
+from isoflop.methods.calibration import OnModel
 from isoflop.methods.weights.base import WeightMethod
 from isoflop.methods.weights.evolution import Search, SelectionStep, evolve, selections
 from isoflop.methods.weights.fitness import FITNESSES, KL, Fitness
@@ -108,7 +108,7 @@ class SearchMethod(WeightMethod):
         """The stage with the allocation; the search runs in it."""
         self.check(info)
         source = OnModel.source(info, weights, seed, trained_with)
-        return SearchStage(**source, method=spec_of(self.relevant()), parts=self.parts_stage(source))
+        return SearchStage(**source, method=self.relevant(), parts=self.parts_stage(source))
 
     def calibrate(self, model: Model, ctx: StageContext, seed: int) -> Found:
         """What the stages compute, on a loaded model."""
@@ -188,7 +188,7 @@ class SearchStage(OnModel):
 
     kind: ClassVar[str] = "level-search"
 
-    method: Spec
+    method: SearchMethod
     parts: Stage | None
 
     def deps(self) -> tuple[Stage, ...]:
@@ -199,24 +199,11 @@ class SearchStage(OnModel):
         """Search."""
         parts = None if self.parts is None else ctx.get(self.parts)
         with self.model(ctx) as model:
-            method_of(self.method).search(model, ctx, parts, self.seed).save(folder)
+            self.method.search(model, ctx, parts, self.seed).save(folder)
 
     def load(self, ctx: StageContext, folder: Path) -> Found:
         """Levels, trace and parts."""
         return Found.load(folder, None if self.parts is None else ctx.get(self.parts))
-
-
-def spec_of(method: Method) -> Spec:
-    """A method as a field of a stage."""
-    return method.name, method.version, tuple(sorted(method.knobs().items()))
-
-
-def method_of(spec: Spec) -> SearchMethod:
-    """The inverse of :func:`spec_of`."""
-    name, _, knobs = spec
-    method = build(name, dict(knobs))
-    assert isinstance(method, SearchMethod)
-    return method
 
 
 def _nothing(levels: Levels, rng: np.random.Generator) -> Levels:
