@@ -28,6 +28,35 @@ ADDITIVE_COSTS = frozenset({"method_params", "method_bytes"})
 
 
 @dataclass(frozen=True)
+class Axes:
+    """What a configuration plans; None where it plans nothing of the kind. Overheads are measured later, in rows.
+
+    Attributes:
+        visual_tokens: V of each decoder layer of a vision-language model, or one number for all of them.
+        bits: per weight, or per element of the cache, without scales and masks.
+        bytes: per example, of codecs.
+        ratio: dense over planned cost, in the unit of the method's family.
+    """
+
+    visual_tokens: tuple[float, ...] | float | None = None
+    bits: float | None = None
+    bytes: float | None = None
+    ratio: float | None = None
+
+    @property
+    def V(self) -> float | None:  # noqa: N802: as in laws
+        """Visual tokens, mean over the decoder layers."""
+        if isinstance(self.visual_tokens, tuple):
+            return sum(self.visual_tokens) / len(self.visual_tokens)
+        return self.visual_tokens
+
+    def named(self) -> dict[str, float]:
+        """What is planned, by the names that laws and rows use."""
+        found = {"V": self.V, "bits": self.bits, "bytes": self.bytes, "ratio": self.ratio}
+        return {name: float(value) for name, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
 class Method:
     """Base class of methods: a frozen dataclass whose ``Knob`` fields are the method's hyper-parameters.
 
@@ -122,6 +151,14 @@ class Method:
         raise NotImplementedError(
             f"family {cls.family!r} of method {cls.name!r} gives no probe: override Method.probe in its base class"
         )
+
+    def axes(self, info: ModelInfo) -> Axes:
+        """What this configuration plans on a model, known before anything runs; law search, plans and costs read it.
+
+        Raises:
+            Infeasible: it cannot work on the model.
+        """
+        return Axes()
 
     def check(self, info: ModelInfo) -> None:
         """Raise Infeasible when this configuration cannot work on the model; names the knob and what would work."""

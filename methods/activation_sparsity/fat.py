@@ -20,7 +20,7 @@ from isoflop.methods.activation_sparsity.calibration import (
     prepared_thresholds,
 )
 from isoflop.methods.activation_sparsity.rules import at_least, just_above
-from isoflop.methods.base import METHODS, Method
+from isoflop.methods.base import METHODS, Axes, Method
 from isoflop.methods.bisection import largest_allowed
 from isoflop.models.base import ModelInfo
 from isoflop.models.hooks.feed_forward import Mlp
@@ -44,6 +44,10 @@ class MlpFat(ThresholdMethod):
     score: Annotated[str, Knob(choices=("gate", "value"), doc="whose magnitude counts")] = "gate"
 
     @classmethod
+    def axes(self, info: ModelInfo) -> Axes:
+        """1 / active, as calibrated."""
+        return Axes(ratio=1 / self.active)
+
     def identity(cls, info: ModelInfo) -> Method | None:
         """All stay."""
         return cls(active=1.0)

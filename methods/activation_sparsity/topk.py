@@ -11,7 +11,7 @@ from torch import Tensor
 from isoflop.core.knobs import Knob
 from isoflop.methods.activation_sparsity.base import ActivationSparsityMethod, Rule
 from isoflop.methods.activation_sparsity.rules import top_of_each, units_kept
-from isoflop.methods.base import METHODS, Method
+from isoflop.methods.base import METHODS, Axes, Method
 from isoflop.models.base import ModelInfo
 from isoflop.models.hooks.feed_forward import Mlp
 
@@ -29,6 +29,10 @@ class MlpTopK(ActivationSparsityMethod):
     score: Annotated[str, Knob(choices=("gate", "value"), doc="whose magnitude counts")] = "gate"
 
     @classmethod
+    def axes(self, info: ModelInfo) -> Axes:
+        """1 / active."""
+        return Axes(ratio=1 / self.active)
+
     def identity(cls, info: ModelInfo) -> Method | None:
         """All stay."""
         return cls(active=1.0)

@@ -6,6 +6,7 @@ Shape suffixes: B batch, C channels, H height, W width, L latent tokens, M kept 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -17,9 +18,9 @@ from torch import Tensor
 from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
-from isoflop.methods.base import METHODS, Method
+from isoflop.methods.base import METHODS, Axes, Method
 from isoflop.methods.codecs.base import ImageCodecMethod, codec_info
-from isoflop.methods.codecs.packing import COUNT_BYTES, MOST_CODES, read_codes, write_codes
+from isoflop.methods.codecs.packing import COUNT_BYTES, MOST_CODES, packed_bytes, read_codes, write_codes
 from isoflop.methods.codecs.tokenizer_training import Recipe, TokenizerStage
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.hooks.pixels import ImageCodec, to_bytes
@@ -91,6 +92,12 @@ class OneDPiece(ImageCodecMethod):
     revive: Annotated[
         int, Knob(low=0, high=10_000, doc="codes unused for so many steps move to where latents are; 0 never")
     ] = 25
+
+    def axes(self, info: ModelInfo) -> Axes:
+        """A byte for the count, and the packed codes; raw bytes over them."""
+        size = packed_bytes(self.tokens, math.ceil(math.log2(self.codebook_size)))
+        geometry = info.geometry
+        return Axes(bytes=float(size), ratio=geometry["channels"] * geometry["image_side"] ** 2 / size)
 
     def check(self, info: ModelInfo) -> None:
         """Refuse more tokens than the code has."""

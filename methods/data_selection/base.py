@@ -24,7 +24,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
-from isoflop.methods.base import Method, Regardless
+from isoflop.methods.base import Axes, Method, Regardless
 from isoflop.methods.data_selection.scorers import DocumentScorer, OracleScorer
 from isoflop.methods.data_selection.select import UNITS, Budget, select
 from isoflop.models.base import Model, ModelInfo
@@ -71,6 +71,10 @@ class DataSelectionMethod(Method):
     def identity(cls, info: ModelInfo) -> DataSelectionMethod:
         """Everything is kept."""
         return cls(keep=1.0)
+
+    def axes(self, info: ModelInfo) -> Axes:
+        """1 / keep, of the pool."""
+        return Axes(ratio=1 / self.keep)
 
     def check(self, info: ModelInfo) -> None:
         """Refuse models that train on no pool, and shares that keep next to nothing of it."""

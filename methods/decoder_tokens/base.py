@@ -19,7 +19,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
-from isoflop.methods.base import Method
+from isoflop.methods.base import Axes, Method
 from isoflop.methods.vision_language import vlm_info, vlm_model
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.hooks.decoder_layers import DECODER_LAYERS, LayerChange, LayerTokens, TokenPolicy
@@ -71,6 +71,12 @@ class DecoderTokenMethod(Method):
     def tokens_left(self, count: int) -> int:
         """How many of ``count`` visual tokens stay."""
         return count - int(count * self.drop + 1e-9)
+
+    def axes(self, info: ModelInfo) -> Axes:
+        """Visual tokens of each layer where all of them enter the decoder, and all over their mean."""
+        layers, tokens = (vlm_info(info).geometry[name] for name in ("layers", "visual_tokens"))
+        each = tuple(float(tokens if n < self.layer else self.tokens_left(tokens)) for n in range(layers))
+        return Axes(visual_tokens=each, ratio=tokens * layers / sum(each))
 
     def check(self, info: ModelInfo) -> None:
         """Refuse layers that the decoder does not have, and shares that leave no visual token.

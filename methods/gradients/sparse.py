@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from isoflop.core.knobs import Knob
+from isoflop.methods.base import Axes
 from isoflop.methods.gradients.base import CompressingMethod
 from isoflop.methods.gradients.coding import CODINGS, VALUE_TYPES, EntryCoding
 from isoflop.methods.gradients.compressors import TopK
 from isoflop.methods.gradients.selection import SAMPLERS, warmed_density
+from isoflop.models.base import ModelInfo
 from isoflop.models.training.distributed import Setting
 
 
@@ -22,6 +24,10 @@ class SparseMethod(CompressingMethod):
 
     density: Annotated[float, Knob(low=5e-4, high=1.0, log=True, ratio=True, doc="share of the entries sent")] = 1e-3
     warmup: Annotated[float, Knob(low=0.0, high=0.5, doc="share of the training with a higher density")] = 0.05
+
+    def axes(self, info: ModelInfo) -> Axes:
+        """1 / density, of entries; their places are measured."""
+        return Axes(ratio=1 / self.density)
 
     def warmup_steps(self, setting: Setting) -> int:
         """``warmup`` of all steps."""

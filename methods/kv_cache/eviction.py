@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from isoflop.core.knobs import Knob
+from isoflop.methods.base import Axes
 from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, key_positions, slice_call, whole_prompt
 from isoflop.methods.kv_cache.scores import over_group
 from isoflop.methods.kv_cache.select import KeptTokens, candidates, check_share, count_of, lengths, protect, select
@@ -43,6 +44,10 @@ class Eviction(KvCacheMethod):
     def identity(cls, info: ModelInfo) -> Self:
         """Everything kept."""
         return cls(keep=1.0)
+
+    def axes(self, info: ModelInfo) -> Axes:
+        """1 / keep."""
+        return Axes(ratio=1 / self.keep)
 
     def check_prompt(self, tokens: int, task: str) -> None:
         """At least one token is left without rounding up."""

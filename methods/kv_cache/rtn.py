@@ -9,8 +9,8 @@ from typing import Annotated, ClassVar
 import torch
 
 from isoflop.core.knobs import Knob
-from isoflop.methods.base import METHODS
-from isoflop.methods.kv_cache.quantised import Grids, Quantised
+from isoflop.methods.base import METHODS, Axes
+from isoflop.methods.kv_cache.quantised import EXACT, Grids, Quantised
 from isoflop.methods.kv_cache.select import KeptTokens, candidates, lengths, select
 from isoflop.models.base import ModelInfo
 from isoflop.models.hooks.attention import AttentionCall
@@ -40,6 +40,10 @@ class KvRtn(Quantised):
     def identity(cls, info: ModelInfo) -> KvRtn:
         """16 bits."""
         return cls(bits=16)
+
+    def axes(self, info: ModelInfo) -> Axes:
+        """Bits, per element, grids left out."""
+        return Axes(bits=float(self.bits), ratio=EXACT / self.bits)
 
     def grids(self) -> Grids:
         """One grid per ``group`` values."""

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
-from isoflop.methods.base import METHODS
+from isoflop.methods.base import METHODS, Axes
 from isoflop.methods.kv_cache.chance import uniform
-from isoflop.methods.kv_cache.quantised import Grids, Quantised
+from isoflop.methods.kv_cache.quantised import EXACT, Grids, Quantised
 from isoflop.methods.kv_cache.select import KeptTokens, candidates, count_of, lengths, split
 from isoflop.models.base import ModelInfo
 from isoflop.models.hooks.attention import AttentionCall
@@ -55,6 +55,11 @@ class TwoTier(Quantised):
     @abstractmethod
     def new_saliency(self, query: AttentionCall, block: DenseSegment) -> Tensor:
         """Scores of a full buffer's tokens, (B, G, N), when the newest query (T = 1) has attended to them."""
+
+    def axes(self, info: ModelInfo) -> Axes:
+        """Bits per element of the tiers by their shares, and dense bits over them."""
+        bits = self.salient_ratio * self.bits_hi + (1 - self.salient_ratio) * self.bits_lo
+        return Axes(bits=bits, ratio=EXACT / bits)
 
     def check(self, info: ModelInfo) -> None:
         """Refuse tiers in the wrong order."""

@@ -18,9 +18,9 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
-from isoflop.methods.base import Method
+from isoflop.methods.base import Axes, Method
 from isoflop.methods.prompts.units import Page, Span, page_of, split_up, words_of
-from isoflop.models.base import Model
+from isoflop.models.base import Model, ModelInfo
 from isoflop.models.hooks.occupant import Occupant, tensor_bytes
 from isoflop.models.hooks.prompt_text import (
     PROMPT_TEXT,
@@ -130,6 +130,10 @@ class RatedPromptMethod(PromptMethod):
     """Base class of methods with a share of the context to keep; at 1 the text is left alone."""
 
     rate: Annotated[float, Knob(low=0.05, high=1.0, log=True, ratio=True, doc="share of the context that stays")] = 0.5
+
+    def axes(self, info: ModelInfo) -> Axes:
+        """1 / rate, of the context."""
+        return Axes(ratio=1 / self.rate)
 
     @classmethod
     def identity(cls, info: Any) -> RatedPromptMethod:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from isoflop.core.knobs import Knob
+from isoflop.methods.base import Axes
 from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, key_positions, slice_call, whole_prompt
 from isoflop.methods.kv_cache.select import check_share
 from isoflop.models.base import ModelInfo
@@ -47,6 +48,10 @@ class SparseAttention(KvCacheMethod):
     def identity(cls, info: ModelInfo) -> Self:
         """Every token read."""
         return cls(k_share=1.0)
+
+    def axes(self, info: ModelInfo) -> Axes:
+        """1 / k_share, of what a step reads."""
+        return Axes(ratio=1 / self.k_share)
 
     @classmethod
     def probe(cls) -> Probe:

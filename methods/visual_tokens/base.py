@@ -18,7 +18,7 @@ from torch import nn
 
 from isoflop.core.hook import Hook
 from isoflop.core.stage import Stage, StageContext
-from isoflop.methods.base import Method
+from isoflop.methods.base import Axes, Method
 from isoflop.methods.vision_language import vlm_info, vlm_model
 from isoflop.models.base import Checkpoint, Model, ModelInfo
 from isoflop.models.features import LayerKey
@@ -69,6 +69,12 @@ class VisualTokenMethod(Method):
 
     def fit_inputs(self, module: nn.Module, view: VisualInput) -> None:
         """Set what ``module`` derives from data (input statistics) from a sample of the training images."""
+
+    def axes(self, info: ModelInfo) -> Axes:
+        """V, the same in every layer, and P / V."""
+        geometry = vlm_info(info).geometry
+        left = self.tokens_left(geometry["grid"])
+        return Axes(visual_tokens=float(left), ratio=geometry["visual_tokens"] / left)
 
     def check(self, info: ModelInfo) -> None:
         """Refuse models without the hook point, and knobs that the patch grid rules out."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
-from isoflop.methods.base import Method
+from isoflop.methods.base import Axes, Method
 from isoflop.methods.vit_tokens.schedule import SHAPES, largest_amount, model_macs, removals, within_budget
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.counting import flops_of
@@ -118,6 +118,13 @@ class VitTokenMethod(Method):
     def plan(self, info: VitInfo) -> tuple[int, ...]:
         """Tokens removed in each block. Raises Infeasible, naming the knob and what would work."""
         return _plan(self, info.ref, tuple(sorted(info.geometry.items())))
+
+    def axes(self, info: ModelInfo) -> Axes:
+        """Dense multiply-adds over those of the schedule, scoring included."""
+        vit = vit_info(info)
+        geometry, plan = vit.geometry, self.plan(vit)
+        planned = model_macs(geometry, plan, partial(self.scoring_macs, geometry), self.after_block)
+        return Axes(ratio=model_macs(geometry, (0,) * geometry["layers"]) / planned)
 
     def check(self, info: ModelInfo) -> None:
         """Refuse models without the hook point, and schedules that they rule out."""

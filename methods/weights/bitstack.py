@@ -15,7 +15,7 @@ import torch
 from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob, KnobValue
 from isoflop.core.stage import Stage, StageContext
-from isoflop.methods.base import METHODS, Method
+from isoflop.methods.base import METHODS, Axes, Method
 from isoflop.methods.calibration import OnModel
 from isoflop.methods.weights.artefact import Artefact
 from isoflop.methods.weights.base import Served, WeightMethod, all_matrices_known, known_matrices
@@ -51,6 +51,10 @@ class BitStack(WeightMethod):
     sort: Annotated[str, Knob(choices=SORTS, doc="order of the blocks within a level")] = PERPLEXITY
     n_calib: Annotated[int, Knob(low=1, high=100_000, log=True, unit="examples", doc="training examples for the scales")] = 256  # fmt: skip
     n_sort: Annotated[int, Knob(low=1, high=100_000, log=True, unit="examples", doc="training examples for the order")] = 32  # fmt: skip
+
+    def axes(self, info: ModelInfo) -> Axes:
+        """Bits per weight, scales included."""
+        return Axes(bits=self.bits, ratio=info.dense_bits / self.bits)
 
     def check(self, info: ModelInfo) -> None:
         """Refuse budgets below the first level."""

@@ -27,7 +27,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.allocation import allocate
-from isoflop.methods.base import METHODS
+from isoflop.methods.base import METHODS, Axes
 from isoflop.methods.calibration import OnModel
 from isoflop.methods.weights.artefact import Artefact
 from isoflop.methods.weights.base import MatrixCodecMethod, Served
@@ -248,6 +248,10 @@ class EvoPress(LevelMethod):
     highest: Annotated[int, Knob(low=1, high=8, unit="bits", doc="most of a matrix")] = 6
     exchange: Annotated[str, Knob(choices=EXCHANGES, doc="which matrices exchange bits: those of equal size, or any, storing as many")] = SIZE  # fmt: skip
 
+    def axes(self, info: ModelInfo) -> Axes:
+        """Bits, per weight on average."""
+        return Axes(bits=float(self.bits), ratio=info.dense_bits / self.bits)
+
     def check(self, info: ModelInfo) -> None:
         """The average lies between the levels; all matrices can only have the same level when it is whole."""
         super().check(info)
@@ -314,6 +318,10 @@ class EvoPressSparse(LevelMethod):
     sparsity: Annotated[float, Knob(low=0.0, high=0.95, ratio=True, doc="share of zeros")] = 0.5
     compressor: Annotated[str, Knob(choices=(SPARSEGPT, WANDA, MAGNITUDE), doc="what prunes to a level")] = SPARSEGPT
     levels: Annotated[int, Knob(low=1, high=64, doc="up and down from the average, as far as a matrix allows")] = 8
+
+    def axes(self, info: ModelInfo) -> Axes:
+        """Weights over those that are not zero."""
+        return Axes(ratio=1 / (1 - self.sparsity))
 
     @classmethod
     def identity(cls, info: ModelInfo) -> EvoPressSparse:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from isoflop.core.errors import Infeasible
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
-from isoflop.methods.base import METHODS
+from isoflop.methods.base import METHODS, Axes
 from isoflop.methods.weights.artefact import Serving
 from isoflop.methods.weights.base import Served
 from isoflop.methods.weights.fitness import Fitness
@@ -148,6 +148,11 @@ class EvoPressDrop(SearchMethod):
                 f"method evopress-drop: dropped = {self.dropped:g} leaves out none of {layers} blocks; "
                 f"allowed: 0, or from {1 / layers:g}"
             )
+
+    def axes(self, info: ModelInfo) -> Axes:
+        """Blocks over those that are left."""
+        layers = info.geometry["layers"]
+        return Axes(ratio=layers / (layers - self.count(layers)))
 
     def count(self, blocks: int) -> int:
         """Attentions left out of so many, and MLPs."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from isoflop.core.knobs import Knob
 from isoflop.kernels.quant import grid_of
-from isoflop.methods.base import METHODS
+from isoflop.methods.base import METHODS, Axes
 from isoflop.methods.weights.base import CalibratedMethod
 from isoflop.methods.weights.obs import obs_sweep
 from isoflop.methods.weights.payloads import DensePayload, GridPayload, Payload
@@ -47,6 +47,10 @@ class Gptq(CalibratedMethod):
     def relevant(self) -> Gptq:
         """At 16 bits nothing is swept."""
         return self.at_defaults("group", "damp", "n_calib") if self.bits == 16 else self
+
+    def axes(self, info: ModelInfo) -> Axes:
+        """Bits, per weight, grids left out."""
+        return Axes(bits=float(self.bits), ratio=info.dense_bits / self.bits)
 
     def encode(self, weight_OI: Tensor, stats: ViewStats | None = None) -> Payload:
         """Codes and grids after the sweep."""

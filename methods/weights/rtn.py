@@ -8,7 +8,7 @@ from typing import Annotated
 from torch import Tensor
 
 from isoflop.core.knobs import Knob
-from isoflop.methods.base import METHODS
+from isoflop.methods.base import METHODS, Axes
 from isoflop.methods.weights.base import MatrixCodecMethod
 from isoflop.methods.weights.payloads import DensePayload, GridPayload, Payload
 from isoflop.methods.weights.statistics import ViewStats
@@ -32,6 +32,10 @@ class RoundToNearest(MatrixCodecMethod):
     def identity(cls, info: ModelInfo) -> RoundToNearest:
         """16 bits."""
         return cls(bits=16)
+
+    def axes(self, info: ModelInfo) -> Axes:
+        """Bits per weight, grids left out."""
+        return Axes(bits=float(self.bits), ratio=info.dense_bits / self.bits)
 
     def encode(self, weight_OI: Tensor, stats: ViewStats | None = None) -> Payload:
         """Codes and grids."""

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
+from isoflop.methods.base import Axes
 from isoflop.methods.weights.base import CalibratedMethod, MatrixCodecMethod
 from isoflop.methods.weights.payloads import BitmapPayload, DensePayload, PatternPayload, Payload
 from isoflop.methods.weights.rules import PATTERNS, UNSTRUCTURED, keep_highest, keep_pattern, pattern_of
+from isoflop.models.base import ModelInfo
 
 GROUPS = ("matrix", "row")
 
@@ -30,6 +32,10 @@ class Pruner(MatrixCodecMethod):
 
     sparsity: Annotated[float, Knob(low=0.0, high=0.95, ratio=True, doc="share of zeros; a pattern has its own")] = 0.5
     pattern: Annotated[str, Knob(choices=PATTERNS, doc="N:M keeps N of every M inputs of a row")] = UNSTRUCTURED
+
+    def axes(self, info: ModelInfo) -> Axes:
+        """Weights over those that are not zero."""
+        return Axes(ratio=1 / (1 - self.sparsity))
 
     def check_shape(self, rows: int, cols: int) -> None:
         """A pattern fixes the sparsity and divides the inputs; without one every matrix will do."""

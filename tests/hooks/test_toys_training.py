@@ -1,0 +1,233 @@
+"""Methods that take part in trainings: inside decoders and vision transformers, by stages, with several budgets a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import HalfTheSamples, Nested, SkipsLayers, Slims, Stages
+
+from isoflop.core.errors import Infeasible
+from isoflop.core.folder_context import FolderContext
+from isoflop.methods.base import Method, build
+from isoflop.models.base import Checkpoint, Model, ModelInfo, family_of
+from isoflop.models.hooks.attention import ATTENTION
+from isoflop.models.hooks.residual import RESIDUAL
+from isoflop.models.hooks.vision_blocks import VISION_BLOCKS
+from isoflop.models.hooks.waveform import WAVEFORM
+from isoflop.models.lm import LmModel
+from isoflop.models.training.loop import Keeper, Unclipped, fit
+from isoflop.models.training.taught_stage import TaughtStage
+from isoflop.models.vit import VitModel
+from isoflop.models.worlds import recall_world
+from isoflop.testing import conformance
+
+LM = ("tiny-lm/recall-d64", {"steps": 12, "batch": 4, "length": 24})
+VIT = ("tiny-vit/c48", {"steps": 6, "batch": 8})
+LLAVA = ("tiny-llava/d24", {"steps": 9, "tower_steps": 4, "reading_scenes": 32, "coarse_scenes": 32})
+
+
+@pytest.fixture(scope="module")
+def ctx(tmp_path_factory: pytest.TempPathFactory) -> FolderContext:
+    return FolderContext(tmp_path_factory.mktemp("toys"))
+
+
+def trained(ctx: FolderContext, member: tuple[str, dict[str, Any]], *methods: Method) -> tuple[Model, list[Any]]:
+    """A member trained with methods in place, and what each of them is applied with."""
+    ref, options = member
+    family = family_of(ref)
+    info = family.info(ref, options)
+    weights = family.weights(info, methods, 0)
+    assert weights is not None
+    taking = family.trained_with(info, methods)
+    stages = [method.prepare(info, weights, 0, taking) for method in methods]
+    return family.load(info, weights, ctx), [None if stage is None else ctx.get(stage) for stage in stages]
+
+
+def differing(a: nn.Module, b: nn.Module) -> int:
+    """Parameters that are not the same."""
+    return sum(not torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@torch.no_grad()
+def lm_logits(model: LmModel) -> Tensor:
+    import numpy as np
+
+    return model.supervised(recall_world.copying(np.random.default_rng(3), 4, 12, 2, 0))[0]
+
+
+def test_a_method_that_trains_with_a_decoder_and_skips_layers_for_some_tokens(ctx: FolderContext) -> None:
+    method = SkipsLayers(0.5)
+    model, (prepared,) = trained(ctx, LM, method)
+    plain, _ = trained(ctx, LM)
+    assert isinstance(model, LmModel)
+    assert isinstance(prepared, Checkpoint)
+    assert differing(model.module, plain.module) > 10
+    learned, initial = prepared.state("toy-skip"), method.untrained(model.info, 0)
+    assert learned is not None
+    assert initial is not None
+    assert any(not torch.equal(learned[name], t) for name, t in initial.state_dict().items())
+    before = lm_logits(model)
+    snapshot = conformance.Snapshot(model)
+    with method.apply(model, prepared):
+        inside = lm_logits(model)
+        assert (
+            model.served_bytes() == model.weight_bytes() + 2 * 2 * 65
+        )  # two routers of 64 weights and a bias, 16 bits
+    snapshot.compare(model)
+    assert torch.equal(lm_logits(model), before)
+    assert not torch.allclose(inside, before, atol=1e-3)
+    with SkipsLayers(0.0).apply(model, prepared):  # nobody skips, and the gates still count
+        assert not torch.allclose(lm_logits(model), inside, atol=1e-3)
+
+
+def test_training_a_vision_transformer_with_a_method_that_trains_inside_it(ctx: FolderContext) -> None:
+    """On earlier versions the method was ignored: the same weights came out."""
+    method = Slims(8)
+    model, (prepared,) = trained(ctx, VIT, method)
+    plain, _ = trained(ctx, VIT)
+    assert isinstance(model, VitModel)
+    assert differing(model.module, plain.module) > 10
+    with method.apply(model, prepared):
+        model.logits(torch.rand(2, 3, 32, 32))
+        run = model.occupant(VISION_BLOCKS)
+        assert run is not None
+        assert run.state is not None
+        assert run.state.patches == 8
+
+
+def test_its_teacher_is_the_model_trained_without_it() -> None:
+    family = family_of(VIT[0])
+    info = family.info(*VIT)
+    stage = family.weights(info, (Slims(8),), 0)
+    assert isinstance(stage, TaughtStage)
+    assert stage.teacher == family.weights(info, (), 0)
+    assert stage.teacher in stage.deps()
+
+
+def test_what_a_family_cannot_train_with_is_refused_at_plan() -> None:
+    for ref, method, named in (
+        ("tiny-vit/c48", SkipsLayers(), "method toy-skip takes part in training at residual"),
+        (
+            "tiny-vit/c48",
+            build("avgpool", {}),
+            "visual_tokens, and models of the family tiny-vit are trained with methods at: vision_blocks",
+        ),
+    ):
+        family = family_of(ref)
+        with pytest.raises(Infeasible, match=named):
+            family.weights(family.info(ref, {}), (method,), 0)
+
+
+def test_compression_that_changes_over_the_steps_of_a_training(ctx: FolderContext) -> None:
+    seen = [method.tokens for step in range(9) for _, method in Stages().budgets(step, 9, 0)]
+    assert seen == [4, 4, 4, 9, 9, 9, 36, 36, 36]
+    stages, _ = trained(ctx, LLAVA, Stages(4))
+    whole, _ = trained(ctx, LLAVA, build("none", {}))
+    assert differing(stages.module, whole.module) > 10
+    family = family_of(LLAVA[0])
+    info = family.info(*LLAVA)
+    assert family.weights(info, (Stages(4),), 0) == family.weights(info, (Stages(36),), 0)
+
+
+def test_nested_budgets_have_the_mean_of_their_losses(ctx: FolderContext) -> None:
+    """One step: the loss is the mean of the three, each of which is what training at that budget alone begins with."""
+    one = (LLAVA[0], {**LLAVA[1], "steps": 1})
+    nested, each = first_loss(ctx, one, Nested()), [first_loss(ctx, one, Only(tokens)) for tokens in (4, 9, 36)]
+    assert nested == pytest.approx(sum(each) / 3, rel=1e-5)
+
+
+class Only(Stages):
+    """One budget in every step."""
+
+    def budgets(self, step: int, steps: int, seed: int) -> Any:
+        return ((1.0, self),)
+
+    def as_trained(self) -> Only:
+        return self
+
+
+def first_loss(ctx: FolderContext, member: tuple[str, dict[str, Any]], method: Method) -> float:
+    family = family_of(member[0])
+    info = family.info(*member)
+    stage = family.weights(info, (method,), 0)
+    assert stage is not None
+    return float(ctx.get(stage).log["final_loss"])
+
+
+class SoundModel(Model):
+    """Hears the mean loudness."""
+
+    def __init__(self) -> None:
+        self.info = ModelInfo("toy/sound", "toy", "1", 1, frozenset({WAVEFORM}))
+        self.module = nn.Identity()
+
+    def hear(self, sound_BCT: Tensor, ids_B: Tensor) -> Tensor:
+        codec = self.occupant(WAVEFORM)
+        return (sound_BCT if codec is None else codec.through(sound_BCT, ids_B)).square().mean((1, 2))
+
+
+def test_a_codec_on_waveforms() -> None:
+    model = SoundModel()
+    sound_BCT = torch.sin(torch.arange(2 * 300).view(2, 1, 300) / 7.0) * 0.7
+    bare = model.hear(sound_BCT, torch.arange(2))
+    with HalfTheSamples().apply(model, None):
+        coded = model.hear(sound_BCT, torch.arange(2))
+        run = model.occupant(WAVEFORM)
+        assert run is not None
+        found = run.bytes()
+        assert (run.through(sound_BCT) - sound_BCT).abs().max() <= 129 / 32767
+    assert (found.examples, found.coded, found.header, found.raw, found.elements) == (2, 301, 1, 600, 300)
+    assert not torch.equal(coded, bare)
+    assert torch.allclose(coded, bare, atol=0.01)
+    assert model.occupied == ()
+
+
+def test_a_training_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Bit for bit the weights of one that was not, curriculum included."""
+    recipe = Unclipped(8)
+
+    def run(stop: int | None, keeper: Keeper | None) -> tuple[Tensor, list[float], list[float]]:
+        weight = nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))
+        told: list[float] = []
+
+        def batches() -> Any:
+            for step in range(8):
+                if step == stop:
+                    raise KeyboardInterrupt
+                yield torch.tensor([step + 1.0, 2.0, float(len(told))])
+
+        losses = fit(
+            [weight],
+            recipe,
+            batches(),
+            lambda x: (weight * x).square().sum(),
+            lr=0.1,
+            learned=told.append,
+            keeper=keeper,
+        )
+        return weight.detach(), losses, told
+
+    whole, losses, told = run(None, None)
+    with pytest.raises(KeyboardInterrupt):
+        run(5, Keeper(tmp_path, every=0.0))
+    again, losses_again, told_again = run(None, Keeper(tmp_path, every=0.0))
+    assert torch.equal(again, whole)
+    assert losses_again == losses
+    assert told_again == told
+
+
+def test_hooks_are_told_apart_by_name_and_taken_once(ctx: FolderContext) -> None:
+    model, (prepared,) = trained(ctx, LM, SkipsLayers())
+    with SkipsLayers().apply(model, prepared):
+        assert model.occupied == (RESIDUAL,)
+        with pytest.raises(Infeasible, match="residual is taken already"), SkipsLayers().apply(model, prepared):
+            pass
+        with build("h2o", {}).apply(model, None):
+            assert model.occupied == (RESIDUAL, ATTENTION)
+    assert model.occupied == ()
+    with pytest.raises(Infeasible, match="needs waveform, which model"), HalfTheSamples().apply(model, None):
+        pass
