@@ -12,7 +12,6 @@ from isoflop.dashboards.report.charts import Json
 from isoflop.dashboards.report.configs import Config, colours, read_configs
 from isoflop.dashboards.report.savings import Pairing
 from isoflop.sweep.api import SweepResults, stored_source
-from isoflop.sweep.law_search import describe
 from isoflop.sweep.results import Findings, find, usable
 
 
@@ -171,6 +170,4 @@ def _provenance(sweep: SweepResults, table: Any, findings: Findings) -> Json:
     everything = sweep.results(["job_id"], everything=True).num_rows
     source = stored_source(sweep.store, sweep.name)
     groups = record.provenance(table, everything, source, findings, sweep.store.uri)
-    searched = sweep.law_search()
-    notes = describe(searched) if searched is not None else []
-    return charts.section("provenance", "Where the numbers come from", groups, notes=notes)
+    return charts.section("provenance", "Where the numbers come from", groups, notes=sweep.search_lines())

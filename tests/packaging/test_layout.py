@@ -242,3 +242,20 @@ def test_laws_touch_no_files_and_no_engines() -> None:
         if name.split(".")[0] in ("os", "shutil", "tempfile", "fsspec", "ray", "mlflow", "optuna")
     ]
     assert not wrong, wrong
+
+
+@pytest.mark.parametrize("room", ["search", "sweep"])
+def test_no_files_of_a_room_import_each_other_in_a_circle(room: str) -> None:
+    """Not even inside functions: such a pair can only be read together."""
+    files = {
+        ".".join(("isoflop", *path.relative_to(PACKAGE).with_suffix("").parts)): path
+        for owner, path in modules()
+        if owner == room and path.name != "__init__.py"
+    }
+    needs = {name: {n for n, _ in imports(path) if n in files} for name, path in files.items()}
+    while free := [name for name, wanted in needs.items() if not wanted]:
+        for name in free:
+            del needs[name]
+        for wanted in needs.values():
+            wanted -= set(free)
+    assert not needs, sorted(needs)  # a circle, or what stands on one

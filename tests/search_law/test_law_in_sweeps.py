@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,9 +16,13 @@ from isoflop.cli.run import plan_command
 from isoflop.cli.show import show_command
 from isoflop.core.errors import UserError
 from isoflop.ledger import Store
+from isoflop.search.law.proposer import LawProposer
+from isoflop.search.law.sampler import LawSampler
+from isoflop.search.law.strategy import LawSearch, about, describe
 from isoflop.search.proposer import Tell
-from isoflop.sweep.law_search import about, describe, keep_check, make_law_proposer, make_law_sampler
 from isoflop.sweep.resolve import resolve
+from isoflop.sweep.resolved import Sweep
+from isoflop.sweep.searching import SweepShelf, make_proposer_for, problem_of
 
 pytestmark = pytest.mark.usefixtures("toy_parts")
 EMPTY: dict[str, Any] = {
@@ -41,6 +46,17 @@ def spec(search: dict[str, Any] | None = None, **rest: Any) -> dict[str, Any]:
         "search": search or {"sampler": "law", "target": TARGET},
         **rest,
     }
+
+
+def make_law_proposer(sweep: Sweep) -> LawProposer:
+    made = make_proposer_for(sweep)
+    assert isinstance(made, LawProposer)
+    return made
+
+
+def make_law_sampler(sweep: Sweep) -> LawSampler:
+    assert isinstance(sweep.strategy, LawSearch)
+    return sweep.strategy.sampler(problem_of(sweep))
 
 
 def run(given: dict[str, Any], folder: Path) -> Any:
@@ -108,7 +124,7 @@ def test_a_check_under_way_when_a_session_died_is_the_check_of_the_next(toy_part
     sweep = resolve(spec({"sampler": "law", "target": TARGET}, budget={"trials": 14}))
     store = Store.open(str(tmp_path / "store"))
     dying = make_law_proposer(sweep)
-    keep_check(store, sweep.spec.name, dying)
+    sweep.strategy.keep(dying, SweepShelf(store, sweep.spec.name))
     told: list[Any] = []
     while dying.check is None:
         for p in dying.ask(1):
@@ -117,7 +133,7 @@ def test_a_check_under_way_when_a_session_died_is_the_check_of_the_next(toy_part
                 dying.tell(told[-1][1])
     begun = told.pop()[0]
     heir = make_law_proposer(sweep)
-    keep_check(store, sweep.spec.name, heir)
+    sweep.strategy.keep(heir, SweepShelf(store, sweep.spec.name))
     assert heir.check == begun.config
     heir.reserve(begun.number, begun.config)
     for _, tell in told:
@@ -142,12 +158,12 @@ def test_a_failed_trial_counts_alike_before_and_after_a_resume() -> None:
 
 
 def test_a_mean_over_tasks_is_said_to_be_one() -> None:
-    one = resolve(spec()).spec
-    two = one.model_copy(update={"tasks": (*one.tasks, one.tasks[0].model_copy(update={"name": "other"}))})
+    one = problem_of(resolve(spec()))
+    two = replace(one, tasks=(*one.tasks, "other"))
     assert describe({**EMPTY, "about": about(one)}) == describe(EMPTY)
     assert "mean error of toy-task, other" in describe({**EMPTY, "about": about(two)})[0]
-    each = tuple(one.objectives[0].model_copy(update={"task": t.name}) for t in two.tasks)
-    assert about(two.model_copy(update={"objectives": each})) == ""
+    each = tuple(replace(one.aims[0], task=task) for task in two.tasks)
+    assert about(replace(two, aims=each)) == ""
 
 
 def test_a_law_whose_variable_no_column_gives_is_refused_before_anything_runs() -> None:

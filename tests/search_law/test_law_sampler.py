@@ -231,7 +231,7 @@ def test_methods_with_conditional_knobs_and_the_best_of_them() -> None:
         seed=0,
     )
     study, rng = optuna.create_study(sampler=sampler), np.random.default_rng(0)
-    from isoflop.search.proposer import suggest
+    from isoflop.search.distributions import suggest
 
     for _ in range(60):
         trial = study.ask()
@@ -250,7 +250,7 @@ def test_coupled_parameters_move_together() -> None:
     space = Space(("a", "b", "c"), (Branch("q", (Param("q.k", (1, 2, 4, 8, 16)),)),), zips=(Zip("zip0", rows),))
     sampler = LawSampler({"N": {"model": {"a": 1, "b": 3, "c": 9}}, "V": "q.k"}, Exponents(), space=space, seed=0)
     study = optuna.create_study(sampler=sampler)
-    from isoflop.search.proposer import suggest
+    from isoflop.search.distributions import suggest
 
     for _ in range(12):
         trial = study.ask()

@@ -30,6 +30,7 @@ _COMMANDS = {
     "methods": ("isoflop.cli.catalog", "methods_command"),
     "models": ("isoflop.cli.catalog", "models_command"),
     "tasks": ("isoflop.cli.catalog", "tasks_command"),
+    "samplers": ("isoflop.cli.catalog", "samplers_command"),
     "bench": ("isoflop.cli.bench", "bench_group"),
 }
 _HELP = {
@@ -49,6 +50,7 @@ _HELP = {
     "methods": "List compression methods, or document one.",
     "models": "List models.",
     "tasks": "List tasks, or document one.",
+    "samplers": "List ways to propose trials, or document one.",
     "bench": "Measure against peers.",
 }
 

@@ -1,4 +1,4 @@
-"""``isoflop methods``, ``models`` and ``tasks``: what a sweep can name."""
+"""``isoflop methods``, ``models``, ``tasks`` and ``samplers``: what a sweep can name."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from isoflop.core.hook import names_of
 from isoflop.core.knobs import KnobSpec, knob_specs
 from isoflop.methods.base import METHODS
 from isoflop.models.base import FAMILIES
+from isoflop.search import STRATEGIES
 from isoflop.tasks.base import TASKS
 
 _OWN_LINE = re.compile(r"\s|[-*|] |\d+[.)] |\([a-z0-9]+\) ")  # how a line starts that is not joined to the one before
@@ -196,5 +197,39 @@ def tasks_command(name: str | None, modules: tuple[str, ...], as_json: bool) -> 
         rows = [(d["name"], d["metric"], d["chance"], d["doc"]) for d in data]
         console().print(grid(("task", "metric", "chance", "what"), rows, right=("chance",)))
         console().print("\n`isoflop tasks NAME` documents one.")
+
+    emit(data, as_json, human)
+
+
+@click.command("samplers")
+@click.argument("name", required=False)
+@import_option
+@json_option
+def samplers_command(name: str | None, modules: tuple[str, ...], as_json: bool) -> None:
+    """List the ways in which a sweep's trials can be proposed, or document one."""
+    _import(modules)
+    if name is not None:
+        _document(name, STRATEGIES.get(name), as_json)
+        return
+    data: list[dict[str, Any]] = []
+    for sampler in STRATEGIES:
+        cls = STRATEGIES.get(sampler)
+        data.append(
+            {
+                "name": sampler,
+                "eager": cls.eager,
+                "dear": cls.dear,
+                "pruner": cls.prunable,
+                "objectives": cls.most_aims,
+                "keys": list(cls.keys),
+                "doc": (inspect.getdoc(cls) or "").split("\n")[0],
+                "options": [_knob_dict(k) for k in knob_specs(cls).values()],
+            }
+        )
+
+    def human() -> None:
+        rows = [(d["name"], "no" if d["eager"] else "yes", "yes" if d["pruner"] else "no", d["doc"]) for d in data]
+        console().print(grid(("sampler", "learns", "pruner", "what"), rows))
+        console().print("\n`isoflop samplers NAME` documents one with its options.")
 
     emit(data, as_json, human)

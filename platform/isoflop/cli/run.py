@@ -18,10 +18,10 @@ from isoflop.cli.live import LiveProgress, PlainProgress
 from isoflop.cli.report import print_report
 from isoflop.ledger import Store
 from isoflop.sweep.api import EXECUTORS, RunOptions, SweepResults, run_resolved
-from isoflop.sweep.law_search import describe
 from isoflop.sweep.plan import Plan, make_plan
 from isoflop.sweep.progress import Progress
-from isoflop.sweep.resolve import Sweep, resolve
+from isoflop.sweep.resolve import resolve
+from isoflop.sweep.resolved import Sweep
 
 
 def _run_options(command: Any) -> Any:
@@ -122,9 +122,8 @@ def _print_end(opened: SweepResults, options: RunOptions) -> None:
     summary = opened.summary
     assert summary is not None
     print_report(out, opened, opened.findings_of_run)
-    if (searched := opened.law_search()) is not None:
-        for line in describe(searched):
-            out.print(Text(line))
+    for line in opened.search_lines():
+        out.print(Text(line))
     parts = [
         f"{n} {word}"
         for n, word in (

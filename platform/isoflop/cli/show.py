@@ -14,7 +14,6 @@ from isoflop.cli.common import console, duration, emit, grid, json_option, show,
 from isoflop.cli.report import print_report
 from isoflop.ledger import Ledger, Store
 from isoflop.sweep.api import open_sweep
-from isoflop.sweep.law_search import describe
 
 _STATUSES = ("ok", "failed", "infeasible", "pruned")
 _COLUMNS = (
@@ -93,6 +92,7 @@ def show_command(name: str, store: str | None, rows: bool, failed: bool, as_json
     ]
     stale = opened.results(["job_id"], everything=True).num_rows - table.num_rows
     findings = None if rows or failed else opened.findings()
+    searched = opened.search_findings()
     data: dict[str, Any] = {
         "name": name,
         "store": opened.store.uri,
@@ -102,7 +102,7 @@ def show_command(name: str, store: str | None, rows: bool, failed: bool, as_json
         "failures": bad,
         "rows": [dict(r) for r in table.select(["job_id", *_COLUMNS]).to_pylist()] if rows else None,
         **(findings.to_dict() if findings is not None else {}),
-        **({"law_search": searched} if (searched := opened.law_search()) is not None else {}),
+        **({f"{opened.spec.search.sampler}_search": searched} if searched is not None else {}),
     }
 
     def human() -> None:
@@ -121,9 +121,8 @@ def show_command(name: str, store: str | None, rows: bool, failed: bool, as_json
             return
         assert findings is not None
         print_report(out, opened, findings)
-        if searched is not None:
-            for line in describe(searched):
-                out.print(Text(line))
+        for line in opened.search_lines():
+            out.print(Text(line))
         _print_placement(table)
         out.print(
             f"[bold]{name}[/bold]: "

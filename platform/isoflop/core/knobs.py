@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -103,9 +104,8 @@ class KnobSpec:
         else:
             good = isinstance(value, wanted)
         if not good:
-            name = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}.get(
-                wanted, wanted.__name__
-            )
+            real = "a finite number" if isinstance(value, float) else "a number"
+            name = {int: "a whole number", float: real, bool: "true or false", str: "text"}.get(wanted, wanted.__name__)
             raise UserError(f"{prefix}{self.name} = {value!r} must be {name}; allowed: {self.describe()}")
         return typing.cast(KnobValue, wanted(value))
 
@@ -124,8 +124,14 @@ def _knob_specs(cls: type) -> dict[str, KnobSpec]:
         hint = hints[field.name]
         found = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Knob)]
         if found:
-            specs[field.name] = KnobSpec(field.name, typing.get_args(hint)[0], field.default, found[0])
+            specs[field.name] = KnobSpec(field.name, _plain_type(typing.get_args(hint)[0]), field.default, found[0])
     return specs
+
+
+def _plain_type(hint: Any) -> Any:
+    """The type of a knob's values: ``float | None`` is a number that has no value until somebody gives one."""
+    options = [o for o in typing.get_args(hint) if o is not type(None)]
+    return options[0] if typing.get_origin(hint) in (typing.Union, types.UnionType) and len(options) == 1 else hint
 
 
 def check_knobs(cls: type, values: Mapping[str, Any], kind: str, where: str = "") -> dict[str, KnobValue]:

@@ -1,7 +1,8 @@
-"""Named things that can be extended from outside: methods, models, tasks, laws.
+"""Named things that can be extended from outside: methods, models, tasks, laws, strategies.
 
 A registry fills itself from three places, in this order: the built-in modules it was told of, the entry points that
-installed packages declare (``isoflop.methods``, ``isoflop.models``, ``isoflop.tasks``, ``isoflop.laws``), and modules that a sweep lists under ``import:``.
+installed packages declare (``isoflop.methods``, ``isoflop.models``, ``isoflop.tasks``, ``isoflop.laws``, ``isoflop.strategies``), and modules that a
+sweep lists under ``import:``.
 """
 
 from __future__ import annotations

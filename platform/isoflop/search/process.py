@@ -16,10 +16,14 @@ import subprocess
 import sys
 from collections import deque
 from multiprocessing.connection import Connection, Pipe
-from typing import Any
+from typing import TYPE_CHECKING
 
-from isoflop.search.proposer import OptunaProposer, Proposal, Proposer, Tell
-from isoflop.search.space import Config, Space
+from isoflop.search.proposer import Proposal, Proposer, Tell
+from isoflop.search.space import Config
+from isoflop.search.strategy import Problem
+
+if TYPE_CHECKING:
+    from isoflop.search.strategies import OptunaStrategy
 
 log = logging.getLogger(__name__)
 _START = "import sys; sys.path[:] = {path!r}; from isoflop.search.process import serve; serve({fd})"
@@ -27,19 +31,19 @@ _END_SECONDS = 2.0
 
 
 class ProposerProcess(Proposer):
-    """Like :class:`OptunaProposer` without a pruner; ``ask`` returns what is there and requests the rest.
+    """Like :class:`isoflop.search.study.OptunaProposer` without a pruner; ``ask`` returns what is there and requests the rest.
 
     The process starts with the first ask, so that a finished sweep is opened without one.
 
     Args:
-        space, sampler, directions, seed, options: as there.
+        strategy: makes the proposer, there and here; both can be pickled.
+        problem: without a pruner.
     """
 
-    def __init__(
-        self, space: Space, sampler: str, directions: tuple[str, ...], seed: int, options: dict[str, Any]
-    ) -> None:
-        self._arguments = (space, sampler, "none", directions, seed, options)
-        self._size = space.size()
+    def __init__(self, strategy: OptunaStrategy, problem: Problem) -> None:
+        # what a sampler of Optuna's reads, and nothing that might not be pickled
+        self._arguments = (strategy, Problem(problem.space, problem.aims, problem.seed))
+        self._size = problem.space.size()
         self._told: list[Tell | Proposal] = []  # a proposal: a trial of an earlier session that runs again
         self._sent = 0
         self._open: dict[int, Proposal] = {}
@@ -47,7 +51,7 @@ class ProposerProcess(Proposer):
         self._requested = 0
         self._pipe: Connection | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._fallback: OptunaProposer | None = None
+        self._fallback: Proposer | None = None
 
     @property
     def pending(self) -> bool:
@@ -148,8 +152,8 @@ class ProposerProcess(Proposer):
         """The process is gone: go on in this one, from what was told."""
         log.warning("the search process ended (%s); searching in the driver", error or type(error).__name__)
         self.close()
-        space, sampler, pruner, directions, seed, options = self._arguments
-        self._fallback = OptunaProposer(space, sampler, pruner, directions, seed, options)
+        strategy, problem = self._arguments
+        self._fallback = strategy.here(problem)
         for message in [*self._told, *self._open.values()]:
             _take(self._fallback, message)
         self._requested = 0
@@ -170,7 +174,8 @@ def serve(descriptor: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     with Connection(descriptor) as pipe, contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        proposer = OptunaProposer(*pipe.recv())
+        strategy, problem = pipe.recv()
+        proposer: Proposer = strategy.here(problem)
         wanted = 0
         while True:
             while not wanted or pipe.poll():  # outcomes first: the next proposal knows of them

@@ -18,16 +18,15 @@ from isoflop.core.yaml_source import Source, parse_yaml
 from isoflop.execute import Executor, LocalExecutor, Resources
 from isoflop.ledger import Ledger, Store
 from isoflop.ledger import schema as ledger_schema
-from isoflop.search import Proposer, make_proposer
-from isoflop.search.law.proposer import LawProposer
 from isoflop.sweep import results as results_module
 from isoflop.sweep.driver import Driver, Summary
 from isoflop.sweep.ending import Conclude, await_tracker, conclusion_of, end_tracking
-from isoflop.sweep.law_search import keep_check, make_law_proposer, read_knowledge, save_knowledge
 from isoflop.sweep.metrics import MetricsProgress
 from isoflop.sweep.note import Conclusion, closing, opening
 from isoflop.sweep.progress import LogFile, Progress, Quiet
-from isoflop.sweep.resolve import Sweep, resolve
+from isoflop.sweep.resolve import resolve
+from isoflop.sweep.resolved import Sweep
+from isoflop.sweep.searching import SweepShelf, findings_lines, make_proposer_for, read_findings, save_findings
 from isoflop.sweep.spec import SweepSpec, load_spec
 from isoflop.sweep.state import StateFile
 from isoflop.track import MlflowTracker, NullTracker, Tracker
@@ -109,13 +108,11 @@ def run_resolved(
         stack.callback(executor.close, now=True)
         proposer = make_proposer_for(sweep, apart=options.executor != "local")
         stack.callback(proposer.close)
-        if isinstance(proposer, LawProposer):
-            keep_check(store, spec.name, proposer)
+        sweep.strategy.keep(proposer, SweepShelf(store, spec.name))
         summary = Driver(sweep, ledger, executor, proposer, tracker, log, options.retry_failed).run()
         proposer.close()
         executor.close(now=summary.interrupted)
-        if isinstance(proposer, LawProposer):
-            save_knowledge(store, spec, proposer)
+        save_findings(store, sweep, proposer)
         if spec.laws:
             log.line("fitting laws")
         opened = SweepResults(store, spec.name, spec, summary)
@@ -129,22 +126,6 @@ def run_resolved(
         tracker.finish(files, findings.metrics(), note, status)
         await_tracker(tracker, options.track_wait, log)
         return opened
-
-
-def make_proposer_for(sweep: Sweep, apart: bool = False) -> Proposer:
-    """What a sweep's ``search`` block asks for.
-
-    Args:
-        apart: samplers that learn may think in a process of their own. What they have seen when they propose then
-            depends on how fast jobs are; with the in-process executor everything happens in a fixed order.
-    """
-    spec, search = sweep.spec, sweep.spec.search
-    if search.sampler == "law":
-        return make_law_proposer(sweep)
-    directions = [o.direction for o in spec.objectives]
-    return make_proposer(
-        sweep.space, search.sampler, search.pruner, directions, spec.seed, search.options, search.pruner_options, apart
-    )
 
 
 def make_tracker(store: Store, name: str, uri: str | None) -> Tracker:
@@ -308,9 +289,18 @@ class SweepResults:
 
         return sql(query, self.results())
 
+    def search_findings(self) -> dict[str, Any] | None:
+        """What the search had found out when its last session ended; None for one that finds out nothing but rows."""
+        return read_findings(self.store, self.spec)
+
     def law_search(self) -> dict[str, Any] | None:
-        """What a search with the law sampler had found out when its last session ended; None for other samplers."""
-        return read_knowledge(self.store, self.name)
+        """:meth:`search_findings` of a search with the law sampler; None for other samplers."""
+        return self.search_findings() if self.spec.search.sampler == "law" else None
+
+    def search_lines(self) -> list[str]:
+        """:meth:`search_findings` in lines for people; none where there are none."""
+        found = self.search_findings()
+        return [] if found is None else findings_lines(self.spec, found)
 
     def findings(self) -> results_module.Findings:
         """The laws and frontiers that the sweep's YAML asks for."""

@@ -90,12 +90,9 @@ class ContenderBlock(Block):
 class SearchBlock(Block):
     """How trials are proposed."""
 
-    sampler: Literal["grid", "random", "qmc", "tpe", "gp", "cmaes", "nsga2", "law"] = Field(
-        "grid", description="Optuna's sampler; grid runs every combination once; law buys certainty about a target."
-    )
+    sampler: str = Field("grid", description="How trials are proposed; `isoflop samplers` lists the ways.")
     options: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Arguments of the Optuna sampler class, e.g. n_startup_trials; for law: gamma, explore, check_share …",
+        default_factory=dict, description="Options of the sampler; `isoflop samplers NAME` lists them."
     )
     target: TargetBlock | None = Field(None, description="law: what to find out.")
     axes: dict[str, str | Number | tuple[str, ...]] = Field(
@@ -112,7 +109,11 @@ class SearchBlock(Block):
     pruner: Literal["none", "median", "hyperband", "wilcoxon"] = Field(
         "none", description="Optuna's pruner; stops hopeless jobs between shards."
     )
-    pruner_options: dict[str, Any] = Field(default_factory=dict, description="Arguments of the Optuna pruner class.")
+    pruner_options: dict[str, Any] = Field(default_factory=dict, description="Options of the pruner.")
+
+
+COMMON_SEARCH_KEYS = ("sampler", "options", "pruner", "pruner_options")
+"""Keys of the search block that every sampler knows; the others are for those that name them."""
 
 
 class Objective(Block):

@@ -27,7 +27,7 @@ from isoflop.sweep.note import opening
 from isoflop.sweep.places import Places, room
 from isoflop.sweep.progress import Progress, Snapshot
 from isoflop.sweep.queue import Pending, WorkQueue
-from isoflop.sweep.resolve import Sweep
+from isoflop.sweep.resolved import Sweep
 from isoflop.sweep.rows import make_row
 from isoflop.sweep.timing import JOB, TimeLeft
 from isoflop.sweep.titles import job_title, stage_title
@@ -42,7 +42,6 @@ _POLL_SECONDS = 0.1
 _SHORT_JOB = 2.0  # seconds; only short jobs are queued behind another on the same worker
 _TINY_JOB = 0.05  # seconds; of such jobs more are asked for at a time, or committing each few would hold them up
 _RECENT_JOBS = 8  # of earlier sessions, which tell how long jobs take
-_EAGER = ("grid", "random", "qmc")  # these do not learn from outcomes, so asking ahead costs nothing
 
 
 @dataclass
@@ -220,7 +219,7 @@ class Driver:
         if self._exhausted:
             return
         slots = max(1, len(self._executor.workers()))
-        eager = self._spec.search.sampler in _EAGER
+        eager = self._sweep.strategy.eager
         per_trial = len(self._sweep.task_options) * self._spec.repeats
         # A search that learns is asked as late as possible; of short jobs a few at once, or asking would hold them up.
         wanted = max(4 * slots, 16) if eager else slots * self._asked_per_slot()
@@ -450,7 +449,7 @@ class Driver:
 
     def _starved(self) -> bool:
         """Whether a worker stands idle, or soon will, while the search waits for rows to be committed."""
-        if len(self._queue) or self._exhausted or self._spec.search.sampler in _EAGER:
+        if len(self._queue) or self._exhausted or self._sweep.strategy.eager:
             return False
         if self._proposer.pending:  # it has something to think about; more so before it runs out of it
             return len(self._rows) >= len(self._slots) * self._asked_per_slot() // 2

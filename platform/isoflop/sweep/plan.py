@@ -14,12 +14,12 @@ import pyarrow as pa
 from isoflop.core.errors import UserError
 from isoflop.jobs import Job, ResolvedJob
 from isoflop.ledger import Ledger, Store
-from isoflop.search import make_proposer
 from isoflop.search.law.forecast import Forecast
 from isoflop.stages import StageCache
-from isoflop.sweep.law_search import forecast_of, make_law_proposer
 from isoflop.sweep.queue import kind_of
-from isoflop.sweep.resolve import Sweep
+from isoflop.sweep.resolved import Sweep
+from isoflop.sweep.searching import SweepShelf, make_proposer_for, problem_of
+from isoflop.sweep.trials import TrialBook
 
 _SAMPLE = 2000  # jobs looked at in detail
 
@@ -44,7 +44,7 @@ class Plan:
         done: jobs that have results; infeasible: points that cannot run, with the reason.
         job_seconds: median of the jobs that have run, or None.
         flops: per answer, summed over finished jobs' answers; None when nothing has run.
-        forecast: what the width that a law search asks for is expected to cost.
+        forecast: what the search's answer is expected to cost, where it says.
     """
 
     name: str
@@ -123,8 +123,21 @@ def make_plan(sweep: Sweep, store_uri: str | None = None, cache_dir: Path | None
         flops=_flops(rows),
         sampled=jobs is None or len(sample) < jobs,
         budget={k: v for k, v in spec.budget.model_dump().items() if v is not None},
-        forecast=forecast_of(sweep, sweep.current(Ledger(store, spec.name).read()), store),
+        forecast=_forecast(sweep, store),
     )
+
+
+def _forecast(sweep: Sweep, store: Store) -> Forecast | None:
+    """What the search's answer is expected to cost, from what its rows have told so far; None where it does not say."""
+    if not sweep.strategy.forecasts:
+        return None
+    problem = problem_of(sweep, pruned=False)
+    proposer = sweep.strategy.make(problem)
+    sweep.strategy.keep(proposer, SweepShelf(store, sweep.spec.name))
+    rows = sweep.current(Ledger(store, sweep.spec.name).read())
+    if rows.num_rows:
+        TrialBook(sweep, proposer).restore(rows)
+    return sweep.strategy.forecast(proposer, problem)
 
 
 def _trials(sweep: Sweep) -> int | None:
@@ -135,12 +148,7 @@ def _trials(sweep: Sweep) -> int | None:
 def _sample(sweep: Sweep) -> tuple[list[ResolvedJob], list[str]]:
     """The jobs that a grid would run, or the first that a search would."""
     spec = sweep.spec
-    directions = [o.direction for o in spec.objectives]
-    proposer = (
-        make_law_proposer(sweep)
-        if spec.search.sampler == "law"
-        else make_proposer(sweep.space, spec.search.sampler, "none", directions, spec.seed, spec.search.options)
-    )
+    proposer = make_proposer_for(sweep, pruned=False)
     per_trial = len(sweep.task_options) * spec.repeats
     wanted = min(_trials(sweep) or 50, max(1, _SAMPLE // per_trial))
     jobs: list[ResolvedJob] = []

@@ -3,115 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
-
-import pyarrow as pa
 
 from isoflop.core.errors import Infeasible, UserError, unknown
 from isoflop.core.knobs import KnobSpec, check_knobs
 from isoflop.core.yaml_source import KeyPath, Source
-from isoflop.jobs import Job, MethodSpec, ResolvedJob
-from isoflop.jobs.job import versions_of
+from isoflop.jobs import ResolvedJob
 from isoflop.methods.base import METHODS, method_knobs
 from isoflop.models.base import family_of
-from isoflop.search import Branch, Config, Param, Space, Zip, make_pruner, make_sampler
+from isoflop.search import Branch, Config, Param, Space, Zip
 from isoflop.search.space import MAX_GRID, Exclusion, Value
 from isoflop.sweep import columns
 from isoflop.sweep.blocks import KnobEntry, MethodEntry
+from isoflop.sweep.resolved import Sweep, knob_prefix
+from isoflop.sweep.searching import check_problem, find_strategy
 from isoflop.sweep.spec import SweepSpec, import_modules, load_spec
 from isoflop.tasks.base import TASKS
 
 _CHECKED_POINTS = 20_000  # of a grid; impossible points beyond become rows
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A spec with everything it names looked up. Build it with :func:`resolve`."""
-
-    spec: SweepSpec
-    source: Source
-    space: Space
-    task_options: Mapping[str, dict[str, Any]]
-    branch_methods: Mapping[str, tuple[str, ...]]
-
-    def methods_of(self, config: Config) -> tuple[MethodSpec, ...]:
-        """The methods of a point with all of their knobs."""
-        out = []
-        for position, name in enumerate(self.branch_methods[str(config["method"])]):
-            prefix = _prefix(str(config["method"]), position)
-            given = {
-                k.removeprefix(prefix): v
-                for k, v in config.items()
-                if k.startswith(prefix) and "." not in k.removeprefix(prefix)
-            }
-            out.append(MethodSpec.of(name, check_knobs(METHODS.get(name), given, f"method {name}")))
-        return tuple(out)
-
-    def jobs_of(self, config: Config) -> list[Job]:
-        """The jobs of a trial: one per task and repeat."""
-        methods = self.methods_of(config)
-        return [
-            self._job(str(config["model"]), methods, task, repeat)
-            for repeat in range(self.spec.repeats)
-            for task in self.task_options
-        ]
-
-    def _job(self, model: str, methods: tuple[MethodSpec, ...], task: str, repeat: int) -> Job:
-        names = tuple(m.name for m in methods)
-        return Job(
-            model=model,
-            methods=methods,
-            task=task,
-            repeat=repeat,
-            seed=self.spec.seed + repeat,
-            model_options=self._model_options[model],
-            task_options=tuple(sorted(self.task_options[task].items())),
-            versions=tuple(sorted(self._versions(model, names, task).items())),
-        )
-
-    def _versions(self, model: str, methods: tuple[str, ...], task: str) -> dict[str, str]:
-        key = (model, methods, task)
-        if key not in self._version_cache:
-            self._version_cache[key] = versions_of(model, dict(self._model_options[model]), methods, task)
-        return self._version_cache[key]
-
-    @cached_property
-    def _model_options(self) -> dict[str, tuple[tuple[str, Any], ...]]:
-        """Per model, its options as they enter the ids of jobs."""
-        return {
-            m.ref: tuple(sorted(family_of(m.ref).canonical_options(m.ref, m.options).items())) for m in self.spec.models
-        }
-
-    @cached_property
-    def _version_cache(self) -> dict[tuple[str, tuple[str, ...], str], dict[str, str]]:
-        return {}
-
-    def config_of(self, job: Job) -> Config:
-        """The point of the space that a job of this sweep came from."""
-        label = job.method_label
-        config: Config = {"model": job.model, "method": label}
-        branch = self.space.by_label.get(label)
-        wanted = {p.name for p in branch.params} if branch else set()
-        for position, method in enumerate(job.methods):
-            prefix = _prefix(label, position)
-            config.update({prefix + k: v for k, v in method.knobs if prefix + k in wanted})
-        return config
-
-    def admits(self, job: Job) -> bool:
-        """Whether a job, perhaps of an earlier version of the YAML, still belongs to the sweep."""
-        config = self.config_of(job)
-        if job.task not in self.task_options or job.repeat >= self.spec.repeats or not self.space.contains(config):
-            return False
-        return self._job(job.model, self.methods_of(config), job.task, job.repeat).id == job.id
-
-    def current(self, table: pa.Table) -> pa.Table:
-        """The rows of a ledger that belong to the sweep as it is now."""
-        import json
-
-        keep = [self.admits(Job.from_dict(json.loads(text))) for text in table["spec"].to_pylist()]
-        return table.filter(pa.array(keep, pa.bool_()))
 
 
 def resolve(given: Any) -> Sweep:
@@ -126,32 +35,20 @@ def resolve(given: Any) -> Sweep:
         params: list[Param] = []
         for position, method in enumerate(composition):
             path: KeyPath = ("methods", index) if len(composition) == 1 else ("methods", index, position)
-            params.extend(_params(method, _prefix(label, position), path, source, zips))
+            params.extend(_params(method, knob_prefix(label, position), path, source, zips))
         branches.append(Branch(label, tuple(params)))
         methods[label] = tuple(m.name for m in composition)
     _check_models(spec, source)
     tasks = _task_options(spec, source)
     _check_tasks(spec, tasks, source)
     columns.check(spec, source)
-    _check_search(spec, source)
+    strategy = find_strategy(spec, source)
     space = Space(tuple(m.ref for m in spec.models), tuple(branches), zips, _excludes(spec, source, branches))
     _check_zips(spec, source, space, zipped)
-    sweep = Sweep(spec, source, space, tasks, methods)
+    sweep = Sweep(spec, source, strategy, space, tasks, methods)
     _check_grid(sweep)
-    if spec.search.sampler == "law":
-        from isoflop.sweep.law_search import make_law_sampler
-
-        make_law_sampler(sweep)
+    check_problem(sweep)
     return sweep
-
-
-def _prefix(label: str, position: int) -> str:
-    """Knobs are ``quecc.k``; in a composition the method's own name prefixes each, and a second use of it is numbered."""
-    names = label.split("+")
-    name = names[position]
-    twin = names[:position].count(name)
-    base = f"{name}{twin + 1 if twin else ''}"
-    return f"{base}." if len(names) == 1 else f"{label}/{base}."
 
 
 def _params(method: MethodEntry, prefix: str, path: KeyPath, source: Source, zips: tuple[Zip, ...]) -> list[Param]:
@@ -292,29 +189,6 @@ def _check_tasks(spec: SweepSpec, options: Mapping[str, Mapping[str, Any]], sour
                 raise UserError(f"{where}: {error}{more}") from None
 
 
-def _check_search(spec: SweepSpec, source: Source) -> None:
-    """Options of the sampler and the pruner, by building both."""
-    search = spec.search
-    for part, name, options, idle in (
-        ("options", search.sampler, search.options, "grid"),
-        ("pruner_options", search.pruner, search.pruner_options, "none"),
-    ):
-        where = source.where(("search", part))
-        if name == "law":  # built with the space, at the end
-            continue
-        if name == idle:
-            if options:
-                raise UserError(f"{where}: {name} takes no options; remove {', '.join(map(str, options))}")
-            continue
-        try:
-            if part == "options":
-                make_sampler(name, spec.seed, options)
-            else:
-                make_pruner(name, options)
-        except UserError as error:
-            raise UserError(f"{where}: {str(error).removeprefix('search: ')}") from None
-
-
 def _zips(spec: SweepSpec, source: Source) -> tuple[Zip, ...]:
     """The zip blocks with their values in the knobs' types; :func:`_check_zips` says what is wrong with the rest."""
     knobs = {}
@@ -322,7 +196,7 @@ def _zips(spec: SweepSpec, source: Source) -> tuple[Zip, ...]:
         label = "+".join(m.name for m in composition)
         for position, method in enumerate(composition):
             if method.name in METHODS:
-                knobs.update({_prefix(label, position) + n: s for n, s in method_knobs(method.name).items()})
+                knobs.update({knob_prefix(label, position) + n: s for n, s in method_knobs(method.name).items()})
     out = []
     for index, block in enumerate(spec.zip):
         where = source.where(("zip", index))
@@ -392,7 +266,7 @@ def _excludes(spec: SweepSpec, source: Source, branches: list[Branch]) -> tuple[
 
 def _check_grid(sweep: Sweep) -> None:
     """In a grid every point will run, so an impossible one is an error now; samplers meet impossible points as they go."""
-    if sweep.spec.search.sampler != "grid":
+    if not sweep.strategy.exhaustive:
         corners: list[Config] = []
         for branch in sweep.space.branches:
             if all(p.values is not None and len(p.values) == 1 for p in branch.params):
@@ -426,7 +300,7 @@ def _check_grid(sweep: Sweep) -> None:
                 raise UserError(
                     f"{sweep.source.where(('methods', place))}: {error}; leave it out with exclude: {_hint(config)}"
                 ) from None
-    if not count and sweep.spec.search.sampler == "grid":
+    if not count and sweep.strategy.exhaustive:
         raise UserError(f"{sweep.source.where(('exclude',))}: nothing is left to run; every combination is excluded")
 
 

@@ -1,4 +1,4 @@
-"""The JSON Schema of sweep files, for editors: generated from the spec and from every registered method and task.
+"""The JSON Schema of sweep files, for editors: generated from the spec and from every registered method, task and sampler.
 
 ``python -m isoflop.sweep.schema`` prints it; ``make schema`` writes it to ``sweeps/sweep.schema.json``.
 """
@@ -12,6 +12,7 @@ from typing import Any
 from isoflop.core.knobs import KnobSpec, knob_specs
 from isoflop.methods.base import METHODS
 from isoflop.models.base import FAMILIES
+from isoflop.search import STRATEGIES
 from isoflop.sweep.spec import SweepSpec
 from isoflop.tasks.base import TASKS
 
@@ -40,6 +41,12 @@ def sweep_schema() -> dict[str, Any]:
     definitions["Limits"]["properties"]["stage_timeout"] = {**_TIME, **_keep(definitions["Limits"], "stage_timeout")}
     memory = definitions["ResourcesBlock"]["properties"]["memory"]
     definitions["ResourcesBlock"]["properties"]["memory"] = {**_SIZE, "description": memory.get("description", "")}
+    sampler = definitions["SearchBlock"]["properties"]["sampler"]
+    definitions["SearchBlock"]["properties"]["sampler"] = {
+        "enum": STRATEGIES.names(),
+        **_keep(definitions["SearchBlock"], "sampler"),
+        "description": f"{sampler['description']} {_samplers()}",
+    }
     method = _named({name: _method(knob_specs(METHODS.get(name)), METHODS.get(name)) for name in METHODS}, "method")
     definitions["Method"] = method
     method = {"$ref": "#/$defs/Method"}
@@ -86,6 +93,20 @@ def _keep(definition: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {k: old[k] for k in ("description", "default") if k in old}
 
 
+def _samplers() -> str:
+    """What each sampler does, and the options it takes."""
+    parts = []
+    for name in STRATEGIES:
+        kind = STRATEGIES.get(name)
+        options = ", ".join(knob_specs(kind))
+        parts.append(f"{name}: {_first_line(kind)}" + (f" Options: {options}." if options else ""))
+    return " ".join(parts)
+
+
+def _first_line(cls: type) -> str:
+    return (cls.__doc__ or "").strip().split("\n")[0]
+
+
 def _members() -> list[str]:
     return [ref for family in FAMILIES for ref in FAMILIES.get(family).members()]
 
@@ -109,11 +130,10 @@ def _method(knobs: Mapping[str, KnobSpec], cls: type) -> dict[str, Any]:
 
 
 def _options(knobs: Mapping[str, KnobSpec], cls: type) -> dict[str, Any]:
-    first = (cls.__doc__ or "").strip().split("\n")[0]
     return {
         "type": ["object", "null"],
         "additionalProperties": False,
-        "description": first,
+        "description": _first_line(cls),
         "properties": {name: {**_value(spec), "description": _doc(spec)} for name, spec in knobs.items()},
     }
 

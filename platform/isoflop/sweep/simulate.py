@@ -11,11 +11,10 @@ from isoflop.core.hashing import derive_seed
 from isoflop.execute.simulated import Rates, SimulatedExecutor
 from isoflop.jobs import Job
 from isoflop.ledger import Ledger, Store
-from isoflop.search import make_proposer
 from isoflop.sweep.driver import Driver
-from isoflop.sweep.law_search import make_law_proposer
 from isoflop.sweep.progress import Progress, Quiet
-from isoflop.sweep.resolve import Sweep
+from isoflop.sweep.resolved import Sweep
+from isoflop.sweep.searching import make_proposer_for
 from isoflop.track import NullTracker
 
 
@@ -60,12 +59,7 @@ def simulate(
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Store.open(folder), spec.name).lock()
         executor.start()
-        directions = [o.direction for o in spec.objectives]
-        proposer = (
-            make_law_proposer(sweep)
-            if spec.search.sampler == "law"
-            else make_proposer(sweep.space, spec.search.sampler, "none", directions, spec.seed, spec.search.options)
-        )
+        proposer = make_proposer_for(sweep, pruned=False)
         cpu, real = time.process_time(), time.monotonic()
         summary = Driver(
             sweep, ledger, executor, proposer, NullTracker(), progress or Quiet(), clock=executor.clock

@@ -31,7 +31,6 @@ from isoflop.sweep.blocks import (
     ResourcesBlock,
     SearchBlock,
     Seed,
-    TargetBlock,
     Task_,
     Whole,
 )
@@ -68,22 +67,6 @@ class SweepSpec(Block):
     laws: tuple[LawBlock, ...] = ()
     frontiers: tuple[FrontierBlock, ...] = ()
 
-    @model_validator(mode="after")
-    def _law_search(self) -> SweepSpec:
-        search, own = self.search, ("target", "axes", "laws", "by", "share", "cost")
-        if search.sampler != "law":
-            given = [k for k in own if k in search.model_fields_set]
-            if given:
-                raise ValueError(f"search.{given[0]}: only 'sampler: law' takes it; the sampler is {search.sampler!r}")
-        elif search.target is None:
-            raise ValueError(
-                "search.target: sampler 'law' needs one, e.g. {kind: allocation, budget: 2e7} "
-                f"(kinds: {', '.join(TargetBlock.model_fields['kind'].annotation.__args__)})"  # type: ignore[union-attr]
-            )
-        elif search.pruner != "none":
-            raise ValueError("search.pruner: a law is fitted on finished jobs; sampler 'law' takes none")
-        return self
-
     @field_validator("name")
     @classmethod
     def _plain_name(cls, value: str) -> str:
@@ -110,8 +93,6 @@ class SweepSpec(Block):
                 raise ValueError(f"{what}: {double[0]!r} is named twice; list the values of its knobs in one entry")
         if len(self.objectives) > 1 and self.search.pruner != "none":
             raise ValueError("search.pruner: pruning needs a single objective")
-        if len(self.objectives) > 1 and self.search.sampler in ("cmaes",):
-            raise ValueError("search.sampler: cmaes takes a single objective; use nsga2, tpe, gp, qmc, random or grid")
         return self
 
     @property

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from isoflop.jobs import Job
 from isoflop.search import Config, Proposer, Tell, values_key
-from isoflop.sweep.resolve import Sweep
+from isoflop.sweep.resolved import Sweep
 from isoflop.sweep.rows import FINAL_OK, objective_values, rows_of
 
 Row = Mapping[str, Any]
@@ -174,9 +174,9 @@ class TrialBook:
         self._proposer.tell(outcome)
 
     def _attributes(self, rows: list[Row]) -> dict[str, Any]:
-        """What was measured beside the values, for a search that fits laws."""
+        """What was measured beside the values, for a search that asks for it."""
         spec = self._sweep.spec
-        if spec.search.sampler != "law":
+        if not self._sweep.strategy.measures:
             return {}
         spent = sum((r.get("flops") or 0.0) * (r.get("n_examples") or 0) for r in rows)
         examples = [sum(int(r.get("n_examples") or 0) for r in rows_of(o, rows)) for o in spec.objectives]

@@ -17,7 +17,7 @@ import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from isoflop.core.errors import UserError
-from isoflop.search.proposer import distribution_of
+from isoflop.search.distributions import distribution_of
 from isoflop.search.space import Param, Space
 
 Config = dict[str, Any]

@@ -8,13 +8,15 @@ from functools import partial
 
 from optuna.trial import TrialState
 
+from isoflop.search.distributions import suggest
 from isoflop.search.law.forecast import Forecast
 from isoflop.search.law.policy import CHECK
 from isoflop.search.law.reading import NOT_RUN, ROLE
 from isoflop.search.law.report import Report, Step
 from isoflop.search.law.sampler import LawSampler
-from isoflop.search.proposer import OptunaProposer, Proposal, Tell, suggest
+from isoflop.search.proposer import Proposal, Tell
 from isoflop.search.space import Config, Space, values_key
+from isoflop.search.study import OptunaProposer
 
 
 class LawProposer(OptunaProposer):

@@ -1,0 +1,116 @@
+"""A sweep whose names have been looked up: the space it searches, and points of it as jobs and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from isoflop.core.knobs import check_knobs
+from isoflop.core.yaml_source import Source
+from isoflop.jobs import Job, MethodSpec
+from isoflop.jobs.job import versions_of
+from isoflop.methods.base import METHODS
+from isoflop.models.base import family_of
+from isoflop.search import Config, Space, Strategy
+from isoflop.sweep.spec import SweepSpec
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A spec with everything it names looked up. Build it with :func:`isoflop.sweep.resolve.resolve`."""
+
+    spec: SweepSpec
+    source: Source
+    strategy: Strategy
+    space: Space
+    task_options: Mapping[str, dict[str, Any]]
+    branch_methods: Mapping[str, tuple[str, ...]]
+
+    def methods_of(self, config: Config) -> tuple[MethodSpec, ...]:
+        """The methods of a point with all of their knobs."""
+        out = []
+        for position, name in enumerate(self.branch_methods[str(config["method"])]):
+            prefix = knob_prefix(str(config["method"]), position)
+            given = {
+                k.removeprefix(prefix): v
+                for k, v in config.items()
+                if k.startswith(prefix) and "." not in k.removeprefix(prefix)
+            }
+            out.append(MethodSpec.of(name, check_knobs(METHODS.get(name), given, f"method {name}")))
+        return tuple(out)
+
+    def jobs_of(self, config: Config) -> list[Job]:
+        """The jobs of a trial: one per task and repeat."""
+        methods = self.methods_of(config)
+        return [
+            self._job(str(config["model"]), methods, task, repeat)
+            for repeat in range(self.spec.repeats)
+            for task in self.task_options
+        ]
+
+    def _job(self, model: str, methods: tuple[MethodSpec, ...], task: str, repeat: int) -> Job:
+        names = tuple(m.name for m in methods)
+        return Job(
+            model=model,
+            methods=methods,
+            task=task,
+            repeat=repeat,
+            seed=self.spec.seed + repeat,
+            model_options=self._model_options[model],
+            task_options=tuple(sorted(self.task_options[task].items())),
+            versions=tuple(sorted(self._versions(model, names, task).items())),
+        )
+
+    def _versions(self, model: str, methods: tuple[str, ...], task: str) -> dict[str, str]:
+        key = (model, methods, task)
+        if key not in self._version_cache:
+            self._version_cache[key] = versions_of(model, dict(self._model_options[model]), methods, task)
+        return self._version_cache[key]
+
+    @cached_property
+    def _model_options(self) -> dict[str, tuple[tuple[str, Any], ...]]:
+        """Per model, its options as they enter the ids of jobs."""
+        return {
+            m.ref: tuple(sorted(family_of(m.ref).canonical_options(m.ref, m.options).items())) for m in self.spec.models
+        }
+
+    @cached_property
+    def _version_cache(self) -> dict[tuple[str, tuple[str, ...], str], dict[str, str]]:
+        return {}
+
+    def config_of(self, job: Job) -> Config:
+        """The point of the space that a job of this sweep came from."""
+        label = job.method_label
+        config: Config = {"model": job.model, "method": label}
+        branch = self.space.by_label.get(label)
+        wanted = {p.name for p in branch.params} if branch else set()
+        for position, method in enumerate(job.methods):
+            prefix = knob_prefix(label, position)
+            config.update({prefix + k: v for k, v in method.knobs if prefix + k in wanted})
+        return config
+
+    def admits(self, job: Job) -> bool:
+        """Whether a job, perhaps of an earlier version of the YAML, still belongs to the sweep."""
+        config = self.config_of(job)
+        if job.task not in self.task_options or job.repeat >= self.spec.repeats or not self.space.contains(config):
+            return False
+        return self._job(job.model, self.methods_of(config), job.task, job.repeat).id == job.id
+
+    def current(self, table: pa.Table) -> pa.Table:
+        """The rows of a ledger that belong to the sweep as it is now."""
+        keep = [self.admits(Job.from_dict(json.loads(text))) for text in table["spec"].to_pylist()]
+        return table.filter(pa.array(keep, pa.bool_()))
+
+
+def knob_prefix(label: str, position: int) -> str:
+    """Knobs are ``quecc.k``; in a composition the method's own name prefixes each, and a second use of it is numbered."""
+    names = label.split("+")
+    name = names[position]
+    twin = names[:position].count(name)
+    base = f"{name}{twin + 1 if twin else ''}"
+    return f"{base}." if len(names) == 1 else f"{label}/{base}."
