@@ -19,7 +19,7 @@ from isoflop.execute import Executor, LocalExecutor, Resources
 from isoflop.ledger import Ledger, Store
 from isoflop.ledger import schema as ledger_schema
 from isoflop.sweep import results as results_module
-from isoflop.sweep.driver import Driver, Summary
+from isoflop.sweep.driver import Driver
 from isoflop.sweep.ending import Conclude, await_tracker, conclusion_of, end_tracking
 from isoflop.sweep.metrics import MetricsProgress
 from isoflop.sweep.note import Conclusion, closing, opening
@@ -29,6 +29,7 @@ from isoflop.sweep.resolved import Sweep
 from isoflop.sweep.searching import SweepShelf, findings_lines, make_proposer_for, read_findings, save_findings
 from isoflop.sweep.spec import SweepSpec, load_spec
 from isoflop.sweep.state import StateFile
+from isoflop.sweep.summary import Summary
 from isoflop.track import MlflowTracker, NullTracker, Tracker
 
 EXECUTORS = ("ray", "local")

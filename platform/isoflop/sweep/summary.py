@@ -1,0 +1,43 @@
+"""How a session ended, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Summary:
+    """How a session ended.
+
+    Attributes:
+        cached: jobs that had a row before; left: jobs that another session would still run.
+        seconds: of the session.
+        affinity: share of handed-out jobs that found their model warm.
+        reason: why it ended, where there is more to say than that everything is done.
+    """
+
+    cached: int = 0
+    ok: int = 0
+    failed: int = 0
+    infeasible: int = 0
+    pruned: int = 0
+    left: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+    stages: int = 0
+    affinity: float = 0.0
+    reason: str = ""
+
+    @property
+    def ran(self) -> int:
+        """Jobs that got a row in this session."""
+        return self.ok + self.failed + self.infeasible + self.pruned
+
+    @property
+    def done(self) -> int:
+        """Jobs that have a row."""
+        return self.cached + self.ran
+
+    def count(self, status: str) -> None:
+        """A job got a row with this status."""
+        setattr(self, status, getattr(self, status) + 1)
