@@ -33,11 +33,16 @@ def _import(modules: tuple[str, ...]) -> None:
             raise click.BadParameter(f"{module!r} cannot be imported: {error}", param_hint="--import") from None
 
 
+def _plain(value: Any) -> Any:
+    """A default as JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _knob_dict(spec: KnobSpec) -> dict[str, Any]:
     return {
         "name": spec.name,
-        "type": spec.type.__name__,
-        "default": None if spec.required else spec.default,
+        "type": spec.type_name,
+        "default": None if spec.required else _plain(spec.default),
         "allowed": spec.describe(),
         "ratio": spec.knob.ratio,
         "unit": spec.knob.unit,

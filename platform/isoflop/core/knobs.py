@@ -5,22 +5,31 @@ From the same annotation come the Optuna distribution, the YAML schema, the vali
     @dataclass(frozen=True)
     class QueCC(VisualTokenMethod):
         k: Annotated[int, Knob(low=1, high=24, ratio=True, doc="window side; V = (P/k)^2")] = 4
+
+A knob of a ``tuple[float, ...]`` (a number per layer, a schedule) is a list in YAML, in job ids and in rows; its bounds and its
+step are those of each item, its choices are whole lists.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from isoflop.core.errors import UserError, nearest, unknown
 
-KnobValue = bool | int | float | str
+Scalar = bool | int | float | str
+KnobValue = Scalar | tuple[Scalar, ...]
+_TYPE_NAMES: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_PLURALS: dict[type, str] = {int: "whole numbers", float: "numbers", bool: "true and false", str: "texts"}
+_ON_GRID = 1e-6  # of a step; decimals are not exact
 
 
 @dataclass(frozen=True)
@@ -28,10 +37,10 @@ class Knob:
     """Range of one knob.
 
     Args:
-        low, high: inclusive bounds of a number.
+        low, high: inclusive bounds of a number; of each item of a list.
         log: search (and plot) on a log scale.
-        step: grid of a number, counted from ``low``.
-        choices: the allowed values, in order; excludes bounds. Numbers or strings.
+        step: grid of a number, counted from ``low`` (0 without one); values between are refused, and never proposed.
+        choices: the allowed values, in order; excludes bounds. Numbers, strings, or whole lists.
         ratio: this knob sets the compression ratio.
         unit: "tokens", "bits", …; empty when it has none.
         doc: one line for people.
@@ -49,49 +58,94 @@ class Knob:
 
 @dataclass(frozen=True)
 class KnobSpec:
-    """One knob of one class: its annotation together with name, type and default."""
+    """One knob of one class: its annotation together with name, type and default.
+
+    Attributes:
+        type: of a value; of each item where the knob is a list (``many``).
+    """
 
     name: str
     type: type
     default: Any
     knob: Knob
+    many: bool = False
 
     @property
     def required(self) -> bool:
         """True when the class gives no default."""
         return self.default is dataclasses.MISSING
 
+    @property
+    def type_name(self) -> str:
+        """``int``, or ``list of int``."""
+        return f"list of {self.type.__name__}" if self.many else self.type.__name__
+
     def describe(self) -> str:
-        """The allowed values in words: ``1 … 36 (log)`` or ``mean | max``."""
+        """The allowed values in words: ``1 … 36 (log)``, ``mean | max`` or ``list of 0 … 1``."""
         knob = self.knob
         if knob.choices is not None:
-            return " | ".join(str(c) for c in knob.choices)
+            return " | ".join(shown(c) for c in knob.choices)
+        bounded = knob.low is not None or knob.high is not None or knob.step is not None
+        if self.many:
+            return f"list of {self._range() if bounded else _PLURALS.get(self.type, self.type.__name__)}"
         if self.type is bool:
             return "true | false"
-        if knob.low is None and knob.high is None:
-            return {int: "a whole number", float: "a number", str: "text"}.get(self.type, self.type.__name__)
+        return self._range() if bounded else _TYPE_NAMES.get(self.type, self.type.__name__)
+
+    def _range(self) -> str:
+        knob = self.knob
         low = "-∞" if knob.low is None else _short(knob.low)
         high = "∞" if knob.high is None else _short(knob.high)
         extra = [w for w, on in (("log", knob.log), (f"step {_short(knob.step or 0)}", knob.step is not None)) if on]
         return f"{low} … {high}" + (f" ({', '.join(extra)})" if extra else "")
 
+    def values_of(self, given: Any) -> tuple[Any, ...]:
+        """What a YAML says of a knob as the values that it means: one, or a list of them.
+
+        A list is several values of a plain knob. Of a knob that is a list itself it is one value, and a list of lists several.
+        """
+        if not isinstance(given, (list, tuple)):
+            return (given,)
+        if self.many and not any(isinstance(v, (list, tuple)) for v in given):
+            return (tuple(given),)
+        return tuple(given)
+
     def check(self, value: Any, where: str = "") -> KnobValue:
         """``value`` in the knob's type; a UserError that says what is allowed when it does not fit."""
         prefix = f"{where}: " if where else ""
-        typed = self._typed(value, prefix)
-        knob = self.knob
-        if knob.choices is not None and typed not in knob.choices:
-            hint = nearest(str(typed), [str(c) for c in knob.choices]) if isinstance(typed, str) else None
-            guess = f" (did you mean {hint!r}?)" if hint else ""
-            raise UserError(f"{prefix}{self.name} = {value!r} is not allowed{guess}; allowed: {self.describe()}")
-        if isinstance(typed, (bool, str)):
+        typed = self._list(value, prefix) if self.many else self._typed(value, prefix, value)
+        choices = self.knob.choices
+        if choices is None:
             return typed
-        if (knob.low is not None and typed < knob.low) or (knob.high is not None and typed > knob.high):
-            raise UserError(f"{prefix}{self.name} = {value!r} is out of range; allowed: {self.describe()}")
+        if typed not in choices:
+            hint = None if isinstance(typed, (int, float)) else nearest(shown(typed), [shown(c) for c in choices])
+            guess = f" (did you mean {hint if self.many else repr(hint)}?)" if hint else ""
+            raise UserError(
+                f"{prefix}{self.name} = {shown(value, True)} is not allowed{guess}; allowed: {self.describe()}"
+            )
         return typed
 
-    def _typed(self, value: Any, prefix: str) -> KnobValue:
+    def on_grid(self, value: float) -> bool:
+        """Whether a number lies on the knob's grid; always, without a step."""
+        step = self.knob.step
+        if step is None:
+            return True
+        steps = (value - (self.knob.low or 0)) / step
+        return abs(steps - round(steps)) < _ON_GRID
+
+    def grid_value(self, steps: int) -> float | int:
+        """The number that lies so many steps above ``low``, in the digits that people write: .3, not .30000000000000004."""
+        return grid_value(self.knob.low or 0, self.knob.step or 1, steps, self.type is int)
+
+    def _list(self, value: Any, prefix: str) -> tuple[Scalar, ...]:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{prefix}{self.name} = {value!r} must be a list; allowed: {self.describe()}")
+        return tuple(self._typed(item, prefix, value) for item in value)
+
+    def _typed(self, value: Any, prefix: str, whole: Any) -> Scalar:
+        """One number, text or truth value, of the right type, in range and on the grid; ``whole`` is what was given."""
         wanted = self.type
+        told = f"{prefix}{self.name} = {shown(whole, True)}" + (f": {value!r}" if self.many else "")
         good: bool
         if wanted is bool:
             good = isinstance(value, bool)
@@ -104,10 +158,45 @@ class KnobSpec:
         else:
             good = isinstance(value, wanted)
         if not good:
-            real = "a finite number" if isinstance(value, float) else "a number"
-            name = {int: "a whole number", float: real, bool: "true or false", str: "text"}.get(wanted, wanted.__name__)
-            raise UserError(f"{prefix}{self.name} = {value!r} must be {name}; allowed: {self.describe()}")
-        return typing.cast(KnobValue, wanted(value))
+            name = _TYPE_NAMES.get(wanted, wanted.__name__)
+            name = "a finite number" if wanted is float and isinstance(value, float) else name
+            listed = ", not a list" if isinstance(value, (list, tuple)) else ""
+            raise UserError(f"{told} must be {name}{listed}; allowed: {self.describe()}")
+        typed = typing.cast(Scalar, wanted(value))
+        return typed if isinstance(typed, (bool, str)) else self._in_range(typed, told)
+
+    def _in_range(self, number: int | float, told: str) -> int | float:
+        knob = self.knob
+        if knob.choices is not None:
+            return number
+        if (knob.low is not None and number < knob.low) or (knob.high is not None and number > knob.high):
+            raise UserError(f"{told} is out of range; allowed: {self.describe()}")
+        if knob.step is None:
+            return number
+        steps = (number - (knob.low or 0)) / knob.step
+        if not self.on_grid(number):
+            below, above = (self.grid_value(n) for n in (math.floor(steps), math.ceil(steps)))
+            fits = [shown(v) for v in (below, above) if knob.high is None or v <= knob.high]
+            raise UserError(f"{told} lies between the steps; allowed: {self.describe()}; nearest: {' and '.join(fits)}")
+        return self.grid_value(round(steps))
+
+
+def grid_value(low: float, step: float, steps: int, whole: bool) -> float | int:
+    """``low + steps·step`` without the rounding of binary fractions; an int where ``whole``."""
+    exact = Decimal(repr(low)) + steps * Decimal(repr(step))
+    return int(exact) if whole else float(exact)
+
+
+def shown(value: Any, quoted: bool = False) -> str:
+    """A knob's value in a message: lists as JSON writes them; text in quotes where ``quoted``."""
+    if isinstance(value, (list, tuple)):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return repr(value) if quoted else str(value)
+
+
+def frozen(value: Any) -> Any:
+    """A value as JSON or YAML has it, with tuples for lists, so that it can be hashed."""
+    return tuple(frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def knob_specs(cls: type) -> dict[str, KnobSpec]:
@@ -124,14 +213,24 @@ def _knob_specs(cls: type) -> dict[str, KnobSpec]:
         hint = hints[field.name]
         found = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Knob)]
         if found:
-            specs[field.name] = KnobSpec(field.name, _plain_type(typing.get_args(hint)[0]), field.default, found[0])
+            kind, many = _plain_type(typing.get_args(hint)[0], f"{cls.__name__}.{field.name}")
+            specs[field.name] = KnobSpec(field.name, kind, field.default, found[0], many)
     return specs
 
 
-def _plain_type(hint: Any) -> Any:
-    """The type of a knob's values: ``float | None`` is a number that has no value until somebody gives one."""
+def _plain_type(hint: Any, where: str) -> tuple[Any, bool]:
+    """The type of a knob's values, and whether they are lists of it.
+
+    ``float | None`` is a number that has no value until somebody gives one.
+    """
     options = [o for o in typing.get_args(hint) if o is not type(None)]
-    return options[0] if typing.get_origin(hint) in (typing.Union, types.UnionType) and len(options) == 1 else hint
+    if typing.get_origin(hint) in (typing.Union, types.UnionType) and len(options) == 1:
+        return _plain_type(options[0], where)
+    if typing.get_origin(hint) is not tuple:
+        return hint, False
+    if len(options) != 2 or options[1] is not Ellipsis or options[0] not in _TYPE_NAMES:
+        raise TypeError(f"{where}: a knob that is a list is a tuple[T, ...] of int, float, bool or str, not {hint}")
+    return options[0], True
 
 
 def check_knobs(cls: type, values: Mapping[str, Any], kind: str, where: str = "") -> dict[str, KnobValue]:

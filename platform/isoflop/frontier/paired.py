@@ -142,7 +142,8 @@ def cell_of(row: Mapping[str, Any], column: str) -> Any:
         return row[column]
     knobs = json.loads(row.get("knobs") or "{}")
     if column in knobs:
-        return knobs[column]
+        value = knobs[column]
+        return json.dumps(value) if isinstance(value, list) else value
     for name in ("footprint", "metrics"):
         found = dict(row.get(name) or ())
         if column in found:

@@ -9,7 +9,7 @@ from typing import Any
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import content_hash
-from isoflop.core.knobs import KnobValue, check_knobs
+from isoflop.core.knobs import KnobValue, check_knobs, frozen
 from isoflop.core.stage import Stage, walk
 from isoflop.methods.base import METHODS, Method, build
 from isoflop.models.base import ModelFamily, ModelInfo, family_of
@@ -25,8 +25,8 @@ class MethodSpec:
 
     @classmethod
     def of(cls, name: str, knobs: Mapping[str, KnobValue]) -> MethodSpec:
-        """From a mapping of knobs."""
-        return cls(name, tuple(sorted(knobs.items())))
+        """From a mapping of knobs; lists, as JSON has them, become tuples."""
+        return cls(name, tuple(sorted((k, frozen(v)) for k, v in knobs.items())))
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Job:
             repeat=data["repeat"],
             seed=data["seed"],
             model_options=tuple(sorted(data.get("model_options", {}).items())),
-            task_options=tuple(sorted(data.get("task_options", {}).items())),
+            task_options=tuple(sorted((k, frozen(v)) for k, v in data.get("task_options", {}).items())),
             versions=tuple(sorted(data.get("versions", {}).items())),
         )
 

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from isoflop.core.errors import UserError
+from isoflop.core.knobs import KnobValue, grid_value
 
-Value = bool | int | float | str
+Value = KnobValue
 Config = dict[str, Value]
 MAX_GRID = 1_000_000  # points; more is a mistake in the YAML
 _MAX_COUNT = 20_000  # points of a space that a sampler searches: beyond this it counts as endless
@@ -30,6 +31,8 @@ class Param:
         name: ``model``, ``method``, ``<label>.<knob>`` or the name of a zip block.
         values: the allowed values, or None for a range.
         when: other parameter -> its values under which this one exists; otherwise it keeps ``default``.
+        spelling: low end and step of a knob's own grid, whose values have one spelling, whoever draws them; see
+            :func:`isoflop.core.knobs.grid_value`.
     """
 
     name: str
@@ -41,6 +44,14 @@ class Param:
     integer: bool = False
     when: tuple[tuple[str, tuple[Value, ...]], ...] = ()
     default: Value | None = None
+    spelling: tuple[float, float] | None = None
+
+    def spelled(self, value: Value) -> Value:
+        """A drawn value in the spelling that enters configurations."""
+        if self.spelling is None or isinstance(value, (str, bool, tuple)):
+            return value
+        low, step = self.spelling
+        return grid_value(low, step, round((value - low) / step), self.integer)
 
     def grid(self) -> Sequence[Value]:
         """All values; UserError for a continuous range."""
@@ -61,7 +72,7 @@ class Param:
         """Whether ``value`` could have been drawn from this parameter."""
         if self.values is not None:
             return value in self.values
-        if isinstance(value, (str, bool)) or not self.low <= value <= self.high:
+        if isinstance(value, (str, bool, tuple)) or not self.low <= value <= self.high:
             return False
         if self.integer:
             return float(value).is_integer() and int(value) in self.grid()
@@ -119,13 +130,14 @@ class Space:
                 if param.name in zipped.paths and zipped.name not in drawn:
                     drawn.add(zipped.name)
                     index = choose(Param(zipped.name, tuple(range(len(zipped.rows)))))
-                    pending.update(dict(zipped.rows[int(index)]))
+                    assert isinstance(index, int)
+                    pending.update(dict(zipped.rows[index]))
             if param.name in pending:
                 config[param.name] = pending[param.name]
             elif param.values is not None and len(param.values) == 1:
                 config[param.name] = param.values[0]
             else:
-                config[param.name] = choose(param)
+                config[param.name] = param.spelled(choose(param))
 
         pending: Config = {}
         draw(Param("model", self.models))

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -15,7 +15,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from isoflop.core.hashing import derive_seed
-from isoflop.search.distributions import distribution_of, suggest
+from isoflop.search.distributions import chosen, distribution_of, stored, suggest
 from isoflop.search.proposer import Numbers, Proposal, Proposer, Tell
 from isoflop.search.pruners import make_pruner
 from isoflop.search.space import Config, Param, Space, Value, values_key
@@ -174,7 +174,7 @@ class OptunaProposer(Proposer):
             distribution = distribution_of(param)
             if distribution.single():
                 return param.grid()[0]
-            return cast(Value, sampler.sample_independent(study, _NO_TRIAL, param.name, distribution))
+            return chosen(param, sampler.sample_independent(study, _NO_TRIAL, param.name, distribution))
 
         return None, self._space.walk(choose)
 
@@ -217,7 +217,7 @@ class OptunaProposer(Proposer):
             if value is None or not param.contains(value):
                 raise LookupError(param.name)
             distribution = distribution_of(param)
-            params[param.name], distributions[param.name] = value, distribution
+            params[param.name], distributions[param.name] = stored(value), distribution
             return value
 
         try:

@@ -8,8 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from isoflop.core.hashing import content_hash
-
 
 class Block(BaseModel):
     """Base class: unknown keys are refused, nothing changes later."""
@@ -194,7 +192,10 @@ class ModelEntry(Block):
 
 
 class KnobEntry(Block):
-    """What a sweep says of one knob: one ``value``, a list of ``values``, or a range within the method's own."""
+    """What a sweep says of one knob: one ``value``, a list of ``values``, or a range within the method's own.
+
+    Whether ``[1, 2]`` is two values or one that is a list depends on the knob; see ``KnobSpec.values_of``.
+    """
 
     value: Any = None
     values: tuple[Any, ...] | None = None
@@ -209,10 +210,10 @@ class KnobEntry(Block):
         if self.values is not None:
             if not self.values:
                 raise ValueError("the list of values is empty")
-            if any(not isinstance(v, (bool, int, float, str)) for v in self.values):
-                raise ValueError(f"the list must hold numbers, texts or true and false: {list(self.values)}")
-            if len({content_hash(v) for v in self.values}) < len(self.values):
-                raise ValueError(f"the list names a value twice: {list(self.values)}")
+            if any(not _is_value(v) for v in self.values):
+                raise ValueError(
+                    f"the list must hold numbers, texts, true and false, or lists of these: {list(self.values)}"
+                )
         if self.low is not None and self.high is not None and self.low > self.high:
             raise ValueError(f"the range is empty: low {self.low:g} is above high {self.high:g}")
         if self.log and self.low is not None and self.low <= 0:
@@ -220,6 +221,11 @@ class KnobEntry(Block):
         if self.log and self.step is not None:
             raise ValueError("a range can have log or step, not both")
         return self
+
+
+def _is_value(value: Any) -> bool:
+    items = value if isinstance(value, (list, tuple)) else (value,)
+    return all(isinstance(v, (bool, int, float, str)) for v in items)
 
 
 class MethodEntry(Block):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from isoflop.core.errors import Infeasible, UserError, unknown
-from isoflop.core.knobs import KnobSpec, check_knobs
+from isoflop.core.hashing import content_hash
+from isoflop.core.knobs import KnobSpec, check_knobs, frozen, grid_value
 from isoflop.core.yaml_source import KeyPath, Source
 from isoflop.jobs import ResolvedJob
 from isoflop.methods.base import METHODS, method_knobs
@@ -107,14 +109,18 @@ def _param(
     for other, allowed in entry.when.items():
         if other not in specs:
             raise unknown(f"knob of method {method}", other, specs, f"{place}.when")
-        listed = allowed if isinstance(allowed, (list, tuple)) else (allowed,)
+        listed = specs[other].values_of(allowed)
         when.append((prefix + other, tuple(specs[other].check(v, f"{place}.when") for v in listed)))
     default = None if spec.required else spec.default
     if when and default is None:
         raise UserError(f"{place}: {spec.name} has no default to take when its condition does not hold")
     common: dict[str, Any] = {"when": tuple(when), "default": default}
     if entry.values is not None:
-        return Param(full, tuple(spec.check(v, place) for v in entry.values), **common)
+        listed = spec.values_of(entry.values)
+        values = tuple(spec.check(v, place) for v in listed)
+        if len({content_hash(v) for v in values}) < len(values):
+            raise UserError(f"{place}: the list names a value twice: {list(listed)}")
+        return Param(full, values, **common)
     bounds = entry.low is not None or entry.high is not None or entry.step is not None or entry.log is not None
     if entry.value is not None:
         if bounds:
@@ -125,33 +131,73 @@ def _param(
 
 def _range(full: str, spec: KnobSpec, entry: KnobEntry, place: str, common: dict[str, Any]) -> Param:
     """A range given in the YAML, completed by the method's own declaration."""
-    knob = spec.knob
-    if spec.type is bool:
+    if spec.type is bool and not spec.many:
         return Param(full, (False, True), **common)
-    if knob.choices is not None:
-        values = tuple(
-            c
-            for c in knob.choices
-            if isinstance(c, str) or ((entry.low is None or c >= entry.low) and (entry.high is None or c <= entry.high))
-        )
-        if not values:
-            raise UserError(f"{place}: no allowed value of {spec.name} lies in this range; allowed: {spec.describe()}")
-        return Param(full, values, **common)
+    if spec.knob.choices is not None:
+        return Param(full, _choices_within(spec, entry, place), **common)
+    if spec.many:
+        raise UserError(f"{place}: {spec.name} is a list and has no range; give one list, or a list of lists")
     if spec.type is str:
         raise UserError(f"{place}: {spec.name} is text and has no range; give a value or a list")
+    knob = spec.knob
     low = entry.low if entry.low is not None else knob.low
     high = entry.high if entry.high is not None else knob.high
     if low is None or high is None:
         raise UserError(f"{place}: {spec.name} needs low and high; the method declares {spec.describe()}")
+    if knob.step is not None and not (spec.type is int and knob.step == 1):
+        return _stepped(full, spec, entry, (low, high), place, common)
     spec.check(low, place)
     spec.check(high, place)
     if low > high:
         raise UserError(f"{place}: the range from {low:g} to {high:g} is empty; allowed: {spec.describe()}")
     log = (knob.log and entry.step is None) if entry.log is None else entry.log
-    step = entry.step if entry.step is not None else (None if log else knob.step)
+    step = entry.step
     if spec.type is int and step is not None and step != int(step):
         raise UserError(f"{place}: the step of {spec.name}, a whole number, cannot be {step:g}")
     return Param(full, None, low, high, step, log, spec.type is int, **common)
+
+
+def _choices_within(spec: KnobSpec, entry: KnobEntry, place: str) -> tuple[Value, ...]:
+    """The choices of a knob that lie between the bounds that a YAML gives."""
+    low, high = entry.low, entry.high
+    if spec.many and (low, high) != (None, None):
+        raise UserError(f"{place}: {spec.name} is a list and has no bounds; allowed: {spec.describe()}")
+    values = tuple(
+        c
+        for c in spec.knob.choices or ()
+        if isinstance(c, (str, tuple)) or ((low is None or c >= low) and (high is None or c <= high))
+    )
+    if not values:
+        raise UserError(f"{place}: no allowed value of {spec.name} lies in this range; allowed: {spec.describe()}")
+    return values
+
+
+def _stepped(
+    full: str, spec: KnobSpec, entry: KnobEntry, bounds: tuple[float, float], place: str, common: dict[str, Any]
+) -> Param:
+    """A range over a knob with a step: its values are values of the knob's own grid, all or every n-th of them."""
+    step = spec.knob.step
+    assert step is not None
+    if entry.log:
+        raise UserError(f"{place}: {spec.name} has steps of {step:g}, and a range over steps cannot be log")
+    times = 1.0 if entry.step is None else entry.step / step
+    if round(times) < 1 or abs(times - round(times)) > 1e-6:
+        raise UserError(
+            f"{place}: the step {entry.step:g} of {spec.name} is no multiple of its own; "
+            f"allowed: {spec.describe()}; nearest: {max(1, round(times)) * step:g}"
+        )
+    spec.check(bounds[0], place)
+    origin = spec.knob.low or 0
+    first = round((bounds[0] - origin) / step)
+    count = math.floor((bounds[1] - origin) / step + 1e-6) - first
+    last = first + count // round(times) * round(times)
+    if count < 0 or (spec.knob.high is not None and bounds[1] > spec.knob.high):
+        raise UserError(
+            f"{place}: the range from {bounds[0]:g} to {bounds[1]:g} is empty or too wide; allowed: {spec.describe()}"
+        )
+    low, high = spec.grid_value(first), spec.grid_value(last)
+    every = grid_value(0, step, round(times), spec.type is int)
+    return Param(full, None, low, high, every, False, spec.type is int, spelling=(origin, step), **common)
 
 
 def _check_models(spec: SweepSpec, source: Source) -> None:
@@ -249,9 +295,9 @@ def _excludes(spec: SweepSpec, source: Source, branches: list[Branch]) -> tuple[
         rule = []
         for path, values in block.items():
             where = source.where(("exclude", index, path))
-            listed = tuple(values) if isinstance(values, (list, tuple)) else (values,)
             if path not in params and path not in known:
                 raise unknown("parameter", path, [*known, *params], where)
+            listed = _listed(values, params.get(path))
             for value in listed:
                 if path in known and value not in known[path]:
                     raise unknown(f"{path} of this sweep", value, known[path], where)
@@ -262,6 +308,16 @@ def _excludes(spec: SweepSpec, source: Source, branches: list[Branch]) -> tuple[
             raise UserError(f"{source.where(('exclude', index))}: an empty block would exclude everything")
         out.append(tuple(rule))
     return tuple(out)
+
+
+def _listed(values: Any, param: Param | None) -> tuple[Value, ...]:
+    """What an ``exclude`` names: one value or several; of a knob that is a list, a list is one."""
+    if not isinstance(values, (list, tuple)):
+        return (values if param is None else param.spelled(values),)
+    whole = param is not None and any(isinstance(v, tuple) for v in param.values or ())
+    one = whole and not any(isinstance(v, (list, tuple)) for v in values)
+    listed = (frozen(values),) if one else frozen(values)
+    return listed if param is None else tuple(param.spelled(v) for v in listed)
 
 
 def _check_grid(sweep: Sweep) -> None:

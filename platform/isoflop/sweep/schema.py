@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from isoflop.core.knobs import KnobSpec, knob_specs
+from isoflop.core.knobs import KnobSpec, knob_specs, shown
 from isoflop.methods.base import METHODS
 from isoflop.models.base import FAMILIES
 from isoflop.search import STRATEGIES
@@ -140,19 +140,16 @@ def _options(knobs: Mapping[str, KnobSpec], cls: type) -> dict[str, Any]:
 
 def _knob_forms(spec: KnobSpec) -> list[dict[str, Any]]:
     value = _value(spec)
-    bound: dict[str, Any] = {"type": "number"}
-    block = {
-        "value": value,
-        "values": {"type": "array", "items": value, "minItems": 1},
-        "low": bound,
-        "high": bound,
-        "log": {"type": "boolean"},
-        "step": {"type": "number", "exclusiveMinimum": 0},
-        "when": {"type": "object"},
-    }
+    several = {"type": "array", "items": value, "minItems": 1}
+    block: dict[str, Any] = {"value": value, "values": several}
+    if not spec.many:
+        bound: dict[str, Any] = {"type": "number"}
+        step = {"type": "number", "exclusiveMinimum": 0}
+        block |= {"low": bound, "high": bound, "log": {"type": "boolean"}, "step": step}
+    block["when"] = {"type": "object"}
     return [
         value,
-        {"type": "array", "items": value, "minItems": 1, "uniqueItems": True},
+        {**several, "uniqueItems": True},
         {"type": "object", "properties": block, "additionalProperties": False},
         {"type": "null"},
     ]
@@ -160,7 +157,12 @@ def _knob_forms(spec: KnobSpec) -> list[dict[str, Any]]:
 
 def _value(spec: KnobSpec) -> dict[str, Any]:
     if spec.knob.choices is not None:
-        return {"enum": list(spec.knob.choices)}
+        return {"enum": [list(c) if isinstance(c, tuple) else c for c in spec.knob.choices]}
+    return {"type": "array", "items": _item(spec)} if spec.many else _item(spec)
+
+
+def _item(spec: KnobSpec) -> dict[str, Any]:
+    """A number, text or truth value; of a list, one of its items. A step is left to the plan: JSON Schema's counts from 0."""
     out: dict[str, Any] = {"type": _JSON_TYPES.get(spec.type, "string")}
     if spec.knob.low is not None:
         out["minimum"] = spec.knob.low
@@ -170,7 +172,7 @@ def _value(spec: KnobSpec) -> dict[str, Any]:
 
 
 def _doc(spec: KnobSpec) -> str:
-    default = "" if spec.required else f" Default {spec.default}."
+    default = "" if spec.required else f" Default {shown(spec.default)}."
     return f"{spec.knob.doc} Allowed: {spec.describe()}.{default}".strip()
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from isoflop.core.knobs import shown
 from isoflop.core.stage import Stage, walk
 from isoflop.jobs import Job, ResolvedJob
 
 
 def job_title(job: Job) -> str:
     """Model, method, knobs and task of a job."""
-    knobs = " ".join(f"{k.rsplit('.', 1)[-1]}={v}" for k, v in job.knobs().items())
+    knobs = " ".join(f"{k.rsplit('.', 1)[-1]}={shown(v)}" for k, v in job.knobs().items())
     return " ".join(
         p for p in (job.model, job.method_label, knobs, job.task, f"r{job.repeat}" if job.repeat else "") if p
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from isoflop.core.knobs import shown
 from isoflop.jobs import Job
 from isoflop.search import Config, Proposer, Tell, values_key
 from isoflop.sweep.resolved import Sweep
@@ -189,6 +190,6 @@ class TrialBook:
         )
         if better:
             knobs = " ".join(
-                f"{k.rsplit('.', 1)[-1]}={v}" for k, v in trial.config.items() if k not in ("model", "method")
+                f"{k.rsplit('.', 1)[-1]}={shown(v)}" for k, v in trial.config.items() if k not in ("model", "method")
             )
             self.best = (value, f"{trial.config['model']} {trial.config['method']} {knobs}".strip())

@@ -370,10 +370,15 @@ def _candidates(spec: KnobSpec) -> list[KnobValue]:
         return list(knob.choices)
     if spec.type is bool:
         return [False, True]
+    if spec.many:
+        return [spec.default]
     if spec.type is str:
         return [spec.default, f"{spec.default}-other"]
     low = float(knob.low) if knob.low is not None else float(spec.default) - 1
     high = float(knob.high) if knob.high is not None else float(spec.default) + 1
+    if spec.knob.step is not None:
+        count = int((high - low) / spec.knob.step + 1e-9)
+        return [spec.grid_value(n) for n in range(min(count, 40) + 1)]
     if spec.type is int:
         near = range(int(low), int(min(high, low + 40)) + 1)
         return sorted({*near, int(spec.default), int(high)})
@@ -381,6 +386,15 @@ def _candidates(spec: KnobSpec) -> list[KnobValue]:
 
 
 def _wrong_values(spec: KnobSpec) -> Iterable[Any]:
+    """What a knob must refuse; of a list also each of these as an item."""
+    if spec.many:
+        yield from ("nonsense", 1, {"a": 1})
+        yield from ([wrong] for wrong in _wrong_items(spec))
+    else:
+        yield from _wrong_items(spec)
+
+
+def _wrong_items(spec: KnobSpec) -> Iterable[Any]:
     if spec.type is not str:
         yield "nonsense"
         yield [1]

@@ -117,7 +117,8 @@ def _params(row: Mapping[str, Any]) -> dict[str, str]:
         "seed": row["seed"],
         **knobs,
     }
-    return {_safe(k): str(v)[:_MAX_PARAM] for k, v in params.items() if v is not None}
+    texts = {k: json.dumps(v) if isinstance(v, list) else str(v) for k, v in params.items() if v is not None}
+    return {_safe(k): text[:_MAX_PARAM] for k, text in texts.items()}
 
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, float]:

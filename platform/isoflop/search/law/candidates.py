@@ -17,7 +17,7 @@ import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from isoflop.core.errors import UserError
-from isoflop.search.distributions import distribution_of
+from isoflop.search.distributions import chosen, distribution_of, stored
 from isoflop.search.space import Param, Space
 
 Config = dict[str, Any]
@@ -137,7 +137,7 @@ class SpaceSource:
         params: dict[str, Any] = {}
         for name, value in config.items():
             if name not in self._zipped:
-                params[name] = value
+                params[name] = stored(value)
                 continue
             block = self._zipped[name]
             params[block.name] = next(
@@ -147,7 +147,7 @@ class SpaceSource:
 
     def to_config(self, params: Mapping[str, Any]) -> Config | None:
         try:
-            return self.space.walk(lambda p: params[p.name])
+            return self.space.walk(lambda p: chosen(p, params[p.name]))
         except KeyError:
             return None
 

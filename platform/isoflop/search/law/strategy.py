@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from isoflop.core.errors import UserError, unknown
 from isoflop.core.expressions import parse
-from isoflop.core.knobs import Knob
+from isoflop.core.knobs import Knob, frozen
 from isoflop.laws.result import plain
 from isoflop.search.law.axes import AxisSpec, Config, Reader
 from isoflop.search.law.best_method import BestMethod
@@ -110,7 +110,7 @@ class LawSearch(Strategy):
         """Remember the search's check as soon as it is chosen, and give it back to a search that goes on."""
         assert isinstance(proposer, LawProposer)
         if (data := shelf.read(_CHECK)) is not None:
-            proposer.keep_check(json.loads(data))
+            proposer.keep_check({name: frozen(value) for name, value in json.loads(data).items()})
         proposer.on_check = lambda config: shelf.write(_CHECK, json.dumps(plain(dict(config))).encode())
 
     def forecast(self, proposer: Proposer, problem: Problem) -> Forecast | None:
