@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isoflop.core.errors import UserError
-from isoflop.search import Branch, Config, Param, Proposer, Space, Tell, Zip, make_proposer, values_key
+from isoflop.search import Branch, Config, Param, Proposer, SearchSpace, Tell, Zip, make_proposer, values_key
 
 SAMPLERS = ("grid", "random", "qmc", "tpe", "gp", "cmaes", "nsga2")
 
-CONDITIONAL = Space(
+CONDITIONAL = SearchSpace(
     models=("a", "b", "c"),
     branches=(
         Branch("plain"),
@@ -28,12 +28,12 @@ CONDITIONAL = Space(
     ),
     excludes=((("model", ("c",)), ("knobs.flag", (True,))),),
 )
-ZIPPED = Space(
+ZIPPED = SearchSpace(
     models=("a", "b", "c"),
     branches=(Branch("m", (Param("m.k", (1, 2, 4)), Param("m.j", low=0, high=4, step=2, integer=True))),),
     zips=(Zip("zip0", ((("model", "a"), ("m.k", 1)), (("model", "b"), ("m.k", 2)), (("model", "c"), ("m.k", 4)))),),
 )
-ENDLESS = Space(
+ENDLESS = SearchSpace(
     ("a", "b"),
     (Branch("m", (Param("m.x", low=0.1, high=10.0, log=True), Param("m.n", low=1, high=100, integer=True, log=True))),),
 )
@@ -91,7 +91,7 @@ def test_zipped_parameters_move_together() -> None:
 
 
 @pytest.mark.parametrize("sampler, space", FINITE)
-def test_every_sampler_uses_a_finite_space_up_without_doubles(sampler: str, space: Space) -> None:
+def test_every_sampler_uses_a_finite_space_up_without_doubles(sampler: str, space: SearchSpace) -> None:
     played = play(make_proposer(space, sampler, seed=1), 1000)
     assert {values_key(c) for _, c in played} == {values_key(c) for c in space.grid()}
     assert len(played) == space.size()
@@ -164,7 +164,7 @@ def study_of(proposer: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("space", [CONDITIONAL, ZIPPED, ENDLESS], ids=["conditional", "zipped", "endless"])
-def test_a_rebuilt_study_equals_the_original(space: Space) -> None:
+def test_a_rebuilt_study_equals_the_original(space: SearchSpace) -> None:
     first = make_proposer(space, "random", "median", seed=3)
     told: list[Tell] = []
     for proposal in first.ask(9):
@@ -201,13 +201,13 @@ def test_points_of_an_older_yaml_do_no_harm() -> None:
 
 
 def test_spaces_too_large_to_count_count_as_endless() -> None:
-    space = Space(("a",), (Branch("m", (Param("m.n", low=1, high=10**12, integer=True, log=True),)),))
+    space = SearchSpace(("a",), (Branch("m", (Param("m.n", low=1, high=10**12, integer=True, log=True),)),))
     assert space.size() is None
     assert len(play(make_proposer(space, "random"), 5)) == 5
 
 
 @st.composite
-def spaces(draw: st.DrawFn) -> Space:
+def spaces(draw: st.DrawFn) -> SearchSpace:
     branches = []
     for b in range(draw(st.integers(1, 3))):
         params: list[Param] = []
@@ -239,12 +239,12 @@ def spaces(draw: st.DrawFn) -> Space:
         branches.append(Branch(f"b{b}", tuple(params)))
     models = tuple("abc"[: draw(st.integers(1, 3))])
     excludes = ((("model", models[:1]), ("method", ("b0",))),) if draw(st.booleans()) and len(models) > 1 else ()
-    return Space(models, tuple(branches), (), excludes)
+    return SearchSpace(models, tuple(branches), (), excludes)
 
 
 @settings(max_examples=80)
 @given(spaces(), st.integers(0, 2**20))
-def test_grid_walk_and_contains_agree(space: Space, seed: int) -> None:
+def test_grid_walk_and_contains_agree(space: SearchSpace, seed: int) -> None:
     import random
 
     points = [values_key(p) for p in space.grid()]

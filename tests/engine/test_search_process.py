@@ -15,7 +15,7 @@ import pytest
 from helpers import run_local, toy
 from test_proposers import CONDITIONAL, ENDLESS, error
 
-from isoflop.search import Proposer, Space, Tell, make_proposer, values_key
+from isoflop.search import Proposer, SearchSpace, Tell, make_proposer, values_key
 from isoflop.search.process import ProposerProcess
 from isoflop.search.tpe import RememberingTPESampler, UnconstrainedStorage
 
@@ -58,7 +58,7 @@ def test_random_search_without_a_study_draws_the_same_points() -> None:
     assert make_proposer(CONDITIONAL, "random", seed=5).ask(12) == with_study
 
 
-def make(space: Space, sampler: str = "tpe") -> ProposerProcess:
+def make(space: SearchSpace, sampler: str = "tpe") -> ProposerProcess:
     made = make_proposer(space, sampler, seed=2, apart=True)
     assert isinstance(made, ProposerProcess)
     return made
@@ -124,8 +124,8 @@ def test_when_the_search_process_dies_the_driver_goes_on(kills: int) -> None:
 def test_when_the_driver_dies_the_search_process_ends() -> None:
     code = """
 import os, time
-from isoflop.search import Branch, Param, Space, make_proposer
-proposer = make_proposer(Space(("a",), (Branch("m", (Param("m.x", low=0.0, high=1.0),)),)), "tpe", apart=True)
+from isoflop.search import Branch, Param, SearchSpace, make_proposer
+proposer = make_proposer(SearchSpace(("a",), (Branch("m", (Param("m.x", low=0.0, high=1.0),)),)), "tpe", apart=True)
 while not proposer.ask(1):
     proposer.wait(1.0)
 print(proposer.pid, flush=True)

@@ -20,7 +20,7 @@ from isoflop.cli.show import show_command
 from isoflop.core.errors import UserError
 from isoflop.core.knobs import knob_specs
 from isoflop.core.registry import Registry
-from isoflop.search import STRATEGIES, Problem, Space, Strategy
+from isoflop.search import STRATEGIES, Problem, SearchSpace, Strategy
 from isoflop.search.pruners import PRUNERS
 from isoflop.search.space import Branch, Param
 from isoflop.search.strategies import OptunaStrategy
@@ -219,7 +219,7 @@ def test_a_strategy_survives_a_pickle_and_documents_itself(name: str) -> None:
 def test_only_a_dear_one_thinks_in_a_process_of_its_own(name: str) -> None:
     from isoflop.search.process import ProposerProcess
 
-    space = Space(("a",), (Branch("m", (Param("m.x", low=0.0, high=1.0),)),))
+    space = SearchSpace(("a",), (Branch("m", (Param("m.x", low=0.0, high=1.0),)),))
     strategy = STRATEGIES.get(name).of({})
     apart = isinstance(strategy.make(Problem(space, apart=True)), ProposerProcess)
     assert apart == strategy.dear

@@ -21,7 +21,7 @@ from isoflop.search.law import (
     Policy,
     PredictionAt,
 )
-from isoflop.search.space import Branch, Param, Space, Zip
+from isoflop.search.space import Branch, Param, SearchSpace, Zip
 
 AXES = {"N": "n", "V": "v"}
 COST = "2*N*(50+V)"
@@ -206,7 +206,7 @@ def study_from_grid(sampler: LawSampler, count: int) -> optuna.Study:
 def test_methods_with_conditional_knobs_and_the_best_of_them() -> None:
     """Two methods, one of which has a knob of its own; the sampler finds which is better at the budget."""
     amplitude = {"plain": 0.62, "merge": 0.55}
-    space = Space(
+    space = SearchSpace(
         ("a", "b", "c", "d", "e"),
         (
             Branch("plain", (Param("plain.k", low=1, high=64, integer=True, log=True),)),
@@ -247,7 +247,7 @@ def test_methods_with_conditional_knobs_and_the_best_of_them() -> None:
 
 def test_coupled_parameters_move_together() -> None:
     rows = tuple((("model", m), ("q.k", k)) for m, k in [("a", 1), ("a", 8), ("b", 2), ("b", 16), ("c", 4)])
-    space = Space(("a", "b", "c"), (Branch("q", (Param("q.k", (1, 2, 4, 8, 16)),)),), zips=(Zip("zip0", rows),))
+    space = SearchSpace(("a", "b", "c"), (Branch("q", (Param("q.k", (1, 2, 4, 8, 16)),)),), zips=(Zip("zip0", rows),))
     sampler = LawSampler({"N": {"model": {"a": 1, "b": 3, "c": 9}}, "V": "q.k"}, Exponents(), space=space, seed=0)
     study = optuna.create_study(sampler=sampler)
     from isoflop.search.distributions import suggest

@@ -28,7 +28,7 @@ from isoflop.methods.base import METHODS
 from isoflop.search import STRATEGIES, make_proposer, values_key
 from isoflop.search.distributions import chosen, stored
 from isoflop.search.proposer import Tell
-from isoflop.search.space import Branch, Param, Space
+from isoflop.search.space import Branch, Param, SearchSpace
 from isoflop.sweep.resolve import resolve
 from isoflop.sweep.resolved import Sweep
 from isoflop.sweep.rows import make_row
@@ -168,7 +168,7 @@ def test_a_list_survives_optuna(values: list[Any]) -> None:
 
 @pytest.mark.parametrize("sampler", OPTUNA)
 def test_every_sampler_proposes_lists_and_learns_of_them_again(sampler: str) -> None:
-    space = Space(("a",), (Branch("m", (Param("m.s", SCHEDULES), Param("m.n", low=1, high=3, integer=True))),))
+    space = SearchSpace(("a",), (Branch("m", (Param("m.s", SCHEDULES), Param("m.n", low=1, high=3, integer=True))),))
     first, second = make_proposer(space, sampler, seed=1), make_proposer(space, sampler, seed=1)
     played = []
     for number in range(9):

@@ -2,7 +2,7 @@
 
 from isoflop.search.proposer import Proposal, Proposer, Tell
 from isoflop.search.pruners import make_pruner
-from isoflop.search.space import Branch, Config, Param, Space, Zip, values_key
+from isoflop.search.space import Branch, Config, Param, SearchSpace, Zip, values_key
 from isoflop.search.strategies import make_proposer
 from isoflop.search.strategy import STRATEGIES, Aim, Problem, Shelf, Strategy
 
@@ -16,7 +16,7 @@ __all__ = [
     "Proposal",
     "Proposer",
     "Shelf",
-    "Space",
+    "SearchSpace",
     "Strategy",
     "Tell",
     "Zip",

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from isoflop.search.space import Config, Space, values_key
+from isoflop.search.space import Config, SearchSpace, values_key
 
 Outcome = Literal["complete", "pruned", "failed"]
 
@@ -116,7 +116,7 @@ class Numbers:
 class GridProposer(Proposer):
     """Every point once, in order. Enumerated here: Optuna's grid sampler slows down with each tell."""
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: SearchSpace) -> None:
         self._size = sum(1 for _ in space.grid())
         self._points = space.grid()
         self._known: set[str] = set()

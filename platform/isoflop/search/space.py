@@ -2,7 +2,7 @@
 
 A point of the space is a flat :data:`Config`: ``{"model": "tiny-llava/d24", "method": "quecc", "quecc.k": 2}``. Knobs
 exist only below their method (and below their ``when`` condition), so that samplers see a conditional space, as in
-Optuna's define-by-run. One function, :meth:`Space.walk`, draws a point by asking a ``choose`` callback for each choice;
+Optuna's define-by-run. One function, :meth:`SearchSpace.walk`, draws a point by asking a ``choose`` callback for each choice;
 the grid, Optuna's samplers and the rebuilding of a study from past rows are three callbacks to it.
 """
 
@@ -108,7 +108,7 @@ Choose = Callable[[Param], Value]
 
 
 @dataclass(frozen=True)
-class Space:
+class SearchSpace:
     """Models × branches, with coupled (``zips``) and forbidden (``excludes``) combinations."""
 
     models: tuple[str, ...]

@@ -14,14 +14,14 @@ from isoflop.search.options import Where, check_options, nowhere
 from isoflop.search.process import ProposerProcess
 from isoflop.search.proposer import GridProposer, Proposer
 from isoflop.search.pruners import changed
-from isoflop.search.space import Space
+from isoflop.search.space import SearchSpace
 from isoflop.search.strategy import STRATEGIES, Aim, Problem, Strategy
 from isoflop.search.study import Habits, OptunaProposer, PrunedGrid
 from isoflop.search.tpe import RememberingTPESampler
 
 
 def make_proposer(
-    space: Space,
+    space: SearchSpace,
     sampler: str,
     pruner: str = "none",
     directions: Sequence[str] = ("minimize",),
@@ -82,7 +82,7 @@ class OptunaStrategy(Strategy):
 
     def build(self, seed: int) -> optuna.samplers.BaseSampler:
         """Optuna's sampler."""
-        return self.sampler(**{**self.quiet, **changed(self), "seed": seed})  # type: ignore[call-arg]
+        return self.sampler(**{**self.quiet, **changed(self), "seed": seed})
 
     def make(self, problem: Problem) -> Proposer:
         # a pruner is asked about running trials, and answers at once

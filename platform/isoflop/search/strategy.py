@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from isoflop.core.registry import Registry
 from isoflop.search.options import Where, check_options, nowhere
-from isoflop.search.space import Space
+from isoflop.search.space import SearchSpace
 
 if TYPE_CHECKING:
     from isoflop.search.law.forecast import Forecast
@@ -65,7 +65,7 @@ class Problem:
         where: place of a key below ``search`` in the YAML, for messages.
     """
 
-    space: Space
+    space: SearchSpace
     aims: tuple[Aim, ...] = (Aim(),)
     seed: int = 0
     pruner: str = "none"

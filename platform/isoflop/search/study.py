@@ -18,7 +18,7 @@ from isoflop.core.hashing import derive_seed
 from isoflop.search.distributions import chosen, distribution_of, stored, suggest
 from isoflop.search.proposer import Numbers, Proposal, Proposer, Tell
 from isoflop.search.pruners import make_pruner
-from isoflop.search.space import Config, Param, Space, Value, values_key
+from isoflop.search.space import Config, Param, SearchSpace, Value, values_key
 from isoflop.search.tpe import UnconstrainedStorage
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -58,7 +58,7 @@ class OptunaProposer(Proposer):
 
     def __init__(
         self,
-        space: Space,
+        space: SearchSpace,
         sampler: optuna.samplers.BaseSampler,
         pruner: str,
         directions: Sequence[str],
@@ -232,7 +232,7 @@ class PrunedGrid(OptunaProposer):
 
     def __init__(
         self,
-        space: Space,
+        space: SearchSpace,
         pruner: str,
         directions: Sequence[str],
         seed: int,

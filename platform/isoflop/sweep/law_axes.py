@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from isoflop.search import Config, Space
+from isoflop.search import Config, SearchSpace
 from isoflop.search.law.axes import AxisSpec
 
 _TOKENS = ("k", "tokens")  # knobs that are taken to count visual tokens
@@ -28,7 +28,7 @@ class PlannedAxis:
         return axes_of(dict(config)).get(self.axis, float("nan"))  # type: ignore[arg-type]
 
 
-def planned_axes(space: Space, sizes: Mapping[str, float]) -> dict[str, AxisSpec]:
+def planned_axes(space: SearchSpace, sizes: Mapping[str, float]) -> dict[str, AxisSpec]:
     """Readers for a law's axes: N, and what any configuration of the space plans.
 
     Args:

@@ -13,7 +13,7 @@ from isoflop.core.yaml_source import KeyPath, Source
 from isoflop.jobs import ResolvedJob
 from isoflop.methods.base import METHODS, method_knobs
 from isoflop.models.base import family_of
-from isoflop.search import Branch, Config, Param, Space, Zip
+from isoflop.search import Branch, Config, Param, SearchSpace, Zip
 from isoflop.search.space import MAX_GRID, Exclusion, Value
 from isoflop.sweep import columns
 from isoflop.sweep.blocks import KnobEntry, MethodEntry
@@ -45,7 +45,7 @@ def resolve(given: Any) -> Sweep:
     _check_tasks(spec, tasks, source)
     columns.check(spec, source)
     strategy = find_strategy(spec, source)
-    space = Space(tuple(m.ref for m in spec.models), tuple(branches), zips, _excludes(spec, source, branches))
+    space = SearchSpace(tuple(m.ref for m in spec.models), tuple(branches), zips, _excludes(spec, source, branches))
     _check_zips(spec, source, space, zipped)
     sweep = Sweep(spec, source, strategy, space, tasks, methods)
     _check_grid(sweep)
@@ -256,7 +256,7 @@ def _zips(spec: SweepSpec, source: Source) -> tuple[Zip, ...]:
     return tuple(out)
 
 
-def _check_zips(spec: SweepSpec, source: Source, space: Space, zipped: set[str]) -> None:
+def _check_zips(spec: SweepSpec, source: Source, space: SearchSpace, zipped: set[str]) -> None:
     known = {"model", "method"} | {p.name for b in space.branches for p in b.params}
     for index, block in enumerate(spec.zip):
         where = source.where(("zip", index))

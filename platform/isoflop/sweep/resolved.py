@@ -16,7 +16,7 @@ from isoflop.jobs import Job, MethodSpec
 from isoflop.jobs.job import versions_of
 from isoflop.methods.base import METHODS
 from isoflop.models.base import family_of
-from isoflop.search import Config, Space, Strategy
+from isoflop.search import Config, SearchSpace, Strategy
 from isoflop.sweep.spec import SweepSpec
 
 
@@ -27,7 +27,7 @@ class Sweep:
     spec: SweepSpec
     source: Source
     strategy: Strategy
-    space: Space
+    space: SearchSpace
     task_options: Mapping[str, dict[str, Any]]
     branch_methods: Mapping[str, tuple[str, ...]]
 

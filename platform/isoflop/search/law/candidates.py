@@ -18,7 +18,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from isoflop.core.errors import UserError
 from isoflop.search.distributions import chosen, distribution_of, stored
-from isoflop.search.space import Param, Space
+from isoflop.search.space import Param, SearchSpace
 
 Config = dict[str, Any]
 _FINITE = 2048  # configurations that are all looked at in every ask
@@ -125,7 +125,7 @@ class ListSource(_Flat):
 class SpaceSource:
     """A sweep's space with its conditional, coupled and excluded knobs."""
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: SearchSpace) -> None:
         self.space = space
         size = space.size(_FINITE)
         self.finite: list[Config] | None = list(space.grid()) if size is not None else None
@@ -162,7 +162,7 @@ class SpaceSource:
         return out
 
 
-def _distributions(space: Space) -> dict[str, BaseDistribution]:
+def _distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
     """Every choice that some walk of the space makes."""
     params = [Param("model", space.models), Param("method", tuple(b.label for b in space.branches))]
     params += [p for b in space.branches for p in b.params]

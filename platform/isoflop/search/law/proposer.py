@@ -12,10 +12,10 @@ from isoflop.search.distributions import suggest
 from isoflop.search.law.forecast import Forecast
 from isoflop.search.law.policy import CHECK
 from isoflop.search.law.reading import NOT_RUN, ROLE
-from isoflop.search.law.report import Report, Step
+from isoflop.search.law.report import Milestone, Report
 from isoflop.search.law.sampler import LawSampler
 from isoflop.search.proposer import Proposal, Tell
-from isoflop.search.space import Config, Space, values_key
+from isoflop.search.space import Config, SearchSpace, values_key
 from isoflop.search.study import OptunaProposer
 
 
@@ -30,7 +30,7 @@ class LawProposer(OptunaProposer):
         on_check: called with the check when it is chosen.
     """
 
-    def __init__(self, space: Space, sampler: LawSampler, directions: Sequence[str], seed: int) -> None:
+    def __init__(self, space: SearchSpace, sampler: LawSampler, directions: Sequence[str], seed: int) -> None:
         super().__init__(space, sampler, "none", directions, seed)
         self._law = sampler
         self.check: Config | None = None
@@ -95,6 +95,6 @@ class LawProposer(OptunaProposer):
         """What is known after the trials that were told."""
         return self._law.report(self._study)
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[Milestone]:
         """How the target narrowed with what was spent."""
         return self._law.steps(self._study)

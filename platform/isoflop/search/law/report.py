@@ -141,7 +141,7 @@ def make_report(planner: Planner, target: Target, setting: Setting, pool: Pool) 
 
 
 @dataclass(frozen=True)
-class Step:
+class Milestone:
     """What was known after the first ``rows`` rows, which cost ``spent``."""
 
     rows: int
@@ -149,7 +149,7 @@ class Step:
     half_width: float
 
 
-def make_steps(planner: Planner, belief: Belief, count: int) -> list[Step]:
+def make_steps(planner: Planner, belief: Belief, count: int) -> list[Milestone]:
     """The target's half-width on the way, from a belief fitted to ever more of the rows in their order."""
     from isoflop.search.law.planner import Planner as Replay
 
@@ -163,7 +163,7 @@ def make_steps(planner: Planner, belief: Belief, count: int) -> list[Step]:
         replay.add(rows[len(replay.table) : k])
         state = replay.state()
         if state is not None:
-            out.append(Step(int(k), replay.spent, state.half_width))
+            out.append(Milestone(int(k), replay.spent, state.half_width))
     return out
 
 

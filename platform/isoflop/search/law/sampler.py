@@ -41,9 +41,9 @@ from isoflop.search.law.forecast import Forecast, make_forecast
 from isoflop.search.law.planner import Planner
 from isoflop.search.law.policy import CHECK, Choice, Policy, Pool
 from isoflop.search.law.reading import ROLE, Attributes, Pending, Reader
-from isoflop.search.law.report import Report, Step, make_report, make_steps
+from isoflop.search.law.report import Milestone, Report, make_report, make_steps
 from isoflop.search.law.targets import BoundTarget, Exponents, Setting, Target
-from isoflop.search.space import Space
+from isoflop.search.space import SearchSpace
 
 _STARTUP = 4  # random trials before an unknown space is inferred
 _MAX_ASK = 4096
@@ -82,7 +82,7 @@ class LawSampler(BaseSampler):
         by: Sequence[str] = (),
         share: Sequence[str] | str = (),
         outputs: Sequence[str] = (),
-        space: Mapping[str, BaseDistribution] | Space | None = None,
+        space: Mapping[str, BaseDistribution] | SearchSpace | None = None,
         candidates: Sequence[Config] | None = None,
         cost: AxisSpec | None = None,
         constants: Mapping[str, float] | None = None,
@@ -231,7 +231,7 @@ class LawSampler(BaseSampler):
             self._sync(study)
             return make_report(self._planner, self._target, self._setting, self._look())
 
-    def steps(self, study: Study, count: int = 8) -> list[Step]:
+    def steps(self, study: Study, count: int = 8) -> list[Milestone]:
         """How the target narrowed: belief refitted to the first rows, ``count`` times on the way."""
         with self._lock:
             if self._source is None:
@@ -360,8 +360,10 @@ class LawSampler(BaseSampler):
         return {config_key(p.config) for p in self._pending.values()}
 
 
-def _source(space: Mapping[str, BaseDistribution] | Space | None, candidates: Sequence[Config] | None) -> Source | None:
-    if isinstance(space, Space):
+def _source(
+    space: Mapping[str, BaseDistribution] | SearchSpace | None, candidates: Sequence[Config] | None
+) -> Source | None:
+    if isinstance(space, SearchSpace):
         if candidates is not None:
             raise UserError("law sampler: candidates: a sweep's space lists its own")
         return SpaceSource(space)
