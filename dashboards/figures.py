@@ -11,14 +11,11 @@ import pyarrow as pa
 from plotly.subplots import make_subplots
 
 from isoflop.core.expressions import parse
+from isoflop.dashboards.palette import LIGHT, faded, series, symbol
 
 if TYPE_CHECKING:
     from isoflop.frontier.result import Frontier
     from isoflop.sweep.api import SweepResults
-
-# Okabe-Ito: told apart by colour-blind readers, in print too
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
 
 
 def frontier_figure(
@@ -66,7 +63,7 @@ def _band(figure: go.Figure, frontier: Frontier, column: int) -> None:
             fill="toself",
             mode="lines",
             line_width=0,
-            fillcolor="rgba(120,120,120,.25)",
+            fillcolor=faded(LIGHT["faint"], 0.25),
             name="95 % interval",
             hoverinfo="skip",
             showlegend=first,
@@ -81,7 +78,7 @@ def _band(figure: go.Figure, frontier: Frontier, column: int) -> None:
             x=x,
             y=error,
             mode="lines",
-            line={"color": "#444", "dash": "dash"},
+            line={"color": LIGHT["ink"], "dash": "dash"},
             name="frontier of the law",
             text=text,
             hovertemplate="budget %{x:.3g}<br>error %{y:.3f}<br>%{text}<extra></extra>",
@@ -109,8 +106,8 @@ def _points(figure: go.Figure, table: pa.Table, cost: str, constants: Mapping[st
                 y=[r["error"] for r in chosen],
                 mode="markers+lines",
                 line_width=1,
-                marker={"size": 9, "color": PALETTE[index % len(PALETTE)], "symbol": SYMBOLS[index % len(SYMBOLS)]},
-                line_color=PALETTE[index % len(PALETTE)],
+                marker={"size": 9, "color": series(index), "symbol": symbol(index)},
+                line_color=series(index),
                 name=f"V = {tokens:g}",
                 text=[f"{r['model']}<br>{r['method']} {r['knobs']}" for r in chosen],
                 hovertemplate="%{text}<br>cost %{x:.3g}<br>error %{y:.3f}<extra></extra>",

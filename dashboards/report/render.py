@@ -14,6 +14,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
+from isoflop.dashboards.palette import SERIES, stylesheet
 from isoflop.dashboards.report.charts import Json
 from isoflop.dashboards.report.numbers import short
 
@@ -49,7 +50,9 @@ class _Page:
         report = self.report
         body = "\n".join(self._section(s) for s in report["sections"])
         data = {"charts": self.charts, "sliders": self.sliders, "texts": list(self.texts)}
-        style, script = _asset("page.css"), "(() => {\n" + "\n".join(_asset(name) for name in SCRIPTS) + "})();\n"
+        style = stylesheet() + _asset("page.css")
+        colours = f"const COLOURS = {len(SERIES)};"
+        script = "(() => {\n" + "\n".join([colours, *(_asset(name) for name in SCRIPTS)]) + "})();\n"
         values = {
             "policy": f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none'; form-action 'none'",
             "title": escape(f"{report['name']}: sweep report"),

@@ -1,4 +1,4 @@
-// Elements, markers and tooltips. The report's script files share one scope, in the order that render.py names.
+// Elements, markers and tooltips; COLOURS, their number, is given by render.py. The report's script files share one scope, in the order that render.py names.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -28,7 +28,6 @@ const SHAPES = [
   (r) => `M0,${1.2 * r}L${1.15 * r},${-0.9 * r}H${-1.15 * r}Z`,
   (r) => `M${-r},${-0.4 * r}h${0.6 * r}v${-0.6 * r}h${0.8 * r}v${0.6 * r}h${0.6 * r}v${0.8 * r}h${-0.6 * r}v${0.6 * r}h${-0.8 * r}v${-0.6 * r}h${-0.6 * r}Z`,
 ];
-const COLOURS = 8;
 
 /** Class of a colour; -1 is the colour of text, for what belongs to no method. */
 function colourClass(index) {
