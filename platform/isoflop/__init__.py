@@ -1,6 +1,6 @@
 """isoflop: which compression, at which ratio, on which model size, gives the least error at a fixed inference budget?
 
-``run`` a sweep, ``open`` its results, ``fit`` scaling laws on them, ask for the inference-optimal ``frontier``.
+``run`` a sweep, ``open`` its results, ``fit`` scaling laws on them, ask for the inference-optimal ``frontier``, ``plot`` any of these.
 """
 
 from __future__ import annotations
@@ -11,22 +11,25 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from isoflop.dashboards.plots import plot
+    from isoflop.dashboards.session import run
     from isoflop.frontier import pareto
     from isoflop.laws import compare, fit
-    from isoflop.sweep.api import SweepResults, run, sql
+    from isoflop.sweep.api import SweepResults, sql
     from isoflop.sweep.api import open_sweep as open
 
 # Resolved at first use, so that `import isoflop` costs nothing.
 _LAZY = {
-    "run": ("isoflop.sweep.api", "run"),
+    "run": ("isoflop.dashboards.session", "run"),
     "open": ("isoflop.sweep.api", "open_sweep"),
     "SweepResults": ("isoflop.sweep.api", "SweepResults"),
     "fit": ("isoflop.laws", "fit"),
     "compare": ("isoflop.laws", "compare"),
+    "plot": ("isoflop.dashboards.plots", "plot"),
     "pareto": ("isoflop.frontier", "pareto"),
     "sql": ("isoflop.sweep.api", "sql"),
 }
-__all__ = ["SweepResults", "compare", "fit", "open", "pareto", "run", "sql"]
+__all__ = ["SweepResults", "compare", "fit", "open", "pareto", "plot", "run", "sql"]
 
 
 def __getattr__(name: str) -> Any:

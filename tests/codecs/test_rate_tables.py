@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+import isoflop
 from isoflop.core.errors import UserError
 from isoflop.frontier import rate_curves
 from isoflop.ledger import Store
@@ -75,7 +76,7 @@ def test_only_curves_of_one_task_and_model_are_compared() -> None:
     shown = str(found)
     assert f"jpeg takes {entry['extra_rate']:+.0%} rate for the errors of tokens; they cross at {crossing:.3g}" in shown
     assert "t2, m: error over footprint['codec_bytes']" in shown
-    assert [trace.name for trace in found.plot().data] == [
+    assert [trace.name for trace in isoflop.plot(found).data] == [
         "jpeg · t · m",
         "tokens · t · m",
         "webp · t · m2",

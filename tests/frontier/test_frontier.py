@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import isoflop
 from isoflop.core.errors import UserError
 from isoflop.frontier import Frontiers, compare_methods, extra_compute, frontier
 from isoflop.laws import fit
@@ -199,7 +200,7 @@ def test_results_serialise_print_and_plot() -> None:
     assert json.loads(json.dumps(grouped.to_dict(), allow_nan=False))["groups"][1]["group"] == {"task": "b"}
     assert grouped.to_arrow().num_rows == 14
     assert all(len(line) <= 80 for line in str(grouped).splitlines())
-    assert len(grouped.plot().data) == 6
+    assert len(isoflop.plot(grouped).data) == 6
     assert "<table>" in grouped._repr_html_()
     assert isinstance(grouped[0].to_arrow(), pa.Table)
 

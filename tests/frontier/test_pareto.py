@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import isoflop
 from isoflop.core.errors import UserError
 from isoflop.costs import add_cost, cost_of
 from isoflop.frontier import best_under_budget, hypervolume, non_dominated, pareto, sql
@@ -69,7 +70,7 @@ def test_pareto_of_a_table() -> None:
     assert formula.table["2*N*(50+V)"].to_pylist() == [120.0, 480.0]
     assert pareto(rows(), ["error"]).table["name"].to_pylist() == ["c", "d"]
     assert "2 of 4" in str(found)
-    assert len(found.plot().data) == 1
+    assert len(isoflop.plot(found).data) == 1
     assert found.to_dict()["n"] == 4
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from law_cases import additive_table, published
 
+import isoflop
 from isoflop.core.errors import UserError
 from isoflop.laws import compare, fit, sensitivity
 from isoflop.laws.comparison import information, nested_test
@@ -30,7 +31,7 @@ def test_baselines_are_always_there_and_the_result_serialises() -> None:
     assert "extrapolation_rmse" in table.column_names
     assert all(len(line) <= 80 for line in str(found).splitlines() if not line.startswith("→"))
     assert "<table>" in found._repr_html_()
-    assert len(found.plot().data) >= 3
+    assert len(isoflop.plot(found).data) >= 3
 
 
 def test_akaike_weights_sum_to_one_and_follow_the_distances() -> None:
@@ -150,7 +151,7 @@ def test_forms_in_words() -> None:
             {"N": [1.0, 2, 3, 4, 5], "<script>": [5.0, 4, 3.5, 3.2, 3.1]}, "A*N**-alpha", y="<script>", map={"N": "N"}
         )._repr_html_()
     )
-    assert len(fitted.plot().data) > 7
+    assert len(isoflop.plot(fitted).data) > 7
     assert fitted.to_arrow().num_rows == 5
 
 

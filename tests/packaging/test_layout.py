@@ -173,6 +173,7 @@ RANKS = {
 STRANGERS = {"search", "execute", "track"}  # each wraps one engine; they do not know each other
 ENGINES = {"ray": "execute", "optuna": "search", "mlflow": "track"}
 FREE = {"bench"}  # measures the engines against each other
+PLOTTING = {"plotly", "matplotlib", "seaborn", "altair", "bokeh"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -229,6 +230,36 @@ def test_each_engine_is_known_in_one_room_only(engine: str) -> None:
         for room, path in modules()
         for name, line in imports(path)
         if name.split(".")[0] == engine and room not in {ENGINES[engine], *FREE}
+    ]
+    assert not wrong, wrong
+
+
+def test_only_what_people_touch_draws() -> None:
+    """Laws, frontiers and sweeps give arrays and tables; not even a type or a late import names a plotting library."""
+    wrong = []
+    for room, path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if room != "dashboards" and {name.split(".")[0] for name in names} & PLOTTING:
+                wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno}: {', '.join(names)}")
+    assert not wrong, wrong
+
+
+def test_one_module_names_colours() -> None:
+    """Figures, the report and the notebooks take theirs from dashboards/palette.py."""
+    named = re.compile(r"#(?:[0-9a-fA-F]{6}|[0-9a-fA-F]{3})\b(?!\w)|\brgba?\(\s*\d")
+    files = [path for _, path in modules()] + [
+        *(PACKAGE / "dashboards").rglob("*.css"),
+        *(PACKAGE / "dashboards").rglob("*.js"),
+    ]
+    files += (PACKAGE / "dashboards").rglob("*.ipynb")
+    wrong = [
+        f"{path.relative_to(PACKAGE)}:{number}: {line.strip()[:80]}"
+        for path in files
+        if path != PACKAGE / "dashboards" / "palette.py"
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if named.search(line)
     ]
     assert not wrong, wrong
 

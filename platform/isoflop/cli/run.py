@@ -16,6 +16,7 @@ from isoflop.cli.common import console, duration, emit, grid, json_option, store
 from isoflop.cli.html_report import conclude
 from isoflop.cli.live import LiveProgress, PlainProgress
 from isoflop.cli.report import print_report
+from isoflop.dashboards.session import draw
 from isoflop.ledger import Store
 from isoflop.sweep.api import EXECUTORS, RunOptions, SweepResults, run_resolved
 from isoflop.sweep.plan import Plan, make_plan
@@ -100,7 +101,7 @@ def _run(sweep: Sweep, as_json: bool, report: bool, options: RunOptions) -> int:
     live = err.is_terminal and not as_json
     with LiveProgress(err, sweep.spec.name) if live else PlainProgress() as progress:
         shown: Progress = progress
-        opened = run_resolved(sweep, options, shown, conclude if report else None)
+        opened = run_resolved(sweep, options, shown, conclude if report else None, draw)
     summary = opened.summary
     assert summary is not None
     findings = opened.findings_of_run

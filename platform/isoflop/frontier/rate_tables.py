@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
 from isoflop.core.errors import UserError
 from isoflop.frontier.query import sql
 from isoflop.frontier.rate_curves import RateCurve
-from isoflop.laws.plots import PALETTE
 from isoflop.laws.render import number
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 Key = tuple[Any, ...]
 
@@ -70,18 +66,11 @@ class RateCurves:
                 rows.append({"task": key[0], "model": key[1], "curve": _name(key), **point})
         return pa.Table.from_pylist(rows)
 
-    def plot(self) -> go.Figure:
-        """All curves, the rate in logarithmic scale."""
-        import plotly.graph_objects as go
-
-        axes = {"xaxis_title": self.rate, "yaxis_title": self.error}
-        figure = go.Figure(layout={**axes, "template": "plotly_white", "colorway": PALETTE})
-        figure.update_xaxes(type="log")
+    def named(self) -> Iterator[tuple[str, RateCurve]]:
+        """The curves with names that tell them apart: with task and model only where there are several."""
         several = len({key[:2] for key in self.curves}) > 1
         for key, curve in self.curves.items():
-            name = " · ".join([_name(key), *map(str, key[:2] if several else ())])
-            figure.add_trace(go.Scatter(x=curve.rates, y=curve.errors, name=name, mode="lines+markers"))
-        return figure
+            yield " · ".join([_name(key), *map(str, key[:2] if several else ())]), curve
 
     def __str__(self) -> str:
         lines = []

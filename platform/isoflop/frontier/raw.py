@@ -14,7 +14,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +23,6 @@ from isoflop.core.errors import UserError
 from isoflop.core.expressions import Array, parse
 from isoflop.laws.render import number
 from isoflop.laws.table import Tabular, as_table, column
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 Direction = Literal["min", "max"]
 _BLOCK = 4096
@@ -75,12 +72,6 @@ class ParetoSet:
     def to_arrow(self) -> pa.Table:
         """The rows on the frontier."""
         return self.table
-
-    def plot(self) -> go.Figure:
-        """The first two objectives as a step line."""
-        from isoflop.laws.plots import plot_pareto
-
-        return plot_pareto(self)
 
     def __str__(self) -> str:
         names = list(self.objectives)

@@ -1,19 +1,16 @@
-"""Frontiers as typed results: the best configuration per budget, with intervals, tables, JSON and a plot."""
+"""Frontiers as typed results: the best configuration per budget, with intervals, tables and JSON."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
 from isoflop.laws.render import WIDTH, number, span
 from isoflop.laws.result import Estimate, plain
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 
 @dataclass
@@ -165,12 +162,6 @@ class Frontier:
             rows.append({**row, "data_hash": self.data_hash})
         return pa.Table.from_pylist(rows)
 
-    def plot(self) -> go.Figure:
-        """Error and configuration along the budgets."""
-        from isoflop.laws.plots import plot_frontier
-
-        return plot_frontier(self)
-
     def _lines(self) -> list[str]:
         group = ", ".join(f"{k}={v}" for k, v in self.key.items())
         constants = ", ".join(f"{k}={v:g}" for k, v in self.constants.items())
@@ -245,12 +236,6 @@ class Frontiers:
     def to_arrow(self) -> pa.Table:
         """All groups in one table."""
         return pa.concat_tables([f.to_arrow() for f in self.frontiers], promote_options="permissive")
-
-    def plot(self) -> go.Figure:
-        """All groups in one figure."""
-        from isoflop.laws.plots import plot_frontiers
-
-        return plot_frontiers(self)
 
     def __str__(self) -> str:
         return "\n\n".join(str(f) for f in self.frontiers)

@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,9 +22,6 @@ from isoflop.laws.render import number
 from isoflop.laws.result import Fit, plain
 from isoflop.laws.table import Columns, GroupData, Tabular, as_table, load_groups
 from isoflop.laws.validation import semilog
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 DEFAULT_FORMS = ("product", "semilog")
 
@@ -121,12 +118,6 @@ class Comparison:
                 }
             )
         return pa.Table.from_pylist(rows)
-
-    def plot(self) -> go.Figure:
-        """Extrapolation error against the extrapolation factor, one line per form."""
-        from isoflop.laws.plots import plot_comparison
-
-        return plot_comparison(self)
 
     def __str__(self) -> str:
         lines = [f"{'form':22}{'k':>3}{'ΔAICc':>9}{'weight':>8}{'R²':>8}{'inter.':>10}{'extra.':>10}{'bias':>10}"]

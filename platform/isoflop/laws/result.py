@@ -1,4 +1,4 @@
-"""What a fit returns: small typed objects that print, plot, predict, serialise and reload to identical predictions."""
+"""What a fit returns: small typed objects that print, predict, serialise and reload to identical predictions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +17,6 @@ from isoflop.laws.base import LAWS, LawForm, custom_form
 from isoflop.laws.bootstrap import Resamples
 from isoflop.laws.engine import Box
 from isoflop.laws.table import Columns, GroupData
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True)
@@ -260,12 +257,6 @@ class Fit:
             table = table.add_column(0, name, pa.array([value] * len(rows)))
         return table.replace_schema_metadata({"isoflop.law": self.to_json()})
 
-    def plot(self) -> go.Figure:
-        """Data and law against the first variable, one line per level of the second."""
-        from isoflop.laws.plots import plot_fit
-
-        return plot_fit(self)
-
     def _repr_html_(self) -> str:
         from isoflop.laws.render import fit_html
 
@@ -323,12 +314,6 @@ class GroupedFit:
         """One row per group and parameter; the metadata hold the whole grouped fit, as ``from_dict`` reads it."""
         table = pa.concat_tables([f.to_arrow() for f in self.fits], promote_options="permissive")
         return table.replace_schema_metadata({"isoflop.law": json.dumps(self.to_dict())})
-
-    def plot(self) -> go.Figure:
-        """All groups in one figure."""
-        from isoflop.laws.plots import plot_groups
-
-        return plot_groups(self)
 
     def _repr_html_(self) -> str:
         return "".join(f._repr_html_() for f in self.fits)

@@ -20,7 +20,7 @@ from isoflop.ledger import Ledger, Store
 from isoflop.ledger import schema as ledger_schema
 from isoflop.sweep import results as results_module
 from isoflop.sweep.driver import Driver
-from isoflop.sweep.ending import Conclude, await_tracker, conclusion_of, end_tracking
+from isoflop.sweep.ending import Conclude, Draw, await_tracker, conclusion_of, drawn, end_tracking
 from isoflop.sweep.metrics import MetricsProgress
 from isoflop.sweep.note import Conclusion, closing, opening
 from isoflop.sweep.progress import LogFile, Progress, Quiet
@@ -62,12 +62,15 @@ class RunOptions:
     track_wait: float = 60.0
 
 
-def run(given: str | Path | Mapping[str, Any], progress: Progress | None = None, **options: Any) -> SweepResults:
+def run(
+    given: str | Path | Mapping[str, Any], progress: Progress | None = None, draw: Draw | None = None, **options: Any
+) -> SweepResults:
     """Run a sweep, or what is missing of it, and return its results.
 
     Args:
         given: path of a YAML file, or the same content as a dict.
         progress: told what happens; quiet by default.
+        draw: as for :func:`run_resolved`; ``isoflop.run`` gives it.
         options: fields of :class:`RunOptions`.
 
     Raises:
@@ -77,17 +80,22 @@ def run(given: str | Path | Mapping[str, Any], progress: Progress | None = None,
     if chosen.executor not in EXECUTORS:
         raise unknown("executor", chosen.executor, EXECUTORS)
     sweep = resolve(given)
-    return run_resolved(sweep, chosen, progress or Quiet())
+    return run_resolved(sweep, chosen, progress or Quiet(), draw=draw)
 
 
 def run_resolved(
-    sweep: Sweep, options: RunOptions, progress: Progress, conclude: Conclude | None = None
+    sweep: Sweep,
+    options: RunOptions,
+    progress: Progress,
+    conclude: Conclude | None = None,
+    draw: Draw | None = None,
 ) -> SweepResults:
     """Run a resolved sweep; see :func:`run`.
 
     Args:
         conclude: asked at the end, unless the session was interrupted, for what people should read of it. When it fails
             that is said in one line, and the results are what they are without it.
+        draw: makes files of figures out of the laws and frontiers, for the parent run in MLflow.
     """
     spec = sweep.spec
     store = Store.open(options.store or spec.store)
@@ -122,7 +130,7 @@ def run_resolved(
         if conclude is not None and not summary.interrupted:
             opened.conclusion = conclusion_of(conclude, opened, log)
         status = "KILLED" if summary.interrupted else "FINISHED"
-        files = [*findings.artifacts(), *opened.conclusion.artifacts]
+        files = [*findings.artifacts(), *drawn(draw, findings, log), *opened.conclusion.artifacts]
         note = closing(spec, findings, opened.conclusion, executor.dashboard)
         tracker.finish(files, findings.metrics(), note, status)
         await_tracker(tracker, options.track_wait, log)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from isoflop.sweep.note import Conclusion
 from isoflop.sweep.progress import LogFile
-from isoflop.track import Tracker
+from isoflop.track import Artifact, Tracker
 
 if TYPE_CHECKING:
     from isoflop.sweep.api import SweepResults
+    from isoflop.sweep.results import Findings
 
 Conclude = Callable[["SweepResults"], Conclusion]
+Draw = Callable[["Findings"], Sequence[Artifact]]
 _WAIT_SECONDS, _TELL_SECONDS = 1.0, 10.0  # between looks at MLflow's backlog, and between lines about it
 _LAST_SECONDS = 10.0  # for MLflow, when a session ends in an error
 
@@ -29,6 +31,15 @@ def conclusion_of(conclude: Conclude, opened: SweepResults, log: LogFile) -> Con
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         log.line(f"the report was not written ({reason}); isoflop report {opened.name} tries again")
     return Conclusion()
+
+
+def drawn(draw: Draw | None, findings: Findings, log: LogFile) -> Sequence[Artifact]:
+    """Figures of what the sweep found, or one line that says why there are none."""
+    try:
+        return draw(findings) if draw is not None else ()
+    except Exception as error:  # as above: a figure must not cost the results
+        log.line(f"figures were left out ({' '.join(f'{type(error).__name__}: {error}'.split())[:300]})")
+    return ()
 
 
 def end_tracking(tracker: Tracker, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> bool:

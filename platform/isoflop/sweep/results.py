@@ -83,10 +83,10 @@ class Findings:
         out = {}
         for index, law in enumerate(self.laws):
             if law.fits:
-                out[f"law-{index}-{_safe(law.block.law)}"] = self._joined(law.fits)
+                out[f"law-{index}-{file_stem(law.block.law)}"] = self._joined(law.fits)
         for index, found in enumerate(self.frontiers):
             if found.frontiers:
-                out[f"frontier-{index}-{_safe(found.block.law)}"] = self._joined(found.frontiers)
+                out[f"frontier-{index}-{file_stem(found.block.law)}"] = self._joined(found.frontiers)
         return out
 
     def _joined(self, parts: Sequence[Fit] | Sequence[Frontier]) -> pa.Table:
@@ -106,26 +106,10 @@ class Findings:
         store.write(f"{folder}/record.json", json.dumps(self.to_dict(), indent=1).encode())
 
     def artifacts(self) -> list[Artifact]:
-        """Files for the parent run: laws as JSON, frontiers as CSV, interactive plots."""
+        """Files for the parent run: laws as JSON, frontiers as CSV. Figures are drawn by dashboards."""
         out = [Artifact("laws.json", json.dumps(self.to_dict(), indent=1))]
         for stem, table in self.tables().items():
             out.append(Artifact(f"{stem}.csv", table.to_pandas().to_csv(index=False)))
-        out += [
-            Artifact(f"{stem}.html", figure.to_html(include_plotlyjs=True)) for stem, figure in self.figures().items()
-        ]
-        return out
-
-    def figures(self) -> dict[str, Any]:
-        """Plotly figures by file name."""
-        out = {}
-        for index, found in enumerate(self.frontiers):
-            for number, frontier in enumerate(found.frontiers):
-                label = "-".join(_safe(str(v)) for v in frontier.key.values()) or str(number)
-                out[f"frontier-{index}-{label}"] = frontier.plot()
-        for index, law in enumerate(self.laws):
-            for number, fit in enumerate(law.fits):
-                label = "-".join(_safe(str(v)) for v in fit.key.values()) or str(number)
-                out[f"law-{index}-{label}"] = fit.plot()
         return out
 
     def metrics(self) -> dict[str, float]:
@@ -229,7 +213,8 @@ def _arrow_bytes(table: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
-def _safe(text: str) -> str:
+def file_stem(text: str) -> str:
+    """The text as part of a file name."""
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in text)[:60] or "law"
 
 
