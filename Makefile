@@ -7,13 +7,16 @@ READY := $(VENV)/.ready
 .PHONY: help setup quickstart test test-all lint format schema pictures outcomes clean
 
 help:
-	@echo "make quickstart  set up, run the laptop sweep, show its law and frontier"
-	@echo "make test        set up, run the tests (minutes)"
-	@echo "make test-all    the slow ones too: clusters, many kills, whole trainings"
+	@echo "make setup       install everything into $(VENV); every target below does so by itself"
+	@echo "make quickstart  run the laptop sweep, show its law and frontier (minutes)"
+	@echo "make test        run the tests (minutes)"
+	@echo "make test-all    the slow ones too: clusters, many kills, whole trainings (hours)"
 	@echo "make lint        ruff and mypy"
+	@echo "make format      let ruff mend what it can"
 	@echo "make schema      write sweeps/sweep.schema.json anew"
-	@echo "make outcomes    run every method's sweep (hours), test its claims, write dashboards/outcomes anew"
 	@echo "make pictures    draw the README's pictures from the quickstart's results (needs Chromium and chromedriver)"
+	@echo "make outcomes    run every method's sweep (hours), test its claims, write dashboards/outcomes anew"
+	@echo "make clean       remove $(VENV) and what builds and tools left"
 
 setup: $(READY)
 
