@@ -22,10 +22,13 @@ def test_the_sweep_of_the_readme_resolves(tmp_path: Path) -> None:
         assert resolve(path).space.branches
 
 
-@pytest.mark.parametrize("folder", ["", "sweeps", "dashboards", "methods"])
-def test_what_the_guides_link_to_exists(folder: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"{f}/README.md" for f in ("sweeps", "dashboards", "methods"))],
+)
+def test_what_the_guides_link_to_exists(name: str) -> None:
     """Files and folders, and the headings of pages."""
-    page = ROOT / folder / "README.md"
+    page = ROOT / name
     links = re.findall(r"\]\(([^)]*)\)", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S))
     for link in (link for link in links if not link.startswith("http")):
         path, _, heading = link.partition("#")

@@ -1,0 +1,115 @@
+"""The examples of CONTRIBUTING.md work word for word, and the files of the front door agree with each other."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import yaml
+
+import isoflop
+from isoflop.core.registry import Registry
+from isoflop.laws import fit
+from isoflop.laws.base import LAWS
+from isoflop.models import digit_world as world
+from isoflop.tasks.base import TASKS
+from isoflop.testing import FolderContext
+
+ROOT = Path(__file__).parents[2]
+GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+TITLED = re.compile(r"^## ([^\n]*)\n(?:(?!^## ).)*?```python\n(.*?)```", re.S | re.M)
+EXAMPLES = dict(TITLED.findall(GUIDE))
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], ModuleType]:
+    """A function that imports an example; what it registers is forgotten after the test."""
+    registries: tuple[Registry[object], ...] = (LAWS, TASKS)  # type: ignore[assignment]
+    for registry in registries:
+        registry.names()
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+
+    def load(title: str) -> ModuleType:
+        path = tmp_path / "contributed.py"
+        path.write_text(EXAMPLES[title], encoding="utf-8")
+        spec = importlib.util.spec_from_file_location("contributed", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "contributed", module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def test_every_example_is_tried_here() -> None:
+    assert set(EXAMPLES) == {"Add a law", "Add a task", "Add a data stage"}
+
+
+def test_the_law_finds_the_numbers_that_the_data_were_made_with(example) -> None:
+    example("Add a law")
+    size = np.geomspace(1e6, 1e10, 30)
+    found = fit(
+        {"N": size, "error": 0.2 + 0.7 / (1 + size / 3e8)}, "saturating", y="error", map={"N": "N"}, bootstrap=0
+    )
+    assert [found["E"], found["A"], found["N_half"]] == pytest.approx([0.2, 0.7, 3e8], rel=1e-4)
+
+
+def test_the_tasks_answers_are_what_stands_in_the_corner(example) -> None:
+    example("Add a task")
+    task = TASKS.get("corner")(examples=300)
+    classes = world.SceneSet("test", 300, task.mix, task.scenes_seed).classes()
+    suite, shorter = task.suite(), TASKS.get("corner")(examples=100).suite()
+    assert set(map(tuple, suite.questions_NQ.tolist())) == {(world.READ, world.FIRST_PLACE)}
+    assert np.array_equal(suite.answers_N, world.FIRST_DIGIT + classes[:, 0])
+    assert np.array_equal(shorter.answers_N, suite.answers_N[:100])
+
+
+def test_the_stage_is_computed_once_and_named_by_its_fields(example, tmp_path: Path) -> None:
+    stage = example("Add a data stage").WalksStage
+    ctx = FolderContext(tmp_path / "stages")
+    walks = ctx.get(stage(10, 100))
+    assert walks.shape == (10, 100)
+    assert set(np.unique(np.diff(walks, axis=1))) == {-1, 1}
+    assert np.array_equal(walks, FolderContext(tmp_path / "other").get(stage(10, 100)))
+    assert [p.name for p in (tmp_path / "stages").iterdir()] == [stage(10, 100).key]
+    assert stage(10, 100, 1).key != stage(10, 100).key
+
+
+def test_every_room_is_in_the_table() -> None:
+    table = GUIDE.split("## Set up")[0]
+    rooms = {p.name for p in (ROOT / "platform" / "isoflop").iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert {room for room in rooms if f"{room}]" not in table} == set()
+
+
+def test_help_names_every_target() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.search(r"^\.PHONY: (.*)$", text, re.M)
+    assert targets
+    told = re.findall(
+        r"make ([\w-]+)", subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
+    )
+    assert set(told) == set(targets.group(1).split()) - {"help"}
+
+
+def test_versions_are_the_same_everywhere() -> None:
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert {d for hook in hooks for d in hook["additional_dependencies"]} == {f"ruff=={pinned['ruff']}"}
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == isoflop.__version__
+
+
+def test_the_workflow_runs_what_everybody_runs() -> None:
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert commands == ["make lint", ".ci/run"]
+    own = (ROOT / ".ci" / "run").read_text().split("\n")
+    assert own.index("make lint") < own.index("make test")
