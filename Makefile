@@ -10,7 +10,7 @@ help:
 	@echo "make setup       install everything into $(VENV); every target below does so by itself"
 	@echo "make quickstart  run the laptop sweep, show its law and frontier (minutes)"
 	@echo "make test        run the tests (minutes)"
-	@echo "make test-all    the slow ones too: clusters, many kills, whole trainings (hours)"
+	@echo "make test-all    the slow ones too: clusters, many kills, whole trainings"
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff mend what it can"
 	@echo "make schema      write sweeps/sweep.schema.json anew"
