@@ -25,7 +25,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob, check_knobs
 from isoflop.core.stage import Stage, StageContext
-from isoflop.methods.base import METHODS, Method
+from isoflop.methods.base import METHODS, Axes, Method
 from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo
 from isoflop.tasks.base import TASKS, Shard, Task
 
@@ -184,6 +184,9 @@ class ToyMethod(Method):
 class ToyFull(ToyMethod):
     """All tokens; no knobs."""
 
+    def axes(self, info: ModelInfo) -> Axes:
+        return Axes(visual_tokens=FULL_TOKENS)
+
 
 @METHODS.register("toy-tokens")
 @dataclass(frozen=True)
@@ -195,6 +198,9 @@ class ToyTokens(ToyMethod):
     mode: Annotated[str, Knob(choices=("plain", "scaled"))] = "plain"
     scale: Annotated[float, Knob(low=0.5, high=2.0, log=True)] = 1.0
     flag: Annotated[bool, Knob()] = False
+
+    def axes(self, info: ModelInfo) -> Axes:
+        return Axes(visual_tokens=float(self.tokens))
 
     def check(self, info: ModelInfo) -> None:
         super().check(info)
@@ -213,6 +219,9 @@ class ToyPrepared(ToyMethod):
     """A method with a calibration stage."""
 
     k: Annotated[int, Knob(low=1, high=8, ratio=True)] = 2
+
+    def axes(self, info: ModelInfo) -> Axes:
+        return Axes(visual_tokens=FULL_TOKENS / self.k)
 
     def prepare(
         self, info: ModelInfo, weights: Stage | None, seed: int, trained_with: tuple[Method, ...] = ()

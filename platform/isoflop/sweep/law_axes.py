@@ -1,39 +1,112 @@
-"""Which axes of a law the configurations of a sweep plan, where its YAML does not say."""
+"""What the configurations of a sweep plan, axis by axis: read off its methods (``Method.axes``), never off names of knobs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from isoflop.search import Config, SearchSpace
+from isoflop.core.errors import UserError
+from isoflop.methods.base import Method, build
+from isoflop.models.base import ModelInfo, family_of
+from isoflop.search import Config, Param
 from isoflop.search.law.axes import AxisSpec
+from isoflop.sweep.resolved import Sweep
 
-_TOKENS = ("k", "tokens")  # knobs that are taken to count visual tokens
+_TRIED = 64  # points of a branch that are looked at for one that works
 
 
-def axes_of(trial: Config) -> dict[str, float]:
-    """What a configuration plans: axis -> value, of every axis beside the model's size."""
-    counts = [v for name, v in sorted(trial.items()) if name.rsplit(".", 1)[-1] in _TOKENS]
-    found = [float(v) for v in counts if isinstance(v, (int, float))]
-    return {"V": found[0]} if found else {}
+def axes_of(info: ModelInfo, methods: Iterable[Method]) -> dict[str, float]:
+    """What methods together plan on a model, by axis.
+
+    They are asked in the order of their hooks: what one leaves of the visual tokens is what the next one starts from.
+    Ratios and bits of several methods are in units of their own, and are left out.
+
+    Raises:
+        Infeasible: one of them cannot work on the model.
+    """
+    found: list[dict[str, float]] = []
+    for method in sorted(methods, key=lambda method: method.order()):
+        planned = method.axes(info).named()
+        if "V" in planned and "visual_tokens" in info.geometry:
+            info = dataclasses.replace(info, geometry={**info.geometry, "visual_tokens": round(planned["V"])})
+        found.append(planned)
+    visual = [planned["V"] for planned in found if "V" in planned]
+    alone = found[0] if len(found) == 1 else {}
+    return {**alone, **({"V": visual[-1]} if visual else {})}
+
+
+class Planned:
+    """What the configurations of a sweep plan, each looked up once: searches ask for thousands, again and again."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep = sweep
+        self._known: dict[tuple[tuple[str, object], ...], dict[str, float]] = {}
+
+    def of(self, config: Config) -> dict[str, float]:
+        """Axes of a configuration; none of one that cannot work."""
+        key = tuple(sorted(config.items()))
+        if key not in self._known:
+            try:
+                self._known[key] = planned_by(self._sweep, config)
+            except UserError:
+                self._known[key] = {}
+        return self._known[key]
 
 
 @dataclass(frozen=True)
 class PlannedAxis:
-    """One axis of :func:`axes_of`; nan where a configuration does not plan it."""
+    """One axis of a sweep's configurations; nan where a configuration does not plan it."""
 
+    planned: Planned
     axis: str
 
-    def __call__(self, config: Mapping[str, object]) -> float:
-        return axes_of(dict(config)).get(self.axis, float("nan"))  # type: ignore[arg-type]
+    def __call__(self, config: Config) -> float:
+        return self.planned.of(config).get(self.axis, math.nan)
 
 
-def planned_axes(space: SearchSpace, sizes: Mapping[str, float]) -> dict[str, AxisSpec]:
-    """Readers for a law's axes: N, and what any configuration of the space plans.
+def planned_by(sweep: Sweep, config: Config) -> dict[str, float]:
+    """What a configuration of a sweep plans, by axis.
+
+    Raises:
+        Infeasible: it cannot work.
+    """
+    ref = str(config["model"])
+    options = next(m.options for m in sweep.spec.models if m.ref == ref)
+    methods = [build(method.name, dict(method.knobs)) for method in sweep.methods_of(config)]
+    return axes_of(family_of(ref).info(ref, options), methods)
+
+
+def planned_axes(sweep: Sweep, sizes: Mapping[str, float]) -> dict[str, AxisSpec]:
+    """Readers of configurations: N, and what any branch of the space plans.
 
     Args:
         sizes: model -> N.
     """
-    knobs = {p.name for branch in space.branches for p in branch.params}
-    names = axes_of(dict.fromkeys(knobs, 1.0))
-    return {"N": {"model": dict(sizes)}, **{name: PlannedAxis(name) for name in names}}
+    planned = Planned(sweep)
+    names = sorted({name for config in _examples(sweep) for name in planned.of(config)})
+    return {"N": {"model": dict(sizes)}, **{name: PlannedAxis(planned, name) for name in names}}
+
+
+def _examples(sweep: Sweep) -> Iterator[Config]:
+    """Of every branch, the first point that works on one of the models."""
+    for branch in sweep.space.branches:
+        points = itertools.product(*(_values(param) for param in branch.params))
+        for point in itertools.islice(points, _TRIED):
+            knobs = dict(zip((param.name for param in branch.params), point, strict=True))
+            config: Config = {"model": sweep.space.models[0], "method": branch.label, **knobs}
+            try:
+                planned_by(sweep, config)
+            except UserError:
+                continue
+            yield config
+            break
+
+
+def _values(param: Param) -> tuple[object, ...]:
+    """Values of a parameter that stand for all of them."""
+    if param.values is not None:
+        return param.values
+    return tuple(v for v in (param.low, param.high) if v is not None)

@@ -64,7 +64,7 @@ def problem_of(sweep: Sweep, apart: bool = False, pruned: bool = True) -> Proble
         apart=apart,
         tasks=tuple(t.name for t in spec.tasks),
         sizes=sizes,
-        axes=planned_axes(sweep.space, sizes),
+        axes=planned_axes(sweep, sizes),
         trials=spec.budget.trials,
         flops=spec.budget.flops,
         more={k: v for k, v in more.items() if v is not None},

@@ -30,6 +30,7 @@ _KINDS: dict[str, tuple[type[Target], tuple[str, ...], tuple[str, ...]]] = {
     "best-method": (BestMethod, ("budget",), ("confidence",)),
     "exponents": (Exponents, (), ("names", "group")),
 }
+_USUAL = ("N", "V")  # axes that a search takes where the YAML names none
 _Q = 50.0  # text tokens, where a target does not say
 _CHECK = "law_check.json"
 _ALWAYS = ("kind", "width")
@@ -184,7 +185,7 @@ def _axes(problem: Problem) -> dict[str, AxisSpec]:
     """The axes that the YAML names, or those that the methods plan."""
     asked = problem.more.get("axes")
     if not asked:
-        return dict(problem.axes)
+        return {name: spec for name, spec in problem.axes.items() if name in _USUAL}
     names = {p.name for b in problem.space.branches for p in b.params}
     return {axis: _axis(problem, axis, spec, names) for axis, spec in asked.items()}
 
@@ -193,6 +194,7 @@ def _axis(problem: Problem, axis: str, spec: str | float | Sequence[str], names:
     """A reader of configurations: ``N`` is the model's size, a list means the first knob that exists."""
     where = problem.where("axes", axis)
     sizes = dict(problem.sizes)
+    planned = {name: read for name, read in problem.axes.items() if callable(read)}
     if spec == "N":
         return {"model": sizes}
     if isinstance(spec, (int, float)):
@@ -200,9 +202,12 @@ def _axis(problem: Problem, axis: str, spec: str | float | Sequence[str], names:
     if isinstance(spec, str):
         reader = Reader(where, spec)
         for name in sorted(reader.names):
-            if name not in names and name != "N":
-                raise unknown("knob", name, [*names, "N"], where)
-        return lambda config: reader({**config, "N": sizes[str(config["model"])]})
+            if name not in names and name not in planned and name != "N":
+                raise unknown("knob, or axis that the methods plan,", name, [*names, *planned, "N"], where)
+        used = [name for name in planned if name in reader.names]
+        return lambda config: reader(
+            {**config, "N": sizes[str(config["model"])], **{name: planned[name](config) for name in used}}
+        )
     for name in spec:
         if name not in names:
             raise unknown("knob", name, names, where)
