@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from isoflop import __version__
 from isoflop.core.errors import UserError
+from isoflop.core.version import __version__
 from isoflop.dashboards.report import charts, costs, knobs, lawful, measured, methods, pareto, record
 from isoflop.dashboards.report.charts import Json
 from isoflop.dashboards.report.configs import Config, colours, read_configs

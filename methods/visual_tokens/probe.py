@@ -16,9 +16,8 @@ from isoflop.methods.base import Method
 from isoflop.methods.probe import Probe
 from isoflop.methods.visual_tokens.base import VisualTokenMethod
 from isoflop.models.features import vision_of
-from isoflop.models.tiny.llava import tiny_info
 from isoflop.models.tiny.llava_config import SIZES, initialise, llava_config
-from isoflop.models.tiny.llava_training import Recipe
+from isoflop.models.tiny.llava_training import Recipe, tiny_info
 from isoflop.models.vlm import VlmBatch, VlmModel
 from isoflop.models.worlds import digit_world as world
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from isoflop.core.version import __version__
 
 if TYPE_CHECKING:
     from isoflop.dashboards.plots import plot
@@ -29,7 +29,7 @@ _LAZY = {
     "pareto": ("isoflop.frontier", "pareto"),
     "sql": ("isoflop.sweep.api", "sql"),
 }
-__all__ = ["SweepResults", "compare", "fit", "open", "pareto", "plot", "run", "sql"]
+__all__ = ["SweepResults", "__version__", "compare", "fit", "open", "pareto", "plot", "run", "sql"]
 
 
 def __getattr__(name: str) -> Any:

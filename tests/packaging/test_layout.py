@@ -163,12 +163,13 @@ def test_no_file_names_this_machine() -> None:
 RANKS = {
     "core": 0,
     "kernels": 1,
-    "methods": 2, "models": 2, "tasks": 2,
-    "laws": 3, "frontier": 3, "costs": 3,
-    "jobs": 4, "stages": 4, "ledger": 4,
-    "search": 5, "execute": 5, "track": 5,
-    "sweep": 6,
-    "cli": 7, "bench": 7, "dashboards": 7, "testing": 7, "sweeps": 7,
+    "models": 2,
+    "methods": 3, "tasks": 3,
+    "laws": 4, "frontier": 4, "costs": 4,
+    "jobs": 5, "stages": 5, "ledger": 5,
+    "search": 6, "execute": 6, "track": 6,
+    "sweep": 7,
+    "cli": 8, "bench": 8, "dashboards": 8, "testing": 8, "sweeps": 8,
 }  # fmt: skip
 STRANGERS = {"search", "execute", "track"}  # each wraps one engine; they do not know each other
 ENGINES = {"ray": "execute", "optuna": "search", "mlflow": "track"}
@@ -185,12 +186,12 @@ def modules() -> Iterator[tuple[str, Path]]:
             yield room.name, path
 
 
-def imports(path: Path) -> Iterator[tuple[str, int]]:
-    """Dotted names that a module imports at run time, with lines; what stands under TYPE_CHECKING is left out."""
+def imports(path: Path, types: bool = False) -> Iterator[tuple[str, int]]:
+    """Dotted names that a module imports, with lines; what stands under TYPE_CHECKING only where ``types`` asks for it."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     skipped: set[ast.AST] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+        if not types and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             skipped.update(inner for statement in node.body for inner in ast.walk(statement))
     for node in ast.walk(tree):
         if node in skipped:
@@ -220,6 +221,38 @@ def test_imports_between_rooms_run_downward_only() -> None:
             strangers = room in STRANGERS and parts[1] in STRANGERS
             if RANKS[parts[1]] > RANKS[room] or strangers:
                 wrong.append(f"{path.relative_to(PACKAGE)}:{line}: {room} imports {name}")
+    assert not wrong, wrong
+
+
+def test_models_know_no_methods() -> None:
+    """Nor tasks; not even as a type, or inside a function."""
+    wrong = [
+        f"{path.relative_to(PACKAGE)}:{line}: {name}"
+        for room, path in modules()
+        for name, line in imports(path, types=True)
+        if room == "models" and name.startswith(("isoflop.methods", "isoflop.tasks"))
+    ]
+    assert not wrong, wrong
+
+
+def test_no_circle_of_files_crosses_rooms() -> None:
+    """Types and late imports included: files that need each other lie in one room."""
+    files = {}
+    for room, path in modules():
+        parts = [*path.relative_to(PACKAGE).with_suffix("").parts]
+        files[".".join(["isoflop", *(parts[:-1] if parts[-1] == "__init__" else parts)])] = room, path
+    needs = {name: {n for n, _ in imports(path, types=True) if n in files} for name, (_, path) in files.items()}
+    behind: dict[str, set[str]] = {}
+    for name in files:
+        seen, waiting = set(), [name]
+        while waiting:
+            for wanted in needs[waiting.pop()] - seen:
+                seen.add(wanted)
+                waiting.append(wanted)
+        behind[name] = seen
+    wrong = sorted(
+        {tuple(sorted((a, b))) for a in files for b in behind[a] if a in behind[b] and files[a][0] != files[b][0]}
+    )
     assert not wrong, wrong
 
 

@@ -47,11 +47,11 @@ def test_tokens_by_any_other_name() -> None:
 
 def test_a_knob_that_counts_something_else_is_no_axis() -> None:
     sweep = resolve(
-        {"name": "axes", "models": [LLAVA], "methods": [{"bitstack": {"bits": [2, 4]}}], "tasks": ["reading"]}
+        {"name": "axes", "models": [LLAVA], "methods": [{"bitstack": {"bits": [4, 8]}}], "tasks": ["reading"]}
     )
     found = planned_axes(sweep, {LLAVA: 1.0})
     assert "V" not in found
-    assert read(found["bits"], "bitstack", bits=2.0) == 2.0
+    assert read(found["bits"], "bitstack", bits=4.0) == 4.0
 
 
 def test_several_methods_share_an_axis_and_a_composition_plans_through() -> None:

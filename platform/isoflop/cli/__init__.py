@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from isoflop import __version__
 from isoflop.core.errors import UserError, nearest
+from isoflop.core.version import __version__
 
 # Modules are imported when their command is used: `isoflop --help` must not wait for torch.
 _COMMANDS = {

@@ -191,6 +191,9 @@ def _print_plan(plan: Plan) -> None:
     out.print(
         f"trials: {trials}; jobs: {plan.jobs if plan.jobs is not None else '?'}, of which {plan.done} have results"
     )
+    for method, axes in plan.axes.items():
+        ends = (f"{axis} {low:.4g}" + (f" … {high:.4g}" if high > low else "") for axis, (low, high) in axes.items())
+        out.print(f"{method} plans {', '.join(ends)}")
     if plan.stages:
         rows = []
         for stage in plan.stages:

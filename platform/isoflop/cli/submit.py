@@ -12,10 +12,10 @@ from urllib.parse import urlparse
 
 import click
 
-from isoflop import __version__
 from isoflop.cli.common import emit, json_option
 from isoflop.cli.run import find_spec
 from isoflop.core.errors import UserError
+from isoflop.core.version import __version__
 from isoflop.sweep.spec import SweepSpec, load_spec
 
 if TYPE_CHECKING:

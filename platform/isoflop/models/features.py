@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isoflop.core.stage import Stage, StageContext
-from isoflop.models.quiet import no_progress_bars
 from isoflop.models.taps import Tap
 from isoflop.models.worlds.digit_world import VOCABULARY, SceneSet
 
@@ -147,38 +146,6 @@ class FeaturesStage(Stage):
     def load(self, ctx: StageContext, folder: Path) -> np.ndarray:
         """The table, read-only."""
         return np.load(folder / "features.npy", mmap_mode="r")
-
-
-@dataclass(frozen=True)
-class TinyTowerStage(TowerSource):
-    """The tiny family's ``CLIPVisionModel``, trained once by dense patch labelling, then frozen.
-
-    Every patch is labelled with its digit, colour, row and column by four linear heads on the last hidden state, which
-    are thrown away. AdamW with a one-cycle schedule.
-    """
-
-    kind: ClassVar[str] = "tower"
-
-    steps: int = 150
-    batch: int = 64
-    lr: float = 3e-3
-    seed: int = 0
-    tower: str = "dense"
-    world: str = VOCABULARY
-
-    def compute(self, ctx: StageContext, folder: Path) -> None:
-        """Train and save in ``save_pretrained`` form with a ``preprocessor_config.json``."""
-        from isoflop.models.tiny.vision import save_tower, train_tower
-
-        save_tower(train_tower(self.steps, self.batch, self.lr, self.seed, self.tower), folder)
-
-    def load(self, ctx: StageContext, folder: Path) -> Vision:
-        """The tower in evaluation mode on the worker's device, without gradients."""
-        from transformers import CLIPVisionModel
-
-        with no_progress_bars():
-            tower = CLIPVisionModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        return vision_of(tower.to(ctx.device).eval().requires_grad_(False), folder)
 
 
 def batches(count: int, size: int) -> Iterator[slice]:

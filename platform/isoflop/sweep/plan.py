@@ -16,6 +16,7 @@ from isoflop.jobs import Job, ResolvedJob
 from isoflop.ledger import Ledger, Store
 from isoflop.search.law.forecast import Forecast
 from isoflop.stages import StageCache
+from isoflop.sweep.law_axes import axes_of
 from isoflop.sweep.queue import kind_of
 from isoflop.sweep.resolved import Sweep
 from isoflop.sweep.searching import SweepShelf, make_proposer_for, problem_of
@@ -45,6 +46,7 @@ class Plan:
         job_seconds: median of the jobs that have run, or None.
         flops: per answer, summed over finished jobs' answers; None when nothing has run.
         forecast: what the search's answer is expected to cost, where it says.
+        axes: of each method, the least and the most that its configurations plan on an axis (``Method.axes``).
     """
 
     name: str
@@ -60,6 +62,7 @@ class Plan:
     sampled: bool
     budget: dict[str, Any]
     forecast: Forecast | None = None
+    axes: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
 
     @property
     def left(self) -> int | None:
@@ -91,6 +94,7 @@ class Plan:
             "flops_spent": self.flops,
             "sampled": self.sampled,
             "budget": self.budget,
+            "axes": {method: {axis: list(ends) for axis, ends in found.items()} for method, found in self.axes.items()},
             "forecast": None if self.forecast is None else self.forecast.to_dict(),
         }
 
@@ -124,7 +128,19 @@ def make_plan(sweep: Sweep, store_uri: str | None = None, cache_dir: Path | None
         sampled=jobs is None or len(sample) < jobs,
         budget={k: v for k, v in spec.budget.model_dump().items() if v is not None},
         forecast=_forecast(sweep, store),
+        axes=_axes(sample),
     )
+
+
+def _axes(jobs: list[ResolvedJob]) -> dict[str, dict[str, tuple[float, float]]]:
+    """The ends of what each method plans, over the jobs that were looked at."""
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    for job in jobs:
+        ends = found.setdefault(job.job.method_label, {})
+        for axis, value in axes_of(job.info, job.methods).items():
+            low, high = ends.get(axis, (value, value))
+            ends[axis] = min(low, value), max(high, value)
+    return {method: ends for method, ends in found.items() if ends}
 
 
 def _forecast(sweep: Sweep, store: Store) -> Forecast | None:

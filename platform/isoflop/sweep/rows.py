@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from isoflop import __version__
+from isoflop.core.version import __version__
 from isoflop.jobs import Job, Outcome
 from isoflop.jobs.traces import Trace
 from isoflop.ledger.schema import FOOTPRINT_COLUMNS

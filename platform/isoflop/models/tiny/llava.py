@@ -8,12 +8,11 @@ from functools import lru_cache
 from typing import Any, ClassVar, cast
 
 from isoflop.core.errors import unknown
-from isoflop.core.hashing import content_hash
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import check_knobs
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import FAMILIES, Checkpoint, Model, ModelFamily, ModelInfo, without_defaults
-from isoflop.models.features import FeaturesStage, LayerKey, TinyTowerStage, vision_of
+from isoflop.models.features import FeaturesStage, LayerKey, vision_of
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.decoder_layers import DECODER_LAYERS
 from isoflop.models.hooks.feed_forward import FEED_FORWARD
@@ -22,38 +21,11 @@ from isoflop.models.hooks.visual_tokens import VISUAL_TOKENS, AllTokens, TaughtC
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.tiny.llava_config import SIZES
 from isoflop.models.tiny.llava_course import llava_course
-from isoflop.models.tiny.llava_training import CellStage, Recipe, recipe_fields
-from isoflop.models.tiny.vision import KINDS
+from isoflop.models.tiny.llava_training import FAMILY, CellStage, Recipe, tiny_info
 from isoflop.models.training.taught import Taught
 from isoflop.models.training.taught_stage import TaughtStage
 from isoflop.models.training.teaching import Course
-from isoflop.models.vlm import HOOKS, VlmInfo, VlmModel
-from isoflop.models.worlds import digit_world as world
-
-FAMILY = "tiny-llava"
-
-
-def tiny_info(size: str, recipe: Recipe) -> VlmInfo:
-    """Describe a member under a recipe."""
-    shape, kind = SIZES[size], KINDS[recipe.tower]
-    fields = recipe_fields(recipe)
-    return VlmInfo(
-        ref=f"{FAMILY}/{size}",
-        family=FAMILY,
-        version=content_hash({"stage": CellStage.version, "tower": TinyTowerStage.version, "recipe": dict(fields)}, 12),
-        n_params=shape.n_params,
-        hooks=HOOKS,
-        offers=frozenset(
-            {f"vocabulary:{world.VOCABULARY}"} | ({world.SPARSE_SCENES} if recipe.tower == "cls" else set())
-        ),
-        geometry=shape.geometry(recipe.tower),
-        tower=TinyTowerStage(steps=recipe.tower_steps, tower=recipe.tower),
-        feature_layer=kind.feature_layer,
-        vocabulary=world.VOCABULARY,
-        lessons=recipe.lessons,
-        joint=recipe.joint,
-        options=fields,
-    )
+from isoflop.models.vlm import VlmInfo, VlmModel
 
 
 class TinyLlava(ModelFamily):

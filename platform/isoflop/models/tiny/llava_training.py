@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from isoflop.core.hashing import derive_seed
+from isoflop.core.hashing import content_hash, derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import Checkpoint
@@ -30,12 +30,14 @@ from isoflop.models.features import FeaturesStage, LayerKey, TowerSource, Vision
 from isoflop.models.hooks.visual_tokens import TaughtCompressor, VisualInput
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.tiny.llava_config import SIZES, initialise, llava_config
-from isoflop.models.tiny.vision import KINDS, save_preprocessing
+from isoflop.models.tiny.vision import KINDS, TinyTowerStage, save_preprocessing
 from isoflop.models.training.last_position import LastPosition
 from isoflop.models.training.loop import Keeper, fit, rate_groups, record_training
-from isoflop.models.vlm import VlmInfo
+from isoflop.models.vlm import HOOKS, VlmInfo
+from isoflop.models.worlds import digit_world as world
 from isoflop.models.worlds.lessons import Lesson, Lessons
 
+FAMILY = "tiny-llava"
 log = logging.getLogger(__name__)
 
 
@@ -91,6 +93,29 @@ class Recipe:
 LATER = (("tower", "dense"), ("joint", True))
 """Options that came after the first results, with their defaults: left out of a model's version, so that models that do
 without them keep their names."""
+
+
+def tiny_info(size: str, recipe: Recipe) -> VlmInfo:
+    """Describe a member under a recipe."""
+    shape, kind = SIZES[size], KINDS[recipe.tower]
+    fields = recipe_fields(recipe)
+    return VlmInfo(
+        ref=f"{FAMILY}/{size}",
+        family=FAMILY,
+        version=content_hash({"stage": CellStage.version, "tower": TinyTowerStage.version, "recipe": dict(fields)}, 12),
+        n_params=shape.n_params,
+        hooks=HOOKS,
+        offers=frozenset(
+            {f"vocabulary:{world.VOCABULARY}"} | ({world.SPARSE_SCENES} if recipe.tower == "cls" else set())
+        ),
+        geometry=shape.geometry(recipe.tower),
+        tower=TinyTowerStage(steps=recipe.tower_steps, tower=recipe.tower),
+        feature_layer=kind.feature_layer,
+        vocabulary=world.VOCABULARY,
+        lessons=recipe.lessons,
+        joint=recipe.joint,
+        options=fields,
+    )
 
 
 class Bank:
@@ -254,8 +279,6 @@ class CellStage(Stage):
 
     def compute(self, ctx: StageContext, folder: Path) -> None:
         """Train, fold the features' standardisation into the projector, save."""
-        from isoflop.models.tiny.llava import tiny_info
-
         started = time.process_time()
         recipe, method = Recipe(**dict(self.recipe)), self.method
         info = tiny_info(self.size, recipe)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isoflop.core.hashing import derive_seed
+from isoflop.core.stage import StageContext
+from isoflop.models.features import TowerSource, Vision, vision_of
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.training.loop import Unclipped, descend, one_cycle
 from isoflop.models.worlds import digit_world as world
@@ -152,6 +154,36 @@ def _patch_loss(heads: nn.ModuleList, x_BPD: Tensor, labelled: _Labelled) -> Ten
             for head, y in zip(heads, labels, strict=True)
         ]
     ).sum()
+
+
+@dataclass(frozen=True)
+class TinyTowerStage(TowerSource):
+    """The tiny family's ``CLIPVisionModel``, trained once by dense patch labelling, then frozen.
+
+    Every patch is labelled with its digit, colour, row and column by four linear heads on the last hidden state, which
+    are thrown away. AdamW with a one-cycle schedule.
+    """
+
+    kind: ClassVar[str] = "tower"
+
+    steps: int = 150
+    batch: int = 64
+    lr: float = 3e-3
+    seed: int = 0
+    tower: str = "dense"
+    world: str = world.VOCABULARY
+
+    def compute(self, ctx: StageContext, folder: Path) -> None:
+        """Train and save in ``save_pretrained`` form with a ``preprocessor_config.json``."""
+        save_tower(train_tower(self.steps, self.batch, self.lr, self.seed, self.tower), folder)
+
+    def load(self, ctx: StageContext, folder: Path) -> Vision:
+        """The tower in evaluation mode on the worker's device, without gradients."""
+        from transformers import CLIPVisionModel
+
+        with no_progress_bars():
+            tower = CLIPVisionModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        return vision_of(tower.to(ctx.device).eval().requires_grad_(False), folder)
 
 
 def save_tower(tower: CLIPVisionModel, folder: Path) -> None:
