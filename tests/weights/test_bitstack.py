@@ -31,6 +31,7 @@ from isoflop.methods.weights.stacks import (
 from isoflop.methods.weights.statistics import collect
 from isoflop.methods.weights.views import linear_views
 from isoflop.models.base import Model
+from isoflop.models.hooks.matrices import MATRICES
 
 QUICK = {"n_calib": 8, "n_sort": 4, "n_iter": 6, "k": 1}
 
@@ -103,7 +104,7 @@ def folded(model: Model, mode: str) -> tuple[Folding, int]:
 
 def served_logits(model: Model, folding: Folding) -> Tensor:
     """The model with scaled matrices at full precision, folded or divided."""
-    from isoflop.methods.weights.artefact import Artefact, serving
+    from isoflop.methods.weights.artefact import Artefact, Serving
     from isoflop.methods.weights.payloads import DensePayload
 
     views = linear_views(model)
@@ -113,7 +114,7 @@ def served_logits(model: Model, folding: Folding) -> Tensor:
         scaled = folding.scaled(view)
         payloads[view.name] = DensePayload.of(scaled if divisor is None else scaled / divisor.float())
     artefact = Artefact(payloads, folding.vectors)
-    with serving(model, views, lambda view: artefact[view.name], artefact.vectors):
+    with model.occupy(MATRICES, Serving(views, lambda view: artefact[view.name], artefact.vectors)):
         return model.supervised(next(iter(model.calibration(context(), 3, 9))))[0]
 
 
@@ -236,7 +237,7 @@ def test_the_order_survives_files(tmp_path: Path) -> None:
 
 def test_perplexity_order_is_that_of_the_losses() -> None:
     """Brute force on one level: add a block to one view, all others at one block, and measure."""
-    from isoflop.methods.weights.artefact import in_place, serving
+    from isoflop.methods.weights.artefact import Serving, in_place
     from isoflop.methods.weights.level_bank import calibration_loss
 
     model, stacks = trained_decoder(), sorted_stacks().stacks
@@ -246,9 +247,8 @@ def test_perplexity_order_is_that_of_the_losses() -> None:
     order = sort_blocks(model, views, short, "perplexity", batches, 0).order[: len(views)]
     losses = {}
     for chosen in views:
-        with serving(
-            model, views, lambda v, c=chosen: stacks.stack(v.name).prefix(1 + (v is c)), stacks.artefact.vectors
-        ):
+        serving = Serving(views, lambda v, c=chosen: stacks.stack(v.name).prefix(1 + (v is c)), stacks.artefact.vectors)
+        with model.occupy(MATRICES, serving):
             losses[chosen.name] = calibration_loss(model, batches)
     assert [losses[name] for name in order] == sorted(losses.values())
     with in_place(model, {}):

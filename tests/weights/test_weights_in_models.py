@@ -83,12 +83,7 @@ def test_the_ratio_of_all_weights_is_that_of_the_row_where_a_resampler_replaces_
     with rtn.apply(probe.model, None), mqt.apply(probe.model, probe.prepared(mqt, 0)):
         own, row = (
             rtn.footprint(probe.model, probe.ctx),
-            byte_costs(
-                probe.model,
-                CacheReport(0, 0, 0, 0, 0),
-                0.0,
-                probe.model.occupant(VISUAL_TOKENS).module,  # type: ignore[union-attr]
-            ),
+            byte_costs(probe.model, CacheReport(0, 0, 0, 0, 0), 0.0),
         )
     assert own["model_ratio"] == pytest.approx(row["weight_bytes_dense"] / row["weight_bytes"])
 
@@ -123,7 +118,7 @@ def test_a_model_without_matrices_is_refused_at_plan() -> None:
 
     info = family_of("tiny-llava/d24").info("tiny-llava/d24", {})
     bare = dataclasses.replace(info, hooks=frozenset({VISUAL_TOKENS}))
-    with pytest.raises(Infeasible, match="bitstack needs weights"):
+    with pytest.raises(Infeasible, match="bitstack needs matrices"):
         build("bitstack", {}).check(bare)
 
 

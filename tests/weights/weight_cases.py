@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.kv_cache.probe import VOCABULARY, untrained_decoder
 from isoflop.models.base import Model, ModelInfo
+from isoflop.models.hooks.matrices import MATRICES
 from isoflop.models.lm import LmModel
 from isoflop.models.worlds.calibration import CalibrationText
 
@@ -28,7 +29,7 @@ class Bare(Model):
 
     def __init__(self, module: nn.Module, vocabulary: int = 48) -> None:
         self.module = module.eval().requires_grad_(False)
-        self.info = ModelInfo("bare/model", "bare", "1", 1, frozenset({"weights"}))
+        self.info = ModelInfo("bare/model", "bare", "1", 1, frozenset({MATRICES}))
         self.vocabulary = vocabulary
 
     def calibration(self, ctx: Any, examples: int, seed: int) -> Any:

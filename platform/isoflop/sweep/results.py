@@ -164,7 +164,7 @@ def frontier_block(spec: SweepSpec, law: str | None) -> FrontierBlock:
 
 def fit_block(block: LawBlock, table: pa.Table, seed: int, **options: Any) -> GroupedFit | Fit:
     """Fit one law as its block says; ``options`` of :func:`isoflop.fit` take precedence."""
-    from isoflop import laws
+    from isoflop.laws import fit
 
     asked: dict[str, Any] = {
         "law": block.law,
@@ -179,7 +179,7 @@ def fit_block(block: LawBlock, table: pa.Table, seed: int, **options: Any) -> Gr
         "bootstrap": block.bootstrap,
         "seed": seed,
     }
-    return laws.fit(table, **{**asked, **options})
+    return fit(table, **{**asked, **options})
 
 
 def frontiers_of(
