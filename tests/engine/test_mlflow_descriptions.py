@@ -12,7 +12,10 @@ from urllib.parse import unquote
 import pytest
 from helpers import Lines, toy
 
+import isoflop
 from isoflop.cli.html_report import conclude
+from isoflop.dashboards.session import draw
+from isoflop.sweep import api
 from isoflop.sweep.api import RunOptions, SweepResults, run_resolved
 from isoflop.sweep.note import Conclusion, closing, opening
 from isoflop.sweep.resolve import resolve
@@ -33,12 +36,14 @@ def uri(tmp_path: Path, empty_mlflow: Path) -> str:
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
-def run_to_its_end(tmp_path: Path, uri: str, conclude: Any, **changes: Any) -> tuple[SweepResults, list[str]]:
+def run_to_its_end(
+    tmp_path: Path, uri: str, conclude: Any, draw: Any = None, **changes: Any
+) -> tuple[SweepResults, list[str]]:
     lines = Lines()
     options = RunOptions(
         executor="local", tracking_uri=uri, store=str(tmp_path / "store"), cache_dir=tmp_path / "cache"
     )
-    opened = run_resolved(resolve(toy(laws=[LAW], frontiers=[FRONTIER], **changes)), options, lines, conclude)
+    opened = run_resolved(resolve(toy(laws=[LAW], frontiers=[FRONTIER], **changes)), options, lines, conclude, draw)
     return opened, lines.lines
 
 
@@ -87,6 +92,39 @@ def test_the_description_holds_the_law_and_the_frontier(tmp_path: Path, uri: str
     assert sum(line.startswith("| budget |") for line in rows) == len(findings.frontiers[0].frontiers)
     assert rows[2].startswith(f"| {frontier.points[0].budget:.3g}")
     assert "report" not in links_of(note)  # none was asked for
+
+
+def test_figures_of_laws_and_frontiers_are_files_of_the_run(tmp_path: Path, uri: str) -> None:
+    run_to_its_end(tmp_path, uri, None, draw)
+    client, _, parent = parent_of(uri)
+    files = {f.path for f in client.list_artifacts(parent.info.run_id)}
+    tasks = ("toy-task", "toy-other")
+    assert {f"{kind}-0-{task}.html" for kind in ("law", "frontier") for task in tasks} <= files
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("no\nink"), "figures were left out (RuntimeError: no ink)"),
+        (KeyboardInterrupt(), "figures were left out"),
+    ],
+)
+def test_figures_that_fail_cost_a_line_and_nothing_else(
+    error: BaseException, line: str, tmp_path: Path, uri: str
+) -> None:
+    def broken(findings: Findings) -> list[Artifact]:
+        raise error
+
+    opened, lines = run_to_its_end(tmp_path, uri, None, broken)
+    assert lines.count(line) == 1
+    assert opened.summary is not None
+    assert opened.summary.ok == 12
+    assert parent_of(uri)[2].info.status == "FINISHED"
+
+
+def test_isoflop_run_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "run", lambda given, progress=None, draw=None, **options: (given, draw, options))
+    assert isoflop.run("a.yaml", workers=2) == ("a.yaml", draw, {"workers": 2})
 
 
 def test_a_report_that_fails_costs_a_line_and_nothing_else(tmp_path: Path, uri: str) -> None:

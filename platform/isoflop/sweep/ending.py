@@ -37,6 +37,8 @@ def drawn(draw: Draw | None, findings: Findings, log: LogFile) -> Sequence[Artif
     """Figures of what the sweep found, or one line that says why there are none."""
     try:
         return draw(findings) if draw is not None else ()
+    except KeyboardInterrupt:
+        log.line("figures were left out")
     except Exception as error:  # as above: a figure must not cost the results
         log.line(f"figures were left out ({' '.join(f'{type(error).__name__}: {error}'.split())[:300]})")
     return ()
