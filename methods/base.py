@@ -252,9 +252,9 @@ class Method:
         return {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Regardless:
-    """A method as a field of a stage whose result is the same for all values of some of its knobs."""
+    """A method as a field of a stage whose result is the same for all values of some of its knobs; equal for all of them."""
 
     method: Method
     knobs: tuple[str, ...]
@@ -263,6 +263,12 @@ class Regardless:
         """Name, version and the other knobs."""
         name, version, values = self.method.as_field()
         return name, version, tuple(pair for pair in values if pair[0] not in self.knobs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Regardless) and self.as_field() == other.as_field()
+
+    def __hash__(self) -> int:
+        return hash(self.as_field())
 
 
 METHODS: Registry[type[Method]] = Registry("method", ("isoflop.methods",))

@@ -43,11 +43,11 @@ class MlpFat(ThresholdMethod):
     ] = 0.3
     score: Annotated[str, Knob(choices=("gate", "value"), doc="whose magnitude counts")] = "gate"
 
-    @classmethod
     def axes(self, info: ModelInfo) -> Axes:
         """1 / active, as calibrated."""
         return Axes(ratio=1 / self.active)
 
+    @classmethod
     def identity(cls, info: ModelInfo) -> Method | None:
         """All stay."""
         return cls(active=1.0)

@@ -67,15 +67,13 @@ class ActivationProbe(Probe):
         """Logits, (B, tokens · vocabulary); the pass is observed, as a task does."""
         ids_BT = self._ids[list(rows)]
         logits_BTW = self.model.logits(LmBatch(ids_BT, torch.full_like(ids_BT, NOT_SCORED)))
-        if self.model.occupant(FEED_FORWARD) is not None:
-            self.model.occupant(FEED_FORWARD).observed()
+        policy = self.model.occupant(FEED_FORWARD)
+        if policy is not None:
+            policy.observed()
         return logits_BTW.flatten(1)
 
     def cost(self) -> float:
         """Active neurons over all; 1 for the model as it is."""
         self.outputs([0])
-        return (
-            self.model.occupant(FEED_FORWARD).active_share()
-            if isinstance(self.model.occupant(FEED_FORWARD), Sparsity)
-            else 1.0
-        )
+        policy = self.model.occupant(FEED_FORWARD)
+        return policy.active_share() if isinstance(policy, Sparsity) else 1.0

@@ -28,11 +28,11 @@ class MlpTopK(ActivationSparsityMethod):
     active: Annotated[float, Knob(low=0.01, high=1.0, ratio=True, doc="k as a share of the block's neurons")] = 0.3
     score: Annotated[str, Knob(choices=("gate", "value"), doc="whose magnitude counts")] = "gate"
 
-    @classmethod
     def axes(self, info: ModelInfo) -> Axes:
         """1 / active."""
         return Axes(ratio=1 / self.active)
 
+    @classmethod
     def identity(cls, info: ModelInfo) -> Method | None:
         """All stay."""
         return cls(active=1.0)

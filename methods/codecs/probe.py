@@ -82,9 +82,8 @@ class CodecProbe(Probe):
     def cost(self) -> float:
         """Bytes of an image, a mean over the examples: of its string, or of 8-bit samples without a codec."""
         self.model.seen(self._images, torch.arange(self.examples))
-        if self.model.occupant(PIXELS) is None:
-            return float(self._images[0].numel())
-        return self.model.occupant(PIXELS).bytes().coded
+        run = self.model.occupant(PIXELS)
+        return float(self._images[0].numel()) if run is None else run.bytes().coded
 
 
 def reachable(value: object) -> Iterator[Tensor]:

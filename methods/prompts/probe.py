@@ -87,9 +87,10 @@ class PromptProbe(Probe):
         for question in self._questions:
             compressed = self._shown(question)
             check_spans(question, compressed)
-            assert self.model.occupant(PROMPT_TEXT) is not None
+            compressor = self.model.occupant(PROMPT_TEXT)
+            assert compressor is not None
             if not method.query_aware:
-                other = self.model.occupant(PROMPT_TEXT).fresh("something else altogether", question.documents)
+                other = compressor.fresh("something else altogether", question.documents)
                 assert other == compressed, "the text depends on the query, which the method does not declare"
 
     @torch.no_grad()
@@ -103,9 +104,10 @@ class PromptProbe(Probe):
         return float(sum(self._prompt(row).tokens for row in range(self.examples)))
 
     def _shown(self, question: FactQuestion) -> Compressed:
-        if self.model.occupant(PROMPT_TEXT) is None:
+        compressor = self.model.occupant(PROMPT_TEXT)
+        if compressor is None:
             return Compressed(joined(question.documents), None)
-        return self.model.occupant(PROMPT_TEXT).compress(question.query, question.documents)
+        return compressor.compress(question.query, question.documents)
 
     def _prompt(self, row: int) -> Prompt:
         question = self._questions[row]

@@ -116,7 +116,7 @@ def test_each_image_counts_once_whatever_a_repeat_s_order(tmp_path: Path) -> Non
             assert model.occupant(PIXELS) is not None
             sizes.append(model.occupant(PIXELS).bytes())
     assert sizes[0] == sizes[1]
-    assert sizes[0].images == 30
+    assert sizes[0].examples == 30
 
 
 def test_the_network_of_a_tokenizer_is_counted_and_token_reduction_is_not_blamed_for_it(tmp_path: Path) -> None:
@@ -222,9 +222,9 @@ def test_what_cannot_work_is_refused_at_plan_time() -> None:
     plan("digit-classification", "one-d-piece", "pitome")
     with pytest.raises(Infeasible, match="reconstruction: method pitome does nothing to images"):
         plan("reconstruction", "pitome")
-    with pytest.raises(Infeasible, match="both take the place 'codec'"):
+    with pytest.raises(Infeasible, match="both take pixels"):
         plan("digit-classification", "jpeg", "webp")
-    with pytest.raises(Infeasible, match="codec"):
+    with pytest.raises(Infeasible, match="jpeg needs pixels"):
         plan("reading", "jpeg", model="tiny-llava/d24")
     info = family_of("tiny-vit/c48").info("tiny-vit/c48", {})
     with pytest.raises(Infeasible, match=r"tokens = 9 exceeds n_latent = 8; allowed: 1 … 8"):
@@ -232,10 +232,10 @@ def test_what_cannot_work_is_refused_at_plan_time() -> None:
     assert TASKS.get("reconstruction") is Reconstruction
 
 
-def test_a_codec_takes_the_slot_and_gives_it_back() -> None:
+def test_a_codec_takes_the_hook_and_gives_it_back() -> None:
     model = untrained_model()
     with build("jpeg", {}).apply(model, None):
-        with pytest.raises(Infeasible, match="another codec"), build("webp", {}).apply(model, None):
+        with pytest.raises(Infeasible, match="pixels is taken already"), build("webp", {}).apply(model, None):
             pass
         assert model.occupant(PIXELS) is not None
         with pytest.raises(ValueError, match="no image has gone through"):

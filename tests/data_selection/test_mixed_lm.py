@@ -155,7 +155,7 @@ def test_a_weight_method_is_applied_to_the_model_that_the_selection_trained(pool
 @pytest.mark.parametrize(
     ("ref", "options", "method", "message"),
     [
-        ("tiny-lm/text-d64", {}, build("zip-fit", {}), "method zip-fit needs data-selection"),
+        ("tiny-lm/text-d64", {}, build("zip-fit", {}), "method zip-fit needs documents"),
         (REF, OPTIONS, build("data-random", {"keep": 0.02}), r"keep = 0.02 of 120 documents leaves less than 4"),
         (REF, {**OPTIONS, "examples": 5}, build("data-random-length", {}), r"matched = zip-fit: .*n_target = 50"),
     ],
@@ -170,5 +170,5 @@ def test_impossible_selections_are_refused_at_plan_time(
 def test_two_selections_are_refused() -> None:
     both = tuple(MethodSpec.of(name, build(name, {}).knobs()) for name in ("data-random", "data-oracle"))
     job = Job(REF, both, "bits-per-byte", 0, 0, tuple(sorted(OPTIONS.items())))
-    with pytest.raises(Infeasible, match="both take the place 'training-data'"):
+    with pytest.raises(Infeasible, match="both take documents"):
         ResolvedJob.of(job)

@@ -140,5 +140,7 @@ def test_wrong_references_and_options_are_told(ref: str, options: dict[str, Any]
 
 def test_no_method_takes_part_in_the_training() -> None:
     family = family_of(RECALL)
-    with pytest.raises(Infeasible, match="no method takes part in its training, so not avgpool"):
+    with pytest.raises(
+        Infeasible, match="method avgpool takes part in training at visual_tokens, and models of the family tiny-lm"
+    ):
         family.weights(family.info(RECALL, {}), (build("avgpool", {"tokens": 4}),), 0)

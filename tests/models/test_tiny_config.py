@@ -76,7 +76,7 @@ def test_cells_of_a_seed_share_tower_and_features() -> None:
 def test_two_visual_token_methods_are_infeasible() -> None:
     family = family_of("tiny-llava/d24")
     info = family.info("tiny-llava/d24", {})
-    with pytest.raises(Infeasible, match="one visual-token method"):
+    with pytest.raises(Infeasible, match="avgpool and random both take visual_tokens"):
         family.weights(info, (build("avgpool", {}), build("random", {})), 0)
     with pytest.raises(Infeasible, match=r"tokens = 5 .* allowed: 1, 4, 9, 36"):
         family.weights(info, (build("avgpool", {"tokens": 5}),), 0)

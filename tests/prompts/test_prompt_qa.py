@@ -14,7 +14,6 @@ from prompt_cases import DOCUMENTS, RATES, is_subsequence, mean_error, shortened
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.folder_context import FolderContext
-from isoflop.jobs.job import _one_per_hook
 from isoflop.methods.base import METHODS, build
 from isoflop.methods.prompts.base import PromptMethod
 from isoflop.methods.prompts.classifier import ClassifierStage, TokenClassifier
@@ -25,6 +24,7 @@ from isoflop.models.counting import flops_of
 from isoflop.models.hooks.prompt_text import PROMPT_TEXT, joined, prompt_of
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
 from isoflop.models.prompting import alike, answer_batch, tokenised
+from isoflop.models.training.taught import one_per_hook
 from isoflop.models.worlds import fact_world as world
 from isoflop.tasks.prompt_qa import ReaderGate, answers, evidence_kept, prompts_of
 
@@ -61,7 +61,7 @@ def test_the_documents_must_fit_into_the_reader(reader: LmModel) -> None:
     with pytest.raises(Infeasible, match="facts = 32 and filler = 20"):
         task_of(facts=32, filler=20).check(reader.info)
     bare = replace(reader.info, hooks=frozenset())
-    with pytest.raises(Infeasible, match="needs context"):
+    with pytest.raises(Infeasible, match="needs prompt_text"):
         task_of().check(bare)
 
 
@@ -308,13 +308,13 @@ def test_a_checkpoint_with_a_tokenizer_reads_through_the_same_slot(
     assert mean_error(loaded, prompt_ctx, method, **FEW) == mean_error(reader, prompt_ctx, method, **FEW)
 
 
-def test_a_checkpoint_without_a_tokenizer_offers_no_such_slot(
+def test_a_checkpoint_without_a_tokenizer_offers_no_such_hook(
     reader: LmModel, prompt_ctx: FolderContext, tmp_path: Path
 ) -> None:
     reader.module.save_pretrained(tmp_path / "bare")
     ref = f"hf:{tmp_path / 'bare'}"
     info = family_of(ref).info(ref, {})
-    with pytest.raises(Infeasible, match="prompt-random needs context"):
+    with pytest.raises(Infeasible, match="prompt-random needs prompt_text"):
         build("prompt-random", {}).check(info)
     loaded = family_of(ref).load(info, None, prompt_ctx)
     with pytest.raises(Infeasible, match="no tokenizer"):
@@ -335,8 +335,8 @@ def test_prompts_and_cache_are_compressed_together(reader: LmModel, prompt_ctx: 
 
 def test_a_trial_has_one_method_on_the_text(reader: LmModel) -> None:
     methods = (build("prompt-random", {}), build("prompt-truncate", {}))
-    with pytest.raises(Infeasible, match="both take the place 'context'"):
-        _one_per_hook(methods)
+    with pytest.raises(Infeasible, match="both take prompt_text"):
+        one_per_hook(methods)
     with (
         methods[0].apply(reader, None),
         pytest.raises(Infeasible, match="a trial has one method there"),

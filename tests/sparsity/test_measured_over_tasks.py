@@ -116,7 +116,7 @@ def test_generation_measures_the_prompt_and_every_step(sparsity_ctx: FolderConte
 def test_tasks_whose_passes_hold_no_example_are_refused_in_one_line(task: str) -> None:
     with pytest.raises(UserError) as caught:
         resolve({"name": "s", "models": ["tiny-lm/text-d64"], "methods": ["mlp-topk"], "tasks": [task]})
-    assert f"task {task} does not ask for the mlp of a model, where method mlp-topk acts" in str(caught.value)
+    assert f"task {task} does not ask for the feed_forward of a model, where method mlp-topk acts" in str(caught.value)
     assert "bits-per-byte" in str(caught.value)
     assert "\n" not in str(caught.value)
 

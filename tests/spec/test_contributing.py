@@ -18,7 +18,7 @@ import isoflop
 from isoflop.core.registry import Registry
 from isoflop.laws import fit
 from isoflop.laws.base import LAWS
-from isoflop.models import digit_world as world
+from isoflop.models.worlds import digit_world as world
 from isoflop.tasks.base import TASKS
 from isoflop.testing import FolderContext
 

@@ -137,11 +137,8 @@ def test_trees_cost_more_tokens_than_the_text_has(probe: TokenizationProbe) -> N
     assert exact.counts.nodes >= exact.counts.tokens - exact.counts.context_tokens
 
 
-def test_models_under_a_method_on_attention_are_refused(
-    probe: TokenizationProbe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(probe.model, "attention", object(), raising=False)
-    with pytest.raises(Infeasible, match="KV cache or attention"):
+def test_models_under_a_method_on_attention_are_refused(probe: TokenizationProbe) -> None:
+    with build("streaming-llm", {}).apply(probe.model, None), pytest.raises(Infeasible, match="KV cache or attention"):
         ExactView().next_bytes(probe.model, probe.segmentations, [ByteText(b"so the weather", 8)])
 
 

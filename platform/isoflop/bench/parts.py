@@ -18,6 +18,7 @@ from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import METHODS, Method
 from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo
+from isoflop.models.training.taught import Taught
 from isoflop.tasks.base import TASKS, Shard, Task
 
 _LAYERS, _WIDTH = 12, 2048  # 50.4 million parameters
@@ -103,7 +104,7 @@ class BenchFamily(ModelFamily):
             raise unknown("model", ref, sizes)
         return ModelInfo(ref, self.name, "1", sizes[ref], frozenset())
 
-    def weights(self, info: ModelInfo, methods: tuple[Method, ...], seed: int) -> Stage | None:
+    def weights(self, info: ModelInfo, methods: tuple[Taught, ...], seed: int) -> Stage | None:
         return BigWeights() if info.ref == "bench/big" else None
 
     def load(self, info: ModelInfo, weights: Stage | None, ctx: StageContext) -> Model:

@@ -13,6 +13,7 @@ from isoflop.core.knobs import KnobValue, check_knobs, frozen
 from isoflop.core.stage import Stage, walk
 from isoflop.methods.base import METHODS, Method, build
 from isoflop.models.base import ModelFamily, ModelInfo, family_of
+from isoflop.models.training.taught import one_per_hook
 from isoflop.tasks.base import TASKS, Task
 
 
@@ -156,7 +157,7 @@ class ResolvedJob:
             prompt = built.prompt_length(info)
             if prompt is not None:
                 method.check_prompt(prompt, built.name)
-        _one_per_hook(methods)
+        one_per_hook(methods)
         weights = family.weights(info, methods, job.seed)
         trained_with = family.trained_with(info, methods)
         prepared = tuple(method.prepare(info, weights, job.seed, trained_with) for method in methods)
@@ -187,18 +188,6 @@ def _asked_for(method: Method, task: Task) -> None:
                 f"task {task.name} does not ask for the {hook.name} of a model, where method {method.name} acts and is "
                 f"measured; tasks that do: {', '.join(asking)}"
             )
-
-
-def _one_per_hook(methods: tuple[Method, ...]) -> None:
-    taken: dict[str, str] = {}
-    for method in methods:
-        for hook in method.hooks:
-            if hook.name in taken:
-                raise Infeasible(
-                    f"methods {taken[hook.name]} and {method.name} both take the place {hook.name!r} in the model; "
-                    "a trial has one of them"
-                )
-            taken[hook.name] = method.name
 
 
 def versions_of(model: str, model_options: Mapping[str, Any], methods: tuple[str, ...], task: str) -> dict[str, str]:

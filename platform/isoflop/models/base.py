@@ -16,7 +16,7 @@ from isoflop.core.knobs import check_knobs, knob_specs
 from isoflop.core.registry import Registry
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.hooks.occupant import Occupant, tensor_bytes
-from isoflop.models.training.taught import Taught
+from isoflop.models.training.taught import Taught, TaughtT, one_per_hook
 
 if TYPE_CHECKING:
     from isoflop.models.training.teaching import Course
@@ -212,11 +212,11 @@ class ModelFamily(ABC):
         """
         return None
 
-    def trained_with(self, info: ModelInfo, methods: tuple[Taught, ...]) -> tuple[Taught, ...]:
+    def trained_with(self, info: ModelInfo, methods: tuple[TaughtT, ...]) -> tuple[TaughtT, ...]:
         """Those of a trial's methods that ``weights`` trains the model with; what calibrates on it applies them first.
 
         Raises:
-            Infeasible: a method with ``trains_model`` takes a hook that the family cannot train with.
+            Infeasible: a method with ``trains_model`` takes a hook that the family cannot train with, or that another has.
         """
         taking = tuple(method for method in methods if method.trains_model)
         for method in taking:
@@ -227,6 +227,7 @@ class ModelFamily(ABC):
                     f"method {method.name} takes part in training at {', '.join(stuck)}, and models of the family "
                     f"{self.name} are trained with methods at: {works}"
                 )
+        one_per_hook(taking)
         return taking
 
     def course_stages(self, info: ModelInfo, methods: tuple[Taught, ...]) -> tuple[Stage, ...]:

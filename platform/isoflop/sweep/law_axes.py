@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from isoflop.core.errors import UserError
 from isoflop.methods.base import Method, build
@@ -63,8 +64,8 @@ class PlannedAxis:
     planned: Planned
     axis: str
 
-    def __call__(self, config: Config) -> float:
-        return self.planned.of(config).get(self.axis, math.nan)
+    def __call__(self, config: Mapping[str, Any]) -> float:
+        return self.planned.of(dict(config)).get(self.axis, math.nan)
 
 
 def planned_by(sweep: Sweep, config: Config) -> dict[str, float]:
@@ -87,7 +88,8 @@ def planned_axes(sweep: Sweep, sizes: Mapping[str, float]) -> dict[str, AxisSpec
     """
     planned = Planned(sweep)
     names = sorted({name for config in _examples(sweep) for name in planned.of(config)})
-    return {"N": {"model": dict(sizes)}, **{name: PlannedAxis(planned, name) for name in names}}
+    sizes_of: dict[str, AxisSpec] = {"N": {"model": dict(sizes)}}
+    return {**sizes_of, **{name: PlannedAxis(planned, name) for name in names}}
 
 
 def _examples(sweep: Sweep) -> Iterator[Config]:
@@ -105,7 +107,7 @@ def _examples(sweep: Sweep) -> Iterator[Config]:
             break
 
 
-def _values(param: Param) -> tuple[object, ...]:
+def _values(param: Param) -> tuple[Any, ...]:
     """Values of a parameter that stand for all of them."""
     if param.values is not None:
         return param.values

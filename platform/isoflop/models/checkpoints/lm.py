@@ -112,7 +112,7 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
 
 def hooks_of(decoder: Any, reads_text: bool) -> frozenset[Hook[Any]]:
     """Places that a decoder offers to methods; ``decoder`` may be a skeleton on the device ``meta``."""
-    found = {ATTENTION, MATRICES, RESIDUAL}
+    found: set[Hook[Any]] = {ATTENTION, MATRICES, RESIDUAL}
     found |= {FEED_FORWARD} if has_mlps(decoder) else set()
     found |= {EXPERTS} if routers_of(decoder) else set()
     found |= {PROMPT_TEXT, BYTE_VIEW} if reads_text else set()

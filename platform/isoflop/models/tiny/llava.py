@@ -22,7 +22,7 @@ from isoflop.models.quiet import no_progress_bars
 from isoflop.models.tiny.llava_config import SIZES
 from isoflop.models.tiny.llava_course import llava_course
 from isoflop.models.tiny.llava_training import FAMILY, CellStage, Recipe, tiny_info
-from isoflop.models.training.taught import Taught
+from isoflop.models.training.taught import Taught, TaughtT
 from isoflop.models.training.taught_stage import TaughtStage
 from isoflop.models.training.teaching import Course
 from isoflop.models.vlm import VlmInfo, VlmModel
@@ -64,7 +64,7 @@ class TinyLlava(ModelFamily):
         method.check(vlm)
         return CellStage(vlm.ref.partition("/")[2], method, seed, vlm.options, vlm.tower, _features(vlm, (method,)))
 
-    def trained_with(self, info: ModelInfo, methods: tuple[Taught, ...]) -> tuple[Taught, ...]:
+    def trained_with(self, info: ModelInfo, methods: tuple[TaughtT, ...]) -> tuple[TaughtT, ...]:
         """Those that take part, unless ``joint`` is off."""
         return super().trained_with(info, methods) if _own(info).joint else ()
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from isoflop.core.hook import Hook
+from isoflop.core.errors import Infeasible
+from isoflop.core.hook import Hook, names_of
 from isoflop.core.stage import Stage
 from isoflop.models.hooks.occupant import Occupant
 
@@ -91,3 +92,18 @@ class Taught(Protocol):
         self, info: ModelInfo, weights: Stage | None, seed: int, trained_with: tuple[Any, ...] = ()
     ) -> Stage | None:
         """The stage that trains or calibrates it, or None."""
+
+
+TaughtT = TypeVar("TaughtT", bound=Taught)
+
+
+def one_per_hook(methods: Iterable[Taught]) -> None:
+    """Raise Infeasible when two methods of a trial take the same hook."""
+    taken: dict[str, str] = {}
+    for method in methods:
+        for name in names_of(method.hooks):
+            if name in taken:
+                raise Infeasible(
+                    f"methods {taken[name]} and {method.name} both take {name}; a trial has one method there"
+                )
+            taken[name] = method.name
