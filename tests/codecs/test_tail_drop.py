@@ -70,7 +70,6 @@ def test_prefixes_decode_well_after_tail_drop_only() -> None:
 @pytest.mark.slow
 def test_error_falls_with_every_doubling_of_the_tokens_of_real_digits(tmp_path: Path) -> None:
     """The recipe of ``sweeps/one-d-piece.yaml`` in half of its steps, the default."""
-    torch.set_num_threads(1)
     info = family_of("tiny-vit/c48").info("tiny-vit/c48", {})
     images = torch.from_numpy(next(ImageSet("digits", "test", 256, 0.4, 1).images()))
     found = {}

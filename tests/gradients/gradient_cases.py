@@ -99,7 +99,6 @@ def trained_in_processes(
     folder: Path, rank: int, count: int, methods: dict[str, GradientMethod], width: int, recipe: Recipe
 ) -> None:
     """Train with each method in turn, in one group of processes; weights of rank 0 and records go into ``folder``."""
-    torch.set_num_threads(1)
     store = connect(folder, rank, count)
     for name, method in methods.items():
         place = folder / name

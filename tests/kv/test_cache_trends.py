@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from isoflop.methods.base import build
 from isoflop.methods.kv_cache.base import KvCacheMethod
@@ -20,7 +19,6 @@ MODEL, OPTIONS = "tiny-lm/recall-d64", {"outliers": 6}
 @pytest.mark.slow
 def test_orderings_of_the_papers_on_recall(tmp_path_factory: pytest.TempPathFactory) -> None:
     """An interior forgetting factor beats both ends; normalised saliency and channel scales save bits; labels find tokens."""
-    torch.set_num_threads(1)
     ctx = FolderContext(tmp_path_factory.mktemp("stages"))
     family = family_of(MODEL)
     info = family.info(MODEL, OPTIONS)

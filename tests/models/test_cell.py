@@ -38,7 +38,6 @@ def scores(model: VlmModel, ctx: FolderContext, method: Method, prepared: object
 
 @pytest.fixture(scope="module")
 def ctx(tmp_path_factory: pytest.TempPathFactory) -> FolderContext:
-    torch.set_num_threads(1)
     return FolderContext(tmp_path_factory.mktemp("stages"))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from isoflop.methods.base import build
 from isoflop.models.base import family_of
@@ -17,7 +16,6 @@ COUNTS = (1, 4, 9, 36)
 @pytest.mark.slow
 def test_recall_gains_from_size_and_reading_from_tokens(tmp_path_factory: pytest.TempPathFactory) -> None:
     """error(222k) < 0.65 error(14k) for recall at every V; error(V=36) < 0.2 error(V=1) for reading at every N."""
-    torch.set_num_threads(1)
     ctx = FolderContext(tmp_path_factory.mktemp("stages"))
     errors: dict[tuple[str, str, int], float] = {}
     for size in ("d24", "d96"):

@@ -28,7 +28,6 @@ def make(name: str, **options: float) -> DigitSceneTask:
 
 @pytest.fixture(scope="module")
 def model() -> VlmModel:
-    torch.set_num_threads(1)
     return untrained_model("d32")
 
 

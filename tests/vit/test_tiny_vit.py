@@ -80,7 +80,6 @@ def test_lessons_do_not_depend_on_the_size_and_drop_the_patches_in_time() -> Non
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> VitModel:
     """The smallest member after a few steps."""
-    torch.set_num_threads(1)
     family = family_of("tiny-vit/c48-sprites")
     info = family.info("tiny-vit/c48-sprites", {"steps": 30, "batch": 16})
     ctx = FolderContext(tmp_path_factory.mktemp("stages"))
@@ -253,7 +252,6 @@ def test_impossible_options_are_refused(trained: VitModel, options: dict[str, An
 @pytest.mark.parametrize("member", ["c48", "c64", "c96", "c48-sprites", "c64-sprites", "c96-sprites"])
 def test_the_full_recipe_learns_its_images(member: str, tmp_path: Path) -> None:
     """At most a third of the test images are wrong (chance: nine tenths)."""
-    torch.set_num_threads(1)
     ref = f"tiny-vit/{member}"
     family, ctx = family_of(ref), FolderContext(tmp_path)
     info = family.info(ref, {})

@@ -31,7 +31,6 @@ IDS_BT = torch.from_numpy(np.random.default_rng(0).integers(0, VOCABULARY, (2, 1
 
 @pytest.fixture(scope="module")
 def model() -> LmModel:
-    torch.set_num_threads(1)
     return untrained_decoder(layers=LAYERS)
 
 

@@ -35,7 +35,6 @@ QUICK: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def ctx(tmp_path_factory: pytest.TempPathFactory) -> FolderContext:
-    torch.set_num_threads(1)
     return FolderContext(tmp_path_factory.mktemp("weight-stages"))
 
 

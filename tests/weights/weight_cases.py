@@ -20,7 +20,6 @@ from isoflop.models.hooks.matrices import MATRICES
 from isoflop.models.lm import LmModel
 from isoflop.models.worlds.calibration import CalibrationText
 
-torch.set_num_threads(1)
 TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
