@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup quickstart test test-all lint format schema pictures outcomes clean
+.PHONY: help setup quickstart test test-all test-cpus lint format schema pictures outcomes clean
 
 help:
 	@echo "make setup       install everything into $(VENV); every target below does so by itself"
 	@echo "make quickstart  run the laptop sweep, show its law and frontier (minutes)"
 	@echo "make test        run the tests (minutes)"
 	@echo "make test-all    the slow ones too: clusters, many kills, whole trainings"
+	@echo "make test-cpus   those that touch a model, as if on every processor up to this one, with one thread and two (an hour or two)"
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff mend what it can"
 	@echo "make schema      write sweeps/sweep.schema.json anew"
@@ -36,6 +37,9 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -q tests
+
+test-cpus: $(READY)
+	$(BIN)/python tests/on_processors.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
