@@ -53,18 +53,36 @@ def errors(net: Tokenizer, images: Tensor) -> list[float]:
 
 
 def test_prefixes_decode_well_after_tail_drop_only() -> None:
+    """Over five trainings the ratios are .60 to .65, .72 to .75, .41 to .57 and .08 to .23. Whether every token lowers the error, and
+    what the whole code pays for its prefixes, differs from one to the next."""
     images = squares(256, 10_000)
     mean = float((images - images.mean(0)).square().mean())
-    with_drop, without = trained("every"), trained("full")
-    dropped, whole = errors(with_drop, images), errors(without, images)
-    assert dropped == sorted(dropped, reverse=True)
-    assert dropped[0] < mean / 2
-    assert dropped[-1] < dropped[0] / 1.5
-    assert all(a < b for a, b in zip(dropped[:-1], whole[:-1], strict=True))
-    assert whole[0] > mean / 2
-    assert whole[-1] < dropped[-1]  # the price of prefixes
-    change = contributions(with_drop, images)
-    assert int(change.argmax()) == 0
+    dropped, whole = (errors(trained(drop), images) for drop in ("every", "full"))
+    assert dropped[0] < 0.9 * (mean / 2)
+    assert dropped[1] < 0.9 * dropped[0]
+    assert sum(dropped[:-1]) < sum(whole[:-1])
+    assert whole[-1] < 0.7 * whole[0]
+
+
+class Weighted(Tokenizer):
+    """Codes at random, and images as grey as a weighted sum of them."""
+
+    def __init__(self, weights: list[float]) -> None:
+        super().__init__(SIZE, 0)
+        self.weights = torch.tensor(weights)
+
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(9)
+        return torch.randint(self.quantizer.codes, (len(images_BCHW), TOKENS), generator=generator)
+
+    def decode(self, codes_BL: Tensor) -> Tensor:
+        return (codes_BL * self.weights).sum(1)[:, None, None, None].expand(-1, 3, 8, 8)
+
+
+def test_a_tokens_contribution_is_what_the_image_changes_without_it() -> None:
+    change = contributions(Weighted([4.0, 2.0, 1.0, 0.0]), torch.zeros(4000, 3, 8, 8))
+    assert (change[:3] / change[2]).tolist() == pytest.approx([16.0, 4.0, 1.0], rel=0.1)
+    assert float(change[3]) == 0.0
 
 
 @pytest.mark.slow

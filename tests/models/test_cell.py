@@ -142,7 +142,7 @@ def test_a_compressor_is_trained_for_a_checkpoint_with_the_decoder_frozen(
     assert isinstance(info, VlmInfo)
     lessons = Recipe(reading_scenes=128, coarse_scenes=128).lessons
     tables = tuple(t for n in (1, 0) for t in lessons.tables(info.tower, n))
-    short = dataclasses.replace(stage, lessons=lessons.fields(), features=tables, steps=30, batch=16)
+    short = dataclasses.replace(stage, lessons=lessons.fields(), features=tables, steps=120, batch=16)
     assert short.key != stage.key
     prepared: Checkpoint = ctx.get(short)
     assert prepared.state("projector") is not None
@@ -152,7 +152,7 @@ def test_a_compressor_is_trained_for_a_checkpoint_with_the_decoder_frozen(
     plain = build("avgpool", {"tokens": 1})
     bare = scores(model, ctx, plain, None)
     untrained = scores(model, ctx, method, method.untrained(info, 0))  # type: ignore[attr-defined]
-    assert scores(model, ctx, method, prepared).mean() < untrained.mean()
+    assert scores(model, ctx, method, prepared).mean() < untrained.mean() - 0.005  # .015 to .031 over five seeds
     assert all(torch.equal(p, before[name]) for name, p in model.module.named_parameters())
     np.testing.assert_array_equal(scores(model, ctx, plain, None), bare)
 

@@ -115,11 +115,11 @@ def test_a_method_with_weights_learns_on_the_frozen_model_where_training_is_not_
     options = {"steps": 30, "batch": 16, "reading_scenes": 256, "coarse_scenes": 128, "tower_steps": 8, "joint": False}
     family = family_of("tiny-llava/d24")
     info = family.info("tiny-llava/d24", options)
-    method = build("mqt", {"m": 4})
-    weights = family.weights(info, (method,), 0)
-    stage = method.prepare(info, weights, 0)
+    method, seed = build("mqt", {"m": 4}), 1
+    weights = family.weights(info, (method,), seed)
+    stage = method.prepare(info, weights, seed)
     assert isinstance(stage, CompressorStage)
-    assert stage.key == build("mqt", {"m": 9}).prepare(info, weights, 0).key  # type: ignore[union-attr]
+    assert stage.key == build("mqt", {"m": 9}).prepare(info, weights, seed).key  # type: ignore[union-attr]
     prepared: Checkpoint = ctx.get(dataclasses.replace(stage, steps=20, batch=16))
     assert prepared.state("projector") is None  # W is part of the compressor
     model = family.load(info, weights, ctx)
@@ -127,8 +127,10 @@ def test_a_method_with_weights_learns_on_the_frozen_model_where_training_is_not_
     task = TASKS.get("reading")(examples=40, shard=40)  # type: ignore[call-arg]
     before = {name: p.clone() for name, p in model.module.named_parameters()}
     losses = []
-    for part in (method.untrained(info, 0), prepared):  # type: ignore[attr-defined]
+    for part in (method.untrained(info, seed), prepared):  # type: ignore[attr-defined]
         with method.apply(model, part):
             losses.append(next(iter(task.evaluate(model, ctx, 0))).metrics["nll"].mean())
-    assert losses[1] < losses[0]
+    assert (
+        losses[1] < losses[0] - 0.2
+    )  # .6; over five seeds .02 to 3, by what the untrained one happens to say
     assert all(torch.equal(p, before[name]) for name, p in model.module.named_parameters())
