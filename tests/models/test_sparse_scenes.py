@@ -130,7 +130,5 @@ def test_a_method_with_weights_learns_on_the_frozen_model_where_training_is_not_
     for part in (method.untrained(info, seed), prepared):  # type: ignore[attr-defined]
         with method.apply(model, part):
             losses.append(next(iter(task.evaluate(model, ctx, 0))).metrics["nll"].mean())
-    assert (
-        losses[1] < losses[0] - 0.2
-    )  # .6; over five seeds .02 to 3, by what the untrained one happens to say
+    assert losses[1] < losses[0] - 0.2  # .6; over five seeds .02 to 3, by what the untrained one happens to say
     assert all(torch.equal(p, before[name]) for name, p in model.module.named_parameters())
