@@ -23,6 +23,7 @@ from isoflop.methods.tokenization.probe import TokenizationProbe
 from isoflop.models.base import family_of
 from isoflop.models.byte_trees.tree import NO_BYTE
 from isoflop.models.byte_trees.vocabulary import ByteSegmenter, Segmenter, completions
+from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.byte_view import BYTE_VIEW, ByteText, TokenView
 from isoflop.models.lm import LmModel
 from isoflop.models.worlds.english import EnglishStage
@@ -137,8 +138,11 @@ def test_trees_cost_more_tokens_than_the_text_has(probe: TokenizationProbe) -> N
     assert exact.counts.nodes >= exact.counts.tokens - exact.counts.context_tokens
 
 
-def test_models_under_a_method_on_attention_are_refused(probe: TokenizationProbe) -> None:
-    with build("streaming-llm", {}).apply(probe.model, None), pytest.raises(Infeasible, match="KV cache or attention"):
+def test_models_under_a_method_on_attention_are_refused(
+    probe: TokenizationProbe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(probe.model._occupants, ATTENTION, object())
+    with pytest.raises(Infeasible, match="KV cache or attention"):
         ExactView().next_bytes(probe.model, probe.segmentations, [ByteText(b"so the weather", 8)])
 
 
