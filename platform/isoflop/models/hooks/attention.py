@@ -108,8 +108,8 @@ class AttentionHook(Hook[AttentionPolicy]):
     """Every attention layer of the decoder calls the policy's ``attend``."""
 
     def installed(self, model: Any, occupant: AttentionPolicy) -> AbstractContextManager[None]:
-        """See ``replaced_attention``."""
-        return replaced_attention(model.decoder, occupant.attend)
+        """See ``replaced_attention`` and ``once_per_pass``."""
+        return once_per_pass(model.decoder, occupant.attend)
 
 
 ATTENTION = AttentionHook("attention", 30, "computes the decoder's attention and keeps its key-value cache")
@@ -132,6 +132,45 @@ def replaced_attention(decoder: Any, attend: Attend) -> Iterator[None]:
     finally:
         config._attn_implementation = before
         del _ACTIVE[id(config)]
+
+
+@contextmanager
+def once_per_pass(decoder: Any, attend: Attend) -> Iterator[None]:
+    """``replaced_attention`` for a policy that keeps a cache: a layer has one store, to which a call adds its tokens.
+
+    Raises:
+        Infeasible: inside the block, when a layer calls its attention again in the same pass of ``decoder``, whose
+            second call a store would take for later tokens.
+    """
+    called: set[int] = set()
+
+    def guarded(call: AttentionCall) -> Tensor:
+        if call.layer in called:
+            raise Infeasible(
+                f"layer {call.layer} of {type(decoder).__name__} calls its attention twice in one pass, so nothing can act on its "
+                "cache; allowed: one call per layer"
+            )
+        if running[0]:
+            called.add(call.layer)
+        return attend(call)
+
+    def started(module: Any, args: Any) -> None:
+        called.clear()
+        running[0] = True
+
+    def ended(module: Any, args: Any, output: Any) -> None:
+        called.clear()
+        running[0] = False
+
+    running = [False]  # layers that are run by hand, outside a pass, may be run as often as one likes
+    before = decoder.register_forward_pre_hook(started)
+    behind = decoder.register_forward_hook(ended, always_call=True)
+    try:
+        with replaced_attention(decoder, guarded):
+            yield
+    finally:
+        before.remove()
+        behind.remove()
 
 
 def causal_attention(call: AttentionCall) -> Tensor:
