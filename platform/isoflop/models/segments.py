@@ -4,7 +4,11 @@ Keys are stored after RoPE, so their order inside a segment does not matter and 
 Every tensor that must stay resident belongs to a segment, so that bytes are counted on what is really there. Segments
 stand in ascending order of position, so that a slot's place tells whether its token is among the newest.
 
-Shape suffixes: B batch, H query heads, G key-value heads, T queries, N tokens of a segment, D head width.
+A segment may hold tokens of some key-value heads only, so that heads keep different tokens and different numbers of them
+(retrieval heads everything, the others little): each head reads the segments that cover it.
+
+Shape suffixes: B batch, H query heads, G key-value heads (of a segment: those that it covers), T queries, N tokens of a
+segment, D head width.
 """
 
 from __future__ import annotations
@@ -31,15 +35,24 @@ class Segment(ABC):
             order queries against keys, and are stored only when a method says so: softmax itself needs no positions,
             since keys carry theirs.
         log_bias_BGN: added to the logits: -inf for an empty slot, log n for a slot that stands for n tokens; or None.
+        heads_G: True at the key-value heads of the layer that the segment covers, over all of them; every other tensor of
+            the segment has the covered ones in their order, and nothing for the others. None for all. Which heads they are
+            is known of the model, not of a request, and counts no bytes; a method that chooses anew for each prompt
+            puts its choice into ``LayerStore.extra``.
     """
 
     positions_BGN: Tensor
     log_bias_BGN: Tensor | None
+    heads_G: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def tokens(self) -> int:
         """N, empty slots included."""
         return self.positions_BGN.shape[2]
+
+    def query_heads(self, heads: int) -> Tensor | None:
+        """True at those of ``heads`` query heads that read the segment, (H,); None for all."""
+        return None if self.heads_G is None else self.heads_G.repeat_interleave(heads // len(self.heads_G))
 
     @abstractmethod
     def part(self) -> SegmentPart:
@@ -86,12 +99,20 @@ class DenseSegment(Segment):
         return SegmentPart(self.k_BGND, self.v_BGND, self.log_bias_BGN)
 
     def append(self, k_BGTD: Tensor, v_BGTD: Tensor, positions_BGT: Tensor) -> None:
-        """Add tokens at the end."""
+        """Add tokens at the end; of all heads of the layer, whatever the segment covers."""
+        if self.heads_G is not None:
+            k_BGTD, v_BGTD, positions_BGT = (x[:, self.heads_G] for x in (k_BGTD, v_BGTD, positions_BGT))
         self.k_BGND = torch.cat((self.k_BGND, k_BGTD), dim=2)
         self.v_BGND = torch.cat((self.v_BGND, v_BGTD), dim=2)
         self.positions_BGN = torch.cat((self.positions_BGN, positions_BGT), dim=2)
         if self.log_bias_BGN is not None:
             self.log_bias_BGN = torch.cat((self.log_bias_BGN, torch.zeros_like(k_BGTD[..., 0])), dim=2)
+
+    def of_heads(self, heads_G: Tensor) -> DenseSegment:
+        """A copy that covers some of the heads of a segment that covers all."""
+        bias_BGN = None if self.log_bias_BGN is None else self.log_bias_BGN[:, heads_G]
+        kept = (x[:, heads_G] for x in (self.k_BGND, self.v_BGND))
+        return DenseSegment(self.positions_BGN[:, heads_G], bias_BGN, *kept, heads_G=heads_G)
 
 
 @dataclass
@@ -141,10 +162,27 @@ class LayerStore:
 def decode_one(q_BH1D: Tensor, segments: Sequence[Segment], scaling: float) -> Tensor:
     """Softmax attention of one query per row, behind all tokens of the segments: (B, 1, H, D).
 
-    The same as ``attend_segments``, by the kernel that reads packed segments as codes.
+    The same as ``attend_segments``, by the kernel that reads packed segments as codes. Segments over some of the heads are
+    read by themselves and joined to the others by their log-sum-exp; nothing of the cache is copied.
     """
-    out_BH1D, _ = decode_segments(q_BH1D, [s.part() for s in segments if s.tokens], scaling)
-    return out_BH1D.transpose(1, 2)
+    segments = [segment for segment in segments if segment.tokens]
+    parts = [segment.part() for segment in segments if segment.heads_G is None]
+    some = [segment for segment in segments if segment.heads_G is not None]
+    if not some:
+        return decode_segments(q_BH1D, parts, scaling)[0].transpose(1, 2)
+    outs, lses = [], []
+    if parts:
+        out_BH1D, lse_BH1 = decode_segments(q_BH1D, parts, scaling)
+        outs.append(out_BH1D)
+        lses.append(lse_BH1)
+    for segment in some:
+        rows_H = segment.query_heads(q_BH1D.shape[1])
+        assert rows_H is not None
+        out_BR1D, lse_BR1 = decode_segments(q_BH1D[:, rows_H], [segment.part()], scaling)
+        outs.append(_over_all_heads(out_BR1D, rows_H, 0.0))
+        lses.append(_over_all_heads(lse_BR1, rows_H, float("-inf")))
+    weights = torch.stack(lses).softmax(0).nan_to_num()[..., None]  # a query without any slot gets zeros
+    return sum(out * w for out, w in zip(outs, weights.to(q_BH1D.dtype), strict=True)).transpose(1, 2)  # type: ignore[union-attr]
 
 
 def attend_segments(
@@ -156,21 +194,27 @@ def attend_segments(
         order_BT: numbers of the queries, as in ``AttentionCall``.
 
     Returns:
-        out_BTHD, and the probabilities p_BHTN over the segments' tokens in their order (float32).
+        out_BTHD, and the probabilities p_BHTN over the segments' tokens in their order (float32), zero at those that do
+        not cover a query's head.
     """
     segments = [segment for segment in segments if segment.tokens]
     logits = [segment_logits(q_BHTD, s, scaling, order_BT) for s in segments]
     p_BHTN = torch.cat(logits, dim=-1).softmax(-1)
     out_BHTD = torch.zeros_like(q_BHTD)
     for segment, p in zip(segments, p_BHTN.split([part.shape[-1] for part in logits], dim=-1), strict=True):
-        v_BGND = segment.values()
-        p_BGRN = p.to(v_BGND.dtype).reshape(p.shape[0], v_BGND.shape[1], -1, p.shape[-1])
-        out_BHTD += (p_BGRN @ v_BGND).reshape(out_BHTD.shape)
+        v_BGND, rows_H = segment.values(), segment.query_heads(q_BHTD.shape[1])
+        p_BRTN = p if rows_H is None else p[:, rows_H]
+        p_BGMN = p_BRTN.to(v_BGND.dtype).reshape(p.shape[0], v_BGND.shape[1], -1, p.shape[-1])
+        part_BRTD = (p_BGMN @ v_BGND).reshape(*p_BRTN.shape[:3], -1)
+        out_BHTD += part_BRTD if rows_H is None else _over_all_heads(part_BRTD, rows_H, 0.0)
     return out_BHTD.transpose(1, 2), p_BHTN
 
 
 def segment_logits(q_BHTD: Tensor, segment: Segment, scaling: float, order_BT: Tensor) -> Tensor:
-    """Masked logits (B, H, T, N) in float32 of queries against one segment."""
+    """Masked logits (B, H, T, N) in float32 of queries against one segment; -inf for heads that it does not cover."""
+    rows_H = segment.query_heads(q_BHTD.shape[1])
+    if rows_H is not None:
+        q_BHTD = q_BHTD[:, rows_H]
     k_BGND = segment.keys()
     batch, heads, length, width = q_BHTD.shape
     groups = k_BGND.shape[1]
@@ -180,7 +224,15 @@ def segment_logits(q_BHTD: Tensor, segment: Segment, scaling: float, order_BT: T
     if segment.log_bias_BGN is not None:
         logits = logits + segment.log_bias_BGN[:, :, None, None, :].float()
     later = segment.positions_BGN[:, :, None, None, :] > order_BT[:, None, None, :, None]
-    return logits.masked_fill(later, float("-inf")).reshape(batch, heads, length, -1)
+    logits = logits.masked_fill(later, float("-inf")).reshape(batch, heads, length, -1)
+    return logits if rows_H is None else _over_all_heads(logits, rows_H, float("-inf"))
+
+
+def _over_all_heads(x_BR: Tensor, rows_H: Tensor, empty: float) -> Tensor:
+    """What some query heads have, (B, R, …), among all of them, (B, H, …); ``empty`` for the others."""
+    found = x_BR.new_full((x_BR.shape[0], len(rows_H), *x_BR.shape[2:]), empty)
+    found[:, rows_H] = x_BR
+    return found
 
 
 def stored_bytes(tensors: Iterable[Tensor], dense_bits: int) -> float:
