@@ -8,6 +8,11 @@ A layer's cache after a token depends on that layer's tokens up to it and on not
 in one pass also where a method changes the cache while decoding: each layer takes the tokens behind the prompt in
 turn, as many at once as the method allows, and the result is that of generating token by token through all layers.
 
+Two things go from layer to layer. What a layer found out about some tokens it may leave for the layers behind it
+(``AttentionCall.carried``): the memory belongs to one pass and to the tokens that a layer takes at once, so that in one pass
+every query finds what it would have found in a step of its own. And a cache may span layers (``spans_layers``): then the
+prompt runs through all layers first, ``merge`` sees all stores, and the tokens behind the prompt follow in a second pass.
+
 Shape suffixes: B batch, H query heads, G key-value heads, T tokens of a pass, N tokens of a segment, D head width.
 """
 
@@ -25,6 +30,7 @@ from torch import Tensor
 from isoflop.core.hook import Hook
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
+from isoflop.methods.kv_cache.carrying import Carrying
 from isoflop.models.base import Model
 from isoflop.models.hooks.attention import (
     ATTENTION,
@@ -47,11 +53,18 @@ class KvCacheMethod(Method):
 
     Class attributes:
         cuts: which of the two measured ratios is the method's ``ratio``: ``kv_store_ratio`` or ``kv_read_ratio``.
+        spans_layers: layers share what they store, see ``merge``.
     """
 
     family: ClassVar[str] = "kv-cache"
     hooks: ClassVar[tuple[Hook[Any], ...]] = (ATTENTION,)
     cuts: ClassVar[str] = "kv_store_ratio"
+    spans_layers: ClassVar[bool] = False
+
+    @property
+    def merges_later(self) -> bool:
+        """Whether ``merge`` runs again after every token behind the prompt; each of them then takes a pass of its own."""
+        return False
 
     @abstractmethod
     def compress(self, prompt: AttentionCall, prepared: Any) -> LayerStore:
@@ -77,6 +90,15 @@ class KvCacheMethod(Method):
     def step(self, query: AttentionCall, store: LayerStore, prepared: Any) -> Tensor:
         """Read for at most ``stride`` tokens, then change the store if the method does so; by default only read."""
         return self.read(query, store, prepared)
+
+    def merge(self, stores: dict[int, LayerStore], prepared: Any) -> None:
+        """Where ``spans_layers``: change the stores of all layers, by their numbers, in place.
+
+        Called when the prompt has been through all layers; with ``merges_later`` also behind every later token, which
+        all layers have then attended to exactly, among ``recent``. A tensor that several stores hold counts its
+        bytes once, and is read once per layer.
+        """
+        raise NotImplementedError(f"method {self.name} spans layers and does not say how they merge")
 
     def read_bytes(self, store: LayerStore, fetched: list[Tensor], dense_bits: int) -> float:
         """Bytes that one step fetches for the whole batch; ``fetched`` are the segments' ``read_tensors``."""
@@ -133,42 +155,60 @@ class CompressedCache(AttentionPolicy):
         self._passed: dict[int, int | Tensor] = {}
         self._prompts: dict[int, tuple[float, float]] = {}
         self._reports: dict[int, CacheReport] = {}
+        self._last: dict[int, AttentionCall] = {}
         self._ids_BT: Tensor | None = None
+        self._widths: dict[int, int] = {}
+        self._carrying = Carrying()
+        self._prompt_passed = False
+
+    @property
+    def spans_layers(self) -> bool:
+        """The method's."""
+        return self.method.spans_layers
+
+    @property
+    def token_by_token(self) -> bool:
+        """Whether layers merge anew after every token."""
+        return self.method.spans_layers and self.method.merges_later
 
     @contextmanager
     def at_work(self, model: Any) -> Iterator[None]:
-        """Inside the block the token ids that enter the decoder become known to the method."""
+        """Inside the block the token ids that enter the decoder become known to the method, and where its passes end."""
 
         def note(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
             self._ids_BT = args[0] if args else None
 
-        handle = model.decoder.get_input_embeddings().register_forward_pre_hook(note)
+        def passed(module: torch.nn.Module, args: Any, output: Any) -> None:
+            if self._stores is not None and self.method.spans_layers:
+                self._span(self._stores)
+
+        handles = [
+            model.decoder.get_input_embeddings().register_forward_pre_hook(note),
+            model.decoder.register_forward_hook(passed),
+        ]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Plain causal attention, the one-pass form, or a step of a session."""
         if self._stores is None and self.prefix is None:
             return causal_attention(call)
+        self._carrying.enter(call.layer)
         ids_BT = self._ids_BT
         if ids_BT is not None and ids_BT.shape == (call.q_BHTD.shape[0], call.q_BHTD.shape[2]):
             call = replace(call, ids_BT=ids_BT)
         if self._stores is not None:
             return self._in_session(self._continued(call), self._stores)
-        call = replace(call, examples_B=self.examples_B)
-        prompt = slice_call(call, 0, self.prefix)
-        out_BTHD, store = self._prefill(prompt)
-        rest = slice_call(call, prompt.q_BHTD.shape[2], call.q_BHTD.shape[2])
-        if rest.q_BHTD.shape[2]:
-            out_BTHD = torch.cat((out_BTHD, self._go_on(rest, store)), dim=1)
-        return out_BTHD
+        return self._one_pass(call)[0]
 
     @contextmanager
     def session(self) -> Iterator[None]:
         """A step-by-step run; see ``AttentionPolicy``."""
-        self._stores, self._passed = {}, {}
+        self._stores, self._passed, self._carrying = {}, {}, Carrying()
+        self._last = {}
         try:
             yield
         finally:
@@ -195,15 +235,29 @@ class CompressedCache(AttentionPolicy):
     def _in_session(self, call: AttentionCall, stores: dict[int, LayerStore]) -> Tensor:
         if call.layer in stores:
             return self._go_on(call, stores[call.layer])
-        out_BTHD, stores[call.layer] = self._prefill(call)
+        out_BTHD, stores[call.layer] = self._one_pass(call)
         return out_BTHD
 
+    def _one_pass(self, call: AttentionCall) -> tuple[Tensor, LayerStore]:
+        """The prompt, all of the call without a ``prefix``, and the tokens behind it: their attention, and the store."""
+        call = replace(call, examples_B=self.examples_B)
+        prompt = slice_call(call, 0, self.prefix)
+        rest = slice_call(call, prompt.q_BHTD.shape[2], call.q_BHTD.shape[2])
+        if self.method.spans_layers and (self._stores is None or rest.q_BHTD.shape[2]):
+            raise ValueError(
+                f"method {self.method.name} spans layers: the prompt takes a pass of its own, in a session"
+            )
+        self._widths[call.layer] = prompt.q_BHTD.shape[2]
+        out_BTHD, store = self._prefill(prompt)
+        if rest.q_BHTD.shape[2]:
+            out_BTHD = torch.cat((out_BTHD, self._go_on(rest, store)), dim=1)
+        return out_BTHD, store
+
     def _prefill(self, prompt: AttentionCall) -> tuple[Tensor, LayerStore]:
+        prompt = self._carrying.onto(prompt, ("prompt", prompt.q_BHTD.shape[2]))
         out_BTHD, store = self.method.prefill(prompt, self._prepared)
-        rows, tokens = prompt.k_BGTD.shape[0], int(prompt.order_BT.max()) + 1
-        held = [*store.resident(), *store.recent.tensors()]
-        stored = stored_bytes(held, self._dense_bits) / rows
-        self._prompts[prompt.layer] = stored, tokens * self._token_bytes(prompt)
+        self._prompt_passed = True
+        self._note_prompt(prompt, store)
         self._note(prompt, store)
         return out_BTHD, store
 
@@ -214,24 +268,52 @@ class CompressedCache(AttentionPolicy):
             stride = self.method.stride(store)
             stop = tokens.q_BHTD.shape[2] if stride is None else start + stride
             piece = slice_call(tokens, start, stop)
+            piece = self._carrying.onto(piece, (self._widths[tokens.layer], start, start + piece.q_BHTD.shape[2]))
             append_recent(store, piece)
             outs.append(self.method.step(piece, store, self._prepared))
             start += piece.q_BHTD.shape[2]
         self._note(tokens, store)
         return torch.cat(outs, dim=1)
 
-    def _note(self, call: AttentionCall, store: LayerStore) -> None:
-        """Count the layer's bytes as they are now."""
+    def _span(self, stores: dict[int, LayerStore]) -> None:
+        """What a cache that spans layers does when a pass has been through all of them; shared tensors count once."""
+        if self._prompt_passed or self.method.merges_later:
+            self.method.merge(stores, self._prepared)
+        counted: set[int] = set()
+        for layer, store in stores.items():
+            if self._prompt_passed:
+                self._note_prompt(self._last[layer], store, set(counted))
+            self._note(self._last[layer], store, counted)
+        self._prompt_passed = False
+
+    def _note_prompt(self, prompt: AttentionCall, store: LayerStore, counted: set[int] | None = None) -> None:
+        tokens = int(prompt.order_BT.max()) + 1
+        stored = self._stored_bytes(store, counted) / prompt.k_BGTD.shape[0]
+        self._prompts[prompt.layer] = stored, tokens * self._token_bytes(prompt)
+
+    def _note(self, call: AttentionCall, store: LayerStore, counted: set[int] | None = None) -> None:
+        """Count the layer's bytes as they are now.
+
+        Args:
+            counted: what other layers hold and have counted; what this one holds is added.
+        """
         rows = call.q_BHTD.shape[0]
         tokens = int(call.order_BT.max()) + 1
-        held = [*store.resident(), *store.recent.tensors()]
         fetched = [t for segment in store.all() for t in segment.read_tensors()]
+        self._last[call.layer] = call
         self._reports[call.layer] = CacheReport(
-            stored_bytes(held, self._dense_bits) / rows,
+            self._stored_bytes(store, counted) / rows,
             tokens * self._token_bytes(call),
             *self._prompts[call.layer],
             self.method.read_bytes(store, fetched, self._dense_bits) / rows,
         )
+
+    def _stored_bytes(self, store: LayerStore, counted: set[int] | None) -> float:
+        held = [*store.resident(), *store.recent.tensors()]
+        if counted is not None:
+            held = [t for t in held if t.data_ptr() not in counted]
+            counted.update(t.data_ptr() for t in held)
+        return stored_bytes(held, self._dense_bits)
 
     def _token_bytes(self, call: AttentionCall) -> float:
         """Bytes of one token's keys and values, kept whole."""

@@ -76,13 +76,20 @@ class SparseAttention(KvCacheMethod):
         """Whether a layer reads everything."""
         return False
 
+    def chooses(self, layer: int) -> bool:
+        """Whether a layer chooses tokens, for itself unless it is ``dense`` and for those behind it that do not choose."""
+        return not self.dense(layer)
+
     def compress(self, prompt: AttentionCall, prepared: Any) -> LayerStore:
         """The whole prompt, and its tables."""
         store = LayerStore([whole_prompt(prompt)], empty_recent(prompt))
-        if not self.dense(prompt.layer):
+        if self.chooses(prompt.layer):
             self.index(prompt, store, prepared)
+        if self.chooses(prompt.layer) or not self.dense(prompt.layer):
             last = slice_call(prompt, prompt.q_BHTD.shape[2] - 1, None)
-            self._note(self._choose(last, store, prepared), prompt.k_BGTD.shape[1], store)
+            chosen_BS1N = self._choose(last, store, prepared)
+            if not self.dense(prompt.layer):
+                self._note(chosen_BS1N, prompt.k_BGTD.shape[1], store)
         return store
 
     def step(self, query: AttentionCall, store: LayerStore, prepared: Any) -> Tensor:
@@ -91,7 +98,7 @@ class SparseAttention(KvCacheMethod):
         assert isinstance(whole, DenseSegment)
         whole.append(query.k_BGTD, query.v_BGTD, key_positions(query))
         store.recent = empty_recent(query)
-        if not self.dense(query.layer):
+        if self.chooses(query.layer):
             self.index(query, store, prepared)
         return self.read(query, store, prepared)
 
@@ -100,6 +107,8 @@ class SparseAttention(KvCacheMethod):
         whole = store.segments[0]
         assert isinstance(whole, DenseSegment)
         if self.dense(query.layer):
+            if self.chooses(query.layer):
+                self._choose(query, store, prepared)
             return super().read(query, store, prepared)
         chosen_BSTN = self._choose(query, store, prepared)
         self._note(chosen_BSTN[:, :, -1:], whole.k_BGND.shape[1], store)
@@ -116,9 +125,12 @@ class SparseAttention(KvCacheMethod):
         return stored_bytes(store.extra, dense_bits) + store.state["chosen"] * per_token
 
     def _choose(self, query: AttentionCall, store: LayerStore, prepared: Any) -> Tensor:
-        """True at the tokens that each query reads, (B, S, T, N)."""
-        scores_BSTN = self.approximate(query, store, prepared)
-        return best(scores_BSTN.masked_fill(~visible(query, store.segments[0]), float("-inf")), self._counts(query))
+        """True at the tokens that each query reads, (B, S, T, N): chosen here, or by a layer before."""
+        if self.chooses(query.layer):
+            scores_BSTN = self.approximate(query, store, prepared)
+            seen_B1TN = visible(query, store.segments[0])
+            query.carried["chosen"] = best(scores_BSTN.masked_fill(~seen_B1TN, float("-inf")), self._counts(query))
+        return query.carried["chosen"]
 
     def _counts(self, query: AttentionCall) -> Tensor:
         """Tokens that each query reads, (B or 1, T): the nearest number to the share, halves up, at least one."""

@@ -21,7 +21,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.stage import StageContext
 from isoflop.models.base import ModelInfo
 from isoflop.models.decoder_model import DecoderModel
-from isoflop.models.hooks.attention import ATTENTION
+from isoflop.models.hooks.attention import ATTENTION, AttentionPolicy
 from isoflop.models.worlds.calibration import CalibrationText
 from isoflop.models.worlds.lm_text import TokenizerSource, TokensStage
 from isoflop.models.worlds.text_pool import TrainingPool
@@ -103,7 +103,13 @@ class LmModel(DecoderModel):
         return self.module.get_decoder()
 
     def logits(self, batch: LmBatch) -> Tensor:
-        """Logits (B, T, W) in one forward pass, the prompt compressed by whatever is applied."""
+        """Logits (B, T, W) in one forward pass, the prompt compressed by whatever is applied.
+
+        A cache that spans layers takes two passes, the prompt through all layers first, or one per token behind it.
+        """
+        policy = self.occupant(ATTENTION)
+        if policy is not None and policy.spans_layers and batch.prefix:
+            return self._in_passes(batch, policy, 1 if policy.token_by_token else None)
         with self.compressing_prefix(batch.prefix) if batch.prefix else nullcontext():
             return self.module(
                 input_ids=batch.ids_BT,
@@ -118,11 +124,15 @@ class LmModel(DecoderModel):
         policy = self.occupant(ATTENTION)
         if policy is None or not batch.prefix:
             raise ValueError("stepwise_logits needs a method on the KV cache and a prompt")
-        positions_BT = positions_of(batch)
+        return self._in_passes(batch, policy, 1)
+
+    def _in_passes(self, batch: LmBatch, policy: AttentionPolicy, stride: int | None) -> Tensor:
+        """The prompt, and what is behind it: ``stride`` tokens in each pass, or all in one."""
+        positions_BT, length = positions_of(batch), batch.ids_BT.shape[1]
+        starts = [0, *range(batch.prefix, length, stride or max(length - batch.prefix, 1))]
         parts = []
         with policy.session():
-            bounds = [0, *range(batch.prefix, batch.ids_BT.shape[1] + 1)]
-            for start, stop in pairwise(bounds):
+            for start, stop in pairwise([*starts, length]):
                 prompt = start == 0 and batch.valid_BT is not None
                 parts.append(
                     self.module(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,6 +49,9 @@ class AttentionCall:
         ids_BT: token ids, where the policy follows them.
         examples_B: example numbers, where the model has them. What is random in a method depends on these numbers, else on
             the token ids, and on nothing else of the batch.
+        carried: what layers before this one have left about these very tokens in this pass, by name, and where this layer
+            leaves something for those behind it. Empty at the first layer of every pass. The policy sees to it that
+            tokens which a layer takes at once have one memory, so that what is left holds for each query by itself.
     """
 
     layer: int
@@ -60,6 +63,7 @@ class AttentionCall:
     valid_BT: Tensor | None
     ids_BT: Tensor | None = None
     examples_B: Tensor | None = None
+    carried: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,15 @@ class AttentionPolicy(Occupant):
     Attributes:
         prefix: tokens of the prompt in a one-pass evaluation, at the layer that runs next; None for plain causal passes.
         examples_B: example numbers of that evaluation's rows, where the model has them.
+        spans_layers: layers share their caches, so that the prompt must run through all of them before anything behind it
+            does: models run such a policy in a session, the prompt first.
+        token_by_token: and what comes behind the prompt takes a pass per token.
     """
 
     prefix: int | None = None
     examples_B: Tensor | None = None
+    spans_layers: bool = False
+    token_by_token: bool = False
 
     @abstractmethod
     def attend(self, call: AttentionCall) -> Tensor:
@@ -97,7 +106,10 @@ class AttentionPolicy(Occupant):
 
     @abstractmethod
     def session(self) -> AbstractContextManager[None]:
-        """A step-by-step run: the first pass inside the block is the prompt, later ones continue it."""
+        """A step-by-step run: the first pass inside the block is the prompt, later ones continue it.
+
+        Where ``prefix`` is set, the first pass is a one-pass evaluation: a prompt and tokens behind it.
+        """
 
     @abstractmethod
     def report(self) -> CacheReport:
