@@ -2,7 +2,8 @@
 
 An attention tap works rows of a layer's attention weights out from the outputs of ``q_proj`` and ``k_proj``, with
 whatever attention kernel the model uses. The model is never switched to eager attention, and the whole map is never
-formed. An activation tap reads or replaces what enters or leaves a module.
+formed. Architectures rotate and normalise queries and keys in ways of their own; so the first row that is asked of one is
+compared with what its own attention works out, and an architecture that the tap gets wrong is refused. An activation tap reads or replaces what enters or leaves a module.
 
 Shape suffixes: B batch, T tokens, R rows asked for, H query heads, G key-value heads, D head width.
 """
@@ -16,6 +17,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from isoflop.core.errors import Infeasible
+from isoflop.models.hooks.attention import own_last_row
 
 
 class ActivationTap:
@@ -69,17 +74,30 @@ def real_tokens(x_BTF: Tensor, valid_BT: Tensor | None) -> Tensor:
     return flat.float()
 
 
+_KNOWN: dict[tuple[type, str], bool] = {}
+"""Whether rows of an attention class under a config were right."""
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+"""Largest difference of logits relative to the largest logit, by the type of queries and keys; 16 bits round more."""
+
+
 class Tap:
     """Queries and keys of one attention module's last forward pass, before RoPE.
 
     Args:
         attention: a Hugging Face attention module with ``q_proj`` and ``k_proj`` (CLIP, SigLIP, Llama, Qwen, …).
+
+    Raises:
+        Infeasible: the module has no such parts.
     """
 
     def __init__(self, attention: nn.Module) -> None:
         self.attention: Any = attention
+        if not (hasattr(attention, "q_proj") and hasattr(attention, "k_proj") and hasattr(attention, "head_dim")):
+            raise self._unknown("has no projections of queries and keys by themselves")
         self._q_BTC: Tensor | None = None
         self._k_BTC: Tensor | None = None
+        self._called: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._checked = False
 
     @contextmanager
     def listening(self) -> Iterator[Tap]:
@@ -88,12 +106,14 @@ class Tap:
             self.attention.q_proj.register_forward_hook(self._note_q),
             self.attention.k_proj.register_forward_hook(self._note_k),
         ]
+        if not self._checked:
+            handles.append(self.attention.register_forward_pre_hook(self._note_call, with_kwargs=True))
         try:
             yield self
         finally:
             for handle in handles:
                 handle.remove()
-            self._q_BTC = self._k_BTC = None
+            self._q_BTC = self._k_BTC = self._called = None
 
     def vision_rows(self, rows: slice) -> Tensor:
         """Attention of some tokens of a vision layer over all tokens, p_BHRT in float32."""
@@ -107,7 +127,15 @@ class Tap:
         Args:
             rope: cos and sin of all tokens, as the layer was called with.
             valid_BT: False for padding, None when nothing is padded.
+
+        Raises:
+            Infeasible: the architecture's own attention is another; found out once per architecture.
         """
+        if not self._checked:
+            self._check(rope, valid_BT)
+        return self._last_logits(rope, valid_BT).softmax(-1)
+
+    def _last_logits(self, rope: tuple[Tensor, Tensor], valid_BT: Tensor | None) -> Tensor:
         q_BHTD = self._normed("q_norm", self._heads(self._q_BTC)[:, -1:]).transpose(1, 2)
         k_BGTD = self._normed("k_norm", self._heads(self._k_BTC)).transpose(1, 2)
         rotate = sys.modules[type(self.attention).__module__].apply_rotary_pos_emb  # each architecture has its own
@@ -118,7 +146,42 @@ class Tap:
         logits_BHT = (q_BHTD.float() @ k_BHTD.float().transpose(-1, -2))[:, :, 0] * self.attention.scaling
         if valid_BT is not None:
             logits_BHT = logits_BHT.masked_fill(~valid_BT[:, None], float("-inf"))
-        return logits_BHT.softmax(-1)
+        return logits_BHT
+
+    def _check(self, rope: tuple[Tensor, Tensor], valid_BT: Tensor | None) -> None:
+        """Compare the row that is asked for with the module's own, unless its class is known under its config."""
+        self._heads(self._q_BTC)  # a layer that has not run says so
+        key = type(self.attention), self.attention.config.to_json_string()
+        if key not in _KNOWN:
+            _KNOWN[key] = self._agrees(rope, valid_BT)
+        if not _KNOWN[key]:
+            raise self._unknown("rotates, scales or normalises queries and keys in another way")
+        self._checked, self._called = True, None
+
+    def _agrees(self, rope: tuple[Tensor, Tensor], valid_BT: Tensor | None) -> bool:
+        assert self._called is not None
+        heard = self._q_BTC, self._k_BTC  # the module runs again here, and must not be heard
+        args, kwargs = self._called
+        try:
+            with torch.no_grad(), _disable_current_modes():  # no part of what a method costs, where that is counted
+                found_BHT = self._last_logits(rope, valid_BT)
+                own_BHT = own_last_row(self.attention, args, kwargs)
+        except Exception:  # shapes that do not fit, functions that are not there: each architecture in its own way
+            return False
+        finally:
+            self._q_BTC, self._k_BTC = heard
+        if found_BHT.shape != own_BHT.shape or not torch.equal(found_BHT.isinf(), own_BHT.isinf()):
+            return False
+        seen = ~own_BHT.isinf()
+        assert heard[0] is not None
+        tolerance = TOLERANCE.get(heard[0].dtype, 2e-2)
+        return bool((found_BHT - own_BHT)[seen].abs().max() <= tolerance * own_BHT[seen].abs().max())
+
+    def _unknown(self, why: str) -> Infeasible:
+        return Infeasible(
+            f"the attention that tokens get cannot be read off {type(self.attention).__name__}, which {why}; allowed: decoders "
+            "with attention like that of Llama, Qwen2 or Qwen3"
+        )
 
     def _heads(self, x_BTC: Tensor | None) -> Tensor:
         if x_BTC is None:
@@ -134,3 +197,7 @@ class Tap:
 
     def _note_k(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self._k_BTC = output
+
+    def _note_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._checked:
+            self._called = args, kwargs

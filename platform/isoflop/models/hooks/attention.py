@@ -216,6 +216,58 @@ def order_of(valid_BT: Tensor | None, length: int, device: torch.device, before:
     return (valid_BT.long().cumsum(-1) - 1 + before).clamp(min=0)
 
 
+class _Called(Exception):
+    """Ends a module's pass at its attention; nothing went wrong."""
+
+    def __init__(self, call: AttentionCall) -> None:
+        self.call = call
+
+
+def own_last_row(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Logits of the last token in an attention module as the module itself computes them, masked, (B, H, T) in float32.
+
+    The module runs up to its softmax, whatever is occupied.
+
+    Args:
+        attention: a Hugging Face attention module.
+        args, kwargs: what its layer called it with.
+
+    Raises:
+        Infeasible: it does not go through transformers' interface, or its softmax is not a plain one.
+    """
+
+    def stop(call: AttentionCall) -> Tensor:
+        raise _Called(call)
+
+    _register()
+    config = attention.config
+    before, occupied = config._attn_implementation, _ACTIVE.get(id(config))
+    _ACTIVE[id(config)] = stop
+    config._attn_implementation = IMPLEMENTATION
+    mask = kwargs.get("attention_mask")
+    try:
+        # a cache would count the tokens again; the mask, which may have any shape, is laid on here
+        attention.forward(*args, **{**kwargs, "past_key_values": None, "attention_mask": None})
+    except _Called as found:
+        call = found.call
+    else:
+        raise Infeasible(f"{type(attention).__name__} does not call its attention through transformers' interface")
+    finally:
+        config._attn_implementation = before
+        del _ACTIVE[id(config)]
+        if occupied is not None:
+            _ACTIVE[id(config)] = occupied
+    heads, groups = call.q_BHTD.shape[1], call.k_BGTD.shape[1]
+    k_BHTD = call.k_BGTD.repeat_interleave(heads // groups, dim=1)
+    logits_BHT = (call.q_BHTD[:, :, -1:].float() @ k_BHTD.float().transpose(-1, -2))[:, :, 0] * call.scaling
+    if mask is None:
+        return logits_BHT
+    row = mask[:, None] if mask.dim() == 2 else mask[:, :, -1]
+    if row.dtype is torch.bool or mask.dim() == 2:
+        return logits_BHT.masked_fill(~row.bool(), float("-inf"))
+    return (logits_BHT + row.float()).masked_fill(row <= torch.finfo(row.dtype).min / 2, float("-inf"))
+
+
 def supports_attention(module: Any) -> bool:
     """Whether a Hugging Face model dispatches through the attention interface (Falcon and Bloom do not)."""
     return bool(getattr(module, "_supports_attention_backend", False))
