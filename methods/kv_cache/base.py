@@ -41,10 +41,30 @@ from isoflop.models.hooks.attention import (
     order_of,
 )
 from isoflop.models.hooks.occupant import Occupant, tensor_bytes
-from isoflop.models.segments import DenseSegment, LayerStore, attend_segments, decode_one, stored_bytes
+from isoflop.models.segments import (
+    DenseSegment,
+    LayerStore,
+    attend_segments,
+    decode_one,
+    key_positions,
+    padding_bias,
+    stored_bytes,
+    whole_prompt,
+)
 
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe
+
+__all__ = [
+    "CompressedCache",
+    "KvCacheMethod",
+    "append_recent",
+    "empty_recent",
+    "key_positions",
+    "padding_bias",
+    "slice_call",
+    "whole_prompt",
+]
 
 
 @dataclass(frozen=True)
@@ -333,28 +353,9 @@ def slice_call(call: AttentionCall, start: int, stop: int | None) -> AttentionCa
     )
 
 
-def whole_prompt(call: AttentionCall) -> DenseSegment:
-    """All tokens of a call as they are, padding with a bias of -inf."""
-    return DenseSegment(key_positions(call), padding_bias(call), call.k_BGTD, call.v_BGTD)
-
-
 def append_recent(store: LayerStore, call: AttentionCall) -> None:
     """Add a call's tokens to the exact tokens behind the prompt."""
     store.recent.append(call.k_BGTD, call.v_BGTD, key_positions(call))
-
-
-def key_positions(call: AttentionCall) -> Tensor:
-    """Numbers of a call's keys, (B, G, T)."""
-    batch, groups, length, _ = call.k_BGTD.shape
-    return call.order_BT[:, None].expand(batch, groups, length)
-
-
-def padding_bias(call: AttentionCall) -> Tensor | None:
-    """-inf at padding and 0 elsewhere, (B, G, T); None when nothing is padded."""
-    if call.valid_BT is None:
-        return None
-    bias_BT = torch.zeros_like(call.valid_BT, dtype=call.k_BGTD.dtype).masked_fill(~call.valid_BT, float("-inf"))
-    return bias_BT[:, None].expand(call.k_BGTD.shape[:3])
 
 
 def empty_recent(call: AttentionCall) -> DenseSegment:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from isoflop.kernels.decode_segments import SegmentPart, decode_segments
 from isoflop.kernels.quant import Packed
-from isoflop.models.base import tensor_bytes
+from isoflop.models.hooks.attention import AttentionCall
+from isoflop.models.hooks.occupant import tensor_bytes
 
 
 @dataclass
@@ -239,3 +240,22 @@ def stored_bytes(tensors: Iterable[Tensor], dense_bits: int) -> float:
     """Bytes of tensors, each storage once; see ``ModelInfo.dense_bits``."""
     seen = {t.data_ptr(): t for t in tensors if t.numel()}
     return sum(tensor_bytes(t, dense_bits) for t in seen.values())
+
+
+def whole_prompt(call: AttentionCall) -> DenseSegment:
+    """All tokens of a call as they are, padding with a bias of -inf."""
+    return DenseSegment(key_positions(call), padding_bias(call), call.k_BGTD, call.v_BGTD)
+
+
+def key_positions(call: AttentionCall) -> Tensor:
+    """Numbers of a call's keys, (B, G, T)."""
+    batch, groups, length, _ = call.k_BGTD.shape
+    return call.order_BT[:, None].expand(batch, groups, length)
+
+
+def padding_bias(call: AttentionCall) -> Tensor | None:
+    """-inf at padding and 0 elsewhere, (B, G, T); None when nothing is padded."""
+    if call.valid_BT is None:
+        return None
+    bias_BT = torch.zeros_like(call.valid_BT, dtype=call.k_BGTD.dtype).masked_fill(~call.valid_BT, float("-inf"))
+    return bias_BT[:, None].expand(call.k_BGTD.shape[:3])

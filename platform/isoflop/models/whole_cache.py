@@ -1,0 +1,77 @@
+"""The whole key-value cache: what sits in the attention while a model decodes step by step and no method acts there.
+
+Each layer holds what has reached it, so that layers and rows may hold different numbers of tokens.
+
+Shape suffixes: B batch, H query heads, T tokens of a pass, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from torch import Tensor
+
+from isoflop.models.hooks.attention import AttentionCall, AttentionPolicy, CacheReport, causal_attention, order_of
+from isoflop.models.segments import DenseSegment, attend_segments, key_positions, stored_bytes, whole_prompt
+
+
+class WholeCache(AttentionPolicy):
+    """Keeps every key and value as it is; outside a session it is plain causal attention.
+
+    Args:
+        dense_bits: see ``ModelInfo``.
+    """
+
+    def __init__(self, dense_bits: int) -> None:
+        self.prefix: int | None = None
+        self.examples_B: Tensor | None = None
+        self._dense_bits = dense_bits
+        self._held: dict[int, DenseSegment] | None = None
+        self._passed: dict[int, Tensor | int] = {}
+        self._bytes: dict[int, tuple[float, float]] = {}
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Causal attention over the tokens that the layer has seen, (B, T, H, D)."""
+        if self._held is None:
+            return causal_attention(call)
+        before, length = self._passed.get(call.layer, 0), call.q_BHTD.shape[2]
+        self._passed[call.layer] = before + (length if call.valid_BT is None else call.valid_BT.sum(-1, keepdim=True))
+        if call.layer not in self._held:
+            self._held[call.layer] = whole_prompt(call)
+            self._note(call, first=True)
+            return causal_attention(call)
+        if call.valid_BT is not None and not bool(call.valid_BT.all()):
+            raise ValueError("tokens behind a prompt cannot be padding")
+        call = replace(call, order_BT=order_of(None, length, call.q_BHTD.device, before))
+        held = self._held[call.layer]
+        held.append(call.k_BGTD, call.v_BGTD, key_positions(call).expand(call.k_BGTD.shape[:3]))
+        self._note(call, first=False)
+        return attend_segments(call.q_BHTD, [held], call.scaling, call.order_BT)[0]
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """See ``AttentionPolicy``."""
+        self._held, self._passed, self._bytes = {}, {}, {}
+        try:
+            yield
+        finally:
+            self._held = None
+
+    def report(self) -> CacheReport:
+        """Bytes of the last session, padding included; what is stored is what is read.
+
+        Raises:
+            ValueError: there was none.
+        """
+        if not self._bytes:
+            raise ValueError("the whole cache has held nothing yet")
+        prompt, now = (sum(pair[n] for pair in self._bytes.values()) for n in (0, 1))
+        return CacheReport(now, now, prompt, prompt, now)
+
+    def _note(self, call: AttentionCall, first: bool) -> None:
+        assert self._held is not None
+        segment = self._held[call.layer]
+        now = stored_bytes((segment.k_BGND, segment.v_BGND), self._dense_bits) / call.q_BHTD.shape[0]
+        self._bytes[call.layer] = (now if first else self._bytes[call.layer][0], now)
