@@ -30,6 +30,15 @@ from isoflop.models.hooks.matrices import MATRICES
 from isoflop.models.hooks.residual import RESIDUAL
 from isoflop.models.hooks.vision_blocks import VISION_BLOCKS
 from isoflop.models.hooks.visual_tokens import VISUAL_TOKENS, CompressedTokens, VisualInput
+from isoflop.models.prefix import (
+    KINDS,
+    SegmentedPrompt,
+    expand_placeholders,
+    media_end,
+    places_kept,
+    replace_question,
+)
+from isoflop.models.prompt_runs import run, states, stepwise
 from isoflop.models.worlds.digit_world import VOCABULARY
 from isoflop.models.worlds.lessons import Lesson, Lessons, table_rows
 
@@ -87,6 +96,16 @@ class VlmBatch:
     prompt_mask_BT: Tensor | None = None
     question_mask_BQ: Tensor | None = None
     answers_B: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Prompts whose image placeholder is expanded: ids, mask and positions, None where they are plain, and image columns."""
+
+    ids_BL: Tensor
+    mask_BL: Tensor | None
+    positions_BL: Tensor | None
+    image_BL: Tensor
 
 
 class VlmModel(DecoderModel):
@@ -168,17 +187,79 @@ class VlmModel(DecoderModel):
         return (own if own is not None else self.module.model.multi_modal_projector)(tokens_BVD)
 
     def prefill(
-        self, visual_BVd: Tensor, batch: VlmBatch, places_BV: Tensor | None = None, use_cache: bool = False
+        self,
+        visual_BVd: Tensor,
+        batch: VlmBatch,
+        places_BV: Tensor | None = None,
+        use_cache: bool = False,
+        question_BQd: Tensor | None = None,
     ) -> Any:
         """The language model on the whole prompt; Hugging Face's output with logits (B, 1, vocabulary).
 
-        ``places_BV``: see ``CompressedTokens``.
+        ``places_BV`` and ``question_BQd``: see ``CompressedTokens``.
 
         A method on the KV cache compresses everything up to the last visual token, before the question is seen: the
         image is encoded once and asked many questions.
-        """
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+        Raises:
+            Infeasible: what sits in the hooks cannot work together, or Hugging Face's cache cannot follow it.
+        """
+        from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+
+        tokens = self._laid_out(visual_BVd, batch, places_BV)
+        policy, dropping = self.occupant(ATTENTION), self.occupant(DECODER_LAYERS)
+        if policy is not None and policy.spans_layers:
+            hidden_BLd, _ = states(self, self._segmented(tokens, visual_BVd, batch, question_BQd))
+            return CausalLMOutputWithPast(logits=self.head(hidden_BLd[:, -1:]))
+        inputs: dict[str, Any] = {
+            "input_ids": tokens.ids_BL,
+            "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=list(visual_BVd))},
+        }
+        if question_BQd is not None:
+            inputs = {"inputs_embeds": self._embedded(tokens, visual_BVd, batch, question_BQd)}
+        prefix = 0 if policy is None else media_end(tokens.image_BL)
+        with ExitStack() as stack:
+            stack.enter_context(self.compressing_prefix(prefix, batch.ids_B))
+            if dropping is not None:
+                mask_BL = tokens.mask_BL
+                layout = PromptLayout(tokens.image_BL, batch.ids_B, None if mask_BL is None else mask_BL.bool())
+                stack.enter_context(dropping.prompt(layout))
+            output = self.module(
+                **inputs,
+                attention_mask=tokens.mask_BL,
+                position_ids=tokens.positions_BL,
+                logits_to_keep=1,
+                use_cache=use_cache,
+            )
+        left_BK = None if dropping is None else dropping.left_BK
+        if use_cache and left_BK is not None and bool((left_BK < 0).any()):
+            raise Infeasible(
+                f"model {self.info.ref}: rows that keep different numbers of tokens cannot go on in Hugging Face's cache; "
+                "stepwise() and batches of one work"
+            )
+        return output
+
+    def prompt_of(self, batch: VlmBatch) -> SegmentedPrompt:
+        """The prompts of a batch as segments, their images compressed by whatever is applied."""
+        found = self.compress(batch)
+        visual_BVd = self.project(found.tokens_BVD)
+        return self._segmented(
+            self._laid_out(visual_BVd, batch, found.places_BV), visual_BVd, batch, found.question_BQd
+        )
+
+    def run(self, prompt: SegmentedPrompt, asked_BL: Tensor | None = None) -> Tensor:
+        """Logits behind every row, or behind asked tokens; see ``isoflop.models.prompt_runs``."""
+        return run(self, prompt, asked_BL)
+
+    def stepwise(self, prompt: SegmentedPrompt, ids_BS: Tensor) -> Tensor:
+        """The same step by step, over a given answer; see ``isoflop.models.prompt_runs``."""
+        return stepwise(self, prompt, ids_BS)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (…, vocabulary) of the decoder's last hidden states (…, d)."""
+        return self.module.lm_head(hidden)
+
+    def _laid_out(self, visual_BVd: Tensor, batch: VlmBatch, places_BV: Tensor | None) -> _Tokens:
         ids_BL, mask_BL = expand_placeholders(
             batch.prompt_BT, batch.prompt_mask_BT, self.info.geometry["image_token"], visual_BVd.shape[1]
         )
@@ -188,22 +269,40 @@ class VlmModel(DecoderModel):
             positions_BL = places_kept(positions_BL, image_BL, places_BV, self.info.geometry["visual_tokens"])
             # without a mask, Hugging Face takes a gap in the positions for the start of another sequence
             mask_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
-        image = BaseModelOutputWithPooling(pooler_output=list(visual_BVd))
-        prefix = 0 if self.occupant(ATTENTION) is None else _image_end(image_BL)
-        dropping = self.occupant(DECODER_LAYERS)
-        with ExitStack() as stack:
-            stack.enter_context(self.compressing_prefix(prefix, batch.ids_B))
-            if dropping is not None:
-                layout = PromptLayout(image_BL, batch.ids_B, None if mask_BL is None else mask_BL.bool())
-                stack.enter_context(dropping.prompt(layout))
-            return self.module(
-                input_ids=ids_BL,
-                attention_mask=mask_BL,
-                position_ids=positions_BL,
-                mm_encoder_outputs={"image": image},
-                logits_to_keep=1,
-                use_cache=use_cache,
-            )
+        return _Tokens(ids_BL, mask_BL, positions_BL, image_BL)
+
+    def _embedded(self, tokens: _Tokens, visual_BVd: Tensor, batch: VlmBatch, question_BQd: Tensor | None) -> Tensor:
+        """Inputs of the decoder, (B, L, d)."""
+        embeds_BLd = self.module.get_input_embeddings()(tokens.ids_BL)
+        embeds_BLd = embeds_BLd.masked_scatter(tokens.image_BL[..., None], visual_BVd.to(embeds_BLd.dtype))
+        if question_BQd is None:
+            return embeds_BLd
+        if batch.question_BQ is None:
+            raise ValueError("the batch holds no question whose embeddings could be replaced")
+        return replace_question(
+            embeds_BLd, tokens.ids_BL, tokens.image_BL, batch.question_BQ, batch.question_mask_BQ, question_BQd
+        )
+
+    def _segmented(
+        self, tokens: _Tokens, visual_BVd: Tensor, batch: VlmBatch, question_BQd: Tensor | None
+    ) -> SegmentedPrompt:
+        image_BL = tokens.image_BL
+        behind_BL = (image_BL.cumsum(1) > 0) & ~image_BL
+        kinds_BL = torch.where(image_BL, KINDS.index("image"), torch.where(behind_BL, KINDS.index("question"), 0))
+        parts_BL = torch.where(image_BL, 1, 2 * behind_BL.long())
+        if tokens.mask_BL is not None:
+            kinds_BL, parts_BL = (x.masked_fill(tokens.mask_BL == 0, -1) for x in (kinds_BL, parts_BL))
+        positions_BL = tokens.positions_BL
+        if positions_BL is None:
+            positions_BL = torch.arange(image_BL.shape[1], device=image_BL.device).expand(image_BL.shape)
+        return SegmentedPrompt(
+            self._embedded(tokens, visual_BVd, batch, question_BQd),
+            positions_BL,
+            kinds_BL,
+            parts_BL,
+            batch.ids_B,
+            positions_BL.masked_fill(kinds_BL < 0, -1).amax(1) + 1,
+        )
 
     @torch.no_grad()
     def answer_logits(self, batch: VlmBatch) -> Tensor:
@@ -235,7 +334,8 @@ class VlmModel(DecoderModel):
 
     def _answer(self, batch: VlmBatch) -> Tensor:
         found = self.compress(batch)
-        return self.prefill(self.project(found.tokens_BVD), batch, found.places_BV).logits[:, -1]
+        visual_BVd = self.project(found.tokens_BVD)
+        return self.prefill(visual_BVd, batch, found.places_BV, question_BQd=found.question_BQd).logits[:, -1]
 
     def lesson(self, step: Lesson, hidden: Mapping[LayerKey, Tensor]) -> VlmBatch:
         """The prompts of training examples with the given features, on the model's device."""
@@ -260,54 +360,3 @@ class VlmModel(DecoderModel):
     def embed_text(self, ids_BQ: Tensor) -> Tensor:
         """Token embeddings of text, (B, Q, d)."""
         return self.module.get_input_embeddings()(ids_BQ)
-
-
-def expand_placeholders(
-    ids_BT: Tensor, mask_BT: Tensor | None, image_token: int, count: int
-) -> tuple[Tensor, Tensor | None]:
-    """Repeat the one image placeholder of every row ``count`` times: (B, T) → (B, T - 1 + count), ids and mask.
-
-    Raises:
-        ValueError: a row does not hold exactly one placeholder.
-    """
-    here_BT = ids_BT == image_token
-    if not bool((here_BT.sum(-1) == 1).all()):
-        raise ValueError("every prompt needs exactly one image placeholder")
-    repeats = torch.where(here_BT, count, 1).flatten()
-    length = ids_BT.shape[1] - 1 + count
-    ids_BL = ids_BT.flatten().repeat_interleave(repeats).view(-1, length)
-    if mask_BT is None:
-        return ids_BL, None
-    return ids_BL, mask_BT.flatten().repeat_interleave(repeats).view(-1, length)
-
-
-def places_kept(positions_BL: Tensor | None, image_BL: Tensor, places_BV: Tensor, patches: int) -> Tensor:
-    """Positions (B, L) that the tokens would have had with all ``patches`` visual tokens in the prompt.
-
-    Args:
-        positions_BL: positions with the tokens in a row, None for 0 … L-1.
-        image_BL: True at visual tokens, which lie side by side.
-        places_BV: place of each visual token among the patches.
-    """
-    if positions_BL is None:
-        positions_BL = torch.arange(image_BL.shape[1], device=image_BL.device).expand(image_BL.shape)
-    first_B1 = image_BL.int().argmax(-1, keepdim=True)
-    behind_BL = (image_BL.cumsum(-1) == places_BV.shape[1]) & ~image_BL
-    moved_BL = positions_BL + behind_BL * (patches - places_BV.shape[1])
-    return moved_BL.masked_scatter(image_BL, positions_BL.gather(1, first_B1) + places_BV)
-
-
-def _image_end(image_BL: Tensor) -> int:
-    """Column behind the last image placeholder, the same in every row.
-
-    Raises:
-        Infeasible: the rows disagree.
-    """
-    places_L = torch.arange(1, image_BL.shape[1] + 1, device=image_BL.device)
-    ends_B = (image_BL * places_L).amax(-1)
-    if not bool((ends_B == ends_B[0]).all()):
-        raise Infeasible(
-            "methods on the KV cache need the images of a batch to end in the same column; prompts padded to one length "
-            "before the image, or batches of one, work"
-        )
-    return int(ends_B[0])

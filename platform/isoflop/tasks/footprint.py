@@ -47,7 +47,7 @@ def measure_answer(model: VlmModel, image_BCHW: Tensor, make: MakeBatch) -> dict
     projector, visual_BVd = flops_of(lambda: model.project(found.tokens_BVD))
 
     def prefill() -> Any:
-        return model.prefill(visual_BVd, batch, found.places_BV)
+        return model.prefill(visual_BVd, batch, found.places_BV, question_BQd=found.question_BQd)
 
     language, _ = flops_of(prefill)
 

@@ -58,11 +58,15 @@ class CompressedTokens:
         kept_BV: numbers of the patches that were kept, sorted, for methods that select; None for those that mix.
         places_BV: places that the tokens take among the P places of the image in the prompt, text behind it staying
             where it was; None for V places in a row.
+        question_BQd: embeddings that the language model reads in place of those of ``VisualInput.question_BQ``, the text
+            right behind the image (LLaVA-Mini fuses the image into them); padding is skipped. None where the question
+            stays as it is.
     """
 
     tokens_BVD: Tensor
     kept_BV: Tensor | None = None
     places_BV: Tensor | None = None
+    question_BQd: Tensor | None = None
 
 
 class Compression(Occupant):

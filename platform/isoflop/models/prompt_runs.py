@@ -1,0 +1,143 @@
+"""Running prompts of segments through a vision-language model, with whatever sits in its hooks: at once, or step by step.
+
+Tokens that were dropped before some layer leave that layer and those behind it with shorter caches, and rows with caches of
+different lengths. Nothing in a layer's cache depends on tokens behind, so one pass over a prompt and its answer gives what
+decoding the answer token by token gives.
+
+Shape suffixes: B rows, L columns of the prompt, K columns that come out of the last layer, S tokens of the answer, A asked
+places, W vocabulary, d width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from isoflop.core.errors import Infeasible
+from isoflop.models.hooks.attention import ATTENTION, AttentionPolicy
+from isoflop.models.hooks.decoder_layers import DECODER_LAYERS
+from isoflop.models.prefix import SegmentedPrompt
+from isoflop.models.whole_cache import WholeCache
+
+if TYPE_CHECKING:
+    from isoflop.models.vlm import VlmModel
+
+
+def run(model: VlmModel, prompt: SegmentedPrompt, asked_BL: Tensor | None = None) -> Tensor:
+    """Logits behind the last token of every row, (B, W), or behind every asked one, (A, W), row by row; gradients flow.
+
+    Raises:
+        Infeasible: what sits in the hooks cannot work with these prompts.
+        ValueError: padding, or a token that did not come through all layers, was asked.
+    """
+    own, order_BL = prompt.aligned()
+    hidden_BLd, here_BL = states(model, own)
+    if asked_BL is None:
+        return model.head(hidden_BLd[:, -1])
+    asked_BL = asked_BL.gather(1, order_BL)
+    if bool((asked_BL & ~(here_BL & own.valid_BL)).any()):
+        raise ValueError("padding, or a token that was dropped between the layers, has no logits")
+    return model.head(hidden_BLd[asked_BL])
+
+
+@torch.no_grad()
+def stepwise(model: VlmModel, prompt: SegmentedPrompt, ids_BS: Tensor) -> Tensor:
+    """Logits behind the prompt and behind each token of a given answer, (B, 1 + S, W), as in serving.
+
+    The prompt runs first; then each token takes a pass of its own, over what every layer keeps of those before.
+    """
+    own, _ = prompt.aligned()
+    found = []
+    with ExitStack() as stack:
+        policy = model.occupant(ATTENTION)
+        if policy is None:
+            policy = stack.enter_context(model.occupy(ATTENTION, WholeCache(model.info.dense_bits)))
+        stack.enter_context(policy.session())
+        prompt_BLd, _ = _prompt_states(model, own, policy)
+        found.append(model.head(prompt_BLd[:, -1]))
+        for place in range(ids_BS.shape[1]):
+            embeds_B1d = model.embed_text(ids_BS[:, place : place + 1])
+            hidden_B1d = _pass(model, embeds_B1d, (own.next_B + place)[:, None], None)
+            found.append(model.head(hidden_B1d[:, -1]))
+    return torch.stack(found, dim=1)
+
+
+def states(model: VlmModel, prompt: SegmentedPrompt) -> tuple[Tensor, Tensor]:
+    """The decoder's last hidden states, (B, L, d), zero for tokens that were dropped; and True at the others, (B, L).
+
+    Args:
+        prompt: with its padding on the left.
+    """
+    policy = model.occupant(ATTENTION)
+    if policy is None or not policy.spans_layers:
+        return _prompt_states(model, prompt, policy)
+    with policy.session():
+        return _prompt_states(model, prompt, policy)
+
+
+def _prompt_states(model: VlmModel, prompt: SegmentedPrompt, policy: AttentionPolicy | None) -> tuple[Tensor, Tensor]:
+    if policy is not None and policy.spans_layers:
+        hidden_BLd = _in_passes(model, prompt, policy)
+        return hidden_BLd, torch.ones_like(prompt.valid_BL)
+    with _over_prompt(model, prompt, policy):
+        hidden_BKd = _pass(model, prompt.embeds_BLd, prompt.positions_BL, prompt.valid_BL)
+    dropping = model.occupant(DECODER_LAYERS)
+    left_BK = None if dropping is None else dropping.left_BK
+    if left_BK is None:
+        return hidden_BKd, torch.ones_like(prompt.valid_BL)
+    return _back_in_place(hidden_BKd, left_BK, prompt.length)
+
+
+def _in_passes(model: VlmModel, prompt: SegmentedPrompt, policy: AttentionPolicy) -> Tensor:
+    """Up to the end of the images through all layers, then the rest; inside a session of a cache that spans layers."""
+    if model.occupant(DECODER_LAYERS) is not None:
+        raise Infeasible(
+            f"model {model.info.ref}: a cache that spans layers runs images before the question, and what acts between the "
+            "decoder's layers looks at both; a trial has one of them"
+        )
+    end, length = prompt.prefix(), prompt.length
+    starts = [0, *range(end, length, 1 if policy.token_by_token else max(length - end, 1))]
+    parts = []
+    for start, stop in pairwise([*starts, length]):
+        piece = prompt.columns(start, stop)
+        with model.compressing_prefix(stop, prompt.ids_B) if start == 0 else ExitStack():
+            parts.append(_pass(model, piece.embeds_BLd, piece.positions_BL, piece.valid_BL))
+    return torch.cat(parts, dim=1)
+
+
+@contextmanager
+def _over_prompt(model: VlmModel, prompt: SegmentedPrompt, policy: AttentionPolicy | None) -> Iterator[None]:
+    """The decoder's pass inside the block is over ``prompt``, for what sits between its layers and in its attention."""
+    dropping = model.occupant(DECODER_LAYERS)
+    # the whole cache that stands in where no method acts compresses nothing, wherever the images end
+    compresses = policy is not None and not isinstance(policy, WholeCache)
+    with ExitStack() as stack:
+        if compresses:
+            stack.enter_context(model.compressing_prefix(prompt.prefix(), prompt.ids_B))
+        if dropping is not None:
+            stack.enter_context(dropping.prompt(prompt.layout()))
+        yield
+
+
+def _pass(model: VlmModel, embeds_BTd: Tensor, positions_BT: Tensor, valid_BT: Tensor | None) -> Tensor:
+    # without a mask, Hugging Face takes a gap in the positions for the start of another sequence
+    mask_BT = torch.ones_like(positions_BT) if valid_BT is None else valid_BT.long()
+    return model.decoder(
+        inputs_embeds=embeds_BTd, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False
+    ).last_hidden_state
+
+
+def _back_in_place(hidden_BKd: Tensor, left_BK: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Hidden states of the tokens that are left, in their columns of the prompt."""
+    real_BK = left_BK >= 0
+    rows_BK = torch.arange(len(left_BK), device=left_BK.device)[:, None].expand_as(left_BK)
+    places = rows_BK[real_BK], left_BK[real_BK]
+    here_BL = torch.zeros(len(left_BK), length, dtype=torch.bool, device=left_BK.device)
+    here_BL[places] = True
+    empty_BLd = hidden_BKd.new_zeros(len(left_BK), length, hidden_BKd.shape[-1])
+    return empty_BLd.index_put(places, hidden_BKd[real_BK]), here_BL
