@@ -167,6 +167,12 @@ class Method:
     def check_prompt(self, tokens: int, task: str) -> None:
         """Raise Infeasible when this configuration would keep nothing of prompts of ``tokens`` tokens in ``task``."""
 
+    def check_beside(self, others: Sequence[Method], info: ModelInfo) -> None:
+        """Raise Infeasible when this method cannot work together with another one of the trial, which takes other hooks.
+
+        Each method of a trial is asked about the others, so that one of a pair may say it for both.
+        """
+
     def prepare(
         self, info: ModelInfo, weights: Stage | None, seed: int, trained_with: tuple[Method, ...] = ()
     ) -> Stage | None:

@@ -19,7 +19,7 @@ Shape suffixes: B batch, H query heads, G key-value heads, T tokens of a pass, N
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,11 +27,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from isoflop.core.errors import Infeasible
 from isoflop.core.hook import Hook
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
 from isoflop.methods.kv_cache.carrying import Carrying
-from isoflop.models.base import Model
+from isoflop.models.base import Model, ModelInfo
 from isoflop.models.hooks.attention import (
     ATTENTION,
     AttentionCall,
@@ -40,6 +41,7 @@ from isoflop.models.hooks.attention import (
     causal_attention,
     order_of,
 )
+from isoflop.models.hooks.decoder_layers import DECODER_LAYERS
 from isoflop.models.hooks.occupant import Occupant, tensor_bytes
 from isoflop.models.segments import (
     DenseSegment,
@@ -123,6 +125,15 @@ class KvCacheMethod(Method):
     def read_bytes(self, store: LayerStore, fetched: list[Tensor], dense_bits: int) -> float:
         """Bytes that one step fetches for the whole batch; ``fetched`` are the segments' ``read_tensors``."""
         return stored_bytes([*fetched, *store.extra], dense_bits)
+
+    def check_beside(self, others: Sequence[Method], info: ModelInfo) -> None:
+        """Refuse, beside a cache that spans layers, methods that look at image and question between the layers."""
+        between = [other.name for other in others if DECODER_LAYERS in other.hooks]
+        if self.spans_layers and between:
+            raise Infeasible(
+                f"method {self.name} runs the prompt through all layers before the question, and method {between[0]} needs both "
+                f"at once ({DECODER_LAYERS}); a trial has one of them"
+            )
 
     def occupants(self, model: Model, prepared: Any) -> dict[Hook[Any], Occupant]:
         """A compressed cache in the decoder's attention."""

@@ -11,11 +11,13 @@ Shape suffixes: B batch, P patches, V visual tokens, D vision width.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
+from isoflop.core.errors import Infeasible
 from isoflop.core.hook import Hook
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Axes, Method
@@ -23,6 +25,7 @@ from isoflop.methods.vision_language import vlm_info, vlm_model
 from isoflop.models.base import Checkpoint, Model, ModelInfo
 from isoflop.models.features import LayerKey
 from isoflop.models.hooks.occupant import Occupant, tensor_bytes
+from isoflop.models.hooks.vision_blocks import VISION_BLOCKS
 from isoflop.models.hooks.visual_tokens import VISUAL_TOKENS, CompressedTokens, Compression, VisualInput
 from isoflop.models.training.taught import InTraining
 from isoflop.models.vlm import VlmInfo, VlmModel
@@ -41,12 +44,14 @@ class VisualTokenMethod(Method):
     Class attributes:
         commutes: the result does not change when the features are shifted and scaled per channel before instead of
             after; true for selections and averages.
+        wants_raster: needs all P patches in their places, so that nothing may leave the image in the tower.
     """
 
     family: ClassVar[str] = "visual-tokens"
     hooks: ClassVar[tuple[Hook[Any], ...]] = (VISUAL_TOKENS,)
     trains_model: ClassVar[bool] = True
     commutes: ClassVar[bool] = True
+    wants_raster: ClassVar[bool] = True
 
     @abstractmethod
     def tokens_left(self, grid: int) -> int:
@@ -80,6 +85,15 @@ class VisualTokenMethod(Method):
         """Refuse models without the hook point, and knobs that the patch grid rules out."""
         super().check(info)
         self.tokens_left(vlm_info(info).geometry["grid"])
+
+    def check_beside(self, others: Sequence[Method], info: ModelInfo) -> None:
+        """Refuse methods that act between the blocks of the tower, where patches merge or go, beside one that needs them all."""
+        inside = [other.name for other in others if VISION_BLOCKS in other.hooks]
+        if inside and self.wants_raster:
+            raise Infeasible(
+                f"method {self.name} needs every patch of the image in its place, and method {inside[0]} lets patches go in the "
+                f"vision tower ({VISION_BLOCKS}); allowed beside it: none, or no method on visual tokens"
+            )
 
     def prepare(
         self, info: ModelInfo, weights: Stage | None, seed: int, trained_with: tuple[Method, ...] = ()

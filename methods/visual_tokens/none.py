@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -16,6 +17,8 @@ from isoflop.models.hooks.visual_tokens import CompressedTokens, VisualInput
 @dataclass(frozen=True)
 class NoCompression(VisualTokenMethod):
     """All P patch features, V = P: the reference that every ratio is relative to."""
+
+    wants_raster: ClassVar[bool] = False
 
     @classmethod
     def identity(cls, info: ModelInfo) -> NoCompression:

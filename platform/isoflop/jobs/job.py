@@ -158,6 +158,8 @@ class ResolvedJob:
             if prompt is not None:
                 method.check_prompt(prompt, built.name)
         one_per_hook(methods)
+        for place, method in enumerate(methods):
+            method.check_beside([*methods[:place], *methods[place + 1 :]], info)
         weights = family.weights(info, methods, job.seed)
         trained_with = family.trained_with(info, methods)
         prepared = tuple(method.prepare(info, weights, job.seed, trained_with) for method in methods)
