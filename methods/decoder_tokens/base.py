@@ -151,7 +151,7 @@ class Dropping(TokenPolicy):
         columns_BV = prompt.image_BL.nonzero()[:, 1].view(-1, prompt.count)
 
         def attention() -> Tensor:
-            row_BHL = self._tap.last_row(tokens.kwargs["position_embeddings"], prompt.valid_BL)
+            row_BHL = self._tap.last_row(tokens.kwargs["position_embeddings"], prompt.valid_BL, prompt.end)
             return row_BHL.mean(1).gather(1, columns_BV)
 
         kept_BN = self.method.kept(Candidates(prompt.ids_B, prompt.count, attention), left)

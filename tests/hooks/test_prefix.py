@@ -178,6 +178,36 @@ def test_decoding_token_by_token_equals_one_pass(
     assert model.occupied == ()
 
 
+@pytest.mark.parametrize("cache", [None, CACHES[1]], ids=["none", "h2o"])
+@torch.no_grad()
+def test_what_looks_at_the_last_token_of_the_prompt_does_not_see_the_answer(model: VlmModel, cache: Any) -> None:
+    rows = [[row[0], row[-1]] if len(row) == 2 else [row[0], *rows_of_parts()[0]] for row in rows_of_parts()]
+    prompt = build(rows, model.embed_text)
+    answer = torch.randint(0, WORDS, (3, 4), generator=torch.Generator().manual_seed(3))
+    whole = prompt.followed_by(model.embed_text(answer))
+    asked = whole.of({"answer"})
+    asked[:, prompt.length - 1] = True
+    with ExitStack() as stack:
+        stack.enter_context(method("fastv", {"layer": 2, "drop": 0.5}).apply(model, None))
+        if cache is not None:
+            stack.enter_context(method(*cache).apply(model, None))
+        close(model.stepwise(prompt, answer), model.run(whole, asked).view(3, 5, -1))
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+@torch.no_grad()
+def test_masks_of_unequal_rows_are_what_the_attention_wants(model: VlmModel, kind: str) -> None:
+    prompt = build(rows_of_parts(), model.embed_text)
+    expected = torch.stack([by_hand(model, prompt, row, Adaptive.stays)[-1] for row in range(3)])
+    before = model.decoder.config._attn_implementation
+    model.decoder.set_attn_implementation(kind)
+    try:
+        with model.occupy(DECODER_LAYERS, Adaptive(model)):
+            close(model.run(prompt), model.head(expected))
+    finally:
+        model.decoder.set_attn_implementation(before)
+
+
 @torch.no_grad()
 def test_a_dropped_token_and_padding_have_no_logits(model: VlmModel) -> None:
     prompt = build(rows_of_parts(), model.embed_text, padding="right")

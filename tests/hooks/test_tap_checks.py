@@ -124,3 +124,11 @@ def test_it_looks_while_the_attention_is_occupied() -> None:
         last_row(module, times=2, padded=True)
     assert layers == [0, 1, 0, 1]
     assert list(taps._KNOWN.values()) == [True]
+
+
+@torch.no_grad()
+def test_what_does_not_ask_is_not_refused() -> None:
+    """A policy that may ask for attention, and does not, runs on every architecture."""
+    module = decoder(WRONG["one projection"])
+    with Tap(module.layers[1].self_attn).listening():
+        module(input_ids=torch.zeros(1, 3, dtype=torch.long), use_cache=False)

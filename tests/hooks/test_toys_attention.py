@@ -171,6 +171,18 @@ def test_a_cache_that_merges_pairs_of_layers(probe: KvCacheProbe, later: bool) -
     )
 
 
+@pytest.mark.parametrize("later", [False, True])
+@torch.no_grad()
+def test_serving_merges_layers_too(probe: KvCacheProbe, later: bool) -> None:
+    """Generating with Hugging Face's module gives what scoring the generated text as one evaluation gives."""
+    prompt = probe.batch(ROWS).ids_BT[:, :PROMPT]
+    with MergePairs(later=later).apply(probe.model, None):
+        answer = probe.model.greedy(prompt, TAIL)
+        text = torch.cat((prompt, answer), dim=1)
+        logits = probe.model.logits(LmBatch(text, torch.zeros_like(text), PROMPT))
+    assert torch.equal(logits[:, PROMPT - 1 : -1].argmax(-1), answer)
+
+
 @torch.no_grad()
 def test_half_of_the_heads_keep_everything(probe: KvCacheProbe) -> None:
     batch, method = probe.batch(ROWS), HalfTheHeads()

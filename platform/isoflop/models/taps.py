@@ -85,15 +85,12 @@ class Tap:
 
     Args:
         attention: a Hugging Face attention module with ``q_proj`` and ``k_proj`` (CLIP, SigLIP, Llama, Qwen, …).
-
-    Raises:
-        Infeasible: the module has no such parts.
+            On others nothing is heard, and what is asked for is refused.
     """
 
     def __init__(self, attention: nn.Module) -> None:
         self.attention: Any = attention
-        if not (hasattr(attention, "q_proj") and hasattr(attention, "k_proj") and hasattr(attention, "head_dim")):
-            raise self._unknown("has no projections of queries and keys by themselves")
+        self._fits = all(hasattr(attention, name) for name in ("q_proj", "k_proj", "head_dim"))
         self._q_BTC: Tensor | None = None
         self._k_BTC: Tensor | None = None
         self._called: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -102,6 +99,9 @@ class Tap:
     @contextmanager
     def listening(self) -> Iterator[Tap]:
         """Inside the block every pass through the module is noted, the last one kept."""
+        if not self._fits:
+            yield self
+            return
         handles = [
             self.attention.q_proj.register_forward_hook(self._note_q),
             self.attention.k_proj.register_forward_hook(self._note_k),
@@ -121,35 +121,38 @@ class Tap:
         logits = torch.einsum("brhd,bthd->bhrt", q_BTHD[:, rows].float(), k_BTHD.float()) * self.attention.scale
         return logits.softmax(-1)
 
-    def last_row(self, rope: tuple[Tensor, Tensor], valid_BT: Tensor | None) -> Tensor:
+    def last_row(self, rope: tuple[Tensor, Tensor], valid_BT: Tensor | None, end: int | None = None) -> Tensor:
         """Attention of the last token of a decoder layer over all tokens, p_BHT in float32.
 
         Args:
             rope: cos and sin of all tokens, as the layer was called with.
             valid_BT: False for padding, None when nothing is padded.
+            end: the last token is the one before this column, and those behind are not seen; None for all columns.
 
         Raises:
             Infeasible: the architecture's own attention is another; found out once per architecture.
         """
         if not self._checked:
             self._check(rope, valid_BT)
-        return self._last_logits(rope, valid_BT).softmax(-1)
+        return self._last_logits(rope, valid_BT, end).softmax(-1)
 
-    def _last_logits(self, rope: tuple[Tensor, Tensor], valid_BT: Tensor | None) -> Tensor:
-        q_BHTD = self._normed("q_norm", self._heads(self._q_BTC)[:, -1:]).transpose(1, 2)
-        k_BGTD = self._normed("k_norm", self._heads(self._k_BTC)).transpose(1, 2)
+    def _last_logits(self, rope: tuple[Tensor, Tensor], valid_BT: Tensor | None, end: int | None = None) -> Tensor:
+        q_BHTD = self._normed("q_norm", self._heads(self._q_BTC)[:, :end][:, -1:]).transpose(1, 2)
+        k_BGTD = self._normed("k_norm", self._heads(self._k_BTC)[:, :end]).transpose(1, 2)
         rotate = sys.modules[type(self.attention).__module__].apply_rotary_pos_emb  # each architecture has its own
-        cos, sin = rope
+        cos, sin = (x[:, :end] for x in rope)
         q_BHTD = rotate(q_BHTD, q_BHTD, cos[:, -1:], sin[:, -1:])[0]
         k_BGTD = rotate(k_BGTD, k_BGTD, cos, sin)[1]
         k_BHTD = k_BGTD.repeat_interleave(q_BHTD.shape[1] // k_BGTD.shape[1], dim=1)
         logits_BHT = (q_BHTD.float() @ k_BHTD.float().transpose(-1, -2))[:, :, 0] * self.attention.scaling
         if valid_BT is not None:
-            logits_BHT = logits_BHT.masked_fill(~valid_BT[:, None], float("-inf"))
+            logits_BHT = logits_BHT.masked_fill(~valid_BT[:, None, :end], float("-inf"))
         return logits_BHT
 
     def _check(self, rope: tuple[Tensor, Tensor], valid_BT: Tensor | None) -> None:
-        """Compare the row that is asked for with the module's own, unless its class is known under its config."""
+        """Compare the last row with the module's own, unless its class is known under its config."""
+        if not self._fits:
+            raise self._unknown("has no projections of queries and keys by themselves")
         self._heads(self._q_BTC)  # a layer that has not run says so
         key = type(self.attention), self.attention.config.to_json_string()
         if key not in _KNOWN:

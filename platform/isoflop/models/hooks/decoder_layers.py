@@ -36,8 +36,8 @@ class PromptLayout:
         valid_BL: False for padding; None when nothing is padded.
         parts_BL: the segment of its row's prompt that each token belongs to, -1 for padding (see ``isoflop.models.prefix``);
             None where the prompt is an image and text.
-        prompt_BL: False at tokens behind the prompt, an answer that is scored along with it: what a policy does must not
-            depend on them. None where there are none.
+        prompt_BL: False at tokens behind the prompt (``end``), an answer that is scored along with it: what a policy does must
+            not depend on them. None where there are none.
     """
 
     image_BL: Tensor
@@ -65,6 +65,22 @@ class PromptLayout:
     def counts_B(self) -> Tensor:
         """Visual tokens of each row."""
         return self.image_BL.sum(1)
+
+    @property
+    def end(self) -> int | None:
+        """Column behind the prompt, the same in every row; None where nothing comes behind it.
+
+        Raises:
+            Infeasible: the rows disagree.
+        """
+        if self.prompt_BL is None:
+            return None
+        ends_B = self.prompt_BL.sum(1)
+        if not bool((ends_B == ends_B[0]).all()):
+            raise Infeasible(
+                "what looks at a prompt's last token wants answers of one length in a batch; batches of one work"
+            )
+        return int(ends_B[0])
 
     def cut(self, kept_BK: Tensor) -> PromptLayout:
         """The layout of the tokens that are left; see ``LayerChange.kept_BK``."""
