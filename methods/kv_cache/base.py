@@ -178,6 +178,8 @@ class CompressedCache(AttentionPolicy):
 
     def __init__(self, method: KvCacheMethod, prepared: Any, dense_bits: int) -> None:
         self.method = method
+        self.spans_layers = method.spans_layers
+        self.token_by_token = method.spans_layers and method.merges_later
         self.prefix: int | None = None
         self.examples_B: Tensor | None = None
         self._prepared = prepared
@@ -191,16 +193,6 @@ class CompressedCache(AttentionPolicy):
         self._widths: dict[int, int] = {}
         self._carrying = Carrying()
         self._prompt_passed = False
-
-    @property
-    def spans_layers(self) -> bool:
-        """The method's."""
-        return self.method.spans_layers
-
-    @property
-    def token_by_token(self) -> bool:
-        """Whether layers merge anew after every token."""
-        return self.method.spans_layers and self.method.merges_later
 
     @contextmanager
     def at_work(self, model: Any) -> Iterator[None]:

@@ -86,6 +86,10 @@ class ChooseOnce(SparseAttention):
     """Layers 0 and 1 read everything; layer 1 chooses per query head, and all layers behind it read what it chose."""
 
     name: ClassVar[str] = "toy-choose-once"
+    at_once: int | None = None
+
+    def stride(self, store: LayerStore) -> int | None:
+        return self.at_once
 
     def dense(self, layer: int) -> bool:
         return layer <= 1
@@ -203,10 +207,14 @@ def test_half_of_the_heads_keep_everything(probe: KvCacheProbe) -> None:
     assert report.stored == report.prompt_stored + LAYERS * TAIL * 2 * head
 
 
+@pytest.mark.parametrize("at_once", [None, 3, 1])
 @torch.no_grad()
-def test_a_choice_goes_from_layer_to_layer(probe: KvCacheProbe) -> None:
-    """Every query reads, in layers 2 and 3, the tokens that its own logits in layer 1 were highest at."""
-    batch, method = probe.batch(ROWS), ChooseOnce(k_share=0.2)
+def test_a_choice_goes_from_layer_to_layer(probe: KvCacheProbe, at_once: int | None) -> None:
+    """Every query reads, in layers 2 and 3, the tokens that its own logits in layer 1 were highest at.
+
+    However many queries a layer takes at once.
+    """
+    batch, method = probe.batch(ROWS), ChooseOnce(k_share=0.2, at_once=at_once)
     chosen: list[Tensor] = []
 
     def sees(call: AttentionCall) -> Tensor:

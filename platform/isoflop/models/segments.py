@@ -183,7 +183,7 @@ def decode_one(q_BH1D: Tensor, segments: Sequence[Segment], scaling: float) -> T
         outs.append(_over_all_heads(out_BR1D, rows_H, 0.0))
         lses.append(_over_all_heads(lse_BR1, rows_H, float("-inf")))
     weights = torch.stack(lses).softmax(0).nan_to_num()[..., None]  # a query without any slot gets zeros
-    return sum(out * w for out, w in zip(outs, weights.to(q_BH1D.dtype), strict=True)).transpose(1, 2)  # type: ignore[union-attr]
+    return sum(out * w for out, w in zip(outs, weights.to(q_BH1D.dtype), strict=True)).transpose(1, 2)
 
 
 def attend_segments(
