@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from vlm_cases import grouped_model
 
 from isoflop.core.errors import Infeasible
+from isoflop.methods.decoder_tokens.fastv import DropRandom, FastV
 from isoflop.models import taps
 from isoflop.models.hooks.attention import replaced_attention
+from isoflop.models.prefix import Part, build
 from isoflop.models.taps import Tap
 
 SHAPE: dict[str, Any] = {
@@ -132,3 +135,22 @@ def test_what_does_not_ask_is_not_refused() -> None:
     module = decoder(WRONG["one projection"])
     with Tap(module.layers[1].self_attn).listening():
         module(input_ids=torch.zeros(1, 3, dtype=torch.long), use_cache=False)
+
+
+@pytest.mark.parametrize("inside", ["Phi", "Phi3", "Olmo2", "HunYuanDenseV1"])
+@torch.no_grad()
+def test_dropping_by_attention_is_refused_inside_a_vision_language_model(inside: str) -> None:
+    """And the control that looks at no attention drops as many tokens of the same model."""
+    model = grouped_model(decoder=inside)
+    prompt = build(
+        [[Part("image", embeds_Td=torch.randn(6, 64)), Part("question", torch.tensor([1, 2]))]], model.embed_text
+    )
+    bare = model.run(prompt)
+    with (
+        FastV(layer=1, drop=0.5).apply(model, None),
+        pytest.raises(Infeasible, match=rf"read off {inside}Attention"),
+    ):
+        model.run(prompt)
+    with DropRandom(layer=1, drop=0.5).apply(model, None):
+        assert (model.run(prompt) - bare).abs().max() > 1e-4 * bare.abs().max()
+    assert torch.equal(model.run(prompt), bare)

@@ -21,20 +21,20 @@ Change = Callable[[int, Tensor, Tensor], Tensor]
 """From a layer, hidden states (T, d) of one row and True at its visual tokens to True at those that stay, (T,)."""
 
 
-def grouped_model(tower: str = "dense") -> VlmModel:
+def grouped_model(tower: str = "dense", decoder: str = "Llama") -> VlmModel:
     """An untrained tiny LLaVA with a decoder of four layers whose query heads share two key-value heads."""
-    from transformers import LlamaConfig, LlavaForConditionalGeneration
+    import transformers
 
     plain = untrained_model("d128", tower=tower)
     text = plain.module.config.text_config
     config = plain.module.config
-    config.text_config = LlamaConfig(
+    config.text_config = getattr(transformers, f"{decoder}Config")(
         vocab_size=text.vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=GROUPS, max_position_embeddings=256, initializer_range=0.15, pad_token_id=None,
+        num_key_value_heads=GROUPS, head_dim=16, max_position_embeddings=256, initializer_range=0.15, pad_token_id=None,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+        module = transformers.LlavaForConditionalGeneration(config).eval().requires_grad_(False)
         for p in module.model.language_model.parameters():
             if p.dim() > 1:  # large enough to attend unevenly
                 p.data.normal_(0, 0.15)

@@ -209,6 +209,10 @@ class VlmModel(DecoderModel):
         tokens = self._laid_out(visual_BVd, batch, places_BV)
         policy, dropping = self.occupant(ATTENTION), self.occupant(DECODER_LAYERS)
         if policy is not None and policy.spans_layers:
+            if use_cache:
+                raise Infeasible(
+                    f"model {self.info.ref}: a cache that spans layers is not Hugging Face's; stepwise() works"
+                )
             hidden_BLd, _ = states(self, self._segmented(tokens, visual_BVd, batch, question_BQd))
             return CausalLMOutputWithPast(logits=self.head(hidden_BLd[:, -1:]))
         inputs: dict[str, Any] = {
