@@ -167,6 +167,20 @@ class KvCacheMethod(Method):
         return KvCacheProbe()
 
 
+@dataclass(frozen=True)
+class Counted:
+    """What is known of a layer's tokens when its bytes are counted; no tensors, which would stay alive with it.
+
+    Attributes:
+        rows: of the batch.
+        dense: bytes of all tokens that one row has brought the layer so far, kept whole.
+    """
+
+    layer: int
+    rows: int
+    dense: float
+
+
 class CompressedCache(AttentionPolicy):
     """A KV-cache method at work in a decoder.
 
@@ -188,7 +202,7 @@ class CompressedCache(AttentionPolicy):
         self._passed: dict[int, int | Tensor] = {}
         self._prompts: dict[int, tuple[float, float]] = {}
         self._reports: dict[int, CacheReport] = {}
-        self._last: dict[int, AttentionCall] = {}
+        self._last: dict[int, Counted] = {}
         self._ids_BT: Tensor | None = None
         self._widths: dict[int, int] = {}
         self._carrying = Carrying()
@@ -280,8 +294,8 @@ class CompressedCache(AttentionPolicy):
         prompt = self._carrying.onto(prompt, ("prompt", prompt.q_BHTD.shape[2]))
         out_BTHD, store = self.method.prefill(prompt, self._prepared)
         self._prompt_passed = True
-        self._note_prompt(prompt, store)
-        self._note(prompt, store)
+        self._note_prompt(self._counted(prompt), store)
+        self._note(self._counted(prompt), store)
         return out_BTHD, store
 
     def _go_on(self, tokens: AttentionCall, store: LayerStore) -> Tensor:
@@ -295,7 +309,7 @@ class CompressedCache(AttentionPolicy):
             append_recent(store, piece)
             outs.append(self.method.step(piece, store, self._prepared))
             start += piece.q_BHTD.shape[2]
-        self._note(tokens, store)
+        self._note(self._counted(tokens), store)
         return torch.cat(outs, dim=1)
 
     def _span(self, stores: dict[int, LayerStore]) -> None:
@@ -309,27 +323,27 @@ class CompressedCache(AttentionPolicy):
             self._note(self._last[layer], store, counted)
         self._prompt_passed = False
 
-    def _note_prompt(self, prompt: AttentionCall, store: LayerStore, counted: set[int] | None = None) -> None:
-        tokens = int(prompt.order_BT.max()) + 1
-        stored = self._stored_bytes(store, counted) / prompt.k_BGTD.shape[0]
-        self._prompts[prompt.layer] = stored, tokens * self._token_bytes(prompt)
+    def _note_prompt(self, prompt: Counted, store: LayerStore, counted: set[int] | None = None) -> None:
+        self._prompts[prompt.layer] = self._stored_bytes(store, counted) / prompt.rows, prompt.dense
 
-    def _note(self, call: AttentionCall, store: LayerStore, counted: set[int] | None = None) -> None:
+    def _note(self, tokens: Counted, store: LayerStore, counted: set[int] | None = None) -> None:
         """Count the layer's bytes as they are now.
 
         Args:
             counted: what other layers hold and have counted; what this one holds is added.
         """
-        rows = call.q_BHTD.shape[0]
-        tokens = int(call.order_BT.max()) + 1
         fetched = [t for segment in store.all() for t in segment.read_tensors()]
-        self._last[call.layer] = call
-        self._reports[call.layer] = CacheReport(
-            self._stored_bytes(store, counted) / rows,
-            tokens * self._token_bytes(call),
-            *self._prompts[call.layer],
-            self.method.read_bytes(store, fetched, self._dense_bits) / rows,
+        self._last[tokens.layer] = tokens
+        self._reports[tokens.layer] = CacheReport(
+            self._stored_bytes(store, counted) / tokens.rows,
+            tokens.dense,
+            *self._prompts[tokens.layer],
+            self.method.read_bytes(store, fetched, self._dense_bits) / tokens.rows,
         )
+
+    def _counted(self, call: AttentionCall) -> Counted:
+        token = sum(tensor_bytes(t[:1, :, :1], self._dense_bits) for t in (call.k_BGTD, call.v_BGTD))
+        return Counted(call.layer, call.q_BHTD.shape[0], (int(call.order_BT.max()) + 1) * token)
 
     def _stored_bytes(self, store: LayerStore, counted: set[int] | None) -> float:
         held = [*store.resident(), *store.recent.tensors()]
@@ -337,10 +351,6 @@ class CompressedCache(AttentionPolicy):
             held = [t for t in held if t.data_ptr() not in counted]
             counted.update(t.data_ptr() for t in held)
         return stored_bytes(held, self._dense_bits)
-
-    def _token_bytes(self, call: AttentionCall) -> float:
-        """Bytes of one token's keys and values, kept whole."""
-        return sum(tensor_bytes(t[:1, :, :1], self._dense_bits) for t in (call.k_BGTD, call.v_BGTD))
 
 
 def slice_call(call: AttentionCall, start: int, stop: int | None) -> AttentionCall:

@@ -32,10 +32,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SparseAttention(KvCacheMethod):
-    """Base class of methods that read a share of a cache which is kept whole: their ratio is that of bytes read."""
+    """Base class of methods that read a share of a cache which is kept whole: their ratio is that of bytes read.
+
+    Class attributes:
+        shares_choices: choices are kept for later layers of the same pass, see ``chooses``.
+    """
 
     family: ClassVar[str] = "sparse-attention"
     cuts: ClassVar[str] = "kv_read_ratio"
+    shares_choices: ClassVar[bool] = False
 
     k_share: Annotated[
         float,
@@ -77,7 +82,10 @@ class SparseAttention(KvCacheMethod):
         return False
 
     def chooses(self, layer: int) -> bool:
-        """Whether a layer chooses tokens, for itself unless it is ``dense`` and for those behind it that do not choose."""
+        """Whether a layer chooses tokens, for itself unless it is ``dense`` and for those behind it that do not choose.
+
+        Where some layer does not, ``shares_choices`` must be set.
+        """
         return not self.dense(layer)
 
     def compress(self, prompt: AttentionCall, prepared: Any) -> LayerStore:
@@ -126,11 +134,14 @@ class SparseAttention(KvCacheMethod):
 
     def _choose(self, query: AttentionCall, store: LayerStore, prepared: Any) -> Tensor:
         """True at the tokens that each query reads, (B, S, T, N): chosen here, or by a layer before."""
-        if self.chooses(query.layer):
-            scores_BSTN = self.approximate(query, store, prepared)
-            seen_B1TN = visible(query, store.segments[0])
-            query.carried["chosen"] = best(scores_BSTN.masked_fill(~seen_B1TN, float("-inf")), self._counts(query))
-        return query.carried["chosen"]
+        if not self.chooses(query.layer):
+            return query.carried["chosen"]
+        scores_BSTN = self.approximate(query, store, prepared)
+        seen_B1TN = visible(query, store.segments[0])
+        chosen_BSTN = best(scores_BSTN.masked_fill(~seen_B1TN, float("-inf")), self._counts(query))
+        if self.shares_choices:
+            query.carried["chosen"] = chosen_BSTN
+        return chosen_BSTN
 
     def _counts(self, query: AttentionCall) -> Tensor:
         """Tokens that each query reads, (B or 1, T): the nearest number to the share, halves up, at least one."""

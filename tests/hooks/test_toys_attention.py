@@ -86,6 +86,7 @@ class ChooseOnce(SparseAttention):
     """Layers 0 and 1 read everything; layer 1 chooses per query head, and all layers behind it read what it chose."""
 
     name: ClassVar[str] = "toy-choose-once"
+    shares_choices: ClassVar[bool] = True
     at_once: int | None = None
 
     def stride(self, store: LayerStore) -> int | None:
