@@ -226,8 +226,10 @@ class CellTrainer:
 
     def logits(self, method: TaughtCompressor, view: VisualInput, questions_BQ: Tensor) -> Tensor:
         """Logits of the answer, (B, vocabulary), with gradients."""
-        visual_BVd = self._projector(method.compress(view, self.compressor).tokens_BVD)
-        return self.module.lm_head(self._last_position(torch.cat((visual_BVd, self._embed(questions_BQ)), dim=1)))
+        found = method.compress(view, self.compressor)
+        question_BQd = self._embed(questions_BQ) if found.question_BQd is None else found.question_BQd
+        visual_BVd = self._projector(found.tokens_BVD)
+        return self.module.lm_head(self._last_position(torch.cat((visual_BVd, question_BQd), dim=1)))
 
     def view(self, hidden: Mapping[LayerKey, Tensor], questions_BQ: Tensor, ids_B: Tensor) -> VisualInput:
         """The compressor's input for a training batch."""
