@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from isoflop.core.errors import Infeasible
+from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import METHODS, Method
@@ -24,12 +24,27 @@ from isoflop.methods.weights.probe import WeightProbe
 from isoflop.methods.weights.statistics import ViewStats
 from isoflop.models.base import Model
 from isoflop.models.vlm import CompressedTokens, VisualInput
-from isoflop.testing import check_method, conformance
+from isoflop.testing import Case, Shared, check_method, method_checks
+from isoflop.testing import methods as conformance
+from isoflop.testing.snapshot import Snapshot
+
+_PROBES: dict[Any, Shared[Probe]] = {}
 
 
-@pytest.mark.parametrize("name", METHODS.names())
-def test_registered_method_keeps_the_contract(name: str) -> None:
-    check_method(name)
+def probe_of(name: str) -> Shared[Probe]:
+    """One probe for all methods whose class got ``probe`` from the same place: what one of them leaves behind fails itself."""
+    cls = METHODS.get(name)
+    return _PROBES.setdefault(cls.probe.__func__, Shared(cls.probe))  # type: ignore[attr-defined]
+
+
+CASES = [
+    pytest.param(run, id=f"{name}-{i}") for name in METHODS.names() for i, run in method_checks(name, probe_of(name))
+]
+
+
+@pytest.mark.parametrize("check", CASES)
+def test_registered_method_keeps_the_contract(check: Any) -> None:
+    check()
 
 
 @pytest.fixture(scope="module")
@@ -254,13 +269,72 @@ def test_broken_promises_are_found(
 @pytest.mark.parametrize("leftover", [{"scaling": 3.0}, {"_cached": torch.zeros(1)}])
 def test_changed_values_and_private_attributes_are_left_behind(leftover: dict[str, Any]) -> None:
     fresh = VisualTokenProbe(examples=1)
-    before = conformance.Snapshot(fresh.model)
+    before = Snapshot(fresh.model)
     vars(fresh.model.module.model.language_model.layers[0].self_attn).update(leftover)
     with pytest.raises(AssertionError, match="left behind"):
         before.compare(fresh.model)
 
 
 def test_the_sound_method_behind_the_broken_ones_passes(probe: VisualTokenProbe) -> None:
-    for check in conformance.CHECKS:
-        if check is not conformance.check_knob_errors:  # builds by name; the class is not registered
-            check(First, probe)
+    check_method(First, probe)
+
+
+@dataclass(frozen=True)
+class BreaksTwo(IgnoresAKnob):
+    """Has a knob that does nothing, and reports its losses as they came."""
+
+    def trace(self, prepared: Any) -> dict[str, list[Any]]:
+        return {"loss": [torch.tensor(0.5)]}
+
+
+IDLE = {"check_knobs_honoured": "strength is for later"}
+
+
+def test_every_broken_promise_is_reported(probe: VisualTokenProbe) -> None:
+    with pytest.raises(AssertionError) as caught:
+        check_method(BreaksTwo, probe)
+    first, second = str(caught.value).splitlines()
+    assert first.startswith("method first: check_knobs_honoured: knob strength has no effect")
+    assert second.startswith("method first: check_trace: trace() gives")
+    assert isinstance(caught.value.__cause__, ExceptionGroup)
+    assert len(caught.value.__cause__.exceptions) == 2
+
+
+def test_an_error_that_is_no_finding_is_reported_with_its_place(probe: VisualTokenProbe) -> None:
+    @dataclass(frozen=True)
+    class Crashes(First):
+        def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
+            raise KeyError("bytes")
+
+    with pytest.raises(AssertionError, match=r"check_footprint: KeyError: 'bytes' \(.*test_conformance.py:\d+\)"):
+        check_method(Crashes, probe)
+
+
+def test_a_known_exception_is_let_through_and_no_longer_than_it_is_one(probe: VisualTokenProbe) -> None:
+    check_method(IgnoresAKnob, probe, expected_failures=IDLE)
+    with pytest.raises(
+        AssertionError, match=r"check_knobs_honoured: expected to fail \(strength is for later\), but it"
+    ):
+        check_method(First, probe, expected_failures=IDLE)
+    with pytest.raises(UserError, match=r"check_batch.*check_batching"):
+        check_method(First, probe, expected_failures={"check_batch": "misspelt"})
+
+
+def test_checks_can_be_had_one_by_one_and_load_nothing_before_they_run() -> None:
+    made = []
+
+    def make() -> Probe:
+        made.append(1)
+        return VisualTokenProbe(examples=2)
+
+    cases = method_checks(IgnoresAKnob, Shared(make))
+    assert [case.id for case in cases] == [check.__name__ for check in conformance.CHECKS]
+    assert not made
+    by_id: dict[str, Case] = {case.id: case for case in cases}
+    by_id["check_declaration"].run()
+    by_id["check_trace"].run()
+    assert len(made) == 1
+    with pytest.raises(AssertionError, match="no effect"):
+        by_id["check_knobs_honoured"].run()
+    by_id["check_trace"].run()
+    assert len(made) == 2  # a fresh one behind a failure
