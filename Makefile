@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup quickstart test test-all test-cpus lint format schema pictures outcomes clean
+.PHONY: help setup quickstart test test-all test-cpus lint format schema pictures outcomes golden clean
 
 help:
 	@echo "make setup       install everything into $(VENV); every target below does so by itself"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff mend what it can"
 	@echo "make schema      write sweeps/sweep.schema.json anew"
+	@echo "make golden      write golden numbers of what is new, or has a new version, into tests/golden"
 	@echo "make pictures    draw the README's pictures from the quickstart's results (needs Chromium and chromedriver)"
 	@echo "make outcomes    run every method's sweep (hours), test its claims, write dashboards/outcomes anew"
 	@echo "make clean       remove $(VENV) and what builds and tools left"
@@ -58,6 +59,9 @@ pictures: $(READY)
 
 outcomes: $(READY)
 	$(BIN)/python -m isoflop.dashboards.outcomes
+
+golden: $(READY)
+	$(BIN)/python -m isoflop.testing.golden --write
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,125 @@
+"""What the suite runs the built-in tasks on: small untrained models, and options under which a task takes a moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from isoflop.core.errors import UserError
+from isoflop.core.knobs import KnobValue, check_knobs
+from isoflop.core.stage import StageContext
+from isoflop.methods.base import Method, build
+from isoflop.methods.kv_cache.probe import untrained_decoder
+from isoflop.methods.prompts.probe import untrained_reader
+from isoflop.methods.tokenization.probe import untrained_reader as untrained_byte_reader
+from isoflop.methods.visual_tokens.probe import untrained_model as untrained_vlm
+from isoflop.methods.vit_tokens.probe import untrained_model as untrained_vit
+from isoflop.models.base import Model
+from isoflop.models.hooks.attention import ATTENTION
+from isoflop.models.hooks.feed_forward import FEED_FORWARD
+from isoflop.tasks.base import Task
+from isoflop.tasks.byte_completion import ByteTask
+from isoflop.tasks.digit_scenes import DigitSceneTask
+from isoflop.tasks.find_digit import FindDigit
+from isoflop.tasks.labelled_images import LabelledImages
+from isoflop.tasks.language import BitsPerByte
+from isoflop.tasks.latency import GenerationLatency
+from isoflop.tasks.prompt_qa import PromptQa
+from isoflop.tasks.reconstruction import Reconstruction
+from isoflop.tasks.symbols import SymbolTask
+from isoflop.testing.given import GivenContext, made_up_documents
+from isoflop.testing.model_probes import untrained
+
+VOCABULARY = 290
+"""Tokens of the reader of bytes."""
+
+
+@dataclass
+class TaskProbe:
+    """What a task is run on.
+
+    Attributes:
+        model: loaded, in evaluation mode, with fixed untrained weights.
+        ctx: the stage context that is handed to ``evaluate`` and ``measure``.
+        options: of the task, small enough for seconds; about a dozen examples in at least two shards.
+        method, prepared: in place while the task runs, for tasks that need one.
+        timed: what the task scores are times, which no run gives twice.
+    """
+
+    model: Model
+    ctx: StageContext
+    options: Mapping[str, KnobValue] = field(default_factory=dict)
+    method: Method | None = None
+    prepared: Any = None
+    timed: bool = False
+
+    def task(self, cls: type[Task], **changes: KnobValue) -> Task:
+        """The task with the options, and some of them changed."""
+        return cls(**check_knobs(cls, {**self.options, **changes}, f"task {cls.name}"))
+
+    def applied(self) -> AbstractContextManager[None]:
+        """The method in place."""
+        return nullcontext() if self.method is None else self.method.apply(self.model, self.prepared)
+
+
+def task_probe(cls: type[Task]) -> TaskProbe:
+    """That of a built-in task, or of the nearest built-in base class.
+
+    Raises:
+        UserError: of another one, whose author hands one to the suite.
+    """
+    for base in cls.__mro__:
+        if base in PROBES:
+            return PROBES[base]()
+    raise UserError(f"the suite knows no model for task {cls.name!r}: give check_task a TaskProbe")
+
+
+def _scenes(tower: str = "dense") -> TaskProbe:
+    model = untrained_vlm("d24", tower=tower)
+    return TaskProbe(model, GivenContext({"tower": model.vision}), {"examples": 14, "shard": 6})
+
+
+def _images() -> TaskProbe:
+    return TaskProbe(untrained_vit("c48"), GivenContext({}), {"examples": 14, "shard": 6})
+
+
+def _coded_images() -> TaskProbe:
+    return TaskProbe(
+        untrained_vit("c48"), GivenContext({}), {"examples": 14, "shard": 6}, build("downsample", {"factor": 2})
+    )
+
+
+def _symbols() -> TaskProbe:
+    return TaskProbe(untrained("tiny-lm/recall-d64"), GivenContext({}), {"examples": 14, "shard": 6})
+
+
+def _text(**options: KnobValue) -> TaskProbe:
+    ctx = GivenContext({"english": made_up_documents()})
+    model = untrained_byte_reader(VOCABULARY)
+    model.info = replace(model.info, hooks=model.info.hooks | {ATTENTION, FEED_FORWARD})  # what its decoder can do, too
+    return TaskProbe(model, ctx, {"examples": 10, "shard": 4, **options})
+
+
+def _questions() -> TaskProbe:
+    ctx = GivenContext({})
+    sizes: dict[str, KnobValue] = {"examples": 10, "shard": 4, "documents": 2, "facts": 4, "filler": 4}
+    return TaskProbe(untrained_reader(ctx), ctx, sizes)
+
+
+def _generation() -> TaskProbe:
+    return TaskProbe(untrained_decoder(), GivenContext({}), {"prompt": 12, "new": 4, "examples": 3}, timed=True)
+
+
+PROBES: dict[type[Task], Callable[[], TaskProbe]] = {
+    FindDigit: lambda: _scenes("cls"),
+    DigitSceneTask: _scenes,
+    Reconstruction: _coded_images,
+    LabelledImages: _images,
+    SymbolTask: _symbols,
+    BitsPerByte: lambda: _text(tokens=24),
+    ByteTask: lambda: _text(prompt=32, scored=4),
+    PromptQa: _questions,
+    GenerationLatency: _generation,
+}
