@@ -19,6 +19,7 @@ from helpers import Lines, one_bad, run_local, scores, toy
 
 import isoflop
 from isoflop.core.errors import UserError
+from isoflop.testing import executors as executor_suite
 
 pytestmark = pytest.mark.usefixtures("toy_parts", "cluster")
 
@@ -221,3 +222,40 @@ def test_modules_beside_the_yaml_reach_the_workers(tmp_path: Path) -> None:
         from isoflop.tasks.base import TASKS
 
         TASKS._entries.pop("toy-beside", None)
+
+
+@pytest.fixture(scope="module")
+def executor_probe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Actors on the module's Ray, whose own processes stay; what an executor must not leave are its actors'."""
+    from test_executor_conformance import failing_job, stage_of, toy_job
+
+    from isoflop.execute.base import Resources
+    from isoflop.execute.ray_executor import RayExecutor
+    from isoflop.testing import ExecutorProbe
+
+    cache = tmp_path_factory.mktemp("suite") / "cache"
+    cache.mkdir()
+    probe = ExecutorProbe(
+        lambda: RayExecutor(Resources(), cache_dir=cache, max_workers=1, imports=("toy_parts",)),
+        toy_job,
+        failing_job(),
+        stage_of(toy_job(0)),
+        left=lambda: {pid for pid in executor_suite.descendants() if "RayWorker" in _title(pid)},
+    )
+    yield probe
+    probe.stop(now=True)
+
+
+def _title(pid: int) -> str:
+    """What a process calls itself; an actor's holds the name of its class."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    return ""
+
+
+@pytest.mark.parametrize("check", [check.__name__ for check in executor_suite.CHECKS])
+def test_the_executor_keeps_the_contract(check: str, executor_probe: Any) -> None:
+    if check == "check_close":  # what it looks for must be there before
+        executor_probe.running()
+        assert executor_probe.left()
+    dict(executor_suite.executor_checks(executor_probe))[check]()

@@ -16,7 +16,6 @@ ratio knob changes. Each check is a plain function of the class and the probe an
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -26,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isoflop.core.errors import Infeasible, UserError
-from isoflop.core.knobs import check_knobs, knob_specs
+from isoflop.core.errors import Infeasible
+from isoflop.core.knobs import knob_specs
 from isoflop.methods.base import METHODS, Method
 from isoflop.methods.probe import Probe
 from isoflop.testing.configurations import (
@@ -37,8 +36,8 @@ from isoflop.testing.configurations import (
     ladder,
     ratio_knob,
     with_knobs,
-    wrong_values,
 )
+from isoflop.testing.declarations import declared, declares_hooks, refuses_wrong_knobs
 from isoflop.testing.refusals import refused
 from isoflop.testing.snapshot import Snapshot, fingerprint
 from isoflop.testing.suites import Case, Shared, cases_of, run_all
@@ -84,30 +83,10 @@ def method_checks(
 
 def check_declaration(cls: type[Method], probe: Probe) -> None:
     """A frozen dataclass with name, family and version, whose fields are all knobs with default and documentation."""
-    assert dataclasses.is_dataclass(cls), "the class is no dataclass"
-    assert getattr(cls, "__dataclass_params__").frozen, "the dataclass is not frozen"  # noqa: B009
-    assert cls.name, "it has no name: register it"
+    declared(cls)
+    declares_hooks(cls, "hooks")
     assert cls.family, "it has no family"
-    assert cls.version, "it has no version"
-    assert (cls.__doc__ or "").strip(), "it has no docstring"
-    unwritten = [n for n in dir(cls) if getattr(getattr(cls, n, None), "__isabstractmethod__", False)]
-    assert not unwritten, f"its family leaves {', '.join(unwritten)} to it, which it does not define"
-    bare = [
-        n
-        for n, value in vars(cls).items()
-        if isinstance(value, (bool, int, float, str))
-        and not n.startswith("_")
-        and n not in inspect.get_annotations(cls)
-        and not any(hasattr(base, n) for base in cls.__mro__[1:])
-    ]
-    assert not bare, f"{', '.join(bare)} has no annotation, so that it is no knob"
     specs = knob_specs(cls)
-    strangers = {f.name for f in dataclasses.fields(cls)} - set(specs)
-    assert not strangers, f"fields without a Knob annotation: {', '.join(sorted(strangers))}"
-    for spec in specs.values():
-        assert spec.knob.doc, f"knob {spec.name} has no documentation"
-        assert not spec.required, f"knob {spec.name} has no default"
-        spec.check(spec.default)
     assert sum(spec.knob.ratio for spec in specs.values()) <= 1, "more than one knob claims to set the ratio"
     assert dict(cls().as_field()[2]) == {name: spec.default for name, spec in specs.items()}, (
         "as_field() does not hold every knob"
@@ -116,10 +95,7 @@ def check_declaration(cls: type[Method], probe: Probe) -> None:
 
 def check_knob_errors(cls: type[Method], probe: Probe) -> None:
     """A value of the wrong type or out of range, and an unknown knob, are refused in one line that names the knob."""
-    for spec in knob_specs(cls).values():
-        for wrong in wrong_values(spec):
-            refused(partial(_built, cls, {spec.name: wrong}), UserError, spec.name, f"{spec.name} = {wrong!r}")
-    refused(partial(_built, cls, {"no-such-knob": 1}), UserError, "no-such-knob", "an unknown knob")
+    refuses_wrong_knobs(cls, "method")
 
 
 def check_impossible_knobs(cls: type[Method], probe: Probe) -> None:
@@ -291,10 +267,6 @@ CHECKS: tuple[Check, ...] = (
 
 def _class(method: str | type[Method]) -> type[Method]:
     return METHODS.get(method) if isinstance(method, str) else method
-
-
-def _built(cls: type[Method], knobs: dict[str, Any]) -> Method:
-    return cls(**check_knobs(cls, knobs, f"method {cls.name}"))
 
 
 class _Interruption(Exception):
