@@ -24,6 +24,7 @@ from isoflop.methods.vision_language import vlm_info, vlm_model
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.hooks.decoder_layers import DECODER_LAYERS, LayerChange, LayerTokens, TokenPolicy
 from isoflop.models.hooks.occupant import Occupant
+from isoflop.models.metering import metered
 from isoflop.models.taps import Tap
 from isoflop.models.vlm import VlmModel
 
@@ -102,11 +103,16 @@ class DecoderTokenMethod(Method):
         return {DECODER_LAYERS: Dropping(self, vlm_model(model))}
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
-        """``ratio``: visual tokens without dropping over their mean over the layers, from the last pass."""
+        """``ratio``: visual tokens without dropping over their mean over the layers, in the pass that was metered last.
+
+        Of the last pass where there was no meter.
+        """
         dropping = model.occupant(DECODER_LAYERS)
         if not isinstance(dropping, Dropping):
             raise ValueError(f"method {self.name} is not applied")
-        return {"ratio": dropping.entering / dropping.mean_tokens, "layer_visual_tokens": dropping.mean_tokens}
+        read = metered(model, DECODER_LAYERS)
+        entering, mean = (dropping.entering, dropping.mean_tokens) if read is None else (read[0], sum(read) / len(read))
+        return {"ratio": entering / mean, "layer_visual_tokens": mean}
 
     @classmethod
     def probe(cls) -> Probe:

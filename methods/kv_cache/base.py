@@ -43,6 +43,7 @@ from isoflop.models.hooks.attention import (
 )
 from isoflop.models.hooks.decoder_layers import DECODER_LAYERS
 from isoflop.models.hooks.occupant import Occupant, tensor_bytes
+from isoflop.models.metering import metered
 from isoflop.models.segments import (
     DenseSegment,
     LayerStore,
@@ -140,12 +141,14 @@ class KvCacheMethod(Method):
         return {ATTENTION: CompressedCache(self, prepared, model.info.dense_bits)}
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
-        """Dense bytes over those of the last pass, everything included: scales, indices, labels, exact tokens.
+        """Dense bytes over those that the last closed meter read, or of the last pass where there was no meter.
+
+        Everything is included: scales, indices, labels, exact tokens.
 
         ``kv_store_ratio``: of what must stay resident after the prompt (``kv_prompt_bytes``); ``kv_read_ratio``: of what a
         step at the end of the pass fetches; ``ratio`` is the one that the family cuts.
         """
-        report = self.cache(model).report()
+        report = self.cache(model).report() if (read := metered(model, ATTENTION)) is None else read
         ratios = {
             "kv_store_ratio": report.prompt_dense / report.prompt_stored,
             "kv_read_ratio": report.dense / report.read,
@@ -250,6 +253,10 @@ class CompressedCache(AttentionPolicy):
             yield
         finally:
             self._stores = None
+
+    def forget(self) -> None:
+        """Nothing has been run yet, as far as ``report`` knows; a session goes on."""
+        self._reports = {}
 
     def report(self) -> CacheReport:
         """Sums over the layers of the last pass.

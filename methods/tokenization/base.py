@@ -16,6 +16,7 @@ from isoflop.methods.base import Method
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.hooks.byte_view import BYTE_VIEW, ByteView, segmentations_of
 from isoflop.models.hooks.occupant import Occupant
+from isoflop.models.metering import metered
 
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe
@@ -55,7 +56,7 @@ class TokenizationMethod(Method):
         if view is None:
             raise ValueError(f"method {self.name} is not applied")
         return {
-            **view.counts.per_symbol(),
+            **(view.counts if (read := metered(model, BYTE_VIEW)) is None else read).per_symbol(),
             "method_params": float(sum(member.info.n_params for member in view.members)),
             "method_bytes": float(sum(member.weight_bytes() for member in view.members)),
         }

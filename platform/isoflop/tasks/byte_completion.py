@@ -20,7 +20,7 @@ from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Method
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.byte_trees.segmentations import Segmentations
-from isoflop.models.byte_trees.tree import log_likelihood
+from isoflop.models.byte_trees.tree import Counts, log_likelihood
 from isoflop.models.counting import flops_of
 from isoflop.models.features import batches
 from isoflop.models.hooks.attention import ATTENTION, CacheReport
@@ -33,6 +33,7 @@ from isoflop.models.hooks.byte_view import (
     segmentations_of,
 )
 from isoflop.models.lm import LmModel
+from isoflop.models.metering import meter
 from isoflop.models.worlds.english import EnglishStage, python_release
 from isoflop.tasks.base import TASKS, Shard, Task
 from isoflop.tasks.byte_meter import ByteMeter
@@ -136,14 +137,16 @@ class ByteTask(Task):
         def predict() -> Any:
             return view.next_bytes(lm, segmentations, [text])
 
-        flops, _ = flops_of(predict)
+        with meter(lm):
+            flops, _ = flops_of(predict)
+        counts = view.counts  # before anything else runs
         tokens = len(segmentations.vocabulary.encode(text.data[:-1]))
-        stored = sum(part.dense_cache_bytes(count) for part, count in _run_tokens(view, lm))
+        stored = sum(part.dense_cache_bytes(count) for part, count in _run_tokens(view, counts, lm))
         costs = byte_costs(lm, CacheReport(stored, stored, 0.0, 0.0, stored), lm.dense_cache_bytes(tokens))
         return {
             "visual_tokens": 0.0,
             "text_tokens": float(tokens),
-            "tree_tokens": float(view.counts.tokens),
+            "tree_tokens": float(counts.tokens),
             "flops": float(flops),
             "flops_llm": float(flops),
             "flops_per_byte": flops / self.scored,
@@ -207,5 +210,5 @@ def score(
     return Shard(ids, meter.each(), {"first_bits": np.array(first), "accuracy": np.array(right)})
 
 
-def _run_tokens(view: ByteView, model: LmModel) -> list[tuple[LmModel, int]]:
-    return list(zip((model, *view.members), view.counts.per_model or (view.counts.tokens,), strict=True))
+def _run_tokens(view: ByteView, counts: Counts, model: LmModel) -> list[tuple[LmModel, int]]:
+    return list(zip((model, *view.members), counts.per_model or (counts.tokens,), strict=True))

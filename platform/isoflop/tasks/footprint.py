@@ -26,6 +26,7 @@ from isoflop.models.counting import flops_of
 from isoflop.models.decoder_model import DecoderModel
 from isoflop.models.features import LayerKey
 from isoflop.models.hooks.attention import ATTENTION, CacheReport
+from isoflop.models.metering import meter
 from isoflop.models.vlm import VlmBatch, VlmModel
 
 REPEATS = 5
@@ -93,14 +94,14 @@ def byte_costs(model: DecoderModel, cache: CacheReport, dense_cache: float) -> d
 
 def decoder_cache(model: DecoderModel, forward: Callable[[], Any]) -> CacheReport:
     """The key-value cache that one forward pass leaves behind, batch of one; the whole cache where no method acts on it."""
-    policy = model.occupant(ATTENTION)
-    if policy is not None:
+    if model.occupant(ATTENTION) is None:
+        with model.occupy(ATTENTION, CompressedCache(FullCache(), None, model.info.dense_bits)):
+            return decoder_cache(model, forward)
+    with meter(model) as reading:
         forward()
-        return policy.report()
-    whole = CompressedCache(FullCache(), None, model.info.dense_bits)
-    with model.occupy(ATTENTION, whole):
-        forward()
-        return whole.report()
+    if reading.cache is None:
+        raise ValueError(f"nothing was compressed in a pass of model {model.info.ref} whose cache was to be measured")
+    return reading.cache
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> float:

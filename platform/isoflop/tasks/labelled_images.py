@@ -20,7 +20,7 @@ from isoflop.core.stage import StageContext
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.counting import flops_of
 from isoflop.models.hooks.pixels import PIXELS
-from isoflop.models.hooks.vision_blocks import VISION_BLOCKS
+from isoflop.models.metering import meter
 from isoflop.models.vit import LABELLED_IMAGES, VitBatch, VitInfo, VitModel
 from isoflop.models.worlds import sprite_world as world
 from isoflop.tasks.base import Task
@@ -93,13 +93,13 @@ class LabelledImages(Task):
         """
         vit = vit_model(model, self.name)
         batch = self.batch(vit.info, np.zeros(1, dtype=np.int64), 0)
-        flops, _ = flops_of(lambda: vit.supervised(batch))
+        with meter(vit) as reading:
+            flops, _ = flops_of(lambda: vit.supervised(batch))
         patches = vit.info.geometry["patches"]
-        left, seen = float(patches), [patches]
-        reduction, codec = vit.occupant(VISION_BLOCKS), vit.occupant(PIXELS)
-        if reduction is not None and reduction.state is not None:
-            left = float(reduction.state.patches)
-            seen = [tokens - vit.info.geometry["prefix"] for tokens, _ in reduction.counts]
+        left, seen, codec = float(patches), [patches], vit.occupant(PIXELS)
+        if reading.block_tokens is not None:
+            left = float(reading.block_tokens.left)
+            seen = [tokens - vit.info.geometry["prefix"] for tokens, _ in reading.block_tokens.seen]
         with vit.unreduced():
             dense, _ = flops_of(lambda: vit.classify(batch.images_BCHW, batch.ids_B))
         coding, held = {}, vit.served_bytes()
