@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,21 @@ from isoflop.core.knobs import KnobValue
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
 from isoflop.models.base import Model
+
+
+@dataclass(frozen=True)
+class AbsoluteCost:
+    """A cost worked out by hand, from shapes and nothing that is measured.
+
+    Attributes:
+        method: the configuration, applied on the probe's model.
+        what: ``cost``, a key of its footprint, or another word that ``Probe.read`` knows.
+        value: what must be read, within rounding of the last digits.
+    """
+
+    method: Method
+    what: str
+    value: float
 
 
 class Probe(ABC):
@@ -57,6 +73,18 @@ class Probe(ABC):
         The identity of methods without a ratio, which have nothing to do there.
         """
         return ()
+
+    def absolute(self) -> Sequence[AbsoluteCost]:
+        """Costs of some configurations of the family as numbers worked out by hand; the formula stands in the docstring.
+
+        A ratio says nothing of an error that both of its sides share. By default none, which a check finds missing.
+        """
+        return ()
+
+    def read(self, method: Method, what: str) -> float:
+        """What ``absolute`` names, measured with ``method`` in place."""
+        cost = self.cost()
+        return cost if what == "cost" else method.footprint(self.model, self.ctx)[what]
 
     def verify(self, method: Method, prepared: Any) -> None:  # noqa: B027
         """Raise AssertionError when ``method``, which is applied now, breaks a promise of its own family."""

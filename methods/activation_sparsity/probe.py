@@ -15,9 +15,9 @@ from torch import Tensor
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.activation_sparsity.base import Sparsity
 from isoflop.methods.activation_sparsity.calibration import ThresholdMethod
-from isoflop.methods.base import Method
+from isoflop.methods.base import Method, build
 from isoflop.methods.kv_cache.probe import PROMPT, TAIL, VOCABULARY, untrained_decoder
-from isoflop.methods.probe import Probe
+from isoflop.methods.probe import AbsoluteCost, Probe
 from isoflop.models.hooks.feed_forward import FEED_FORWARD
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
 
@@ -46,6 +46,15 @@ class ActivationProbe(Probe):
     def forget(self) -> None:
         """Search anew."""
         self._found.clear()
+
+    def absolute(self) -> Sequence[AbsoluteCost]:
+        """24 of 96 neurons stay in each of 2 gated blocks of width 64: 3·64 weights a neuron, 2 FLOPs a weight and token."""
+        method = build("mlp-topk", {"active": 0.25})
+        return (
+            AbsoluteCost(method, "cost", 24 / 96),
+            AbsoluteCost(method, "mlp_flops", 2 * 2 * 3 * 64 * 24),
+            AbsoluteCost(method, "mlp_flops_dense", 2 * 2 * 3 * 64 * 96),
+        )
 
     @torch.no_grad()
     def verify(self, method: Method, prepared: Any) -> None:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from isoflop.core.folder_context import FolderContext
-from isoflop.methods.base import Method
+from isoflop.methods.base import Method, build
 from isoflop.methods.codecs.base import ImageCodecMethod
 from isoflop.methods.codecs.one_d_piece import OneDPiece
 from isoflop.methods.codecs.tokenizer_training import TokenizerStage
-from isoflop.methods.probe import Probe
+from isoflop.methods.probe import AbsoluteCost, Probe
 from isoflop.methods.vit_tokens.probe import untrained_model
 from isoflop.models.hooks.pixels import PIXELS, ImageCodec, to_bytes
 from isoflop.models.networks.image_tokenizer import Tokenizer
@@ -72,6 +72,16 @@ class CodecProbe(Probe):
             assert 0 <= code.header < len(code.data), f"{code.header} header bytes of {len(code.data)}"
             difference = (codec.decode([code.data])[0].int() - decoded_CHW.int()).abs().max()
             assert difference <= 1, f"an image decoded alone differs by {difference} grey levels"
+
+    def absolute(self) -> Sequence[AbsoluteCost]:
+        """Images of 3·32·32 samples at a byte each; means of squares of 2 by 2 pixels leave 3·16·16, without a header."""
+        method = build("downsample", {"factor": 2})
+        return (
+            AbsoluteCost(method, "cost", 3 * 16 * 16),
+            AbsoluteCost(method, "codec_bytes", 3 * 16 * 16),
+            AbsoluteCost(method, "raw_bytes", 3 * 32 * 32),
+            AbsoluteCost(method, "bits_per_pixel", 8 * 3 * 16 * 16 / 32**2),
+        )
 
     @torch.no_grad()
     def outputs(self, rows: Sequence[int]) -> Tensor:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from isoflop.core.folder_context import FolderContext
-from isoflop.methods.base import Method
+from isoflop.methods.base import Method, build
 from isoflop.methods.data_selection.base import DataSelectionMethod, scored, selection_of
 from isoflop.methods.kv_cache.probe import VOCABULARY, untrained_decoder
-from isoflop.methods.probe import Probe
+from isoflop.methods.probe import AbsoluteCost, Probe
 from isoflop.models.hooks.documents import DOCUMENTS, DocumentSelection
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
 from isoflop.models.tiny.lm_training import LmRecipe, train_lm
@@ -99,6 +99,17 @@ class DataSelectionProbe(Probe):
         for inputs_BT, targets_BT in self._lessons(kept):
             pairs = zip(inputs_BT.flatten().tolist(), targets_BT.flatten().tolist(), strict=True)
             assert set(pairs) <= allowed | seams, "lessons hold what was not kept"
+
+    def absolute(self) -> Sequence[AbsoluteCost]:
+        """A character is a token here: of the whole pool all characters are kept; a quarter of its documents is 40 by domain."""
+        characters = sum(len(document.text) for document in self._pool)
+        whole, quarter = (build("data-random", {"keep": keep, "unit": "documents"}) for keep in (1.0, 0.25))
+        return (
+            AbsoluteCost(whole, "cost", characters),
+            AbsoluteCost(whole, "kept_tokens", characters),
+            AbsoluteCost(whole, "pool_tokens", characters),
+            AbsoluteCost(quarter, "kept_documents", PIECES * len(DOMAINS) / 4),
+        )
 
     @torch.no_grad()
     def outputs(self, rows: Sequence[int]) -> Tensor:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from isoflop.core.folder_context import FolderContext
-from isoflop.methods.base import Method
+from isoflop.methods.base import Method, build
 from isoflop.methods.gradients.base import GradientMethod
 from isoflop.methods.kv_cache.probe import VOCABULARY, untrained_decoder
-from isoflop.methods.probe import Probe
+from isoflop.methods.probe import AbsoluteCost, Probe
 from isoflop.models.hooks.gradients import GRADIENTS, ExchangeReport
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
 from isoflop.models.tiny.lm_exchange import LmLoss, rows_of
@@ -85,6 +85,20 @@ class GradientProbe(Probe):
         """Where the workers run: the results are the same bits, as a test of the back-ends tells."""
         assert isinstance(method, GradientMethod)
         return method.processes
+
+    def absolute(self) -> Sequence[AbsoluteCost]:
+        """In a ring all-reduce each of N workers sends 2·(N - 1)/N of all gradients, 4 bytes each.
+
+        There are 48·64 numbers in the embeddings, as many in the head, 2·64² + 2·64·32 + 3·64·96 in the matrices of the one
+        layer, and 3·64 in norms: 37056.
+        """
+        numbers = 2 * 48 * 64 + 2 * 64**2 + 2 * 64 * 32 + 3 * 64 * 96 + 3 * 64
+        two, four = (build("dense-gradients", {"workers": workers}) for workers in (2, 4))
+        return (
+            AbsoluteCost(two, "cost", 2 * 1 / 2 * 4 * numbers),
+            AbsoluteCost(two, "run_wire_bytes", STEPS * 2 * 1 / 2 * 4 * numbers),
+            AbsoluteCost(four, "wire_bytes", 2 * 3 / 4 * 4 * numbers),
+        )
 
     @torch.no_grad()
     def outputs(self, rows: Sequence[int]) -> Tensor:

@@ -16,12 +16,13 @@ from torch import Tensor
 from isoflop.core.folder_context import FolderContext
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
-from isoflop.methods.probe import Probe
+from isoflop.methods.probe import AbsoluteCost, Probe
 from isoflop.methods.untrained import untrained_llama
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.matrices import MATRICES
 from isoflop.models.hooks.residual import RESIDUAL
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmInfo, LmModel
+from isoflop.models.metering import meter
 from isoflop.models.worlds.calibration import CalibrationText
 
 VOCABULARY, PROMPT, TAIL = 48, 40, 8
@@ -79,6 +80,32 @@ class KvCacheProbe(Probe):
         """The value of the method's own calibration on this model."""
         return method.calibrate(self.model, self.ctx, seed) if hasattr(method, "calibrate") else None
 
+    def absolute(self) -> Sequence[AbsoluteCost]:
+        """Of 2 layers that keep 40 tokens: keys and values of 2 heads, 16 wide, at 2 bytes: 2·2·2·16·2 = 256 bytes a token.
+
+        Whole: 40·256. Half of the tokens: 20·256. At 4 bits with grids over 32 values, per layer: codes 2·2·40·16/2; keys
+        one grid per channel and 32 tokens, 2·16·2 of them; values one per token, 2·40; 4 bytes a grid.
+
+        Read by a step behind 48 tokens, of 4 layers (512 bytes a token): whole, and labels of 2 channels in the 2 layers
+        that are not dense, 2·2·48·2·2; or 12 tokens of each head and labels in all layers.
+        """
+        from isoflop.methods.base import build
+
+        if self._cost == "read":
+            head = {"select_per": "kv-head", "dense_layers": 0}
+            return (
+                AbsoluteCost(build("double-sparsity", {"k_share": 1.0}), "cost", 48 * 512 + 2 * 2 * 48 * 2 * 2),
+                AbsoluteCost(
+                    build("double-sparsity", {"k_share": 0.25, **head}), "cost", 12 * 512 + 4 * 2 * 48 * 2 * 2
+                ),
+            )
+        packed = 2 * (2 * 2 * 40 * 16 / 2 + 4 * (2 * 16 * 2) + 4 * (2 * 40))
+        return (
+            AbsoluteCost(build("full-cache", {}), "cost", 40 * 256),
+            AbsoluteCost(build("kv-random", {"keep": 0.5}), "kv_prompt_bytes", 20 * 256),
+            AbsoluteCost(build("kv-rtn", {"bits": 4}), "kv_prompt_bytes", packed),
+        )
+
     def batch(self, rows: Sequence[int]) -> LmBatch:
         """Some examples."""
         ids_BT = self._ids[list(rows)]
@@ -100,9 +127,7 @@ class KvCacheProbe(Probe):
             dense = build("full-cache", {})
             assert isinstance(dense, KvCacheMethod)
             bare = dense.apply(self.model, None)  # type: ignore[assignment]
-        with bare:
+        with bare, meter(self.model) as reading:
             self.outputs([0])
-            policy = self.model.occupant(ATTENTION)
-            assert policy is not None
-            report = policy.report()
-        return report.prompt_stored if self._cost == "stored" else report.read
+        assert reading.cache is not None
+        return reading.cache.prompt_stored if self._cost == "stored" else reading.cache.read

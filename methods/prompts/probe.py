@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from isoflop.core.folder_context import FolderContext
 from isoflop.core.knobs import KnobValue
-from isoflop.methods.base import Method
-from isoflop.methods.probe import Probe
+from isoflop.methods.base import Method, build
+from isoflop.methods.probe import AbsoluteCost, Probe
 from isoflop.methods.prompts.base import PromptMethod
 from isoflop.methods.prompts.classifier import ClassifierStage
 from isoflop.methods.prompts.units import words_of
@@ -92,6 +93,19 @@ class PromptProbe(Probe):
             if not method.query_aware:
                 other = compressor.fresh("something else altogether", question.documents)
                 assert other == compressed, "the text depends on the query, which the method does not declare"
+
+    def absolute(self) -> Sequence[AbsoluteCost]:
+        """Every word and every mark is a token of the reader: counted in the text of heading, documents and question.
+
+        Without documents, heading and question are left.
+        """
+        asked = [f"context: \nquestion: {question.query}" for question in self._questions]
+        shown = [document.text for question in self._questions for document in question.documents]
+        empty, documents = (sum(len(re.findall(r"\w+|[^\w\s]", text)) for text in texts) for texts in (asked, shown))
+        return (
+            AbsoluteCost(build("full-context", {}), "cost", empty + documents),
+            AbsoluteCost(build("no-context", {}), "cost", empty),
+        )
 
     @torch.no_grad()
     def outputs(self, rows: Sequence[int]) -> Tensor:

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from isoflop.core.folder_context import FolderContext
-from isoflop.methods.base import Method
-from isoflop.methods.probe import Probe
+from isoflop.methods.base import Method, build
+from isoflop.methods.probe import AbsoluteCost, Probe
 from isoflop.methods.visual_tokens.base import VisualTokenMethod
+from isoflop.models.counting import flops_of
 from isoflop.models.features import vision_of
 from isoflop.models.tiny.llava_config import SIZES, initialise, llava_config
 from isoflop.models.tiny.llava_training import Recipe, tiny_info
 from isoflop.models.vlm import VlmBatch, VlmModel
 from isoflop.models.worlds import digit_world as world
 
+PREFILL = "prefill_flops"
 STEPS = 16
 """Steps of a training whose budgets are looked at."""
 
@@ -39,6 +41,12 @@ def untrained_model(size: str = "d24", seed: int = 0, tower: str = "dense", join
     return VlmModel(
         tiny_info(size, Recipe(tower=tower, joint=joint)), module, vision_of(module.model.vision_tower, None)
     )
+
+
+def decoder_flops(tokens: Sequence[int], width: int, mlp: int, vocabulary: int) -> float:
+    """FLOPs of a decoder of the Llama type, as many query as key heads, over so many tokens in each layer; one token's head."""
+    layers = [2 * t * (4 * width**2 + 3 * width * mlp) + 4 * t * t * width for t in tokens]
+    return float(sum(layers) + 2 * width * vocabulary)
 
 
 class VisualTokenProbe(Probe):
@@ -70,6 +78,26 @@ class VisualTokenProbe(Probe):
         questions_BQ = self._questions[index]
         prompts_BT = torch.cat((torch.full((len(index), 1), world.IMAGE), questions_BQ), dim=1)
         return VlmBatch(self.model.look(self._images[index]), prompts_BT, questions_BQ, index)
+
+    def absolute(self) -> Sequence[AbsoluteCost]:
+        """9 tokens enter, whatever the pooling; the decoder then runs over 9 and 2 of the question.
+
+        Width 24, MLP 64, 2 layers; T tokens take 2·T·(4·24² + 3·24·64) FLOPs in matrices and 4·T²·24 in attention, and the
+        last one 2·24·W in the head.
+        """
+        method, vocabulary = build("avgpool", {"tokens": 9}), self.model.info.geometry["vocab_size"]
+        flops = decoder_flops([9 + 2] * 2, width=24, mlp=64, vocabulary=vocabulary)
+        return AbsoluteCost(method, "cost", 9.0), AbsoluteCost(method, PREFILL, flops)
+
+    def read(self, method: Method, what: str) -> float:
+        """Also FLOPs of the decoder over the prompt of one example."""
+        if what != PREFILL:
+            return super().read(method, what)
+        batch = self.batch([0])
+        with torch.no_grad():
+            found = self.model.compress(batch)
+            visual_BVd = self.model.project(found.tokens_BVD)
+            return float(flops_of(lambda: self.model.prefill(visual_BVd, batch, found.places_BV))[0])
 
     @torch.no_grad()
     def outputs(self, rows: Sequence[int]) -> Tensor:

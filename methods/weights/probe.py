@@ -17,7 +17,7 @@ from torch import Tensor
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import Method
 from isoflop.methods.kv_cache.probe import PROMPT, TAIL, VOCABULARY, untrained_decoder
-from isoflop.methods.probe import Probe
+from isoflop.methods.probe import AbsoluteCost, Probe
 from isoflop.methods.weights.base import WeightMethod
 from isoflop.methods.weights.payloads import PAYLOADS, Payload
 from isoflop.methods.weights.views import linear_views, replaceable
@@ -55,6 +55,21 @@ class WeightProbe(Probe):
     def forget(self) -> None:
         """Calibrate anew."""
         self._calibrated.clear()
+
+    def absolute(self) -> Sequence[AbsoluteCost]:
+        """A layer of width 64 with keys of 32 and an MLP of 96: 2·64² + 2·64·32 + 3·64·96 = 30720 weights.
+
+        Rounded to 4 bits, half a byte each, with a grid of 4 bytes for every 32; whole, 2 bytes each.
+        """
+        from isoflop.methods.base import build
+
+        weights = self.model.info.geometry["layers"] * (2 * 64**2 + 2 * 64 * 32 + 3 * 64 * 96)
+        rounded, whole = build("rtn", {"bits": 4, "group": 32}), build("rtn", {"bits": 16})
+        return (
+            AbsoluteCost(rounded, "cost", weights / 2 + 4 * weights / 32),
+            AbsoluteCost(rounded, "bits", 4 + 32 / 32),
+            AbsoluteCost(whole, "cost", 2.0 * weights),
+        )
 
     @torch.no_grad()
     def verify(self, method: Method, prepared: Any) -> None:

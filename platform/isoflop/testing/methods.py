@@ -164,6 +164,18 @@ def check_footprint(cls: type[Method], probe: Probe) -> None:
             )
 
 
+def check_absolute_cost(cls: type[Method], probe: Probe) -> None:
+    """The family's meter reads what its probe has worked out by hand (``Probe.absolute``), of some methods of the family."""
+    costs = probe.absolute()
+    assert costs, f"the probe of family {cls.family} gives no absolute cost: override Probe.absolute"
+    for cost in costs:
+        with cost.method.apply(probe.model, probe.prepared(cost.method, 0)):
+            found = probe.read(cost.method, cost.what)
+        assert math.isclose(found, cost.value, rel_tol=1e-9), (
+            f"{cost.method}: {cost.what} is {found:g}, by hand it is {cost.value:g}"
+        )
+
+
 def check_family(cls: type[Method], probe: Probe) -> None:
     """What the family promises besides, see ``Probe.verify``; stored bytes and served values of weight methods."""
     for method in ladder(cls, probe) or [at_default(cls, probe)]:
@@ -256,6 +268,7 @@ CHECKS: tuple[Check, ...] = (
     check_identity,
     check_monotone_cost,
     check_footprint,
+    check_absolute_cost,
     check_family,
     check_restored,
     check_deterministic,
