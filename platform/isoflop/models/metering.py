@@ -51,22 +51,22 @@ class Reading:
     @property
     def cache(self) -> CacheReport | None:
         """Bytes of the key-value cache at the end, per example."""
-        return self.of(ATTENTION)  # type: ignore[no-any-return]
+        return self.of(ATTENTION)
 
     @property
     def tokens_per_layer(self) -> tuple[int, ...] | None:
         """Visual tokens that each layer of the decoder processed in the last pass over a prompt."""
-        return self.of(DECODER_LAYERS)  # type: ignore[no-any-return]
+        return self.of(DECODER_LAYERS)
 
     @property
     def block_tokens(self) -> BlockTokens | None:
         """Tokens in the blocks of the vision encoder."""
-        return self.of(VISION_BLOCKS)  # type: ignore[no-any-return]
+        return self.of(VISION_BLOCKS)
 
     @property
     def trees(self) -> Counts | None:
         """What the covering trees of byte strings took."""
-        return self.of(BYTE_VIEW)  # type: ignore[no-any-return]
+        return self.of(BYTE_VIEW)
 
     def of(self, hook: Hook[Any]) -> Any:
         """What was read of a hook. Raises RuntimeError while the meter is open."""

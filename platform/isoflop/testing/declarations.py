@@ -19,7 +19,8 @@ def declared(cls: type[Any]) -> None:
 
     Knobs have a default within their range, and documentation; nothing is left abstract.
     """
-    assert dataclasses.is_dataclass(cls), "the class is no dataclass"
+    fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else None
+    assert fields is not None, "the class is no dataclass"
     assert getattr(cls, "__dataclass_params__").frozen, "the dataclass is not frozen"  # noqa: B009
     assert cls.name, "it has no name: register it"
     assert cls.version, "it has no version"
@@ -36,7 +37,7 @@ def declared(cls: type[Any]) -> None:
     ]
     assert not bare, f"{', '.join(bare)} has no annotation, so that it is no knob"
     specs = knob_specs(cls)
-    strangers = {f.name for f in dataclasses.fields(cls)} - set(specs)
+    strangers = {f.name for f in fields} - set(specs)
     assert not strangers, f"fields without a Knob annotation: {', '.join(sorted(strangers))}"
     for spec in specs.values():
         assert spec.knob.doc, f"knob {spec.name} has no documentation"

@@ -33,7 +33,7 @@ def random_state_untouched(what: str) -> Iterator[None]:
 
 
 def _states() -> dict[str, bytes]:
-    state = np.random.get_state(legacy=False)["state"]  # type: ignore[call-overload]
+    state = np.random.get_state(legacy=False)["state"]
     return {
         "torch": torch.random.get_rng_state().numpy().tobytes(),
         "numpy": state["key"].tobytes() + bytes(str(state["pos"]), "ascii"),

@@ -40,6 +40,23 @@ from isoflop.testing.given import GivenContext
 EXAMPLES, TOKENS = 3, 12
 
 
+def outputs_of(model: Model) -> Tensor:
+    """What a built-in kind of model gives for a few fixed examples, a row each."""
+    if isinstance(model, LmModel):
+        ids = np.random.default_rng(0).integers(0, model.info.geometry["vocab_size"], (EXAMPLES, TOKENS))
+        ids_BT = torch.from_numpy(ids)
+        return model.logits(LmBatch(ids_BT, torch.full_like(ids_BT, NOT_SCORED))).flatten(1)
+    if isinstance(model, VlmModel):
+        scenes = VisualTokenProbe(examples=EXAMPLES)
+        scenes.model = model
+        return scenes.outputs(range(EXAMPLES))
+    if isinstance(model, VitModel):
+        images = CodecProbe(examples=EXAMPLES)  # of 8-bit samples, which a codec can give back
+        images.model = model
+        return images.outputs(range(EXAMPLES))
+    raise UserError(f"the suite does not know how to run a {type(model).__name__}: give its ModelProbe `outputs`")
+
+
 @dataclass
 class ModelProbe:
     """What the suite looks at closely of a family.
@@ -75,23 +92,6 @@ def untrained(ref: str, options: Mapping[str, Any] | None = None) -> Model:
 
 
 @torch.no_grad()
-def outputs_of(model: Model) -> Tensor:
-    """What a built-in kind of model gives for a few fixed examples, a row each."""
-    if isinstance(model, LmModel):
-        ids = np.random.default_rng(0).integers(0, model.info.geometry["vocab_size"], (EXAMPLES, TOKENS))
-        ids_BT = torch.from_numpy(ids)
-        return model.logits(LmBatch(ids_BT, torch.full_like(ids_BT, NOT_SCORED))).flatten(1)
-    if isinstance(model, VlmModel):
-        scenes = VisualTokenProbe(examples=EXAMPLES)
-        scenes.model = model
-        return scenes.outputs(range(EXAMPLES))
-    if isinstance(model, VitModel):
-        images = CodecProbe(examples=EXAMPLES)  # of 8-bit samples, which a codec can give back
-        images.model = model
-        return images.outputs(range(EXAMPLES))
-    raise UserError(f"the suite does not know how to run a {type(model).__name__}: give its ModelProbe `outputs`")
-
-
 def _tiny_lm(info: Any) -> LmModel:
     corpus, _, size = split_ref(info.ref)[0].partition("/")[2].partition("-")
     tokenizer = None
@@ -123,7 +123,8 @@ def _tiny_vit(info: Any) -> VitModel:
 def _checkpoint() -> ModelProbe:
     """A decoder that was written to a folder; what it is loaded with is the family's own ``load``."""
     folder = Path(mkdtemp(prefix="isoflop-probe-")) / "checkpoint"
-    untrained("tiny-lm/recall-d64").module.save_pretrained(folder)
+    module: Any = untrained("tiny-lm/recall-d64").module
+    module.save_pretrained(folder)
     context = GivenContext({})
     return ModelProbe(((f"hf:{folder}", {}),), lambda info: family_of(info.ref).load(info, None, context))
 

@@ -158,7 +158,7 @@ def check_trainable(family: ModelFamily, probe: ModelProbe) -> None:
         if family.weights(info, (), 0) is None:
             continue
         for hook in info.hooks - family.trainable:
-            method = SimpleNamespace(name="suite", version="1", hooks=(hook,), trains_model=True)
+            method: Any = SimpleNamespace(name="suite", version="1", hooks=(hook,), trains_model=True)
             refused(
                 partial(family.trained_with, info, (method,)),
                 Infeasible,

@@ -112,7 +112,7 @@ def _generation() -> TaskProbe:
     return TaskProbe(untrained_decoder(), GivenContext({}), {"prompt": 12, "new": 4, "examples": 3}, timed=True)
 
 
-PROBES: dict[type[Task], Callable[[], TaskProbe]] = {
+PROBES: dict[Any, Callable[[], TaskProbe]] = {
     FindDigit: lambda: _scenes("cls"),
     DigitSceneTask: _scenes,
     Reconstruction: _coded_images,
