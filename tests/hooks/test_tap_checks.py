@@ -154,3 +154,16 @@ def test_dropping_by_attention_is_refused_inside_a_vision_language_model(inside:
     with DropRandom(layer=1, drop=0.5).apply(model, None):
         assert (model.run(prompt) - bare).abs().max() > 1e-4 * bare.abs().max()
     assert torch.equal(model.run(prompt), bare)
+
+
+@torch.no_grad()
+def test_a_step_behind_a_cache_decides_nothing() -> None:
+    """Its keys are not all of them; the next prompt is compared."""
+    module = decoder(RIGHT["llama"])
+    ids, mask = torch.tensor([[0, 3, 4, 5], [1, 6, 7, 8]]), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    cache = module(input_ids=ids[:, :3], attention_mask=mask[:, :3], use_cache=True).past_key_values
+    with Tap(module.layers[1].self_attn).listening():
+        module(input_ids=ids[:, 3:], attention_mask=mask, past_key_values=cache)
+        assert not taps._KNOWN
+    last_row(module)
+    assert list(taps._KNOWN.values()) == [True]

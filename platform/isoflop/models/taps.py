@@ -2,8 +2,9 @@
 
 An attention tap works rows of a layer's attention weights out from the outputs of ``q_proj`` and ``k_proj``, with
 whatever attention kernel the model uses. The model is never switched to eager attention, and the whole map is never
-formed. Architectures rotate and normalise queries and keys in ways of their own; so the first row that is asked of one is
-compared with what its own attention works out, and an architecture that the tap gets wrong is refused. An activation tap reads or replaces what enters or leaves a module.
+formed. Architectures rotate and normalise queries and keys in ways of their own; so in the first pass under a tap a row is
+compared with what the architecture's own attention works out, and what the tap gets wrong is refused when it is asked.
+An activation tap reads or replaces what enters or leaves a module.
 
 Shape suffixes: B batch, T tokens, R rows asked for, H query heads, G key-value heads, D head width.
 """
@@ -93,8 +94,7 @@ class Tap:
         self._fits = all(hasattr(attention, name) for name in ("q_proj", "k_proj", "head_dim"))
         self._q_BTC: Tensor | None = None
         self._k_BTC: Tensor | None = None
-        self._called: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self._checked = False
+        self._key: tuple[type, str] | None = None
 
     @contextmanager
     def listening(self) -> Iterator[Tap]:
@@ -106,14 +106,14 @@ class Tap:
             self.attention.q_proj.register_forward_hook(self._note_q),
             self.attention.k_proj.register_forward_hook(self._note_k),
         ]
-        if not self._checked:
-            handles.append(self.attention.register_forward_pre_hook(self._note_call, with_kwargs=True))
+        if self._architecture not in _KNOWN:
+            handles.append(self.attention.register_forward_hook(self._compare, with_kwargs=True))
         try:
             yield self
         finally:
             for handle in handles:
                 handle.remove()
-            self._q_BTC = self._k_BTC = self._called = None
+            self._q_BTC = self._k_BTC = None
 
     def vision_rows(self, rows: slice) -> Tensor:
         """Attention of some tokens of a vision layer over all tokens, p_BHRT in float32."""
@@ -130,10 +130,13 @@ class Tap:
             end: the last token is the one before this column, and those behind are not seen; None for all columns.
 
         Raises:
-            Infeasible: the architecture's own attention is another; found out once per architecture.
+            Infeasible: the architecture's own attention is another; found out in its first pass under a tap.
         """
-        if not self._checked:
-            self._check(rope, valid_BT)
+        if not self._fits:
+            raise self._unknown("has no projections of queries and keys by themselves")
+        self._heads(self._q_BTC)  # a layer that has not run says so
+        if not _KNOWN.get(self._architecture, False):
+            raise self._unknown("rotates, scales or normalises queries and keys in another way")
         return self._last_logits(rope, valid_BT, end).softmax(-1)
 
     def _last_logits(self, rope: tuple[Tensor, Tensor], valid_BT: Tensor | None, end: int | None = None) -> Tensor:
@@ -149,36 +152,32 @@ class Tap:
             logits_BHT = logits_BHT.masked_fill(~valid_BT[:, None, :end], float("-inf"))
         return logits_BHT
 
-    def _check(self, rope: tuple[Tensor, Tensor], valid_BT: Tensor | None) -> None:
-        """Compare the last row with the module's own, unless its class is known under its config."""
-        if not self._fits:
-            raise self._unknown("has no projections of queries and keys by themselves")
-        self._heads(self._q_BTC)  # a layer that has not run says so
-        key = type(self.attention), self.attention.config.to_json_string()
-        if key not in _KNOWN:
-            _KNOWN[key] = self._agrees(rope, valid_BT)
-        if not _KNOWN[key]:
-            raise self._unknown("rotates, scales or normalises queries and keys in another way")
-        self._checked, self._called = True, None
+    @property
+    def _architecture(self) -> tuple[type, str]:
+        if self._key is None:
+            self._key = type(self.attention), self.attention.config.to_json_string()
+        return self._key
 
-    def _agrees(self, rope: tuple[Tensor, Tensor], valid_BT: Tensor | None) -> bool:
-        assert self._called is not None
+    def _compare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Behind the first pass of a decoder's attention: is the row of its last token what the module works out itself?
+
+        At once, so that nothing of the pass has to be kept for a question that may never come.
+        """
+        if self._architecture in _KNOWN or "position_embeddings" not in kwargs:  # the layers of a tower rotate nothing
+            return
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.shape[-1] != self._heads(self._k_BTC).shape[1]:  # a step behind a cache
+            return
         heard = self._q_BTC, self._k_BTC  # the module runs again here, and must not be heard
-        args, kwargs = self._called
         try:
             with torch.no_grad(), _disable_current_modes():  # no part of what a method costs, where that is counted
-                found_BHT = self._last_logits(rope, valid_BT)
                 own_BHT = own_last_row(self.attention, args, kwargs)
+                found_BHT = self._last_logits(kwargs["position_embeddings"], None)
+                _KNOWN[self._architecture] = _agree(found_BHT, own_BHT, output[0].dtype)
         except Exception:  # shapes that do not fit, functions that are not there: each architecture in its own way
-            return False
+            _KNOWN[self._architecture] = False
         finally:
             self._q_BTC, self._k_BTC = heard
-        if found_BHT.shape != own_BHT.shape or not torch.equal(found_BHT.isinf(), own_BHT.isinf()):
-            return False
-        seen = ~own_BHT.isinf()
-        assert heard[0] is not None
-        tolerance = TOLERANCE.get(heard[0].dtype, 2e-2)
-        return bool((found_BHT - own_BHT)[seen].abs().max() <= tolerance * own_BHT[seen].abs().max())
 
     def _unknown(self, why: str) -> Infeasible:
         return Infeasible(
@@ -201,6 +200,9 @@ class Tap:
     def _note_k(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self._k_BTC = output
 
-    def _note_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._checked:
-            self._called = args, kwargs
+
+def _agree(found_BHT: Tensor, own_BHT: Tensor, dtype: torch.dtype) -> bool:
+    """Whether logits are equal, up to rounding, where the module's own are not masked."""
+    seen = ~own_BHT.isinf()
+    largest = TOLERANCE.get(dtype, 2e-2) * own_BHT[seen].abs().max()
+    return found_BHT.shape == own_BHT.shape and bool((found_BHT - own_BHT)[seen].abs().max() <= largest)
