@@ -210,7 +210,7 @@ def test_impossible_layers_are_refused_in_one_line(probe: DecoderTokenProbe) -> 
         build("fastv", {"layer": 3}).check(probe.model.info)
     with (
         FastV().apply(probe.model, None),
-        pytest.raises(Infeasible, match="drops tokens in the decoder already"),
+        pytest.raises(Infeasible, match="decoder_layers is taken already"),
         DropRandom().apply(probe.model, None),
     ):
         pass

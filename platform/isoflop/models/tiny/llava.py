@@ -58,10 +58,11 @@ class TinyLlava(ModelFamily):
         """The training stage of a cell: size, methods that take part (unless ``joint`` is off), seed."""
         vlm = _own(info)
         taking = self.trained_with(vlm, methods)
+        for one in taking:  # as it will be used: what is trained may stand for other values of knobs, too
+            one.check(vlm)
         if any(method.hooks != (VISUAL_TOKENS,) for method in taking) or len(taking) > 1:
             return TaughtStage.of(vlm, taking, seed)
         method = cast("TaughtCompressor", taking[0].as_trained() if taking else AllTokens())
-        method.check(vlm)
         return CellStage(vlm.ref.partition("/")[2], method, seed, vlm.options, vlm.tower, _features(vlm, (method,)))
 
     def trained_with(self, info: ModelInfo, methods: tuple[TaughtT, ...]) -> tuple[TaughtT, ...]:
