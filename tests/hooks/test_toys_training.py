@@ -23,7 +23,7 @@ from isoflop.models.training.loop import Keeper, Unclipped, fit
 from isoflop.models.training.taught_stage import TaughtStage
 from isoflop.models.vit import VitModel
 from isoflop.models.worlds import recall_world
-from isoflop.testing import conformance
+from isoflop.testing.snapshot import Snapshot
 
 LM = ("tiny-lm/recall-d64", {"steps": 12, "batch": 4, "length": 24})
 VIT = ("tiny-vit/c48", {"steps": 6, "batch": 8})
@@ -71,7 +71,7 @@ def test_a_method_that_trains_with_a_decoder_and_skips_layers_for_some_tokens(ct
     assert initial is not None
     assert any(not torch.equal(learned[name], t) for name, t in initial.state_dict().items())
     before = lm_logits(model)
-    snapshot = conformance.Snapshot(model)
+    snapshot = Snapshot(model)
     with method.apply(model, prepared):
         inside = lm_logits(model)
         assert (
