@@ -178,7 +178,7 @@ def _scores(
 
 
 def decode_small() -> tuple[Case, ...]:
-    """Dense, packed in every layout, biases, empty slots, empty segments, channel scales, several queries, one token."""
+    """Dense, packed in every layout, biases, empty entries, empty segments, channel scales, several queries, one token."""
 
     def mixed(s: Source) -> list[SegmentPart]:
         return [
@@ -203,7 +203,7 @@ def decode_small() -> tuple[Case, ...]:
         _decode("values by channel", 1, 2, 2, 1, 16, lambda s: [_packed_part(s, 1, 2, 21, 16, 4, 5, 4, 7, v_axis=-2)]),
         _decode("keys by token", 1, 4, 2, 1, 16, lambda s: [_packed_part(s, 1, 2, 21, 16, 3, None, 4, None, k_axis=-1, k_scale=True)]),
         _decode("one token", 1, 2, 1, 1, 8, lambda s: [_dense_part(s, 1, 1, 1, 8)]),
-        _decode("every slot empty", 1, 2, 1, 1, 16, empty),
+        _decode("every entry empty", 1, 2, 1, 1, 16, empty),
         _decode("half precision", 1, 4, 2, 1, 16, lambda s: [_dense_part(s, 1, 2, 40, 16, torch.float16)], torch.float16),
         _decode("half precision, packed", 1, 4, 2, 1, 16, lambda s: [_packed_part(s, 1, 2, 40, 16, 4, None, 4, None)], torch.float16),
     )  # fmt: skip

@@ -26,7 +26,7 @@ class SegmentPart:
     Attributes:
         k: keys after RoPE, (B, G, N, D); packed along tokens (``axis=-2``, channelwise) or channels (``axis=-1``).
         v: values, (B, G, N, D), likewise.
-        log_bias_BGN: added to the logits: -inf for an empty slot, log n for a slot that stands for n tokens.
+        log_bias_BGN: added to the logits: -inf for an empty entry, log n for an entry that stands for n tokens.
         k_channel_scale_BGD: the keys are ``k`` times this (MiKV: one over the balancer).
         v_channel_scale_BGD: the values are ``v`` times this (ZipCache's channel-separable values).
     """
@@ -75,7 +75,7 @@ def decode_segments(q_BHTD: Tensor, segments: Sequence[SegmentPart], scaling: fl
 
     Returns:
         out_BHTD in the type of the queries, and the natural log-sum-exp of the logits, lse_BHT, in float32. A query whose
-        slots are all empty gets zeros and -inf.
+        entries are all empty gets zeros and -inf.
 
     Raises:
         ValueError: no segments.

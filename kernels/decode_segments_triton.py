@@ -126,7 +126,7 @@ def _segment_kernel(
             logits += bias[None, :] * _LOG2_E
         logits = tl.where((n < tokens)[None, :], logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # only empty slots so far
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # only empty entries so far
         p = tl.exp2(logits - base[:, None])
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(p, 1)

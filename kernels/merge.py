@@ -82,9 +82,9 @@ def merge_tokens(
     """
     check_mode(mode)
     x = x_BNC.float() * size_BN1.float() if mode == "mean" else x_BNC.float()
-    slot_BR = slots_of(keep_BK, dst_BR, x_BNC.shape[1])
-    size_BK1 = _gathered_sum(size_BN1.float(), keep_BK, src_BR, slot_BR)
-    out_BKC = _gathered_sum(x, keep_BK, src_BR, slot_BR)
+    row_BR = rows_of(keep_BK, dst_BR, x_BNC.shape[1])
+    size_BK1 = _gathered_sum(size_BN1.float(), keep_BK, src_BR, row_BR)
+    out_BKC = _gathered_sum(x, keep_BK, src_BR, row_BR)
     if mode == "mean":
         out_BKC = out_BKC / size_BK1
     return out_BKC.to(x_BNC.dtype), size_BK1.to(size_BN1.dtype)
@@ -96,18 +96,18 @@ def check_mode(mode: str) -> None:
         raise ValueError(f"mode={mode!r}: allowed are 'mean' and 'sum'")
 
 
-def slots_of(keep_BK: Tensor, dst_BR: Tensor, tokens: int) -> Tensor:
+def rows_of(keep_BK: Tensor, dst_BR: Tensor, tokens: int) -> Tensor:
     """Where in ``keep`` each destination stands."""
     place_BN = torch.zeros(keep_BK.shape[0], tokens, dtype=torch.int64, device=keep_BK.device)
     order_BK = torch.arange(keep_BK.shape[1], device=keep_BK.device).expand_as(keep_BK)
     return place_BN.scatter(1, keep_BK, order_BK).gather(1, dst_BR)
 
 
-def _gathered_sum(x_BNC: Tensor, keep_BK: Tensor, src_BR: Tensor, slot_BR: Tensor) -> Tensor:
+def _gathered_sum(x_BNC: Tensor, keep_BK: Tensor, src_BR: Tensor, row_BR: Tensor) -> Tensor:
     """Kept rows plus the rows of their sources."""
     width = x_BNC.shape[-1]
 
     def wide(index: Tensor) -> Tensor:
         return index[..., None].expand(-1, -1, width)
 
-    return x_BNC.gather(1, wide(keep_BK)).scatter_add(1, wide(slot_BR), x_BNC.gather(1, wide(src_BR)))
+    return x_BNC.gather(1, wide(keep_BK)).scatter_add(1, wide(row_BR), x_BNC.gather(1, wide(src_BR)))

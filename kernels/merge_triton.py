@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isoflop.kernels.merge import check_mode, slots_of
+from isoflop.kernels.merge import check_mode, rows_of
 
 _EPS = tl.constexpr(1e-12)
 
@@ -126,9 +126,9 @@ def merge_tokens(
     x = x_BNC if x_BNC.stride(-1) == 1 else x_BNC.contiguous()
     batch, tokens, channels = x.shape
     kept, sources = keep_BK.shape[1], src_BR.shape[1]
-    slot, order = slots_of(keep_BK, dst_BR, tokens).sort(dim=1, stable=True)
+    row, order = rows_of(keep_BK, dst_BR, tokens).sort(dim=1, stable=True)
     bounds = torch.arange(kept + 1, device=x.device).expand(batch, -1).contiguous()
-    begin = torch.searchsorted(slot, bounds)
+    begin = torch.searchsorted(row, bounds)
     out = torch.empty(batch, kept, channels, dtype=x.dtype, device=x.device)
     size = torch.empty(batch, kept, 1, dtype=size_BN1.dtype, device=x.device)
     block = min(1024, triton.next_power_of_2(channels))

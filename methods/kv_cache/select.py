@@ -3,7 +3,7 @@
 Rules that hold for every method: a share of a length is the nearest whole number, halves up; the newest tokens are
 protected before the first ones; among equal scores the lower index wins; what is kept stands in ascending order.
 
-Shape suffixes: B batch, G key-value heads, N candidates, M slots of the kept ones, T tokens, D head width.
+Shape suffixes: B batch, G key-value heads, N candidates, M entries of the kept ones, T tokens, D head width.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class KeptTokens:
     """Chosen tokens of every row and head.
 
     Attributes:
-        index_BGM: their places, ascending; rows that keep fewer than M repeat their last one in the slots left over,
+        index_BGM: their places, ascending; rows that keep fewer than M repeat their last one in the entries left over,
             so that those change no range of values.
-        empty_BGM: True at those slots; None where there are none.
+        empty_BGM: True at those entries; None where there are none.
     """
 
     index_BGM: Tensor
@@ -52,7 +52,7 @@ class KeptTokens:
         return KeptTokens(index_BGM.expand(-1, groups, -1), empty_BGM)
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
-        """-inf at empty slots and 0 elsewhere, (B, G, M); None where there are none."""
+        """-inf at empty entries and 0 elsewhere, (B, G, M); None where there are none."""
         if self.empty_BGM is None:
             return None
         return torch.zeros(self.empty_BGM.shape, dtype=dtype, device=self.empty_BGM.device).masked_fill(
@@ -88,7 +88,7 @@ def select(scores_BGN: Tensor, counts: list[int], candidates_BGN: Tensor | None 
     Args:
         scores_BGN: no NaN; +inf for what must be kept.
         counts: of each row; never more than it has candidates.
-        candidates_BGN: False for what must not be kept (padding, empty slots); broadcasts.
+        candidates_BGN: False for what must not be kept (padding, empty entries); broadcasts.
     """
     if candidates_BGN is not None:
         scores_BGN = scores_BGN.masked_fill(~candidates_BGN, float("-inf"))

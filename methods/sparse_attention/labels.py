@@ -111,6 +111,9 @@ class Meter(AttentionPolicy):
         """Not used: calibration has no steps."""
         yield
 
+    def forget(self) -> None:
+        """There is nothing to forget: ``count`` has taken what it wanted."""
+
     def report(self) -> CacheReport:
         """Nothing is compressed."""
         raise ValueError("a meter compresses nothing")

@@ -37,7 +37,7 @@ class EnsembleView(ByteView):
     """The mean of several models' byte probabilities, each under its own tokenizer; then a temperature.
 
     Args:
-        exact: one view per model, that of the model whose slot it is first.
+        exact: one view per model, that of the model whose hook it is in first.
         others: the other models.
         temperature: of the mean.
     """

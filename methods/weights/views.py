@@ -164,7 +164,7 @@ def _experts_hook(views: list[LinearView], observe: Observer) -> Callable[..., N
         tokens_NI = hidden.reshape(-1, hidden.shape[-1])
         for expert in torch.unique(chosen).tolist():
             if (first, expert) not in wanted:
-                continue  # a slot of an expert that lives elsewhere
+                continue  # a place of an expert that lives elsewhere
             x_NI = tokens_NI[(chosen == expert).any(-1)]
             observe(wanted[first, expert], x_NI)
             bias = getattr(module, f"{first}_bias", None)

@@ -43,5 +43,8 @@ class Masked(AttentionPolicy):
     def session(self) -> Iterator[None]:
         yield
 
+    def forget(self) -> None:
+        pass
+
     def report(self) -> CacheReport:
         raise ValueError("nothing is compressed")

@@ -27,7 +27,7 @@ def dense(tokens: int, seed: int, start: int, bias: bool = False) -> DenseSegmen
     rng = torch.Generator().manual_seed(seed)
     k, v = torch.randn(2, B, G, tokens, D, generator=rng)
     log_bias = None
-    if bias:  # padding in the first row, and a slot that stands for three tokens
+    if bias:  # padding in the first row, and an entry that stands for three tokens
         log_bias = torch.zeros(B, G, tokens)
         log_bias[0, :, 0], log_bias[1, :, 1] = float("-inf"), 3.0**0.5
     return DenseSegment(torch.arange(start, start + tokens).expand(B, G, tokens), log_bias, k, v)
@@ -48,7 +48,7 @@ def banks(packed: bool) -> list[Segment]:
 
 
 def by_hand(q_BHTD: Tensor, segments: list[Segment], order_T: Tensor) -> Tensor:
-    """Head by head, query by query, slot by slot, in double precision."""
+    """Head by head, query by query, entry by entry, in double precision."""
     out = torch.zeros(*q_BHTD.shape, dtype=torch.float64)
     for b, h, t in torch.cartesian_prod(*(torch.arange(n) for n in q_BHTD.shape[:3])).tolist():
         head, logits, values = h // (H // G), [], []

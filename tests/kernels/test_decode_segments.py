@@ -46,7 +46,7 @@ def test_packed_pieces_equal_their_unpacked_selves(bits: int) -> None:
         torch.testing.assert_close(mine, theirs)
 
 
-def test_a_bias_of_log_n_counts_a_slot_n_times() -> None:
+def test_a_bias_of_log_n_counts_an_entry_n_times() -> None:
     q, k, v = draw(1, 2, 1, 8), draw(1, 1, 5, 8, seed=1), draw(1, 1, 5, 8, seed=2)
     bias = torch.zeros(1, 1, 5)
     bias[..., 2] = torch.log(torch.tensor(3.0))
@@ -78,7 +78,7 @@ def test_partial_results_join_by_their_log_sum_exp() -> None:
     torch.testing.assert_close(lse, torch.logaddexp(lse_a, lse_b))
 
 
-def test_empty_slots_give_zeros() -> None:
+def test_empty_entries_give_zeros() -> None:
     q, k = draw(1, 2, 1, 8), draw(1, 1, 3, 8)
     for part in (SegmentPart(k, k, torch.full((1, 1, 3), -torch.inf)), SegmentPart(k[:, :, :0], k[:, :, :0])):
         out, lse = decode_segments(q, [part], 1.0)

@@ -1,4 +1,4 @@
-"""Language-model checkpoints of the family ``hf``: the attention slot gives stock logits; what it cannot serve is refused."""
+"""Language-model checkpoints of the family ``hf``: the attention hook gives stock logits; what it cannot serve is refused."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @torch.no_grad()
-def test_the_attention_slot_gives_stock_logits(model: LmModel) -> None:
+def test_the_attention_hook_gives_stock_logits(model: LmModel) -> None:
     """To a few times what float32 leaves of the stock pass itself, which is taken anew in float64: 1.7 times at most over six
     seeds and three instruction sets, where attention weights rounded to float16 are off by 400 times and more."""
     batch = padded()

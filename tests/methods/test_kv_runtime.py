@@ -1,4 +1,4 @@
-"""The runtime of KV-cache methods: one pass equals step by step, padding, composition in one slot."""
+"""The runtime of KV-cache methods: one pass equals step by step, padding, composition at one hook."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_left_padding_changes_nothing(probe: KvCacheProbe) -> None:
         assert (steps - plain).abs().max() <= 1e-5 * plain.abs().max()
 
 
-def test_the_slot_takes_one_method(probe: KvCacheProbe) -> None:
+def test_the_hook_takes_one_method(probe: KvCacheProbe) -> None:
     method = build("full-cache", {})
     assert isinstance(method, KvCacheMethod)
     with (

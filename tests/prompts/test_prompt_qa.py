@@ -292,7 +292,7 @@ def test_asking_twice_compresses_and_counts_once(reader: LmModel) -> None:
 # --- other readers, other methods -------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_with_a_tokenizer_reads_through_the_same_slot(
+def test_a_checkpoint_with_a_tokenizer_reads_through_the_same_hook(
     reader: LmModel, prompt_ctx: FolderContext, tmp_path: Path
 ) -> None:
     folder = tmp_path / "checkpoint"

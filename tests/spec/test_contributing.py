@@ -7,17 +7,22 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 import isoflop
+from isoflop.core.errors import Infeasible
 from isoflop.core.registry import Registry
 from isoflop.laws import fit
 from isoflop.laws.base import LAWS
+from isoflop.methods.kv_cache.probe import untrained_decoder
+from isoflop.models.lm import NOT_SCORED, LmBatch
 from isoflop.models.worlds import digit_world as world
 from isoflop.tasks.base import TASKS
 from isoflop.testing import FolderContext
@@ -51,7 +56,7 @@ def example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], 
 
 
 def test_every_example_is_tried_here() -> None:
-    assert set(EXAMPLES) == {"Add a law", "Add a task", "Add a data stage"}
+    assert set(EXAMPLES) == {"Add a hook", "Add a law", "Add a task", "Add a data stage"}
 
 
 def test_the_law_finds_the_numbers_that_the_data_were_made_with(example) -> None:
@@ -61,6 +66,26 @@ def test_the_law_finds_the_numbers_that_the_data_were_made_with(example) -> None
         {"N": size, "error": 0.2 + 0.7 / (1 + size / 3e8)}, "saturating", y="error", map={"N": "N"}, bootstrap=0
     )
     assert [found["E"], found["A"], found["N_half"]] == pytest.approx([0.2, 0.7, 3e8], rel=1e-4)
+
+
+@torch.no_grad()
+def test_the_hook_changes_what_a_model_scores_and_leaves_nothing_behind(example) -> None:
+    module = example("Add a hook")
+
+    class Doubled(module.LogitPolicy):  # type: ignore[name-defined, misc]
+        def changed(self, logits_BTW: torch.Tensor) -> torch.Tensor:
+            return 2 * logits_BTW
+
+    model = untrained_decoder()
+    ids_BT = torch.arange(12).view(2, 6)
+    batch = LmBatch(ids_BT, torch.full_like(ids_BT, NOT_SCORED))
+    stock_BTW = model.logits(batch)
+    model.info = replace(model.info, hooks=model.info.hooks | {module.LOGITS})
+    with model.occupy(module.LOGITS, Doubled()):
+        assert torch.equal(model.logits(batch), 2 * stock_BTW)
+        with pytest.raises(Infeasible, match="logits is taken already"), model.occupy(module.LOGITS, Doubled()):
+            pass
+    assert torch.equal(model.logits(batch), stock_BTW)
 
 
 def test_the_tasks_answers_are_what_stands_in_the_corner(example) -> None:

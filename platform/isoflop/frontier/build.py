@@ -12,8 +12,8 @@ import numpy as np
 from isoflop.core.errors import UserError
 from isoflop.core.expressions import Array
 from isoflop.frontier.optimum import (
+    BudgetSpace,
     CostModel,
-    Space,
     at_points,
     check_spent,
     make_space,
@@ -115,7 +115,9 @@ def _budgets(budget: float | Sequence[float] | None, prices: Array) -> list[floa
     return asked
 
 
-def _menu(fit: Fit, space: Space, sizes: Sequence[float] | None, tokens: Sequence[float] | None) -> dict[str, Array]:
+def _menu(
+    fit: Fit, space: BudgetSpace, sizes: Sequence[float] | None, tokens: Sequence[float] | None
+) -> dict[str, Array]:
     """All combinations of levels, one array (C,) per variable."""
     asked = dict(zip(fit.form.variable_names, (sizes, tokens), strict=False))
     levels = []
@@ -140,7 +142,7 @@ def _menu(fit: Fit, space: Space, sizes: Sequence[float] | None, tokens: Sequenc
 def _point(
     fit: Fit,
     cost: CostModel,
-    space: Space,
+    space: BudgetSpace,
     menu: dict[str, Array],
     prices: Array,
     observed: _Observed | None,
@@ -253,7 +255,7 @@ def _decades(value: float, low: float, high: float) -> float:
     return max(0.0, math.log10(value) - math.log10(high), math.log10(low) - math.log10(value))
 
 
-def _notes(fit: Fit, values: dict[str, Array], space: Space, check: float | None) -> list[str]:
+def _notes(fit: Fit, values: dict[str, Array], space: BudgetSpace, check: float | None) -> list[str]:
     notes = []
     for v, a in values.items():
         low, high = fit.record["data"]["ranges"][v]

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from isoflop.core.errors import UserError
 from isoflop.core.expressions import Array
-from isoflop.frontier.optimum import CostModel, Space, at_points, check_spent, make_space, optimum
+from isoflop.frontier.optimum import BudgetSpace, CostModel, at_points, check_spent, make_space, optimum
 from isoflop.laws.inference import estimate_from_draws, estimate_from_rows, parameter_rows
 from isoflop.laws.render import WIDTH, number, span
 from isoflop.laws.result import Estimate, Fit, GroupedFit
@@ -197,23 +197,25 @@ def _setup(
     limits: Mapping[str, tuple[float, float]] | None,
     held: Mapping[str, float] | None,
     constants: Mapping[str, float] | None,
-) -> tuple[CostModel, Space]:
+) -> tuple[CostModel, BudgetSpace]:
     model = CostModel.build(cost, fit.form.variable_names, {"Q": q, **(constants or {})})
     return model, make_space(fit, model, limits, held)
 
 
-def _best_error(fit: Fit, cost: CostModel, space: Space, budget: float, p: Array) -> Array:
+def _best_error(fit: Fit, cost: CostModel, space: BudgetSpace, budget: float, p: Array) -> Array:
     spender, searched, _ = optimum(fit, cost, space, budget, p)
     return np.nan_to_num(at_points(fit, space, spender, searched, p), nan=np.inf)
 
 
-def _curve(fit: Fit, cost: CostModel, space: Space, budgets: Array) -> Array:
+def _curve(fit: Fit, cost: CostModel, space: BudgetSpace, budgets: Array) -> Array:
     """(1 + R, K): the estimate first, then the bootstrap samples."""
     p = parameter_rows(fit)
     return np.stack([_best_error(fit, cost, space, float(b), p) for b in budgets], axis=1)
 
 
-def _common_budgets(named: Mapping[str, Fit], setups: Mapping[str, tuple[CostModel, Space]], points: int) -> Array:
+def _common_budgets(
+    named: Mapping[str, Fit], setups: Mapping[str, tuple[CostModel, BudgetSpace]], points: int
+) -> Array:
     low, high = 0.0, math.inf
     for m, fit in named.items():
         ranges = fit.record["data"]["ranges"]
@@ -281,7 +283,7 @@ def _first_crossing(difference: Array, budgets: Array) -> float | None:
 
 def _prices(
     named: Mapping[str, Fit],
-    setups: Mapping[str, tuple[CostModel, Space]],
+    setups: Mapping[str, tuple[CostModel, BudgetSpace]],
     curves: Mapping[str, Array],
     budgets: Array,
     methods: list[str],

@@ -53,7 +53,7 @@ class CostModel:
 
 
 @dataclass(frozen=True)
-class Space:
+class BudgetSpace:
     """What may be chosen: the variable that takes up the budget, the one that is searched, and limits.
 
     Attributes:
@@ -71,7 +71,7 @@ class Space:
 
 def make_space(
     fit: Fit, cost: CostModel, limits: Mapping[str, tuple[float, float]] | None, held: Mapping[str, float] | None
-) -> Space:
+) -> BudgetSpace:
     """Free variables of the problem. The searched variable's limits default to the range of its data."""
     names, held = fit.form.variable_names, {k: float(v) for k, v in (held or {}).items()}
     for given in [*(limits or {}), *held]:
@@ -93,10 +93,10 @@ def make_space(
         if not 0 < low <= high:
             raise UserError(f"limits of {v}: {low:g} … {high:g}; allowed: 0 < low <= high")
         chosen[v] = (float(low), float(high))
-    return Space(spender, others[0] if others else None, chosen, held)
+    return BudgetSpace(spender, others[0] if others else None, chosen, held)
 
 
-def spend(cost: CostModel, space: Space, budget: float, other_K: Array) -> Array:
+def spend(cost: CostModel, space: BudgetSpace, budget: float, other_K: Array) -> Array:
     """The spender's value at which the cost equals the budget, for each value of the searched variable; nan when none."""
     low, high = space.limits[space.spender]
     values: dict[str, Array | float] = dict(space.held)
@@ -121,7 +121,9 @@ def spend(cost: CostModel, space: Space, budget: float, other_K: Array) -> Array
     return np.where(possible, np.exp(z), np.where(budget > above, high, np.nan))
 
 
-def optimum(fit: Fit, cost: CostModel, space: Space, budget: float, p_RP: Array) -> tuple[Array, Array, np.ndarray]:
+def optimum(
+    fit: Fit, cost: CostModel, space: BudgetSpace, budget: float, p_RP: Array
+) -> tuple[Array, Array, np.ndarray]:
     """(spender, searched, by_formula) (R,): the closed form wherever it holds, the numeric search elsewhere.
 
     The formulas know no limits of the spender: a row whose spender would leave them is searched.
@@ -138,7 +140,7 @@ def optimum(fit: Fit, cost: CostModel, space: Space, budget: float, p_RP: Array)
     return np.where(holds, formula[0], search[0]), np.where(holds, formula[1], search[1]), holds
 
 
-def check_spent(cost: CostModel, space: Space, budget: float, spender: float) -> None:
+def check_spent(cost: CostModel, space: BudgetSpace, budget: float, spender: float) -> None:
     """Refuse an optimum that does not exist: nothing allowed is affordable, or the cost never uses the budget up."""
     low, high = space.limits[space.spender]
     if not math.isfinite(spender):
@@ -152,7 +154,9 @@ def check_spent(cost: CostModel, space: Space, budget: float, spender: float) ->
         )
 
 
-def closed_form(fit: Fit, cost: CostModel, space: Space, budget: float, p_RP: Array) -> tuple[Array, Array] | None:
+def closed_form(
+    fit: Fit, cost: CostModel, space: BudgetSpace, budget: float, p_RP: Array
+) -> tuple[Array, Array] | None:
     """(spender, searched) (R,) by formula, when law and cost allow it; None otherwise.
 
     * product law and cost k N (Q + V): V* = beta Q/(alpha - beta) if alpha > beta, else the largest V.
@@ -192,7 +196,7 @@ def _proportional(cost: CostModel, shape: object, names: tuple[str, ...]) -> flo
     return float(ratio[0]) if np.allclose(ratio, ratio[0], rtol=1e-10) else None
 
 
-def numeric(fit: Fit, cost: CostModel, space: Space, budget: float, p_RP: Array) -> tuple[Array, Array]:
+def numeric(fit: Fit, cost: CostModel, space: BudgetSpace, budget: float, p_RP: Array) -> tuple[Array, Array]:
     """(spender, searched) (R,) by search along the iso-cost curve: a grid, then a parabola through the best three points."""
     if space.searched is None:
         n = spend(cost, space, budget, np.zeros(1))
@@ -213,7 +217,7 @@ def numeric(fit: Fit, cost: CostModel, space: Space, budget: float, p_RP: Array)
     return spend(cost, space, budget, np.exp(z)), np.exp(z)
 
 
-def refine(fit: Fit, cost: CostModel, space: Space, budget: float, searched: float) -> float:
+def refine(fit: Fit, cost: CostModel, space: BudgetSpace, budget: float, searched: float) -> float:
     """The searched variable's optimum to full precision near a first guess (one parameter vector)."""
     assert space.searched is not None
     low, high = (math.log(v) for v in space.limits[space.searched])
@@ -251,7 +255,7 @@ def _stationary(error: object, a: float, b: float, guess: float) -> float:
     return float(brentq(slope, lo, hi, xtol=1e-12))
 
 
-def at_points(fit: Fit, space: Space, spender_R: Array, searched_R: Array, p_RP: Array) -> Array:
+def at_points(fit: Fit, space: BudgetSpace, spender_R: Array, searched_R: Array, p_RP: Array) -> Array:
     """The law at one point per parameter row, (R,)."""
     x = {space.spender: spender_R[:, None], **{h: np.full((len(p_RP), 1), v) for h, v in space.held.items()}}
     if space.searched is not None:

@@ -1,4 +1,4 @@
-"""A Hugging Face cache that counts tokens and leaves keys and values to the method in the attention slot."""
+"""A Hugging Face cache that counts tokens and leaves keys and values to what sits in the attention hook."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SessionLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Count the new tokens and give them back; the attention slot adds them to what it keeps."""
+        """Count the new tokens and give them back; the occupant of attention adds them to what it keeps."""
         self.length += key_states.shape[-2]
         return key_states, value_states
 

@@ -120,12 +120,6 @@ def metered(model: Model, hook: Hook[Any]) -> Any:
     return figure if seen is not None and seen() is not None and seen() is model.occupant(hook) else None
 
 
-def _forget_cache(policy: AttentionPolicy) -> None:
-    forget = getattr(policy, "forget", None)
-    if forget is not None:
-        forget()
-
-
 def _cache_of(policy: AttentionPolicy) -> CacheReport | None:
     try:
         return policy.report()
@@ -158,7 +152,7 @@ def _trees_of(view: ByteView) -> Counts | None:
 
 
 _DIALS: dict[Hook[Any], _Dial] = {
-    ATTENTION: _Dial(_forget_cache, _cache_of),
+    ATTENTION: _Dial(lambda policy: policy.forget(), _cache_of),
     DECODER_LAYERS: _Dial(_forget_layers, _layers_of),
     VISION_BLOCKS: _Dial(_forget_blocks, _blocks_of),
     BYTE_VIEW: _Dial(_forget_trees, _trees_of),

@@ -2,7 +2,7 @@
 
 Keys are stored after RoPE, so their order inside a segment does not matter and nothing is scattered back into place.
 Every tensor that must stay resident belongs to a segment, so that bytes are counted on what is really there. Segments
-stand in ascending order of position, so that a slot's place tells whether its token is among the newest.
+stand in ascending order of position, so that an entry's place tells whether its token is among the newest.
 
 A segment may hold tokens of some key-value heads only, so that heads keep different tokens and different numbers of them
 (retrieval heads everything, the others little): each head reads the segments that cover it.
@@ -35,7 +35,7 @@ class Segment(ABC):
         positions_BGN: numbers of the tokens in the order in which they came (``AttentionCall.order_BT``), not RoPE's. They
             order queries against keys, and are stored only when a method says so: softmax itself needs no positions,
             since keys carry theirs.
-        log_bias_BGN: added to the logits: -inf for an empty slot, log n for a slot that stands for n tokens; or None.
+        log_bias_BGN: added to the logits: -inf for an empty entry, log n for an entry that stands for n tokens; or None.
         heads_G: True at the key-value heads of the layer that the segment covers, over all of them; every other tensor of
             the segment has the covered ones in their order, and nothing for the others. None for all. Which heads they are
             is known of the model, not of a request, and counts no bytes; a method that chooses anew for each prompt
@@ -48,7 +48,7 @@ class Segment(ABC):
 
     @property
     def tokens(self) -> int:
-        """N, empty slots included."""
+        """N, empty entries included."""
         return self.positions_BGN.shape[2]
 
     def query_heads(self, heads: int) -> Tensor | None:
@@ -182,7 +182,7 @@ def decode_one(q_BH1D: Tensor, segments: Sequence[Segment], scaling: float) -> T
         out_BR1D, lse_BR1 = decode_segments(q_BH1D[:, rows_H], [segment.part()], scaling)
         outs.append(_over_all_heads(out_BR1D, rows_H, 0.0))
         lses.append(_over_all_heads(lse_BR1, rows_H, float("-inf")))
-    weights = torch.stack(lses).softmax(0).nan_to_num()[..., None]  # a query without any slot gets zeros
+    weights = torch.stack(lses).softmax(0).nan_to_num()[..., None]  # a query without any entry gets zeros
     return sum(out * w for out, w in zip(outs, weights.to(q_BH1D.dtype), strict=True)).transpose(1, 2)
 
 

@@ -59,6 +59,10 @@ class WholeCache(AttentionPolicy):
         finally:
             self._held = None
 
+    def forget(self) -> None:
+        """See ``AttentionPolicy``."""
+        self._bytes = {}
+
     def report(self) -> CacheReport:
         """Bytes of the last session, padding included; what is stored is what is read.
 
@@ -74,4 +78,4 @@ class WholeCache(AttentionPolicy):
         assert self._held is not None
         segment = self._held[call.layer]
         now = stored_bytes((segment.k_BGND, segment.v_BGND), self._dense_bits) / call.q_BHTD.shape[0]
-        self._bytes[call.layer] = (now if first else self._bytes[call.layer][0], now)
+        self._bytes[call.layer] = (now if first else self._bytes.get(call.layer, (now, now))[0], now)

@@ -47,7 +47,7 @@ class ReaderGate(IsoflopError):
 class PromptQa(Task):
     """Answer a question about one fact among many; an example's error is 0 where every token of the answer is right.
 
-    The method in the slot ``context`` gets question and documents and returns the text that the reader is shown. The job
+    The method in the hook ``prompt_text`` gets question and documents and returns the text that the reader is shown. The job
     fails where the reader answers less than ``gate`` of the first questions with whole documents. Secondary metrics:
     ``nll`` of the answer in nats, ``answer_kept`` (the answer's word is still there), ``evidence_kept`` (share of the
     answering sentence's characters), ``prompt_tokens`` (as the reader cuts them, question and heading included).

@@ -46,6 +46,9 @@ class CausalAttention(AttentionPolicy):
         """Of the prompt alone: there is no cache to go on from."""
         yield
 
+    def forget(self) -> None:
+        """There is nothing to forget."""
+
     def report(self) -> CacheReport:
         """Nothing."""
         return CacheReport(0.0, 0.0, 0.0, 0.0, 0.0)

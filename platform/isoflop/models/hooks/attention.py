@@ -113,7 +113,15 @@ class AttentionPolicy(Occupant):
 
     @abstractmethod
     def report(self) -> CacheReport:
-        """Bytes of the last one-pass evaluation, or of the session so far."""
+        """Bytes of the last one-pass evaluation, or of the session so far.
+
+        Raises:
+            ValueError: nothing has been compressed, or nothing since ``forget``.
+        """
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Nothing has been run yet, as far as ``report`` knows; a session goes on. Meters call it when they open."""
 
 
 class AttentionHook(Hook[AttentionPolicy]):

@@ -140,8 +140,8 @@ def draw_filler(rng: np.random.Generator) -> str:
     text = FILLER[int(rng.integers(len(FILLER)))]
     attribute = _one(rng, tuple(VALUES))
     fixed = {"entity": ENTITIES, "attribute": tuple(VALUES), "value": VALUES[attribute], "number": NUMBERS}
-    for slot, words in {**fixed, "adjective": ADJECTIVES, "verb": VERBS}.items():
-        text = text.replace("{" + slot + "}", _one(rng, words))
+    for place, words in {**fixed, "adjective": ADJECTIVES, "verb": VERBS}.items():
+        text = text.replace("{" + place + "}", _one(rng, words))
     while "{noun}" in text:
         text = text.replace("{noun}", _one(rng, NOUNS), 1)
     return text

@@ -20,7 +20,7 @@ import numpy as np
 
 from isoflop.core.errors import UserError, unknown
 from isoflop.core.expressions import Array
-from isoflop.frontier.optimum import CostModel, Space, spend
+from isoflop.frontier.optimum import BudgetSpace, CostModel, spend
 
 _CURVE = 48  # points of an iso-cost curve; a parabola refines the best of them
 
@@ -152,7 +152,7 @@ class Curve:
         low, high = limits.get(searched, ranges[searched]) if searched else (1.0, 1.0)
         z = np.linspace(math.log(low), math.log(high), _CURVE if high > low else 1)
         size = limits.get(spender, (1e-12, 1e30))
-        space = Space(spender, searched, {spender: size, **({searched: (low, high)} if searched else {})}, {})
+        space = BudgetSpace(spender, searched, {spender: size, **({searched: (low, high)} if searched else {})}, {})
         spent = spend(model, space, budget, np.exp(z))
         keep = np.isfinite(spent)
         if not keep.any():

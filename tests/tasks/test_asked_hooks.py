@@ -1,4 +1,4 @@
-"""Methods that act through a slot of the model are refused by tasks that never look at it."""
+"""Methods that act through a hook are refused by tasks that never look at it."""
 
 from __future__ import annotations
 
