@@ -44,7 +44,7 @@ class Axes:
     ratio: float | None = None
 
     @property
-    def V(self) -> float | None:  # noqa: N802: as in laws
+    def V(self) -> float | None:  # noqa: N802
         """Visual tokens, mean over the decoder layers."""
         if isinstance(self.visual_tokens, tuple):
             return sum(self.visual_tokens) / len(self.visual_tokens)

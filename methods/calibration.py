@@ -13,7 +13,8 @@ from typing import Any
 
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Method
-from isoflop.models.base import Model, ModelInfo, family_of
+from isoflop.models.base import Model, ModelInfo
+from isoflop.models.family import family_of
 
 
 @dataclass(frozen=True)

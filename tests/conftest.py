@@ -49,7 +49,7 @@ def _own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def toy_parts() -> Iterator[ModuleType]:
     """The toy world (tests/engine/toy_parts.py), registered for the tests of one module and then forgotten."""
     from isoflop.methods.base import METHODS
-    from isoflop.models.base import FAMILIES
+    from isoflop.models.family import FAMILIES
     from isoflop.tasks.base import TASKS
 
     for registry in (METHODS, FAMILIES, TASKS):

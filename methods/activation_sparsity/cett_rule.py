@@ -26,7 +26,8 @@ from isoflop.methods.activation_sparsity.rules import at_least
 from isoflop.methods.base import METHODS, Method
 from isoflop.methods.bisection import largest_allowed
 from isoflop.methods.calibration import OnModel
-from isoflop.models.base import ModelInfo, family_of
+from isoflop.models.base import ModelInfo
+from isoflop.models.family import family_of
 from isoflop.models.hooks.feed_forward import Mlp
 
 MOST_CETT = 0.95

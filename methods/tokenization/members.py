@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.stage import Stage, StageContext
-from isoflop.models.base import ModelInfo, family_of
+from isoflop.models.base import ModelInfo
 from isoflop.models.byte_trees.segmentations import Segmentations
+from isoflop.models.family import family_of
 from isoflop.models.hooks.byte_view import SegmentationsStage, segmentations_of
 from isoflop.models.lm import LmModel
 

@@ -21,7 +21,7 @@ from isoflop.methods.base import build
 from isoflop.methods.codecs.base import ImageCodecMethod
 from isoflop.methods.codecs.one_d_piece import TokenCodec
 from isoflop.methods.vit_tokens.probe import untrained_model
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.models.hooks.pixels import PIXELS, ImageCodec
 from isoflop.models.networks.image_tokenizer import Tokenizer
 from isoflop.tasks.base import TASKS

@@ -15,7 +15,7 @@ from torch import Tensor
 from isoflop.methods.budgets import BudgetSampler
 from isoflop.methods.codecs.one_d_piece import OneDPiece, contributions
 from isoflop.methods.codecs.tokenizer_training import Recipe, TokenizerLesson, Trainer
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.models.networks.image_tokenizer import Tokenizer, TokenizerSize
 from isoflop.models.training.loop import descend
 from isoflop.models.worlds.sprite_world import ImageSet

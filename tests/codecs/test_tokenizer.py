@@ -11,7 +11,7 @@ from torch import Tensor
 
 from isoflop.methods.codecs.one_d_piece import OneDPiece
 from isoflop.methods.codecs.tokenizer_training import Recipe, TokenizerLesson, Trainer, lessons
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.models.networks.image_tokenizer import Tokenizer, from_patches, to_patches
 from isoflop.models.networks.quantizers import COMMITMENT
 from isoflop.models.worlds.sprite_world import ImageSet

@@ -15,7 +15,7 @@ from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import METHODS, build
 from isoflop.methods.data_selection.base import DataSelectionMethod, scored
 from isoflop.methods.data_selection.scorers import DocumentScorer, OracleScorer
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.models.worlds.text_domains import DOMAINS
 from isoflop.models.worlds.text_pool import Document, Text
 

@@ -13,7 +13,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.folder_context import FolderContext
 from isoflop.jobs.job import Job, MethodSpec, ResolvedJob
 from isoflop.methods.base import Method, build
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.models.lm import LmInfo, LmModel
 from isoflop.models.worlds.text_domains import DOMAINS, REPEATED, DomainsStage, _shingles, domain_of
 

@@ -26,7 +26,8 @@ from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob, check_knobs
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import METHODS, Axes, Method
-from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo
+from isoflop.models.base import Model, ModelInfo
+from isoflop.models.family import FAMILIES, ModelFamily
 from isoflop.tasks.base import TASKS, Shard, Task
 
 SIZES = {"toy/s": 1_000, "toy/m": 4_000, "toy/l": 16_000, "toy/xl": 64_000}

@@ -16,7 +16,8 @@ import toy_parts
 from isoflop.core.local_processes import run_local_processes
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Method
-from isoflop.models.base import FAMILIES, ModelInfo
+from isoflop.models.base import ModelInfo
+from isoflop.models.family import FAMILIES
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ SECONDS = 120.0
 @pytest.fixture(scope="module")
 def crowd_parts(toy_parts: ModuleType, here: None) -> Iterator[None]:
     """The crowd family, registered for the tests of this module."""
-    from isoflop.models.base import FAMILIES
+    from isoflop.models.family import FAMILIES
 
     importlib.import_module("crowd_parts")
     yield

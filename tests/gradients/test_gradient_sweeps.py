@@ -10,7 +10,7 @@ import pytest
 import isoflop
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.methods.base import Method, build
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.models.tiny.lm_training import TextStage
 
 REF = "tiny-lm/text-d64"

@@ -13,7 +13,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.methods.kv_cache.base import CompressedCache
 from isoflop.methods.kv_cache.full_cache import FullCache
 from isoflop.methods.kv_cache.probe import KvCacheProbe
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.models.hooks.attention import ATTENTION
 
 SHAPE: dict[str, Any] = {

@@ -13,7 +13,8 @@ from toys import HalfTheSamples, Nested, SkipsLayers, Slims, Stages
 from isoflop.core.errors import Infeasible
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import Method, build
-from isoflop.models.base import Checkpoint, Model, ModelInfo, family_of
+from isoflop.models.base import Checkpoint, Model, ModelInfo
+from isoflop.models.family import family_of
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.residual import RESIDUAL
 from isoflop.models.hooks.vision_blocks import VISION_BLOCKS

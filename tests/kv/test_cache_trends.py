@@ -9,7 +9,7 @@ import pytest
 
 from isoflop.methods.base import build
 from isoflop.methods.kv_cache.base import KvCacheMethod
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.tasks.base import TASKS
 from isoflop.testing import FolderContext
 

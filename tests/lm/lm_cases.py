@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from isoflop.core.folder_context import FolderContext
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.models.lm import LmInfo, LmModel
 
 RECALL, TEXT = "tiny-lm/recall-d128x4", "tiny-lm/text-d64"

@@ -13,7 +13,7 @@ import transformers
 from isoflop.core.errors import Infeasible
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import build
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.vlm import VlmBatch, VlmInfo, VlmModel
 

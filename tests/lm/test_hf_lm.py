@@ -14,7 +14,7 @@ from lm_cases import RECALL, TEXT
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import build
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.models.lm import LmBatch, LmInfo, LmModel
 from isoflop.tasks.base import TASKS
 

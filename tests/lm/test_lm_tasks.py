@@ -17,7 +17,7 @@ from isoflop.core.folder_context import FolderContext
 from isoflop.core.knobs import check_knobs
 from isoflop.methods.base import METHODS, build
 from isoflop.methods.kv_cache.base import KvCacheMethod
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
 from isoflop.models.worlds.english import EnglishStage
 from isoflop.tasks.base import TASKS, Shard, Task

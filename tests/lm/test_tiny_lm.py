@@ -14,7 +14,7 @@ from lm_cases import FEW_STEPS, RECALL, TEXT, trained
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import build
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.matrices import MATRICES
 from isoflop.models.lm import LmModel

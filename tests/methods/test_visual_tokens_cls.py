@@ -15,7 +15,7 @@ from isoflop.methods.selection import top_places
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
 from isoflop.methods.visual_tokens.select import lattice
 from isoflop.methods.visual_tokens.vtc_cls import VtcCls
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.models.features import Vision, attention_in
 from isoflop.models.vlm import expand_placeholders, places_kept
 from isoflop.models.worlds import digit_world as world

@@ -16,8 +16,8 @@ from isoflop.methods.budgets import BudgetSampler
 from isoflop.methods.calibration import OnModel
 from isoflop.methods.visual_tokens.mqt import Mqt, Resampler, resized, sine_table
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
-from isoflop.models.base import family_of
 from isoflop.models.counting import flops_of
+from isoflop.models.family import family_of
 from isoflop.models.tiny.llava_training import CellStage
 from isoflop.models.vlm import VlmModel
 from isoflop.tasks.base import TASKS

@@ -13,8 +13,9 @@ import torch
 
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.methods.base import Method, build
-from isoflop.models.base import Checkpoint, family_of
+from isoflop.models.base import Checkpoint
 from isoflop.models.checkpoints.hf import locate
+from isoflop.models.family import family_of
 from isoflop.models.hooks.vision_blocks import VISION_BLOCKS, BlockRun, TokenReduction
 from isoflop.models.tiny.llava_training import CellStage, Recipe
 from isoflop.models.training.frozen import CompressorStage

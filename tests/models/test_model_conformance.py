@@ -11,7 +11,8 @@ import torch
 
 from isoflop.core.errors import UserError
 from isoflop.core.stage import Stage
-from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo
+from isoflop.models.base import Model, ModelInfo
+from isoflop.models.family import FAMILIES, ModelFamily
 from isoflop.models.hooks.pixels import PIXELS
 from isoflop.models.hooks.residual import RESIDUAL
 from isoflop.models.tiny.vit import TinyVit

@@ -10,7 +10,7 @@ import torch
 
 from isoflop.core.errors import UserError
 from isoflop.methods.visual_tokens.probe import untrained_model
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.sweep.resolve import resolve
 
 

@@ -10,7 +10,8 @@ import torch
 
 from isoflop.core.errors import Infeasible
 from isoflop.methods.base import build
-from isoflop.models.base import Checkpoint, family_of
+from isoflop.models.base import Checkpoint
+from isoflop.models.family import family_of
 from isoflop.models.tiny import vision as tiny_vision
 from isoflop.models.tiny.llava_training import Recipe, recipe_fields
 from isoflop.models.training.frozen import CompressorStage

@@ -9,7 +9,7 @@ from transformers import LlavaForConditionalGeneration
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.stage import walk
 from isoflop.methods.base import build
-from isoflop.models.base import FAMILIES, family_of
+from isoflop.models.family import FAMILIES, family_of
 from isoflop.models.tiny.llava_config import SIZES, initialise, llava_config
 from isoflop.models.vlm import VlmInfo
 

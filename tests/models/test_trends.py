@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from isoflop.methods.base import build
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.tasks.base import TASKS
 from isoflop.testing import FolderContext
 

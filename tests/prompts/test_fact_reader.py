@@ -10,7 +10,7 @@ import torch
 
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.prompts.probe import untrained_reader
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.matrices import MATRICES
 from isoflop.models.hooks.prompt_text import PROMPT_TEXT, joined, token_ids

@@ -19,8 +19,8 @@ from isoflop.methods.prompts.base import PromptMethod
 from isoflop.methods.prompts.classifier import ClassifierStage, TokenClassifier
 from isoflop.methods.prompts.selective_context import self_information
 from isoflop.methods.prompts.units import words_of
-from isoflop.models.base import family_of
 from isoflop.models.counting import flops_of
+from isoflop.models.family import family_of
 from isoflop.models.hooks.prompt_text import PROMPT_TEXT, joined, prompt_of
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
 from isoflop.models.prompting import alike, answer_batch, tokenised

@@ -15,7 +15,7 @@ from isoflop.core.folder_context import FolderContext
 from isoflop.methods.activation_sparsity.base import Rule, Sparsity
 from isoflop.methods.activation_sparsity.calibration import Calibration, Crossed
 from isoflop.methods.activation_sparsity.cett_rule import CETT_TOLERANCE, SparsingLaw, cett_rules
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.models.hooks.feed_forward import FEED_FORWARD, mlps_of
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
 

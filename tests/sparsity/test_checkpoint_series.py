@@ -17,7 +17,7 @@ from isoflop.core.stage import walk
 from isoflop.jobs.job import Job, MethodSpec, ResolvedJob
 from isoflop.methods.activation_sparsity.calibration import CettStage, Thresholds, ThresholdStage
 from isoflop.methods.activation_sparsity.cett_rule import SparsingLaw
-from isoflop.models.base import family_of, split_ref
+from isoflop.models.family import family_of, split_ref
 from isoflop.models.lm import LmInfo, LmModel
 from isoflop.models.tiny.lm_training import TextRecipe, TextSeriesStage
 from isoflop.sweep.resolve import resolve

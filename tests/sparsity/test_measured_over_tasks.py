@@ -16,7 +16,7 @@ from isoflop.core.folder_context import FolderContext
 from isoflop.methods.activation_sparsity.fat import MlpFat
 from isoflop.methods.activation_sparsity.probe import ActivationProbe
 from isoflop.methods.base import build
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.models.hooks.feed_forward import FEED_FORWARD, mlps_of
 from isoflop.models.lm import LmModel
 from isoflop.models.prompting import answer_batch

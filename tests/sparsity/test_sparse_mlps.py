@@ -32,7 +32,7 @@ from isoflop.methods.activation_sparsity.base import Sparsity
 from isoflop.methods.activation_sparsity.probe import ActivationProbe
 from isoflop.methods.activation_sparsity.rules import nonzero, top_of_each, units_kept
 from isoflop.methods.base import build
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.models.hooks.experts import EXPERTS
 from isoflop.models.hooks.feed_forward import FEED_FORWARD, mlps_of
 from isoflop.models.lm import LmBatch, LmModel

@@ -426,7 +426,7 @@ def test_a_list_of_nothing_is_called_empty() -> None:
 
 
 def test_an_option_in_a_reference_that_is_no_number_is_refused_in_one_line() -> None:
-    from isoflop.models.base import family_of
+    from isoflop.models.family import family_of
 
     with pytest.raises(UserError, match="lr"):
         family_of("tiny-lm/text-d64?lr=nan").info("tiny-lm/text-d64?lr=nan", {})

@@ -9,7 +9,7 @@ import pytest
 
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.methods.base import METHODS, build
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.search.law.axes import AxisSpec
 from isoflop.sweep.law_axes import axes_of, planned_axes
 from isoflop.sweep.resolve import resolve

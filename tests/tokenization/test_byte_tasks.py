@@ -20,9 +20,9 @@ from isoflop.methods.tokenization.byte_healing import HealedView
 from isoflop.methods.tokenization.byte_probs import ExactView
 from isoflop.methods.tokenization.members import MembersStage, parse_members
 from isoflop.methods.tokenization.probe import TokenizationProbe
-from isoflop.models.base import family_of
 from isoflop.models.byte_trees.tree import NO_BYTE
 from isoflop.models.byte_trees.vocabulary import ByteSegmenter, Segmenter, completions
+from isoflop.models.family import family_of
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.byte_view import BYTE_VIEW, ByteText, TokenView
 from isoflop.models.lm import LmModel

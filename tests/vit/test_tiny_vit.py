@@ -13,8 +13,8 @@ import torch
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.methods.base import build
 from isoflop.methods.vit_tokens.probe import untrained_model
-from isoflop.models.base import family_of
 from isoflop.models.checkpoints import vit as vit_hf
+from isoflop.models.family import family_of
 from isoflop.models.tiny.vit_config import SIZES, vit_config
 from isoflop.models.tiny.vit_training import BACKGROUND, Recipe, lessons, patch_labels, train
 from isoflop.models.vit import VitModel

@@ -200,7 +200,7 @@ def test_a_rank_beyond_the_matrices_is_refused() -> None:
 
 
 def test_one_pair_of_stages_serves_every_budget() -> None:
-    from isoflop.models.base import family_of
+    from isoflop.models.family import family_of
 
     family = family_of("tiny-llava/d24")
     info = family.info("tiny-llava/d24", {})

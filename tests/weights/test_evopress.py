@@ -32,7 +32,8 @@ from isoflop.methods.weights.space import Levels, LevelSpace
 from isoflop.methods.weights.sparsegpt import SparseGpt
 from isoflop.methods.weights.views import LinearView, linear_views
 from isoflop.methods.weights.wanda import Wanda
-from isoflop.models.base import Model, family_of
+from isoflop.models.base import Model
+from isoflop.models.family import family_of
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
 
 SMALL: dict[str, Any] = {"generations": 6, "offspring": 6, "survivors": 4, "n_search": 8, "examples": 1, "n_calib": 16}

@@ -20,7 +20,8 @@ from isoflop.methods.weights.fitness import Fitness
 from isoflop.methods.weights.search_base import Found
 from isoflop.methods.weights.space import Levels
 from isoflop.methods.weights.views import linear_views, replaceable
-from isoflop.models.base import Model, family_of
+from isoflop.models.base import Model
+from isoflop.models.family import family_of
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.matrices import MATRICES
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel

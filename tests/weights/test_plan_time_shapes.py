@@ -15,7 +15,8 @@ from isoflop.methods.base import build
 from isoflop.methods.visual_tokens.probe import untrained_model
 from isoflop.methods.vit_tokens.probe import untrained_model as untrained_vit
 from isoflop.methods.weights.views import linear_views
-from isoflop.models.base import Model, family_of
+from isoflop.models.base import Model
+from isoflop.models.family import family_of
 from isoflop.models.hooks.matrices import matrix_shapes
 from isoflop.models.tiny.lm_config import TEXT_SIZES, lm_config
 

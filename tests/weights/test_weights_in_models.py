@@ -16,7 +16,7 @@ from isoflop.jobs.runner import merge_footprints
 from isoflop.methods.base import build
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
 from isoflop.methods.weights.views import linear_views
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.models.hooks.attention import CacheReport
 from isoflop.models.hooks.visual_tokens import VISUAL_TOKENS
 from isoflop.models.vlm import VlmModel

@@ -17,7 +17,8 @@ from isoflop.core.errors import unknown
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import METHODS, Method
-from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo
+from isoflop.models.base import Model, ModelInfo
+from isoflop.models.family import FAMILIES, ModelFamily
 from isoflop.models.training.taught import Taught
 from isoflop.tasks.base import TASKS, Shard, Task
 

@@ -14,7 +14,7 @@ from isoflop.core.errors import unknown
 from isoflop.core.hook import names_of
 from isoflop.core.knobs import KnobSpec, knob_specs
 from isoflop.methods.base import METHODS
-from isoflop.models.base import FAMILIES
+from isoflop.models.family import FAMILIES
 from isoflop.search import STRATEGIES
 from isoflop.tasks.base import TASKS
 

@@ -12,7 +12,8 @@ from isoflop.core.hashing import content_hash
 from isoflop.core.knobs import KnobValue, check_knobs, frozen
 from isoflop.core.stage import Stage, walk
 from isoflop.methods.base import METHODS, Method, build
-from isoflop.models.base import ModelFamily, ModelInfo, family_of
+from isoflop.models.base import ModelInfo
+from isoflop.models.family import ModelFamily, family_of
 from isoflop.models.training.taught import one_per_hook
 from isoflop.tasks.base import TASKS, Task
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from isoflop.core.errors import UserError
 from isoflop.methods.base import Method, build
-from isoflop.models.base import ModelInfo, family_of
+from isoflop.models.base import ModelInfo
+from isoflop.models.family import family_of
 from isoflop.search import Config, Param
 from isoflop.search.law.axes import AxisSpec
 from isoflop.sweep.resolved import Sweep

@@ -12,7 +12,7 @@ from isoflop.core.knobs import KnobSpec, check_knobs, frozen, grid_value
 from isoflop.core.yaml_source import KeyPath, Source
 from isoflop.jobs import ResolvedJob
 from isoflop.methods.base import METHODS, method_knobs
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.search import Branch, Config, Param, SearchSpace, Zip
 from isoflop.search.space import MAX_GRID, Exclusion, Value
 from isoflop.sweep import columns

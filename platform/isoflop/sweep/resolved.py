@@ -15,7 +15,7 @@ from isoflop.core.yaml_source import Source
 from isoflop.jobs import Job, MethodSpec
 from isoflop.jobs.job import versions_of
 from isoflop.methods.base import METHODS
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.search import Config, SearchSpace, Strategy
 from isoflop.sweep.spec import SweepSpec
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from isoflop.core.knobs import KnobSpec, knob_specs, shown
 from isoflop.methods.base import METHODS
-from isoflop.models.base import FAMILIES
+from isoflop.models.family import FAMILIES
 from isoflop.search import STRATEGIES
 from isoflop.sweep.spec import SweepSpec
 from isoflop.tasks.base import TASKS

@@ -9,7 +9,7 @@ from typing import Any
 from isoflop.core.errors import UserError
 from isoflop.core.yaml_source import Source
 from isoflop.ledger import Store
-from isoflop.models.base import family_of
+from isoflop.models.family import family_of
 from isoflop.search import STRATEGIES, Aim, Problem, Proposer, Strategy, make_pruner
 from isoflop.search.options import Where
 from isoflop.sweep.blocks import COMMON_SEARCH_KEYS

@@ -30,7 +30,8 @@ from isoflop.core.errors import unknown
 from isoflop.core.hashing import content_hash
 from isoflop.methods.base import METHODS, Method
 from isoflop.methods.probe import Probe
-from isoflop.models.base import FAMILIES, Model, family_of
+from isoflop.models.base import Model
+from isoflop.models.family import FAMILIES, family_of
 from isoflop.models.worlds.english import python_release
 from isoflop.tasks.base import TASKS, Task
 from isoflop.testing.configurations import at_default, ladder

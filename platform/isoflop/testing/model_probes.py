@@ -22,8 +22,9 @@ from isoflop.core.hook import Hook
 from isoflop.methods.codecs.probe import CodecProbe
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
 from isoflop.methods.visual_tokens.probe import untrained_model as untrained_vlm
-from isoflop.models.base import Model, ModelInfo, family_of, split_ref
+from isoflop.models.base import Model, ModelInfo
 from isoflop.models.checkpoints.hf import FAMILY as HF
+from isoflop.models.family import family_of, split_ref
 from isoflop.models.hooks.occupant import Occupant
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
 from isoflop.models.tiny.fact_reader import WORDS, WordTokenizer

@@ -24,7 +24,8 @@ import torch
 
 from isoflop.core.errors import Infeasible, UserError, nearest
 from isoflop.core.hook import Hook
-from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo
+from isoflop.models.base import Model, ModelInfo
+from isoflop.models.family import FAMILIES, ModelFamily
 from isoflop.models.hooks.occupant import Occupant
 from isoflop.testing.model_probes import ModelProbe, model_probe
 from isoflop.testing.neutral import neutral

@@ -19,11 +19,12 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import content_hash
 from isoflop.core.knobs import check_knobs
 from isoflop.core.stage import Stage, StageContext
-from isoflop.models.base import FAMILIES, Model, ModelFamily, ModelInfo, without_defaults
+from isoflop.models.base import Model, ModelInfo
 from isoflop.models.checkpoints import llava as hf_llava
 from isoflop.models.checkpoints import lm as hf_lm
 from isoflop.models.checkpoints import vit as vit_hf
 from isoflop.models.checkpoints.source import FAMILY, Content, Options, architecture_of, content_of, locate, read_config
+from isoflop.models.family import FAMILIES, ModelFamily, without_defaults
 from isoflop.models.lm import LmInfo
 from isoflop.models.vit import VitInfo
 

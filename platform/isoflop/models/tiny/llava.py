@@ -11,7 +11,8 @@ from isoflop.core.errors import unknown
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import check_knobs
 from isoflop.core.stage import Stage, StageContext
-from isoflop.models.base import FAMILIES, Checkpoint, Model, ModelFamily, ModelInfo, without_defaults
+from isoflop.models.base import Checkpoint, Model, ModelInfo
+from isoflop.models.family import FAMILIES, ModelFamily, without_defaults
 from isoflop.models.features import FeaturesStage, LayerKey, vision_of
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.decoder_layers import DECODER_LAYERS

@@ -28,7 +28,8 @@ from isoflop.core.hashing import content_hash
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import check_knobs, knob_specs
 from isoflop.core.stage import Stage, StageContext
-from isoflop.models.base import FAMILIES, Checkpoint, Model, ModelFamily, ModelInfo, split_ref, without_defaults
+from isoflop.models.base import Checkpoint, Model, ModelInfo
+from isoflop.models.family import FAMILIES, ModelFamily, split_ref, without_defaults
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.byte_view import BYTE_VIEW
 from isoflop.models.hooks.documents import DOCUMENTS, DocumentChooser

@@ -13,8 +13,9 @@ from isoflop.core.hashing import content_hash
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import check_knobs
 from isoflop.core.stage import Stage, StageContext
-from isoflop.models.base import FAMILIES, Checkpoint, Model, ModelFamily, ModelInfo, without_defaults
+from isoflop.models.base import Checkpoint, Model, ModelInfo
 from isoflop.models.checkpoints import vit as vit_hf
+from isoflop.models.family import FAMILIES, ModelFamily, without_defaults
 from isoflop.models.hooks.vision_blocks import VISION_BLOCKS
 from isoflop.models.tiny.vit_config import SIZES, vit_config
 from isoflop.models.tiny.vit_training import Recipe, VitStage, vit_course

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import derive_seed
 from isoflop.core.stage import Stage, StageContext
-from isoflop.models.base import Checkpoint, family_of
+from isoflop.models.base import Checkpoint
+from isoflop.models.family import family_of
 from isoflop.models.features import FeaturesStage, LayerKey
 from isoflop.models.hooks.visual_tokens import (
     VISUAL_TOKENS,

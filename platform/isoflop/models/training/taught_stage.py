@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from isoflop.core.stage import Stage, StageContext
-from isoflop.models.base import Checkpoint, ModelInfo, family_of
+from isoflop.models.base import Checkpoint, ModelInfo
+from isoflop.models.family import family_of
 from isoflop.models.training.loop import Keeper
 from isoflop.models.training.taught import TRAINED, Taught
 from isoflop.models.training.teaching import Pupil, Teaching
