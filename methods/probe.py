@@ -41,7 +41,7 @@ class Probe(ABC):
         model: loaded, in evaluation mode, with fixed untrained weights.
         ctx: the stage context that is handed to ``footprint``.
         examples: how many examples ``outputs`` knows.
-        exact: at ratio 1 the outputs must be bit-equal; False where the hook point itself adds up in another order.
+        exact: at ratio 1 the outputs must be bit-equal; False where the hook itself adds up in another order.
     """
 
     model: Model

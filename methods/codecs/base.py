@@ -42,7 +42,7 @@ class ImageCodecMethod(Method):
         """
 
     def check(self, info: ModelInfo) -> None:
-        """Refuse models without the hook point."""
+        """Refuse models without the hook."""
         super().check(info)
         codec_info(info)
 

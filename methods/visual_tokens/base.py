@@ -82,7 +82,7 @@ class VisualTokenMethod(Method):
         return Axes(visual_tokens=float(left), ratio=geometry["visual_tokens"] / left)
 
     def check(self, info: ModelInfo) -> None:
-        """Refuse models without the hook point, and knobs that the patch grid rules out."""
+        """Refuse models without the hook, and knobs that the patch grid rules out."""
         super().check(info)
         self.tokens_left(vlm_info(info).geometry["grid"])
 

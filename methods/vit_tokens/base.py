@@ -127,7 +127,7 @@ class VitTokenMethod(Method):
         return Axes(ratio=model_macs(geometry, (0,) * geometry["layers"]) / planned)
 
     def check(self, info: ModelInfo) -> None:
-        """Refuse models without the hook point, and schedules that they rule out."""
+        """Refuse models without the hook, and schedules that they rule out."""
         super().check(info)
         self.plan(vit_info(info))
 

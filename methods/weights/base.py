@@ -47,7 +47,7 @@ class WeightMethod(Method):
     hooks: ClassVar[tuple[Hook[Any], ...]] = (MATRICES,)
 
     def check(self, info: ModelInfo) -> None:
-        """Refuse models without the hook point, and knobs that the matrices' sizes rule out, as far as they are known."""
+        """Refuse models without the hook, and knobs that the matrices' sizes rule out, as far as they are known."""
         super().check(info)
         for rows, cols, _ in known_matrices(info):
             self.check_shape(rows, cols)

@@ -1,4 +1,4 @@
-"""The hook point inside vision blocks: nothing changes by itself, nothing is left behind, and it sees what attention sees."""
+"""The hook inside vision blocks: nothing changes by itself, nothing is left behind, and it sees what attention sees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model is to the rest of isoflop: a reference, a size N, hook points, and how its weights come to be."""
+"""What a model is to the rest of isoflop: a reference, a size N, hooks, and how its weights come to be."""
 
 from __future__ import annotations
 

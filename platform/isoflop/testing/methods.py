@@ -99,7 +99,7 @@ def check_knob_errors(cls: type[Method], probe: Probe) -> None:
 
 
 def check_impossible_knobs(cls: type[Method], probe: Probe) -> None:
-    """A configuration the model rules out raises Infeasible naming the knob; so does a model without the hook point."""
+    """A configuration the model rules out raises Infeasible naming the knob; so does a model without the hook."""
     ratio = ratio_knob(cls)
     if ratio is not None:
         for value in candidates(ratio):
@@ -110,7 +110,7 @@ def check_impossible_knobs(cls: type[Method], probe: Probe) -> None:
             refused(partial(_enter, method, probe), Infeasible, ratio.name, f"applying {ratio.name} = {value!r}")
     if cls.needs or cls.hooks:
         bare = dataclasses.replace(probe.model.info, hooks=frozenset(), offers=frozenset())
-        refused(partial(at_default(cls, probe).check, bare), Infeasible, cls.name, "a model without the hook point")
+        refused(partial(at_default(cls, probe).check, bare), Infeasible, cls.name, "a model without the hook")
 
 
 def check_identity(cls: type[Method], probe: Probe) -> None:
