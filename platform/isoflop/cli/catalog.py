@@ -13,7 +13,7 @@ from isoflop.cli.common import console, emit, grid, json_option
 from isoflop.core.errors import unknown
 from isoflop.core.hook import names_of
 from isoflop.core.knobs import KnobSpec, knob_specs
-from isoflop.methods.base import METHODS
+from isoflop.methods.base import METHODS, Method
 from isoflop.models.family import FAMILIES
 from isoflop.search import STRATEGIES
 from isoflop.tasks.base import TASKS
@@ -77,6 +77,8 @@ def methods_command(
             "family": c.family,
             "paper": c.paper,
             "version": c.version,
+            "hooks": names_of(c.hooks),
+            "trains_model": c.trains_model,
             "knobs": [_knob_dict(k) for k in knob_specs(c).values()],
         }
         for n, c in found
@@ -127,7 +129,8 @@ def _document(name: str, cls: type, as_json: bool) -> None:
         "name": name,
         "doc": doc,
         "knobs": knobs,
-        **{k: getattr(cls, k) for k in ("family", "paper", "version") if hasattr(cls, k)},
+        **{k: getattr(cls, k) for k in ("family", "paper", "version", "trains_model") if hasattr(cls, k)},
+        **({"hooks": names_of(cls.hooks)} if issubclass(cls, Method) else {}),
     }
 
     def human() -> None:
@@ -135,6 +138,9 @@ def _document(name: str, cls: type, as_json: bool) -> None:
         head = " · ".join(str(data[k]) for k in ("family", "paper") if data.get(k))
         out.print(f"[bold]{name}[/bold]  {head}\n")
         out.print(_flowing(doc), markup=False)
+        if issubclass(cls, Method) and cls.hooks:
+            trained = "; takes part in training models that are trained here" if cls.trains_model else ""
+            out.print(f"\nActs at {', '.join(names_of(cls.hooks))}{trained}.")
         if knobs:
             rows = [
                 (k["name"] + ("*" if k["ratio"] else ""), k["type"], k["default"], k["allowed"], k["doc"])
