@@ -44,7 +44,7 @@ class Axes:
     ratio: float | None = None
 
     @property
-    def V(self) -> float | None:  # noqa: N802
+    def V(self) -> float | None:
         """Visual tokens, mean over the decoder layers."""
         if isinstance(self.visual_tokens, tuple):
             return sum(self.visual_tokens) / len(self.visual_tokens)
