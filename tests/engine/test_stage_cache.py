@@ -117,6 +117,33 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert not left.exists()
 
 
+@dataclass(frozen=True)
+class Long(Stage):
+    """Counts to three in its scratch folder; is stopped behind the first step."""
+
+    stop: bool = True
+
+    def compute(self, ctx: StageContext, folder: Path) -> None:
+        done = ctx.scratch(self) / "done"
+        begun = int(done.read_text()) if done.exists() else 0
+        for step in range(begun, 3):
+            done.write_text(str(step + 1))
+            if step == 0:
+                raise KeyboardInterrupt
+        (folder / "begun").write_text(str(begun))
+
+    def load(self, ctx: StageContext, folder: Path) -> int:
+        return int((folder / "begun").read_text())
+
+
+def test_a_stage_that_is_stopped_finds_its_scratch_folder_again_and_leaves_none(tmp_path: Path) -> None:
+    stage = Long()
+    with pytest.raises(KeyboardInterrupt):
+        StageCache(tmp_path).ensure(stage)
+    assert StageCache(tmp_path).get(stage) == 1
+    assert [p.name for p in StageCache(tmp_path).root.iterdir() if p.is_dir()] == [stage.key]
+
+
 def test_files_travel_to_another_host(tmp_path: Path) -> None:
     here, there = StageCache(tmp_path / "a"), StageCache(tmp_path / "b")
     stage = Text("hello")

@@ -18,6 +18,7 @@ from isoflop.models.family import family_of
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.residual import RESIDUAL
 from isoflop.models.hooks.vision_blocks import VISION_BLOCKS
+from isoflop.models.hooks.visual_tokens import AllTokens
 from isoflop.models.hooks.waveform import WAVEFORM
 from isoflop.models.lm import LmModel
 from isoflop.models.training.loop import Keeper, Unclipped, fit
@@ -219,6 +220,44 @@ def test_a_training_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     assert torch.equal(again, whole)
     assert losses_again == losses
     assert told_again == told
+
+
+def test_buffers_that_change_in_training_go_on_where_they_were(tmp_path: Path) -> None:
+    def run(stop: int | None, keeper: Keeper | None) -> Tensor:
+        torch.manual_seed(0)
+        norm = nn.BatchNorm1d(3).train()
+        batches = torch.randn(8, 4, 3)[:stop]
+        if keeper is not None:
+            keeper.modules = [norm]
+        fit(norm.parameters(), Unclipped(8), batches, lambda x: norm(x).square().sum(), lr=0.1, keeper=keeper)
+        return torch.cat([norm.running_mean, norm.running_var, norm.weight.detach()])  # type: ignore[list-item]
+
+    whole = run(None, None)
+    assert not torch.equal(run(5, Keeper(tmp_path, every=0.0)), whole)
+    assert torch.equal(run(None, Keeper(tmp_path, every=0.0)), whole)
+
+
+@pytest.mark.parametrize("damage", ["torn", "empty", "of another training"])
+def test_a_damaged_state_of_a_training_is_left_and_the_training_begins_anew(damage: str, tmp_path: Path) -> None:
+    def run(width: int) -> list[float]:
+        weight = nn.Parameter(torch.ones(width))
+        steps = torch.arange(4.0)
+        return fit(
+            [weight], Unclipped(4), steps, lambda x: (weight * x).sum(), lr=0.1, keeper=Keeper(tmp_path, every=0.0)
+        )
+
+    whole = run(3)
+    (state,) = tmp_path.iterdir()
+    if damage == "of another training":
+        assert run(5) != whole
+    else:
+        state.write_bytes(state.read_bytes()[:100] if damage == "torn" else b"")
+    assert run(3) == whole
+
+
+def test_what_trains_without_a_method_is_named_like_the_method_that_does_nothing() -> None:
+    """So that a cell trained for `none` serves jobs without any method, and the other way round."""
+    assert AllTokens().as_field() == build("none", {}).as_field()
 
 
 def test_hooks_are_told_apart_by_name_and_taken_once(ctx: FolderContext) -> None:

@@ -206,6 +206,8 @@ class CellTrainer:
 
     def run(self, steps: Iterator[Lesson], bank: Bank, keeper: Keeper | None = None) -> list[float]:
         """All steps; returns the loss of every step."""
+        if keeper is not None and self.compressor is not None:
+            keeper.modules = [self.compressor]
 
         def loss(numbered: tuple[int, Lesson]) -> Tensor:
             number, lesson = numbered

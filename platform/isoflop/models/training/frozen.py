@@ -160,4 +160,5 @@ class CompressorStage(Stage):
             lessons = Lessons(**dict(self.lessons))
             steps = lessons.steps(self.steps, self.batch, derive_seed("compressor", self.seed))
             keeper = Keeper(ctx.scratch(self))
+            keeper.modules = [module]
             return fit(parameters, recipe, enumerate(steps), loss, lr=recipe.lr, fused=False, keeper=keeper)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 StepT = TypeVar("StepT")
+log = logging.getLogger(__name__)
 
 
 class Schedule(Protocol):
@@ -187,9 +189,13 @@ class Keeper:
     Args:
         folder: of one training; whoever owns it removes it when the training is done.
         every: seconds between two states.
+
+    Attributes:
+        modules: those whose buffers change while they are trained (running means, codebooks), which are kept, too.
     """
 
     def __init__(self, folder: Path, every: float = 60.0) -> None:
+        self.modules: Sequence[nn.Module] = ()
         self._path = folder / "training-state.pt"
         self._every = every
         self._last = time.monotonic()
@@ -198,10 +204,18 @@ class Keeper:
         """Put weights and optimiser back where they were; the losses until then, none for a training that begins."""
         if not self._path.exists():
             return []
-        state = torch.load(self._path, weights_only=True)
-        for parameter, kept in zip(_parameters(optimizer), state["parameters"], strict=True):
-            parameter.data.copy_(kept)
-        optimizer.load_state_dict(state["optimizer"])
+        tensors = [*_parameters(optimizer), *self._buffers()]
+        try:
+            state = torch.load(self._path, weights_only=True)
+            if [t.shape for t in state["tensors"]] != [t.shape for t in tensors]:
+                raise ValueError("it is of another training")
+            optimizer.load_state_dict(state["optimizer"])
+        except Exception as error:  # torn by a power cut, or of other code: the training begins again
+            log.warning("training state %s is of no use (%s); beginning anew", self._path, error)
+            self._path.unlink()
+            return []
+        for tensor, kept in zip(tensors, state["tensors"], strict=True):
+            tensor.data.copy_(kept)
         losses: list[float] = state["losses"]
         return losses
 
@@ -211,13 +225,16 @@ class Keeper:
             return
         part = self._path.with_suffix(".part")
         state = {
-            "parameters": [p.detach() for p in _parameters(optimizer)],
+            "tensors": [t.detach() for t in [*_parameters(optimizer), *self._buffers()]],
             "optimizer": optimizer.state_dict(),
             "losses": [float(loss) for loss in losses],
         }
         torch.save(state, part)
         part.replace(self._path)
         self._last = time.monotonic()
+
+    def _buffers(self) -> list[Tensor]:
+        return [buffer for module in self.modules for buffer in module.buffers()]
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -101,6 +101,9 @@ class Teaching:
     def run(self, keeper: Keeper | None = None) -> list[float]:
         """All steps; returns the loss of every step."""
         course = self.course
+        modules = [course.model.module, *(pupil.module for pupil in self.pupils if pupil.module is not None)]
+        if keeper is not None:
+            keeper.modules = modules
         course.prime(self.pupils)
         course.model.module.train()
         for pupil in self.pupils:
@@ -122,9 +125,8 @@ class Teaching:
             keeper=keeper,
         )
         course.finish()
-        for module in (course.model.module, *(pupil.module for pupil in self.pupils)):
-            if module is not None:
-                module.eval()
+        for module in modules:
+            module.eval()
         return losses
 
     def groups(self) -> list[dict[str, Any]]:
