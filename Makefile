@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# `make test TEST_WORKERS=2` runs the tests in two processes; tests/conftest.py says what stays together. By default it is one.
+WORKERS := $(if $(TEST_WORKERS),-n $(TEST_WORKERS) --dist loadgroup)
 
 .PHONY: help setup quickstart test test-all test-cpus lint format schema pictures outcomes golden clean
 
@@ -34,7 +36,7 @@ quickstart: $(READY)
 	$(BIN)/isoflop run sweeps/quickstart.yaml
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not slow" tests
+	$(BIN)/python -m pytest -q -m "not slow" $(WORKERS) tests
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -q tests

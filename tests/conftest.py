@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 # One thread: the machines that run these tests are small, and results must not depend on the number of cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,7 +20,50 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("isoflop", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("isoflop")
 
-ENGINE = Path(__file__).parent / "engine"
+TESTS = Path(__file__).parent
+ENGINE = TESTS / "engine"
+
+# With several workers (TEST_WORKERS of the Makefile) a file's tests stay together, since they share what its fixtures train.
+# Folders whose files share a training stay together, too, so that each training happens once. What starts clusters, servers and
+# network namespaces, or waits for processes with a clock in its hand, runs in one worker, one after the other, and first.
+TRAINED_TOGETHER = {"data_selection", "lm", "prompts", "sparsity"}
+ONE_AT_A_TIME = {
+    "cluster", "gradients",
+    "engine/test_crashes.py", "engine/test_metrics.py", "engine/test_ray_executor.py", "engine/test_ray_start.py",
+    "engine/test_search_process.py", "engine/test_shared_stages.py", "engine/test_tracking_outage.py", "engine/test_watching.py",
+    "dashboards/test_mlflow_pages.py",
+}  # fmt: skip
+SPLIT = {"methods/test_conformance.py"}  # long, and nothing shared
+
+
+def _unit(nodeid: str) -> str:
+    """What a test must share a worker with."""
+    name = nodeid.partition("::")[0].removeprefix("tests/")
+    folder = name.partition("/")[0]
+    if folder in ONE_AT_A_TIME or name in ONE_AT_A_TIME:
+        return "one-at-a-time"
+    return nodeid if name in SPLIT else folder if folder in TRAINED_TOGETHER else name
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In pytest-xdist's workers: what cannot be divided and takes longest begins first."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: _unit(item.nodeid) != "one-at-a-time")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Whole units to whichever worker is free, in the order of collection; with ``--dist loadgroup`` only."""
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Units(LoadScopeScheduling):  # type: ignore[misc, unused-ignore]
+        def _split_scope(self, nodeid: str) -> str:
+            return _unit(nodeid)
+
+    config.option.loadscopereorder = False
+    return Units(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
