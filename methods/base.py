@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from isoflop.core.errors import UserError
 from isoflop.core.hashing import derive_seed
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import KnobSpec, KnobValue, check_knobs, knob_specs
@@ -17,7 +18,7 @@ from isoflop.core.registry import Registry
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import Checkpoint, Model, ModelInfo
 from isoflop.models.hooks.occupant import Occupant
-from isoflop.models.training.taught import InTraining, Teacher
+from isoflop.models.training.taught import InTraining, Teacher, in_its_hooks
 
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe
@@ -109,6 +110,12 @@ class Method:
     def teacher(self) -> Teacher | None:
         """Whom the training of a model with the method in place follows besides the targets; nobody by default."""
         return None
+
+    @property
+    def special_training(self) -> bool:
+        """Whether a training must know more of the method than its occupants and weights: teacher, extra loss, what learns."""
+        cls = type(self)
+        return self.teacher is not None or cls.extra_loss is not Method.extra_loss or cls.trains is not Method.trains
 
     def untrained(self, info: Any, seed: int) -> nn.Module | None:
         """The method's own weights as they are before training, or None where it has none; ``build`` under a seed."""
@@ -230,10 +237,7 @@ class Method:
             prepared: the value of the ``prepare`` stage, or None.
         """
         self.check(model.info)
-        with ExitStack() as stack:
-            found = self.occupants(model, prepared)
-            for hook in sorted(found, key=lambda hook: hook.order):
-                stack.enter_context(model.occupy(hook, found[hook]))
+        with in_its_hooks(self, model, prepared):
             yield
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
@@ -283,7 +287,22 @@ METHODS: Registry[type[Method]] = Registry("method", ("isoflop.methods",))
 def build(name: str, knobs: Mapping[str, Any], where: str = "") -> Method:
     """The method called ``name`` with checked knobs; a UserError names the nearest method or knob otherwise."""
     cls = METHODS.get(name, where)
+    _check_class(cls, where)
     return cls(**check_knobs(cls, knobs, f"method {name}", where))
+
+
+def _check_class(cls: type[Method], where: str) -> None:
+    """Refuse classes that would go wrong later without saying why."""
+    what = f"{where}: method {cls.name}" if where else f"method {cls.name}"
+    if "__dataclass_fields__" not in vars(cls):
+        raise UserError(
+            f"{what}: class {cls.__name__} is no dataclass; write @dataclass(frozen=True) below @METHODS.register"
+        )
+    for name in ("learning_rate", "teacher", "special_training"):
+        if callable(getattr(cls, name)):
+            raise UserError(f"{what}: {name} is a function; write @property above it")
+    if cls.occupants is Method.occupants and cls.apply is Method.apply:
+        raise UserError(f"{what}: class {cls.__name__} does not say what sits in its hooks; give it `occupants`")
 
 
 def method_knobs(name: str) -> dict[str, KnobSpec]:

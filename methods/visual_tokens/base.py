@@ -57,6 +57,11 @@ class VisualTokenMethod(Method):
     def tokens_left(self, grid: int) -> int:
         """V for an image of ``grid`` x ``grid`` patches. Raises Infeasible, naming the knob and what would work."""
 
+    @property
+    def special_training(self) -> bool:
+        """Also of methods whose occupant is more than ``compress``."""
+        return super().special_training or type(self).occupants is not VisualTokenMethod.occupants
+
     @abstractmethod
     def compress(self, view: VisualInput, module: nn.Module | None) -> CompressedTokens:
         """Compress a batch; ``module`` is what ``build`` returned. Gradients flow when they are enabled."""
@@ -105,6 +110,11 @@ class VisualTokenMethod(Method):
             return weights
         if self.untrained(vlm, 0) is None:
             return None
+        if type(self).occupants is not VisualTokenMethod.occupants:
+            raise Infeasible(
+                f"method {self.name} has an occupant of its own at {VISUAL_TOKENS}: its weights are trained together with a "
+                f"model (tiny-llava with joint: true), not for {vlm.ref} as it is"
+            )
         from isoflop.models.training.frozen import CompressorStage
 
         return CompressorStage.of(vlm, self, seed, weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from toys import HalfTheSamples, Nested, SkipsLayers, Slims, Stages
 
-from isoflop.core.errors import Infeasible
+from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.folder_context import FolderContext
-from isoflop.methods.base import Method, build
+from isoflop.methods.base import METHODS, Method, build
 from isoflop.models.base import Checkpoint, Model, ModelInfo
 from isoflop.models.family import family_of
 from isoflop.models.hooks.attention import ATTENTION
@@ -22,9 +23,11 @@ from isoflop.models.hooks.visual_tokens import AllTokens
 from isoflop.models.hooks.waveform import WAVEFORM
 from isoflop.models.lm import LmModel
 from isoflop.models.training.loop import Keeper, Unclipped, fit
+from isoflop.models.training.taught import Teacher
 from isoflop.models.training.taught_stage import TaughtStage
 from isoflop.models.vit import VitModel
 from isoflop.models.worlds import recall_world
+from isoflop.testing.model_probes import untrained
 from isoflop.testing.snapshot import Snapshot
 
 LM = ("tiny-lm/recall-d64", {"steps": 12, "batch": 4, "length": 24})
@@ -170,6 +173,84 @@ class SoundModel(Model):
     def hear(self, sound_BCT: Tensor, ids_B: Tensor) -> Tensor:
         codec = self.occupant(WAVEFORM)
         return (sound_BCT if codec is None else codec.through(sound_BCT, ids_B)).square().mean((1, 2))
+
+
+class Followed(Only):
+    """Follows the model as it is with all tokens, and nothing else."""
+
+    name = "toy-followed"
+
+    @property
+    def teacher(self) -> Teacher:
+        return Teacher("dense", weight=1.0)
+
+
+class Charged(Only):
+    """Every step costs 7 more."""
+
+    name = "toy-charged"
+
+    def extra_loss(self, model: Model, occupants: Any) -> Tensor:
+        return torch.tensor(7.0)
+
+
+class Frozen(Only):
+    """The language model does not learn."""
+
+    name = "toy-frozen"
+
+    def trains(self, parameter: str) -> bool:
+        return "language_model" not in parameter
+
+
+def test_what_a_visual_token_method_asks_of_its_training_is_done(ctx: FolderContext) -> None:
+    """Its family has a faster loop for plain ones, which knows no teachers, no extra losses and no frozen parameters."""
+    one = (LLAVA[0], {**LLAVA[1], "steps": 1})
+    plain = first_loss(ctx, one, Only(9))
+    assert first_loss(ctx, one, Charged(9)) == pytest.approx(plain + 7, rel=1e-5)
+    assert first_loss(ctx, one, Followed(36)) == pytest.approx(0, abs=1e-5)
+    frozen, untouched = (
+        trained(ctx, LLAVA, Frozen(9))[0],
+        trained(ctx, (LLAVA[0], {**LLAVA[1], "steps": 1}), Frozen(9))[0],
+    )
+    language = [n for n, _ in frozen.module.named_parameters() if "language_model" in n]
+    assert language
+    now, begun = dict(frozen.module.named_parameters()), dict(untouched.module.named_parameters())
+    assert all(torch.equal(now[n], begun[n]) for n in language)
+    assert any(not torch.equal(now[n], begun[n]) for n in now if n not in language)
+
+
+def test_an_occupant_in_a_hook_that_is_not_named_is_refused(ctx: FolderContext) -> None:
+    class Elsewhere(SkipsLayers):
+        hooks = (ATTENTION,)
+
+    model = untrained("tiny-lm/recall-d64")
+    method = Elsewhere()
+    with (
+        pytest.raises(UserError, match="an occupant for residual, and names attention"),
+        method.apply(model, method.untrained(model.info, 0)),
+    ):
+        pass
+    assert model.occupied == ()
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"learning_rate": lambda self: 1.0}, "learning_rate is a function; write @property above it"),
+        ({"occupants": Method.occupants}, "does not say what sits in its hooks"),
+        (None, "is no dataclass; write @dataclass"),
+    ],
+)
+def test_classes_that_would_go_wrong_later_are_refused_when_they_are_built(
+    broken: dict[str, Any] | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    METHODS.names()
+    monkeypatch.setattr(METHODS, "_entries", dict(METHODS._entries))
+    cls = type("Broken", (SkipsLayers,), {"__annotations__": {}, **(broken or {})})
+    METHODS.register("broken")(cls if broken is None else dataclass(frozen=True)(cls))
+    with pytest.raises(UserError, match=f"method broken: .*{message}"):
+        build("broken", {})
 
 
 def test_a_codec_on_waveforms() -> None:

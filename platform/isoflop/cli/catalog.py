@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import re
+import sys
 from typing import Any
 
 import click
@@ -26,6 +28,8 @@ import_option = click.option(
 
 
 def _import(modules: tuple[str, ...]) -> None:
+    if modules and os.getcwd() not in sys.path:  # as with `python -m`, and as a sweep's own folder
+        sys.path.append(os.getcwd())
     for module in modules:
         try:
             importlib.import_module(module)

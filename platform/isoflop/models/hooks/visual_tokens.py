@@ -140,6 +140,7 @@ class AllTokens:
     trains_model: ClassVar[bool] = True
     commutes: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 1e-3
+    special_training: ClassVar[bool] = False
     teacher: ClassVar[None] = None
 
     def as_field(self) -> tuple[Any, ...]:

@@ -61,7 +61,7 @@ class TinyLlava(ModelFamily):
         taking = self.trained_with(vlm, methods)
         for one in taking:  # as it will be used: what is trained may stand for other values of knobs, too
             one.check(vlm)
-        if any(method.hooks != (VISUAL_TOKENS,) for method in taking) or len(taking) > 1:
+        if len(taking) > 1 or any(m.hooks != (VISUAL_TOKENS,) or m.special_training for m in taking):
             return TaughtStage.of(vlm, taking, seed)
         method = cast("TaughtCompressor", taking[0].as_trained() if taking else AllTokens())
         return CellStage(vlm.ref.partition("/")[2], method, seed, vlm.options, vlm.tower, _features(vlm, (method,)))

@@ -23,6 +23,7 @@ from isoflop.models.family import family_of
 from isoflop.models.features import FeaturesStage, LayerKey
 from isoflop.models.hooks.visual_tokens import (
     VISUAL_TOKENS,
+    AllTokens,
     CompressedTokens,
     Compression,
     TaughtCompressor,
@@ -30,6 +31,7 @@ from isoflop.models.hooks.visual_tokens import (
 )
 from isoflop.models.tiny.llava_training import Recipe
 from isoflop.models.training.loop import Keeper, fit
+from isoflop.models.training.teaching import followed
 from isoflop.models.vlm import VlmBatch, VlmInfo, VlmModel
 from isoflop.models.worlds.digit_world import VOCABULARY
 from isoflop.models.worlds.lessons import Lesson, Lessons
@@ -51,6 +53,16 @@ class _Learning(Compression):
     def __call__(self, view: VisualInput) -> CompressedTokens:
         self.seen = view
         return self.method.compress(view, self.module)
+
+    @torch.no_grad()
+    def told(self, model: VlmModel, batch: VlmBatch) -> Tensor:
+        """What the checkpoint says with all tokens through its own projector, (B, W)."""
+        kept = self.method, self.projector
+        self.method, self.projector = AllTokens(), None
+        try:
+            return model.supervised(batch)[0]
+        finally:
+            self.method, self.projector = kept
 
 
 @dataclass(frozen=True)
@@ -145,8 +157,13 @@ class CompressorStage(Stage):
             number, lesson = numbered
             parts = []
             for weight, learning.method in method.budgets(number, self.steps, self.seed):
-                logits_BW, answers_B = model.supervised(batch(lesson))
+                given = batch(lesson)
+                logits_BW, answers_B = model.supervised(given)
                 part = F.cross_entropy(logits_BW.float(), answers_B)
+                if learning.method.teacher is not None:  # dense or trained, it is the checkpoint itself
+                    part = followed(part, logits_BW, learning.told(model, given), learning.method.teacher)
+                extra = learning.method.extra_loss(model, {VISUAL_TOKENS: learning})
+                part = part if extra is None else part + extra
                 parts.append(part if weight == 1 else weight * part)
             return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
@@ -156,7 +173,9 @@ class CompressorStage(Stage):
                 model.compress(batch(Lesson(sample, torch.zeros(len(sample), 1, dtype=torch.long), sample)))
             if learning.seen is not None:
                 method.fit_inputs(module, learning.seen)
-            parameters = list({id(p): p for p in [*module.parameters(), *projector.parameters()]}.values())
+            name = {id(p): f"model.multi_modal_projector.{n}" for n, p in projector.named_parameters()}
+            both = {id(p): p for p in [*module.parameters(), *projector.parameters()]}
+            parameters = [p for key, p in both.items() if key not in name or method.trains(name[key])]
             lessons = Lessons(**dict(self.lessons))
             steps = lessons.steps(self.steps, self.batch, derive_seed("compressor", self.seed))
             keeper = Keeper(ctx.scratch(self))

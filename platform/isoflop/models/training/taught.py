@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from isoflop.core.errors import Infeasible
+from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.hook import Hook, names_of
 from isoflop.core.stage import Stage
 from isoflop.models.hooks.occupant import Occupant
@@ -61,6 +62,10 @@ class Taught(Protocol):
         """Peak learning rate of the method's own weights."""
 
     @property
+    def special_training(self) -> bool:
+        """Whether a training must know more of it than occupants and weights: teacher, extra loss, what learns."""
+
+    @property
     def teacher(self) -> Teacher | None:
         """Whom its training follows, or None."""
 
@@ -95,6 +100,26 @@ class Taught(Protocol):
 
 
 TaughtT = TypeVar("TaughtT", bound=Taught)
+
+
+@contextmanager
+def in_its_hooks(method: Taught, model: Model, prepared: Any) -> Iterator[Mapping[Hook[Any], Occupant]]:
+    """Inside the ``with`` block a method's occupants sit in its hooks, put there in the hooks' order.
+
+    Raises:
+        UserError: it has an occupant for a hook that it does not name, of which plans would know nothing.
+    """
+    found = method.occupants(model, prepared)
+    strangers = names_of(found.keys() - set(method.hooks))
+    if strangers:
+        raise UserError(
+            f"method {method.name} has an occupant for {', '.join(strangers)}, and names "
+            f"{', '.join(names_of(method.hooks)) or 'no hook'} in `hooks`"
+        )
+    with ExitStack() as stack:
+        for hook in sorted(found, key=lambda hook: hook.order):
+            stack.enter_context(model.occupy(hook, found[hook]))
+        yield found
 
 
 def one_per_hook(methods: Iterable[Taught]) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from isoflop.models.base import Model
 from isoflop.models.training.loop import Keeper, Schedule, fit
-from isoflop.models.training.taught import DENSE, InTraining, Taught
+from isoflop.models.training.taught import DENSE, InTraining, Taught, Teacher, in_its_hooks
 
 Forward = Callable[[Model, Any], tuple[Tensor, Tensor]]
 
@@ -71,10 +71,7 @@ class Pupil:
     @contextmanager
     def in_place(self, model: Model, now: Any, extra: list[Tensor]) -> Iterator[None]:
         """The method as it is ``now`` in its hooks; at the end its own loss, if any, is added to ``extra``."""
-        with ExitStack() as stack:
-            found = now.occupants(model, InTraining(self.module))
-            for hook in sorted(found, key=lambda hook: hook.order):
-                stack.enter_context(model.occupy(hook, found[hook]))
+        with in_its_hooks(now, model, InTraining(self.module)) as found:
             yield
             own = now.extra_loss(model, found)
             if own is not None:
@@ -183,7 +180,12 @@ class Teaching:
             raise ValueError(f"method {method.name} follows a trained teacher, and none was given")
         with torch.no_grad():
             told_SW, _ = self.course.forward(model, batch)
-        heat = wanted.temperature
-        student, teacher = ((x.float() / heat).log_softmax(-1) for x in (logits_SW, told_SW))
-        divergence = F.kl_div(student, teacher, log_target=True, reduction="batchmean") * heat**2
-        return (1 - wanted.weight) * loss + wanted.weight * divergence
+        return followed(loss, logits_SW, told_SW, wanted)
+
+
+def followed(loss: Tensor, logits_SW: Tensor, told_SW: Tensor, teacher: Teacher) -> Tensor:
+    """A loss on targets, mixed with the divergence from what a teacher says of the same positions; see ``Teacher``."""
+    heat = teacher.temperature
+    student_SW, told_SW = ((x.float() / heat).log_softmax(-1) for x in (logits_SW, told_SW))
+    divergence = F.kl_div(student_SW, told_SW, log_target=True, reduction="batchmean") * heat**2
+    return (1 - teacher.weight) * loss + teacher.weight * divergence
