@@ -57,6 +57,15 @@ class VisualTokenMethod(Method):
     def tokens_left(self, grid: int) -> int:
         """V for an image of ``grid`` x ``grid`` patches. Raises Infeasible, naming the knob and what would work."""
 
+    def at_most_all(self, knob: str, count: int, grid: int) -> int:
+        """``count``, unless the image has fewer patches."""
+        if count > grid * grid:
+            raise Infeasible(
+                f"method {self.name}: {knob} = {count} exceeds the {grid * grid} patches of a {grid}x{grid} grid; "
+                f"allowed: 1 … {grid * grid}"
+            )
+        return count
+
     @property
     def special_training(self) -> bool:
         """Also of methods whose occupant is more than ``compress``."""

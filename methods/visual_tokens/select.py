@@ -71,15 +71,6 @@ class PatchSelection(VisualTokenMethod):
         tokens_BVD = view.x_BPD.gather(1, kept_BV[:, :, None].expand(-1, -1, view.x_BPD.shape[2]))
         return CompressedTokens(tokens_BVD, kept_BV, kept_BV if self.keep_positions == "original" else None)
 
-    def at_most_all(self, knob: str, count: int, grid: int) -> int:
-        """``count``, unless the image has fewer patches."""
-        if count > grid * grid:
-            raise Infeasible(
-                f"method {self.name}: {knob} = {count} exceeds the {grid * grid} patches of a {grid}x{grid} grid; "
-                f"allowed: 1 … {grid * grid}"
-            )
-        return count
-
 
 def lattice(grid: int, side: int) -> Tensor:
     """Numbers of ``side`` x ``side`` patches spread evenly over a ``grid`` x ``grid`` image, ascending, (side²,)."""
