@@ -358,3 +358,14 @@ def test_whole_numbers_stay_whole(low: int, step: int, value: int) -> None:
 def test_frozen_values_can_be_hashed_and_are_the_same_json(value: Any) -> None:
     hash(frozen(value))
     assert json.dumps(frozen(value)) == json.dumps(value)
+
+
+def test_words_have_no_bounds(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        "name: words\nmodels: [tiny-llava/d24]\nmethods:\n  - quecc: {text_source: {low: 1, high: 2}}\ntasks: [reading]\n"
+    )
+    with pytest.raises(
+        UserError, match=r"sweep.yaml:4: .*text_source is one of several words and has no bounds; allowed"
+    ):
+        resolve(path)

@@ -160,8 +160,9 @@ def _range(full: str, spec: KnobSpec, entry: KnobEntry, place: str, common: dict
 def _choices_within(spec: KnobSpec, entry: KnobEntry, place: str) -> tuple[Value, ...]:
     """The choices of a knob that lie between the bounds that a YAML gives."""
     low, high = entry.low, entry.high
-    if spec.many and (low, high) != (None, None):
-        raise UserError(f"{place}: {spec.name} is a list and has no bounds; allowed: {spec.describe()}")
+    if (spec.many or spec.type is str) and (low, high) != (None, None):
+        kind = "a list" if spec.many else "one of several words"
+        raise UserError(f"{place}: {spec.name} is {kind} and has no bounds; allowed: {spec.describe()}")
     values = tuple(
         c
         for c in spec.knob.choices or ()
