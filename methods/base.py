@@ -33,7 +33,7 @@ class Axes:
     """What a configuration plans; None where it plans nothing of the kind. Overheads are measured later, in rows.
 
     Attributes:
-        visual_tokens: V of each decoder layer of a vision-language model, or one number for all of them.
+        visual_tokens: V of each decoder layer of a vision-language model, the one that enters it first, or one number for all.
         bits: per weight, or per element of the cache, without scales and masks.
         bytes: per example, of codecs.
         ratio: dense over planned cost, in the unit of the method's family.
@@ -46,14 +46,20 @@ class Axes:
 
     @property
     def V(self) -> float | None:
-        """Visual tokens, mean over the decoder layers."""
-        if isinstance(self.visual_tokens, tuple):
-            return sum(self.visual_tokens) / len(self.visual_tokens)
-        return self.visual_tokens
+        """Visual tokens that enter the decoder, which is what rows call V."""
+        return self.visual_tokens[0] if isinstance(self.visual_tokens, tuple) else self.visual_tokens
+
+    @property
+    def layer_visual_tokens(self) -> float | None:
+        """Mean over the decoder's layers, where they differ."""
+        return sum(self.visual_tokens) / len(self.visual_tokens) if isinstance(self.visual_tokens, tuple) else None
 
     def named(self) -> dict[str, float]:
         """What is planned, by the names that laws and rows use."""
-        found = {"V": self.V, "bits": self.bits, "bytes": self.bytes, "ratio": self.ratio}
+        found = {
+            "V": self.V, "layer_visual_tokens": self.layer_visual_tokens,
+            "bits": self.bits, "bytes": self.bytes, "ratio": self.ratio,
+        }  # fmt: skip
         return {name: float(value) for name, value in found.items() if value is not None}
 
 

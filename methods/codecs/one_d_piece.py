@@ -112,7 +112,7 @@ class OneDPiece(ImageCodecMethod):
     ) -> TokenizerStage:
         """The training, on the kind of images that the model classifies; equal for all values of ``tokens``."""
         data = codec_info(info).data
-        assert data is not None, "the hook labelled-images says that there are images"
+        assert data is not None, "the offer labelled-images says that there are images"
         return TokenizerStage(_fields(self.size), _fields(self.recipe), data, seed, world.VERSION)
 
     @property

@@ -51,7 +51,7 @@ class PcaCodec(ImageCodecMethod):
     ) -> PcaStage:
         """The basis; equal for all values of ``components`` and ``bits``."""
         data = codec_info(info).data
-        assert data is not None, "the hook labelled-images says that there are images"
+        assert data is not None, "the offer labelled-images says that there are images"
         return PcaStage(data, self.examples, seed, world.VERSION)
 
     def codec(self, info: VitInfo, prepared: Any) -> ComponentCodec:

@@ -10,7 +10,7 @@ import torch
 
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS, Axes
-from isoflop.methods.kv_cache.quantised import EXACT, Grids, Quantised
+from isoflop.methods.kv_cache.quantised import Grids, Quantised
 from isoflop.methods.kv_cache.select import KeptTokens, candidates, lengths, select
 from isoflop.models.base import ModelInfo
 from isoflop.models.hooks.attention import AttentionCall
@@ -43,7 +43,7 @@ class KvRtn(Quantised):
 
     def axes(self, info: ModelInfo) -> Axes:
         """Bits, per element, grids left out."""
-        return Axes(bits=float(self.bits), ratio=EXACT / self.bits)
+        return Axes(bits=float(self.bits), ratio=info.dense_bits / self.bits)
 
     def grids(self) -> Grids:
         """One grid per ``group`` values."""

@@ -16,7 +16,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS, Axes
 from isoflop.methods.kv_cache.chance import uniform
-from isoflop.methods.kv_cache.quantised import EXACT, Grids, Quantised
+from isoflop.methods.kv_cache.quantised import Grids, Quantised
 from isoflop.methods.kv_cache.select import KeptTokens, candidates, count_of, lengths, split
 from isoflop.models.base import ModelInfo
 from isoflop.models.hooks.attention import AttentionCall
@@ -59,7 +59,7 @@ class TwoTier(Quantised):
     def axes(self, info: ModelInfo) -> Axes:
         """Bits per element of the tiers by their shares, and dense bits over them."""
         bits = self.salient_ratio * self.bits_hi + (1 - self.salient_ratio) * self.bits_lo
-        return Axes(bits=bits, ratio=EXACT / bits)
+        return Axes(bits=bits, ratio=info.dense_bits / bits)
 
     def check(self, info: ModelInfo) -> None:
         """Refuse tiers in the wrong order."""

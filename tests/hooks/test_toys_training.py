@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,7 +17,9 @@ from isoflop.methods.base import METHODS, Method, build
 from isoflop.models.base import Checkpoint, Model, ModelInfo
 from isoflop.models.family import family_of
 from isoflop.models.hooks.attention import ATTENTION
-from isoflop.models.hooks.residual import RESIDUAL
+from isoflop.models.hooks.matrices import MATRICES
+from isoflop.models.hooks.occupant import Occupant
+from isoflop.models.hooks.residual import RESIDUAL, ResidualPolicy
 from isoflop.models.hooks.vision_blocks import VISION_BLOCKS
 from isoflop.models.hooks.visual_tokens import AllTokens
 from isoflop.models.hooks.waveform import WAVEFORM
@@ -25,6 +27,7 @@ from isoflop.models.lm import LmModel
 from isoflop.models.training.loop import Keeper, Unclipped, fit
 from isoflop.models.training.taught import Teacher
 from isoflop.models.training.taught_stage import TaughtStage
+from isoflop.models.training.teaching import followed
 from isoflop.models.vit import VitModel
 from isoflop.models.worlds import recall_world
 from isoflop.testing.model_probes import untrained
@@ -218,6 +221,121 @@ def test_what_a_visual_token_method_asks_of_its_training_is_done(ctx: FolderCont
     now, begun = dict(frozen.module.named_parameters()), dict(untouched.module.named_parameters())
     assert all(torch.equal(now[n], begun[n]) for n in language)
     assert any(not torch.equal(now[n], begun[n]) for n in now if n not in language)
+
+
+def test_what_follows_a_teacher_is_the_mean_of_loss_and_divergence() -> None:
+    """(1 - w) loss + w T² KL(teacher || student) at temperature T."""
+    student_SW, told_SW = (
+        torch.tensor([[1.0, 2.0, -1.0], [0.5, 0.0, 3.0]]),
+        torch.tensor([[2.0, 0.0, 1.0], [1.0, 1.0, 0.0]]),
+    )
+    p, q = (told_SW / 2).softmax(-1), (student_SW / 2).softmax(-1)
+    wanted = 0.7 * 5.0 + 0.3 * 4 * float((p * (p / q).log()).sum(-1).mean())
+    found = followed(torch.tensor(5.0), student_SW, told_SW, Teacher("dense", weight=0.3, temperature=2.0))
+    assert float(found) == pytest.approx(wanted)
+
+
+class Noisy(SkipsLayers):
+    """Draws in every step, and is stopped at one."""
+
+    name = "toy-noisy"
+    stop: ClassVar[int | None] = None
+    steps: ClassVar[list[int]] = []
+
+    @property
+    def learning_rate(self) -> float:
+        return 0.05
+
+    def budgets(self, step: int, steps: int, seed: int) -> Any:
+        if step == Noisy.stop:
+            raise KeyboardInterrupt
+        Noisy.steps.append(step)
+        return ((1.0, self),)
+
+    def extra_loss(self, model: Model, occupants: Any) -> Tensor:
+        return torch.stack([(p * torch.randn(p.shape)).sum() for p in occupants[RESIDUAL].tensors()]).sum()
+
+
+def test_a_stage_that_is_stopped_goes_on_bit_for_bit_whatever_was_drawn_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = family_of(LM[0])
+    info = family.info(*LM)
+    stage = family.weights(info, (Noisy(),), 0)
+    assert stage is not None
+    torch.manual_seed(1)
+    whole = FolderContext(tmp_path / "whole").get(stage)
+    monkeypatch.setattr(Keeper.__init__, "__defaults__", (0.0,))
+    monkeypatch.setattr(Noisy, "stop", 3)
+    with pytest.raises(KeyboardInterrupt):
+        FolderContext(tmp_path / "parts").get(stage)
+    monkeypatch.setattr(Noisy, "stop", None)
+    Noisy.steps.clear()
+    torch.manual_seed(2)
+    parts = FolderContext(tmp_path / "parts").get(stage)
+    assert Noisy.steps[0] == 3
+    for name in ("model", Noisy.name):
+        one, other = whole.state(name), parts.state(name)
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    begun = Noisy().untrained(info, 0)
+    own = Noisy().module_of(family.load(info, stage, FolderContext(tmp_path / "whole")), whole)
+    assert begun is not None
+    assert own is not None
+    kept = whole.state(Noisy.name)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in own.state_dict().items())
+    assert differing(own, begun) == len(kept)
+
+
+def test_the_order_of_methods_does_not_matter_and_none_is_nobody() -> None:
+    family = family_of(LLAVA[0])
+    info, skip, pool = family.info(*LLAVA), SkipsLayers(), build("avgpool", {"tokens": 4})
+    assert family.weights(info, (skip, pool), 0) == family.weights(info, (pool, skip), 0)
+    assert family.weights(info, (skip, build("none", {})), 0) == family.weights(info, (skip,), 0)
+
+
+def test_a_training_in_which_nothing_learns_is_refused(ctx: FolderContext) -> None:
+    class Nothing(Only):
+        name = "toy-nothing"
+
+        def trains(self, parameter: str) -> bool:
+            return False
+
+    with pytest.raises(Infeasible, match="nothing learns: toy-nothing let no parameter"):
+        trained(ctx, (LLAVA[0], {**LLAVA[1], "steps": 1}), Nothing(9))
+
+
+class Stores(Occupant):
+    """Holds the head in a form of its own."""
+
+    @property
+    def stored(self) -> dict[str, float]:
+        return {"lm_head.weight": 1.0}
+
+
+class StoresToo(ResidualPolicy, Stores):
+    """The same, elsewhere."""
+
+    def update(self, layer: int, before_BTd: Tensor, after_BTd: Tensor) -> Tensor:
+        return after_BTd
+
+
+def test_a_parameter_is_compressed_once_and_what_occupants_hold_is_resident() -> None:
+    model = untrained("tiny-lm/recall-d64")
+    bare = model.resident_bytes()
+    with (
+        model.occupy(MATRICES, Stores()),
+        pytest.raises(
+            Infeasible, match=r"lm_head.weight is compressed twice: by what sits in matrices and in residual"
+        ),
+        model.occupy(RESIDUAL, StoresToo()),
+    ):
+        pass
+    assert model.occupied == ()
+    method = SkipsLayers()
+    routers = method.untrained(model.info, 0)
+    assert routers is not None
+    with method.apply(model, routers):
+        assert model.resident_bytes() == bare + 4 * sum(p.numel() for p in routers.parameters())
 
 
 def test_an_occupant_in_a_hook_that_is_not_named_is_refused(ctx: FolderContext) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,14 +62,27 @@ def test_several_methods_share_an_axis_and_a_composition_plans_through() -> None
     assert read(found["V"], "none") == 36
     info = family_of("tiny-llava/d128").info("tiny-llava/d128", {})
     both = axes_of(info, [build("fastv", {"drop": 0.5, "layer": 1}), build("avgpool", {"tokens": 4})])
-    assert both == {"V": (4 + 2 + 2) / 3}
+    assert both == {"V": 4.0, "layer_visual_tokens": (4 + 2 + 2) / 3}
     alone = axes_of(info, [build("fastv", {"drop": 0.5, "layer": 2})])
-    assert alone == {"V": 30.0, "ratio": 36 / 30}
+    assert alone == {"V": 36.0, "layer_visual_tokens": 30.0, "ratio": 36 / 30}
 
 
 def test_a_configuration_that_cannot_work_has_no_place() -> None:
     found = axes([{"quecc": {"k": [1, 2, 3, 6]}}])
     assert math.isnan(read(found["V"], "quecc", k=5))
+    info = family_of(LLAVA).info(LLAVA, {})
+    with pytest.raises(Infeasible, match="fastv: layer = 2 is not inside the 2 decoder layers"):
+        axes_of(info, [build("fastv", {"drop": 0.5, "layer": 2})])
+
+
+def test_what_works_is_found_between_the_ends_of_a_range() -> None:
+    found = axes([{"avgpool": {"tokens": {"low": 5, "high": 10}}}])
+    assert read(found["V"], "avgpool", tokens=9) == 9
+
+
+def test_ratios_of_caches_are_those_of_the_bits_that_a_model_counts() -> None:
+    info = replace(family_of(LLAVA).info(LLAVA, {}), dense_bits=32)
+    assert build("kv-rtn", {"bits": 4}).axes(info).ratio == 8
 
 
 def test_axes_that_the_yaml_names_may_be_planned_ones() -> None:
@@ -96,4 +110,4 @@ def test_what_a_method_plans_is_plain_and_visual_tokens_are_those_measured(name:
     assert all(math.isfinite(value) and value > 0 for value in planned.values())
     if "V" in planned:
         with method.apply(probe.model, probe.prepared(method, 0)):
-            assert planned["V"] == pytest.approx(probe.cost())
+            assert planned.get("layer_visual_tokens", planned["V"]) == pytest.approx(probe.cost())

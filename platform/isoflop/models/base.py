@@ -6,7 +6,7 @@ from abc import ABC
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -14,9 +14,6 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.hook import Hook, names_of
 from isoflop.core.stage import StageContext
 from isoflop.models.hooks.occupant import Occupant, tensor_bytes
-
-if TYPE_CHECKING:
-    pass
 
 OccupantT = TypeVar("OccupantT", bound=Occupant)
 

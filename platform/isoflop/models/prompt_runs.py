@@ -38,7 +38,7 @@ def run(model: VlmModel, prompt: SegmentedPrompt, asked_BL: Tensor | None = None
     own, order_BL = prompt.aligned()
     hidden_BLd, here_BL = states(model, own)
     if asked_BL is None:
-        return model.head(hidden_BLd[:, -1])
+        return model.head(_last(hidden_BLd, here_BL))
     asked_BL = asked_BL.gather(1, order_BL)
     if bool((asked_BL & ~(here_BL & own.valid_BL)).any()):
         raise ValueError("padding, or a token that was dropped between the layers, has no logits")
@@ -58,13 +58,23 @@ def stepwise(model: VlmModel, prompt: SegmentedPrompt, ids_BS: Tensor) -> Tensor
         if policy is None:
             policy = stack.enter_context(model.occupy(ATTENTION, WholeCache(model.info.dense_bits)))
         stack.enter_context(policy.session())
-        prompt_BLd, _ = _prompt_states(model, own, policy)
-        found.append(model.head(prompt_BLd[:, -1]))
+        prompt_BLd, here_BL = _prompt_states(model, own, policy)
+        found.append(model.head(_last(prompt_BLd, here_BL)))
         for place in range(ids_BS.shape[1]):
             embeds_B1d = model.embed_text(ids_BS[:, place : place + 1])
             hidden_B1d = _pass(model, embeds_B1d, (own.next_B + place)[:, None], None)
             found.append(model.head(hidden_B1d[:, -1]))
     return torch.stack(found, dim=1)
+
+
+def _last(hidden_BLd: Tensor, here_BL: Tensor) -> Tensor:
+    """States of every row's last token, (B, d). Raises Infeasible where it was dropped: nothing can be asked behind it."""
+    if not bool(here_BL[:, -1].all()):
+        raise Infeasible(
+            "the last token of a prompt was dropped between the decoder's layers: a prompt that ends in an image has no "
+            "token behind it to go on from; give it a question"
+        )
+    return hidden_BLd[:, -1]
 
 
 def states(model: VlmModel, prompt: SegmentedPrompt) -> tuple[Tensor, Tensor]:

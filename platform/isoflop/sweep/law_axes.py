@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from isoflop.core.errors import UserError
 from isoflop.methods.base import Method, build
 from isoflop.models.base import ModelInfo
@@ -17,7 +19,9 @@ from isoflop.search import Config, Param
 from isoflop.search.law.axes import AxisSpec
 from isoflop.sweep.resolved import Sweep
 
-_TRIED = 64  # points of a branch that are looked at for one that works
+_TRIED = 256  # points of a branch that are looked at for one that works
+_RUNGS = 17  # of a range
+_VISUAL = ("V", "layer_visual_tokens")
 
 
 def axes_of(info: ModelInfo, methods: Iterable[Method]) -> dict[str, float]:
@@ -30,14 +34,15 @@ def axes_of(info: ModelInfo, methods: Iterable[Method]) -> dict[str, float]:
         Infeasible: one of them cannot work on the model.
     """
     found: list[dict[str, float]] = []
+    now = info  # with the tokens that the methods before have left
     for method in sorted(methods, key=lambda method: method.order()):
-        planned = method.axes(info).named()
+        planned = method.axes(now).named()
+        method.check(info)
         if "V" in planned and "visual_tokens" in info.geometry:
-            info = dataclasses.replace(info, geometry={**info.geometry, "visual_tokens": round(planned["V"])})
+            now = dataclasses.replace(now, geometry={**now.geometry, "visual_tokens": round(planned["V"])})
         found.append(planned)
-    visual = [planned["V"] for planned in found if "V" in planned]
-    alone = found[0] if len(found) == 1 else {}
-    return {**alone, **({"V": visual[-1]} if visual else {})}
+    visual = {name: value for planned in found for name, value in planned.items() if name in _VISUAL}
+    return found[0] if len(found) == 1 else visual
 
 
 class Planned:
@@ -96,10 +101,10 @@ def planned_axes(sweep: Sweep, sizes: Mapping[str, float]) -> dict[str, AxisSpec
 def _examples(sweep: Sweep) -> Iterator[Config]:
     """Of every branch, the first point that works on one of the models."""
     for branch in sweep.space.branches:
-        points = itertools.product(*(_values(param) for param in branch.params))
-        for point in itertools.islice(points, _TRIED):
+        points = itertools.product(sweep.space.models, *(_values(param) for param in branch.params))
+        for model, *point in itertools.islice(points, _TRIED * len(sweep.space.models)):
             knobs = dict(zip((param.name for param in branch.params), point, strict=True))
-            config: Config = {"model": sweep.space.models[0], "method": branch.label, **knobs}
+            config: Config = {"model": model, "method": branch.label, **knobs}
             try:
                 planned_by(sweep, config)
             except UserError:
@@ -112,4 +117,12 @@ def _values(param: Param) -> tuple[Any, ...]:
     """Values of a parameter that stand for all of them."""
     if param.values is not None:
         return param.values
-    return tuple(v for v in (param.low, param.high) if v is not None)
+    assert param.low is not None
+    assert param.high is not None
+    if param.step is not None:
+        rungs = min(_RUNGS - 1, round((param.high - param.low) / param.step))
+        return tuple(
+            param.spelled(value) for value in (*(param.low + n * param.step for n in range(rungs)), param.high)
+        )
+    between = np.linspace(param.low, param.high, _RUNGS)
+    return tuple(dict.fromkeys(round(x) for x in between)) if param.integer else tuple(between.tolist())

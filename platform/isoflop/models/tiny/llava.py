@@ -61,6 +61,7 @@ class TinyLlava(ModelFamily):
         taking = self.trained_with(vlm, methods)
         for one in taking:  # as it will be used: what is trained may stand for other values of knobs, too
             one.check(vlm)
+        taking = tuple(method for method in taking if method.name != AllTokens.name)  # which does nothing
         if len(taking) > 1 or any(m.hooks != (VISUAL_TOKENS,) or m.special_training for m in taking):
             return TaughtStage.of(vlm, taking, seed)
         method = cast("TaughtCompressor", taking[0].as_trained() if taking else AllTokens())

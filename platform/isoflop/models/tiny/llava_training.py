@@ -214,7 +214,7 @@ class CellTrainer:
             view = self.view(bank.rows(lesson.rows_B), lesson.questions_BQ, lesson.rows_B)
             return self.loss(self.method.budgets(number, self.recipe.steps, self.seed), view, lesson)
 
-        return fit(self.groups, self.recipe, enumerate(steps), loss, keeper=keeper)
+        return fit(self.groups, self.recipe, enumerate(steps), loss, keeper=keeper, seed=self.seed)
 
     def loss(self, budgets: Sequence[tuple[float, Any]], view: VisualInput, lesson: Lesson) -> Tensor:
         """The mean over a step's budgets of the answers' cross-entropy, by their weights."""

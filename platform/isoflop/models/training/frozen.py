@@ -180,4 +180,6 @@ class CompressorStage(Stage):
             steps = lessons.steps(self.steps, self.batch, derive_seed("compressor", self.seed))
             keeper = Keeper(ctx.scratch(self))
             keeper.modules = [module]
-            return fit(parameters, recipe, enumerate(steps), loss, lr=recipe.lr, fused=False, keeper=keeper)
+            return fit(
+                parameters, recipe, enumerate(steps), loss, lr=recipe.lr, fused=False, keeper=keeper, seed=self.seed
+            )

@@ -14,6 +14,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from isoflop.core.hashing import derive_seed
+
 StepT = TypeVar("StepT")
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ def fit(
     fused: bool = True,
     learned: Callable[[float], None] | None = None,
     keeper: Keeper | None = None,
+    seed: int = 0,
 ) -> list[float]:
     """Train parameters with AdamW; returns the loss of every step. The one loop of every training but the exchanged ones.
 
@@ -82,10 +85,11 @@ def fit(
         learned: is told the loss of each batch before the next one is drawn, for curricula.
         keeper: keeps weights and optimiser now and then, and goes on where a killed training stopped; batches before that
             are drawn again and their losses told again, so that lessons and curriculum are where they were.
+        seed: of what modules draw in a step (dropout, noise): the same numbers whatever was drawn before it.
     """
     options: dict[str, Any] = {} if lr is None else {"lr": lr}
     optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, fused=fused, **options)
-    return descend(optimizer, recipe, steps, loss_of, learned=learned, keeper=keeper)
+    return descend(optimizer, recipe, steps, loss_of, learned=learned, keeper=keeper, seed=seed)
 
 
 def descend(
@@ -96,6 +100,7 @@ def descend(
     pace: Pace | None = None,
     learned: Callable[[float], None] | None = None,
     keeper: Keeper | None = None,
+    seed: int = 0,
 ) -> list[float]:
     """Train on every step with the recipe's schedule and clipping; returns the losses.
 
@@ -103,7 +108,7 @@ def descend(
         optimizer: each group's learning rate is its peak.
         loss_of: the scalar loss of a step, with gradients.
         pace: in place of the recipe's schedule.
-        learned, keeper: see ``fit``.
+        learned, keeper, seed: see ``fit``.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -115,7 +120,7 @@ def descend(
             nn.utils.clip_grad_norm_(parameters, recipe.clip)
         return loss.detach()
 
-    return follow(optimizer, recipe, steps, differentiate, pace, learned, keeper)
+    return follow(optimizer, recipe, steps, differentiate, pace, learned, keeper, seed)
 
 
 def follow(
@@ -126,13 +131,14 @@ def follow(
     pace: Pace | None = None,
     learned: Callable[[float], None] | None = None,
     keeper: Keeper | None = None,
+    seed: int = 0,
 ) -> list[float]:
     """Step along directions with the recipe's schedule of learning rates; returns the losses.
 
     Args:
         optimizer: each group's learning rate is its peak.
         differentiate: leaves in ``grad`` of the parameters the direction of a step, and returns its loss.
-        pace, learned, keeper: see ``descend``.
+        pace, learned, keeper, seed: see ``descend``.
     """
     paced = pace or linear(optimizer, recipe)
     losses: list[Tensor] = [] if keeper is None else [torch.tensor(loss) for loss in keeper.restore(optimizer)]
@@ -140,7 +146,9 @@ def follow(
     for number, step in enumerate(steps):
         if number >= done:
             paced(optimizer, number)
-            losses.append(differentiate(step))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive_seed("step", seed, number))
+                losses.append(differentiate(step))
         if learned is not None:
             learned(float(losses[number]))
         if number < done:

@@ -16,6 +16,20 @@ from isoflop.models.training.teaching import Pupil, Teaching
 
 
 @dataclass(frozen=True)
+class _OnCpu:
+    """A stage context whose models are loaded on the CPU, whatever the worker's device."""
+
+    ctx: StageContext
+    device: str = "cpu"
+
+    def get(self, stage: Stage) -> Any:
+        return self.ctx.get(stage)
+
+    def scratch(self, stage: Stage) -> Path:
+        return self.ctx.scratch(stage)
+
+
+@dataclass(frozen=True)
 class TaughtStage(Stage):
     """A model in ``save_pretrained`` form, with ``<method>.safetensors`` for each method that has weights of its own.
 
@@ -43,6 +57,7 @@ class TaughtStage(Stage):
     def of(cls, info: ModelInfo, methods: tuple[Taught, ...], seed: int) -> TaughtStage:
         """The stage for a model of a family that gives a course."""
         family = family_of(info.ref)
+        methods = tuple(sorted(methods, key=lambda m: (min((hook.order for hook in m.hooks), default=0), m.name)))
         taught = tuple(method.as_trained() for method in methods)
         follows = any(m.teacher is not None and m.teacher.source == TRAINED for m in taught)
         teacher = family.weights(info, (), seed) if follows else None
@@ -60,7 +75,7 @@ class TaughtStage(Stage):
         info = family.info(self.ref, dict(self.options))
         course = family.course(info, self.methods, self.seed, ctx)
         pupils = [Pupil(method, method.untrained(info, self.seed)) for method in self.methods]
-        teacher = None if self.teacher is None else family.load(info, self.teacher, ctx)
+        teacher = None if self.teacher is None else family.load(info, self.teacher, _OnCpu(ctx))
         losses = Teaching(course, pupils, self.seed, teacher).run(Keeper(ctx.scratch(self)))
         course.save(folder, losses)
         for pupil in pupils:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from isoflop.core.errors import Infeasible
 from isoflop.models.base import Model
 from isoflop.models.training.loop import Keeper, Schedule, fit
 from isoflop.models.training.taught import DENSE, InTraining, Taught, Teacher, in_its_hooks
@@ -120,6 +121,7 @@ class Teaching:
             weight_decay=course.weight_decay,
             learned=course.learned,
             keeper=keeper,
+            seed=self.seed,
         )
         course.finish()
         for module in modules:
@@ -143,7 +145,13 @@ class Teaching:
                 learning += [parameter] if learns else []
             if learning:
                 found.append({**group, "params": learning})
-        return [group for group in own if group["params"]] + found
+        groups = [group for group in own if group["params"]] + found
+        if not groups:
+            asking = ", ".join(pupil.method.name for pupil in self.pupils)
+            raise Infeasible(
+                f"nothing learns: {asking} let no parameter of the model learn, and have no weights of their own"
+            )
+        return groups
 
     def loss(self, batch: Any) -> Tensor:
         """The mean over the step's configurations of the methods, by their weights."""
