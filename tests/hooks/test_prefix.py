@@ -278,3 +278,15 @@ def test_a_prompt_of_segments_is_immutable(model: VlmModel) -> None:
     assert len(prompt.columns(0, 3).spans()) == 3
     with pytest.raises(AttributeError):
         prompt.next_B = prompt.next_B  # type: ignore[misc]
+
+
+@torch.no_grad()
+def test_a_prompt_whose_last_token_was_dropped_has_no_logits() -> None:
+    model, numbers = grouped_model(), torch.Generator().manual_seed(1)
+    image = [Part("image", embeds_Td=torch.randn(5, 64, generator=numbers)) for _ in range(2)]
+    prompt = build([[image[0], image[1]]], model.embed_text)
+    with method("drop-random", {"drop": 0.8, "layer": 1}).apply(model, None):
+        with pytest.raises(Infeasible, match="a prompt that ends in an image has no token behind it"):
+            model.run(prompt)
+        with pytest.raises(Infeasible, match="give it a question"):
+            model.stepwise(prompt, torch.zeros(1, 1, dtype=torch.long))
