@@ -80,7 +80,9 @@ METERS: dict[str, list[Patch]] = {
 
 
 def test_every_family_is_looked_at() -> None:
-    built_in = {cls.family for cls in map(METHODS.get, METHODS.names()) if cls.__module__.startswith("isoflop.methods.")}
+    built_in = {
+        cls.family for cls in map(METHODS.get, METHODS.names()) if cls.__module__.startswith("isoflop.methods.")
+    }
     assert {METHODS.get(name).family for name in METERS} == built_in
 
 
