@@ -312,7 +312,7 @@ def test_what_a_sampler_proposes_is_what_the_job_says(sampler: str) -> None:
         assert p.config["toy-steps.heads"] in (2, 6, 10, 14)
         (job,) = sweep.jobs_of(p.config)
         assert sweep.config_of(job) == p.config
-        assert sweep.admits(job)
+        assert sweep.job_now(job) == job
         proposer.tell(Tell(p.number, p.config, "complete", (float(number),)))
 
 

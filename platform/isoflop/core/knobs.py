@@ -30,6 +30,7 @@ KnobValue = Scalar | tuple[Scalar, ...]
 _TYPE_NAMES: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _PLURALS: dict[type, str] = {int: "whole numbers", float: "numbers", bool: "true and false", str: "texts"}
 _ON_GRID = 1e-6  # of a step; decimals are not exact
+ROUNDING = 1e-12  # of a number; a few thousand additions in double precision stay within it
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,19 @@ def grid_value(low: float, step: float, steps: int, whole: bool) -> float | int:
     """``low + steps·step`` without the rounding of binary fractions; an int where ``whole``."""
     exact = Decimal(repr(low)) + steps * Decimal(repr(step))
     return int(exact) if whole else float(exact)
+
+
+def same(a: KnobValue, b: KnobValue, scale: float = 0.0) -> bool:
+    """Whether two values differ by no more than the rounding of binary fractions, as .3 and .1 + .2 do.
+
+    Args:
+        scale: the largest of the numbers that were added up; their sum may miss 0 by some of its rounding.
+    """
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(same(x, y, scale) for x, y in zip(a, b, strict=True))
+    if isinstance(a, (bool, str, tuple)) or isinstance(b, (bool, str, tuple)) or float not in (type(a), type(b)):
+        return type(a) is type(b) and a == b
+    return math.isclose(a, b, rel_tol=ROUNDING, abs_tol=ROUNDING * scale)
 
 
 def shown(value: Any, quoted: bool = False) -> str:

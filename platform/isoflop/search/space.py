@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from isoflop.core.errors import UserError
-from isoflop.core.knobs import KnobValue, grid_value
+from isoflop.core.knobs import KnobValue, grid_value, same
 
 Value = KnobValue
 Config = dict[str, Value]
 MAX_GRID = 1_000_000  # points; more is a mistake in the YAML
+_MOST_ROUNDING = 1e6  # steps; a grid whose numbers are larger than so many of them is not blurred any further
 _MAX_COUNT = 20_000  # points of a space that a sampler searches: beyond this it counts as endless
 
 
@@ -31,8 +32,8 @@ class Param:
         name: ``model``, ``method``, ``<label>.<knob>`` or the name of a zip block.
         values: the allowed values, or None for a range.
         when: other parameter -> its values under which this one exists; otherwise it keeps ``default``.
-        spelling: low end and step of a knob's own grid, whose values have one spelling, whoever draws them; see
-            :func:`isoflop.core.knobs.grid_value`.
+        spelling: low end and step of the grid whose values have one spelling, whoever draws them; the knob's own grid where
+            it has one, else that of the range. See :func:`isoflop.core.knobs.grid_value`.
     """
 
     name: str
@@ -47,11 +48,25 @@ class Param:
     spelling: tuple[float, float] | None = None
 
     def spelled(self, value: Value) -> Value:
-        """A drawn value in the spelling that enters configurations."""
-        if self.spelling is None or isinstance(value, (str, bool, tuple)):
-            return value
-        low, step = self.spelling
-        return grid_value(low, step, round((value - low) / step), self.integer)
+        """``value`` in the spelling that enters configurations, where it differs from an allowed one by rounding only.
+
+        A third step of .1 is .3 whoever added it up: an Optuna sampler, a list in the YAML, a row of an earlier version.
+        """
+        if self.values is not None:
+            sizes = [abs(v) for v in self.values if isinstance(v, (int, float))]
+            known = value in self.values
+            return value if known else next((v for v in self.values if same(v, value, max(sizes, default=0))), value)
+        near = self._near(value)
+        return value if near is None else near
+
+    def _near(self, value: Value) -> Value | None:
+        """The value of the grid that differs from this one by rounding only; None without one, or without a grid."""
+        grid = self.spelling or (None if self.step is None else (self.low, self.step))
+        if grid is None or isinstance(value, (str, bool, tuple)) or not math.isfinite(value):
+            return None
+        low, step = grid
+        near = grid_value(low, step, round((value - low) / step), self.integer)
+        return near if same(near, value, min(max(abs(low), step), step * _MOST_ROUNDING)) else None
 
     def grid(self) -> Sequence[Value]:
         """All values; UserError for a continuous range."""
@@ -66,10 +81,11 @@ class Param:
         count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
         if count > MAX_GRID:
             raise UserError(f"{self.name}: {count:,} steps from {self.low:g} to {self.high:g}; allowed: {MAX_GRID:,}")
-        return tuple(self.low + i * self.step for i in range(count))
+        return tuple(grid_value(self.low, self.step, i, False) for i in range(count))
 
     def contains(self, value: Value) -> bool:
-        """Whether ``value`` could have been drawn from this parameter."""
+        """Whether ``value`` could have been drawn from this parameter, in any spelling."""
+        value = self.spelled(value)
         if self.values is not None:
             return value in self.values
         if isinstance(value, (str, bool, tuple)) or not self.low <= value <= self.high:
@@ -79,7 +95,7 @@ class Param:
         if self.step is None:
             return True
         steps = (value - self.low) / self.step
-        return abs(steps - round(steps)) < 1e-6
+        return self._near(value) is not None and abs(steps - round(steps)) < 1e-6
 
 
 @dataclass(frozen=True)
@@ -152,6 +168,12 @@ class SearchSpace:
     def excluded(self, config: Config) -> bool:
         """Whether an ``exclude`` block forbids this point."""
         return any(all(config.get(path) in values for path, values in rule) for rule in self.excludes)
+
+    def spelled(self, config: Config) -> Config:
+        """The point with every value in the spelling of this space; see :meth:`Param.spelled`."""
+        branch = self.by_label.get(str(config.get("method")))
+        params = {p.name: p for p in branch.params} if branch else {}
+        return {name: params[name].spelled(v) if name in params else v for name, v in config.items()}
 
     def grid(self) -> Iterator[Config]:
         """Every allowed point, each once, in the order of the YAML (the last knob moves fastest)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from isoflop.core.errors import Infeasible, UserError, unknown
@@ -61,6 +62,7 @@ def _params(method: MethodEntry, prefix: str, path: KeyPath, source: Source, zip
         if name not in params:  # the sweep says nothing of it, so it keeps its default
             default = specs[name.removeprefix(prefix)].default
             params[name] = Param(name, (default,), default=default)
+    params = {p.name: replace(p, when=_spelled_conditions(p, params)) for p in params.values()}
     ordered: list[Param] = []
     while params:
         ready = [p for p in params.values() if not any(other in params for other, _ in p.when)]
@@ -73,6 +75,11 @@ def _params(method: MethodEntry, prefix: str, path: KeyPath, source: Source, zip
         for param in ready:
             del params[param.name]
     return ordered
+
+
+def _spelled_conditions(param: Param, params: Mapping[str, Param]) -> tuple[tuple[str, tuple[Value, ...]], ...]:
+    """Conditions in the spelling of the parameters that they look at."""
+    return tuple((other, tuple(params[other].spelled(v) for v in allowed)) for other, allowed in param.when)
 
 
 def _declared(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -94,17 +94,39 @@ class Sweep:
             config.update({prefix + k: v for k, v in method.knobs if prefix + k in wanted})
         return config
 
-    def admits(self, job: Job) -> bool:
-        """Whether a job, perhaps of an earlier version of the YAML, still belongs to the sweep."""
-        config = self.config_of(job)
+    def job_now(self, job: Job) -> Job | None:
+        """The job of this sweep that ``job``, perhaps of an earlier version of the YAML, stands for; None where there is none.
+
+        It differs from ``job`` at most in the spelling of its numbers: .3 for .30000000000000004.
+        """
+        written = self.config_of(job)
+        config = self.space.spelled(written)
         if job.task not in self.task_options or job.repeat >= self.spec.repeats or not self.space.contains(config):
-            return False
-        return self._job(job.model, self.methods_of(config), job.task, job.repeat).id == job.id
+            return None
+        now = self._job(job.model, self.methods_of(config), job.task, job.repeat)
+        then = job if config == written else replace(job, methods=self._spelled(job.methods, job.method_label, config))
+        return now if now.id == then.id else None
+
+    def _spelled(self, methods: tuple[MethodSpec, ...], label: str, config: Config) -> tuple[MethodSpec, ...]:
+        """The methods with the values that a point gives their knobs."""
+        prefixes = [knob_prefix(label, position) for position in range(len(methods))]
+        return tuple(
+            MethodSpec.of(m.name, {k: config.get(prefix + k, v) for k, v in m.knobs})
+            for prefix, m in zip(prefixes, methods, strict=True)
+        )
 
     def current(self, table: pa.Table) -> pa.Table:
-        """The rows of a ledger that belong to the sweep as it is now."""
-        keep = [self.admits(Job.from_dict(json.loads(text))) for text in table["spec"].to_pylist()]
-        return table.filter(pa.array(keep, pa.bool_()))
+        """The rows of a ledger that belong to the sweep as it is now: one per job, the one of its very spelling first."""
+        chosen: dict[str, int] = {}
+        exact: set[str] = set()
+        for index, (job_id, text) in enumerate(
+            zip(table["job_id"].to_pylist(), table["spec"].to_pylist(), strict=True)
+        ):
+            now = self.job_now(Job.from_dict(json.loads(text)))
+            if now is not None and now.id not in exact:
+                chosen[now.id] = index
+                exact.update({job_id} & {now.id})
+        return table.take(pa.array(sorted(chosen.values()), pa.int64()))
 
 
 def knob_prefix(label: str, position: int) -> str:

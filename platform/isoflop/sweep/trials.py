@@ -74,18 +74,20 @@ class TrialBook:
         Returns:
             Unfinished trials, each with the jobs that have no row.
         """
-        by_trial: dict[str, list[Row]] = {}
+        by_trial: dict[str, list[tuple[Job, Row]]] = {}
         columns = _COLUMNS if self._sweep.spec.search.pruner == "none" else [*_COLUMNS, "scores", "shard_sizes"]
         for row in table.select(columns).to_pylist():
-            by_trial.setdefault(row["trial_id"], []).append(row)
+            job = self._sweep.job_now(Job.from_dict(json.loads(row["spec"])))
+            if job is not None:
+                by_trial.setdefault(job.trial_id, []).append((job, row))
         unfinished = []
-        for rows in sorted(by_trial.values(), key=lambda rs: rs[0]["trial_number"]):
-            config = self._sweep.config_of(Job.from_dict(json.loads(rows[0]["spec"])))
-            trial = self.open(rows[0]["trial_number"], config)
-            for row in rows:
-                if row["job_id"] in trial.jobs and row["status"] not in again:
-                    trial.rows[row["job_id"]] = row
-                    trial.steps.update(self._steps_of(trial, row))
+        for found in sorted(by_trial.values(), key=lambda pairs: pairs[0][1]["trial_number"]):
+            config = self._sweep.config_of(found[0][0])
+            trial = self.open(found[0][1]["trial_number"], config)
+            for job, row in found:
+                if job.id in trial.jobs and row["status"] not in again:
+                    trial.rows[job.id] = row
+                    trial.steps.update(self._steps_of(trial, job.id, row))
             if trial.complete:
                 self._close(trial)
             else:
@@ -136,14 +138,14 @@ class TrialBook:
         trial.steps[step] = self._intermediate(before, (mean_error, examples))
         return self._proposer.should_prune(trial.number, step, trial.steps[step])
 
-    def _steps_of(self, trial: Trial, row: Row) -> dict[int, float]:
+    def _steps_of(self, trial: Trial, job_id: str, row: Row) -> dict[int, float]:
         """The intermediate values that a job of an earlier session reported, from its scores."""
         steps: dict[int, float] = {}
         scores, end, before = row.get("scores") or [], 0, (0.0, 0)
         for shard, size in enumerate(row.get("shard_sizes") or []):
             end += size
             now = (sum(scores[:end]) / max(1, end), end)
-            steps[_step(trial, row["job_id"], shard)] = self._intermediate(before, now)
+            steps[_step(trial, job_id, shard)] = self._intermediate(before, now)
             before = now
         return steps
 
