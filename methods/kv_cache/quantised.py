@@ -66,8 +66,9 @@ class Quantised(KvCacheMethod):
     def tiers(self, block: AttentionCall) -> Sequence[tuple[int, KeptTokens]]:
         """Bits and tokens of each tier of the prompt; every real token is in exactly one."""
 
-    def new_tiers(self, query: AttentionCall, block: DenseSegment) -> Sequence[tuple[int, KeptTokens]]:
-        """The same for a full buffer, seen by the newest query (T = 1)."""
+    def new_tiers(self, query: AttentionCall, store: LayerStore) -> Sequence[tuple[int, KeptTokens]]:
+        """The same for a full buffer, ``store.recent``, when the newest query (T = 1) has read the store."""
+        block = store.recent
         return self.tiers(replace(query, k_BGTD=block.k_BGND, v_BGTD=block.v_BGND))
 
     def compress(self, prompt: AttentionCall, prepared: Any) -> LayerStore:
@@ -85,7 +86,7 @@ class Quantised(KvCacheMethod):
         out_BTHD = self.read(query, store, prepared)
         if store.recent.tokens >= self.streaming_gap:
             last = replace(query, q_BHTD=query.q_BHTD[:, :, -1:], order_BT=query.order_BT[:, -1:], valid_BT=None)
-            store.segments += quantise(store.recent, self.new_tiers(last, store.recent), self.grids())
+            store.segments += quantise(store.recent, self.new_tiers(last, store), self.grids())
             store.recent = empty_recent(query)
         return out_BTHD
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from isoflop.kernels.column_scores import column_scores
+from isoflop.kernels.decode_segments import decode_segments
 from isoflop.models.hooks.attention import AttentionCall
+from isoflop.models.segments import LayerStore, segment_logits
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +68,17 @@ def real(call: AttentionCall) -> Tensor:
     if call.valid_BT is None:
         return torch.ones(call.q_BHTD.shape[0], call.q_BHTD.shape[2], device=call.q_BHTD.device)
     return call.valid_BT.float()
+
+
+def newest_attention(query: AttentionCall, store: LayerStore) -> Tensor:
+    """What the recent tokens receive from the newest query (T = 1), a softmax over the whole cache, (B, G, N).
+
+    Added up over the query heads of each key-value head, in float32. The packed part of the cache is read as codes.
+    """
+    parts = [segment.part() for segment in store.all() if segment.tokens]
+    lse_BH1 = decode_segments(query.q_BHTD, parts, query.scaling)[1]
+    logits_BH1N = segment_logits(query.q_BHTD, store.recent, query.scaling, query.order_BT)
+    return over_group((logits_BH1N - lse_BH1[..., None]).exp()[:, :, 0], query.k_BGTD.shape[1])
 
 
 def over_group(p_BHN: Tensor, groups: int) -> Tensor:

@@ -20,7 +20,7 @@ from isoflop.methods.kv_cache.quantised import Grids, Quantised
 from isoflop.methods.kv_cache.select import KeptTokens, candidates, count_of, lengths, split
 from isoflop.models.base import ModelInfo
 from isoflop.models.hooks.attention import AttentionCall
-from isoflop.models.segments import DenseSegment
+from isoflop.models.segments import LayerStore
 
 V_GROUP = 32
 
@@ -53,8 +53,8 @@ class TwoTier(Quantised):
         """Scores of the prompt's tokens, (B, G, T)."""
 
     @abstractmethod
-    def new_saliency(self, query: AttentionCall, block: DenseSegment) -> Tensor:
-        """Scores of a full buffer's tokens, (B, G, N), when the newest query (T = 1) has attended to them."""
+    def new_saliency(self, query: AttentionCall, store: LayerStore) -> Tensor:
+        """Scores of a full buffer's tokens (``store.recent``), (B, G, N), when the newest query (T = 1) has attended to all."""
 
     def axes(self, info: ModelInfo) -> Axes:
         """Bits per element of the tiers by their shares, and dense bits over them."""
@@ -77,9 +77,9 @@ class TwoTier(Quantised):
         """The highest saliency at bits_hi."""
         return self._by_score(self.saliency(block), lengths(block), candidates(block))
 
-    def new_tiers(self, query: AttentionCall, block: DenseSegment) -> Sequence[tuple[int, KeptTokens]]:
+    def new_tiers(self, query: AttentionCall, store: LayerStore) -> Sequence[tuple[int, KeptTokens]]:
         """The same among the tokens of a full buffer."""
-        return self._by_score(self.new_saliency(query, block), [block.tokens] * query.q_BHTD.shape[0], None)
+        return self._by_score(self.new_saliency(query, store), [store.recent.tokens] * query.q_BHTD.shape[0], None)
 
     def _by_score(self, scores_BGN: Tensor, total: list[int], real_B1N: Tensor | None) -> list[tuple[int, KeptTokens]]:
         counts = [count_of(self.salient_ratio, n, least=0) for n in total]
@@ -96,7 +96,8 @@ class MixedRandom(TwoTier):
         """Random numbers, the same for the same prompt."""
         return uniform(prompt, "mixed-random")
 
-    def new_saliency(self, query: AttentionCall, block: DenseSegment) -> Tensor:
+    def new_saliency(self, query: AttentionCall, store: LayerStore) -> Tensor:
         """Random numbers by position."""
+        block = store.recent
         tokens = replace(query, k_BGTD=block.k_BGND, order_BT=block.positions_BGN[:, 0], ids_BT=None)
         return uniform(tokens, "mixed-random")

@@ -14,15 +14,14 @@ from torch import Tensor
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
-from isoflop.kernels.column_scores import column_scores
 from isoflop.methods.base import METHODS
 from isoflop.methods.kv_cache.chance import uniform
-from isoflop.methods.kv_cache.scores import QueryWeights, attention_scores, real
+from isoflop.methods.kv_cache.scores import QueryWeights, attention_scores, newest_attention, real
 from isoflop.methods.kv_cache.select import lengths
 from isoflop.methods.kv_cache.two_tier import TwoTier
 from isoflop.models.base import ModelInfo
 from isoflop.models.hooks.attention import AttentionCall
-from isoflop.models.segments import DenseSegment
+from isoflop.models.segments import LayerStore
 
 
 @METHODS.register("zipcache")
@@ -38,13 +37,16 @@ class ZipCache(TwoTier):
     3. Keys: one grid per channel and tier. Values (``cst``): channels divided by the root of their largest magnitude
        over both tiers, then one grid per token and head; ``token`` leaves the channels as they are; ``group32`` has a
        grid per 32 channels.
-    4. After ``streaming_gap`` new tokens, the newest query's attention among them decides which are salient, as in the
-       released code; they become a block of their own.
+    4. After ``streaming_gap`` new tokens, the newest query's attention to them decides which are salient, as in the
+       released code: a softmax over the whole cache, added up over the group's heads, of which the new tokens' part is
+       taken. A head that looks elsewhere thus has no say. They become a block of their own; the released code packs older tokens,
+       which were packed before, once more.
 
     Tiers hold their tokens in any order, so no bitmap of the classes has to stay resident.
     """
 
     paper: ClassVar[str] = "arXiv 2405.14256"
+    version: ClassVar[str] = "2"
 
     probe_recent: Annotated[
         float, Knob(low=0.0, high=1.0, doc="share of the queries, the newest ones, that are probes")
@@ -70,13 +72,9 @@ class ZipCache(TwoTier):
         queries = probes(prompt, self.probe_recent, self.probe_random)
         return attention_scores(prompt, queries) / self.seen_by(prompt, queries)[:, None]
 
-    def new_saliency(self, query: AttentionCall, block: DenseSegment) -> Tensor:
-        """Attention of the newest query, which sees every token of the block, (B, G, N)."""
-        ones_B11 = torch.ones(query.q_BHTD.shape[0], 1, 1, device=query.q_BHTD.device)
-        scores_BG1N = column_scores(
-            query.q_BHTD, block.k_BGND, query.scaling, ones_B11, query.order_BT, block.positions_BGN[:, 0]
-        )
-        return scores_BG1N[:, :, 0]
+    def new_saliency(self, query: AttentionCall, store: LayerStore) -> Tensor:
+        """Attention of the newest query, which sees the whole cache, (B, G, N)."""
+        return newest_attention(query, store)
 
     def seen_by(self, prompt: AttentionCall, queries: QueryWeights) -> Tensor:
         """What each token's score is divided by, (B, T); at least 1."""

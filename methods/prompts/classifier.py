@@ -123,6 +123,7 @@ class ClassifierStage(Stage):
     """
 
     kind: ClassVar[str] = "prompt-classifier"
+    version: ClassVar[str] = "2"
 
     width: int
     noise: float

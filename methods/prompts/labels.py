@@ -30,7 +30,7 @@ class Labelled:
 
     Attributes:
         words, labels: of the original; True is kept.
-        variation: share of the compressed words that the original does not have (VR).
+        variation: share of the compressed words that the original does not have (VR); 1 where nothing is left.
         gap: share of the original's words that the compressed text has, counted with repetition, minus the share
             labelled True (AG = HR - MR).
     """
@@ -90,15 +90,20 @@ def label(text: str, compressed: Sequence[str]) -> Labelled:
     labels = align(words, compressed)
     known = {word.lower() for word in words}
     found = sum(word.lower() in known for word in compressed)
-    variation = 1 - found / len(compressed) if compressed else 0.0
+    variation = 1 - found / len(compressed) if compressed else 1.0
     gap = (found - sum(labels)) / len(words) if words else 0.0
     return Labelled(text, words, tuple(labels), variation, gap)
 
 
 def well_labelled(chunks: Sequence[Labelled]) -> list[Labelled]:
-    """Without the worst by variation, then without the worst of the rest by alignment gap; those at the cut stay."""
+    """Without the worst by variation, then without the worst of the rest by alignment gap; those at the cut stay.
+
+    A text of which no word is the original's, an empty one among them, goes whatever the cut.
+    """
     cut = np.percentile([chunk.variation for chunk in chunks], 100 - WORST_VARIATION)
-    rest = [chunk for chunk in chunks if chunk.variation <= cut]
+    rest = [chunk for chunk in chunks if chunk.variation <= cut and chunk.variation < 1]
+    if not rest:
+        return []
     cut = np.percentile([chunk.gap for chunk in rest], 100 - WORST_GAP)
     return [chunk for chunk in rest if chunk.gap <= cut]
 

@@ -59,6 +59,7 @@ class LlmLingua2(RatedPromptMethod):
     """
 
     paper: ClassVar[str] = "arXiv 2403.12968"
+    version: ClassVar[str] = "2"
 
     token_to_word: Annotated[
         str, Knob(choices=("mean", "first"), doc="a word's probability from those of its pieces")

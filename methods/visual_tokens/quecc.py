@@ -47,6 +47,7 @@ class QueCC(VisualTokenMethod):
     """
 
     paper: ClassVar[str] = "arXiv 2411.03312"
+    version: ClassVar[str] = "2"
     commutes: ClassVar[bool] = False
 
     k: Annotated[int, Knob(low=1, high=64, ratio=True, unit="patches", doc="side of a window; V = (grid / k)²")] = 6
@@ -134,7 +135,7 @@ class QueCCModule(nn.Module):
         self.layers = layers
         self.scale_x = ChannelScale(width)
         self.scale_multi = ChannelScale(len(layers) * width)
-        self.text = None if text_width is None else nn.Sequential(nn.Linear(text_width, width), nn.LayerNorm(width))
+        self.text = None if text_width is None else nn.Sequential(nn.Linear(text_width, width), _norm(width))
         self.query = _mlp(width, width)
         self.key = _mlp(len(layers) * width, width)
         self.value = _mlp(len(layers) * width, width)
@@ -211,7 +212,12 @@ def masked_mean(h_BQd: Tensor, mask_BQ: Tensor | None) -> Tensor:
 
 
 def _mlp(width_in: int, width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width_in, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width, eps=1e-6))
+    return nn.Sequential(nn.Linear(width_in, width), nn.GELU(), nn.Linear(width, width), _norm(width))
+
+
+def _norm(width: int) -> nn.LayerNorm:
+    """The released code's, for the question as well as for queries, keys and values."""
+    return nn.LayerNorm(width, eps=1e-6)
 
 
 def _divisors(number: int) -> str:

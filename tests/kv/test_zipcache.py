@@ -17,6 +17,7 @@ from isoflop.methods.kv_cache.base import append_recent, slice_call
 from isoflop.methods.kv_cache.probe import KvCacheProbe
 from isoflop.methods.kv_cache.rtn import KvRtn
 from isoflop.methods.kv_cache.zipcache import ZipCache, probes
+from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.segments import PackedSegment, stored_bytes
 
 ALL = {"probe_recent": 1.0, "probe_random": 0.0}
@@ -215,18 +216,34 @@ def test_a_full_buffer_becomes_a_block_and_older_blocks_are_left_alone() -> None
         assert torch.equal(places, torch.arange(start, start + 4).expand(2, GROUPS, 4))
 
 
-def test_new_salient_tokens_are_those_the_newest_query_attends_to() -> None:
-    whole = a_call(24)
-    method = ZipCache(streaming_gap=4, salient_ratio=0.25)
+def test_new_tokens_are_weighed_by_a_softmax_over_the_whole_cache() -> None:
+    """By hand: the first head looks at the prompt and leaves the block e^-25; the second gives a .525 and b .475."""
+    q_BHTD = torch.tensor([[[3.0, -2.0]], [[-1.0, 0.9]]])[None].expand(-1, -1, 3, -1)
+    k_BGTD = torch.tensor([[8.0, 0.0], [0.0, 1.0], [1.0, 2.0]])[None, None]
+    whole = AttentionCall(0, q_BHTD, k_BGTD, k_BGTD, 1.0, torch.arange(3)[None], None)
+    method = ZipCache(streaming_gap=2, salient_ratio=0.5, bits_hi=16, bits_lo=16)
+    store = method.compress(slice_call(whole, 0, 1), None)
+    tokens = slice_call(whole, 1, 3)
+    append_recent(store, tokens)
+    found = method.new_saliency(slice_call(whole, 2, 3), store)
+    torch.testing.assert_close(found, torch.tensor([[[0.525, 0.475]]]), atol=5e-4, rtol=0)
+    method.step(tokens, store, None)
+    assert [s.positions_BGN.flatten().tolist() for s in store.segments[1:]] == [[1], [2]]
+
+
+@pytest.mark.parametrize("pads", [None, (0, 6)])
+def test_new_salient_tokens_are_those_the_newest_query_attends_to(pads: tuple[int, ...] | None) -> None:
+    rows = 32
+    whole = a_call(24, rows, pads=None if pads is None else pads * (rows // 2))
+    method = ZipCache(streaming_gap=4, salient_ratio=0.25, bits_hi=16, bits_lo=16)
     store = method.compress(slice_call(whole, 0, 20), None)
     for place in range(20, 24):
         query = token(whole, place)
         append_recent(store, query)
         method.step(query, store, None)
-    q = whole.q_BHTD[:, :, 23].unflatten(1, (GROUPS, -1)).double()
-    k = whole.k_BGTD[:, :, 20:24].double()
-    attention = (torch.einsum("bgrd,bgnd->bgrn", q, k) * whole.scaling).softmax(-1).sum(2)
-    assert torch.equal(store.segments[2].positions_BGN[..., 0] - 20, attention.argmax(-1))
+    received = column_sums(whole, torch.eye(24)[23])[..., 20:]
+    first = whole.order_BT[:, 20].expand(rows)[:, None]
+    assert torch.equal(store.segments[2].positions_BGN[..., 0] - first, received.argmax(-1))
 
 
 @pytest.mark.parametrize("gap", [1, 3, 100])

@@ -117,6 +117,18 @@ def test_quecc_equals_a_loop_over_windows(probe: VisualTokenProbe) -> None:
     assert method.tokens_left(6) == 9
 
 
+def test_quecc_norms_add_a_millionth_to_the_variance(probe: VisualTokenProbe) -> None:
+    """All of ``multimodal_projector/quecc.py`` of locuslab/llava-token-compression; a question of small variance shows it."""
+    _, module, _, _, text = quecc_parts(probe, k=2)
+    assert module.text is not None
+    for mlp in (module.text, module.query, module.key, module.value):
+        assert mlp[-1].eps == 1e-6
+    h = module.text[0](1e-3 * text).double()
+    h = h - h.mean(-1, keepdim=True)
+    expected = h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(module.text(1e-3 * text).double(), expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("source", ["llm_last", "token_mean", "none"])
 def test_quecc_knows_the_question_or_not(probe: VisualTokenProbe, source: str) -> None:
     """Another question changes every output token; with text_source=none it changes none."""

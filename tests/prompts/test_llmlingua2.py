@@ -211,7 +211,7 @@ def test_a_chunk_scores_the_same_beside_longer_ones(classifier: TokenClassifier)
 def test_alignment_of_a_text_with_itself_labels_everything(text: list[str]) -> None:
     assert all(align(text, text))
     labelled = label(" ".join(text), text)
-    assert labelled.variation == 0
+    assert labelled.variation == (0 if text else 1)
     assert labelled.gap == 0
 
 
@@ -250,6 +250,20 @@ def test_reworded_chunks_are_dropped() -> None:
     assert sum(good.labels) == 3
     assert reworded.variation == pytest.approx(1 / 3)
     assert well_labelled([good] * 30 + [reworded]) == [good] * 30
+
+
+def test_a_text_without_a_word_of_the_original_varies_by_all_and_is_dropped_however_many_there_are() -> None:
+    """``label_word.py`` of microsoft/LLMLingua finds a share of 0 in an empty text; ``filter.py`` then drops it."""
+    good = label("the colour of otter is red.", ["colour", "otter", "red"])
+    for nothing in ([], ["beaver"]):
+        empty = label("the otter left.", nothing)
+        assert empty.variation == 1
+        assert well_labelled([good, empty, empty]) == [good]
+        assert well_labelled([empty]) == []
+    rng = np.random.default_rng(0)
+    drawn = draw_chunks(400, 0.0, rng)
+    assert not all(any(chunk.labels) for chunk in drawn)
+    assert all(any(chunk.labels) for chunk in well_labelled(drawn))
 
 
 def test_badly_aligned_chunks_are_dropped() -> None:
