@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# `make test TEST_WORKERS=2` runs the tests in two processes; tests/conftest.py says what stays together. By default it is one.
+# `make test TEST_WORKERS=2` runs the tests in two processes; tests/sharing.py says what stays together. By default it is one.
 WORKERS := $(if $(TEST_WORKERS),-n $(TEST_WORKERS) --dist loadgroup)
 
 .PHONY: help setup quickstart test test-all test-cpus lint format schema pictures outcomes golden clean

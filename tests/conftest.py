@@ -23,32 +23,13 @@ settings.load_profile("isoflop")
 TESTS = Path(__file__).parent
 ENGINE = TESTS / "engine"
 
-# With several workers (TEST_WORKERS of the Makefile) a file's tests stay together, since they share what its fixtures train.
-# Folders whose files share a training stay together, too, so that each training happens once. What starts clusters, servers and
-# network namespaces, or waits for processes with a clock in its hand, runs in one worker, one after the other, and first.
-TRAINED_TOGETHER = {"data_selection", "lm", "prompts", "sparsity"}
-ONE_AT_A_TIME = {
-    "cluster", "gradients",
-    "engine/test_crashes.py", "engine/test_metrics.py", "engine/test_ray_executor.py", "engine/test_ray_start.py",
-    "engine/test_search_process.py", "engine/test_shared_stages.py", "engine/test_tracking_outage.py", "engine/test_watching.py",
-    "dashboards/test_mlflow_pages.py",
-}  # fmt: skip
-SPLIT = {"methods/test_conformance.py"}  # long, and nothing shared
-
-
-def _unit(nodeid: str) -> str:
-    """What a test must share a worker with."""
-    name = nodeid.partition("::")[0].removeprefix("tests/")
-    folder = name.partition("/")[0]
-    if folder in ONE_AT_A_TIME or name in ONE_AT_A_TIME:
-        return "one-at-a-time"
-    return nodeid if name in SPLIT else folder if folder in TRAINED_TOGETHER else name
-
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """In pytest-xdist's workers: what cannot be divided and takes longest begins first."""
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: _unit(item.nodeid) != "one-at-a-time")
+        from sharing import unit_of
+
+        items.sort(key=lambda item: unit_of(item.nodeid) != "one-at-a-time")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -56,11 +37,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Whole units to whichever worker is free, in the order of collection; with ``--dist loadgroup`` only."""
     if config.getoption("dist") != "loadgroup":
         return None
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Units(LoadScopeScheduling):  # type: ignore[misc, unused-ignore]
-        def _split_scope(self, nodeid: str) -> str:
-            return _unit(nodeid)
+    from sharing import Units
 
     config.option.loadscopereorder = False
     return Units(config, log)
