@@ -75,6 +75,9 @@ class Method:
         hooks: the places in the model that the method takes, each for itself: a trial has one method per hook. Methods
             of a trial are applied in the order of their first hooks.
         needs: what the model must offer besides its hooks (``ModelInfo.offers``).
+        ratio_of: what ``ratio`` compares, dense over compressed, in a few words ("visual tokens").
+        ratio_bytes: keys of a footprint, dense and compressed, where that is bytes which the task measures for a whole answer;
+            tables and reports then compare these (:mod:`isoflop.sweep.compression`).
         trains_model: takes part in training a model family that is trained here. A family that cannot train with one
             of its hooks occupied refuses it at plan (``ModelFamily.trainable``).
     """
@@ -85,6 +88,8 @@ class Method:
     paper: ClassVar[str] = ""
     hooks: ClassVar[tuple[Hook[Any], ...]] = ()
     needs: ClassVar[frozenset[str]] = frozenset()
+    ratio_of: ClassVar[str] = ""
+    ratio_bytes: ClassVar[tuple[str, str] | None] = None
     trains_model: ClassVar[bool] = False
 
     def knobs(self) -> dict[str, KnobValue]:

@@ -15,12 +15,13 @@ from scipy.stats import t as student
 
 from isoflop.core.knobs import knob_specs
 from isoflop.methods.base import METHODS
+from isoflop.sweep.compression import Compression, compression
 
 LEVEL = 0.95
 MOST_VARIANTS = 16
 _MOST_LEVELS = 4  # a number with more values is something to draw along, not a variant
 _COLUMNS = (
-    "job_id", "task", "model", "method", "spec", "repeat", "N", "V", "Q", "ratio", "bits", "error", "error_se", "flops", "flops_llm",
+    "job_id", "task", "model", "method", "family", "spec", "repeat", "N", "V", "Q", "ratio", "bits", "error", "error_se", "flops", "flops_llm",
     "flops_vision", "flops_method", "seconds", "weight_bytes", "kv_bytes", "footprint", "wall_seconds",
 )  # fmt: skip
 
@@ -51,6 +52,7 @@ class Config:
         scene: the task, with those of its options that vary in the sweep: errors of different scenes are never compared.
         settings: knobs of its methods, then options of the model (``model.steps``); those that vary in the sweep.
         variant: the method with the settings that make it another method rather than more or less of it.
+        compression: how much less it takes, and of what; unlike ``ratio`` the same bytes as among the costs.
         error: mean over repeats; ``low``, ``high``: its 95 % interval, Student's t over repeats, or the examples' standard
             error where there is one repeat; None when neither is known.
         costs: by :class:`Cost` key, means over repeats; further parts by column name.
@@ -72,6 +74,7 @@ class Config:
     low: float | None
     high: float | None
     repeats: int
+    compression: Compression | None = None
     costs: dict[str, float] = field(default_factory=dict)
     jobs: tuple[str, ...] = ()
 
@@ -79,6 +82,11 @@ class Config:
     def uncompressed(self) -> bool:
         """Whether its methods leave the model as it is."""
         return self.ratio is not None and abs(self.ratio - 1) < 1e-9
+
+    @property
+    def times(self) -> float | None:
+        """Dense over compressed; see ``compression``."""
+        return None if self.compression is None else self.compression.times
 
     @property
     def title(self) -> str:
@@ -199,9 +207,17 @@ def _config(rows: Sequence[Mapping[str, Any]], scene: str, settings: dict[str, A
         low=low,
         high=high,
         repeats=len(rows),
+        compression=_compression(rows),
         costs=_costs(rows),
         jobs=tuple(r["job_id"] for r in rows),
     )
+
+
+def _compression(rows: Sequence[Mapping[str, Any]]) -> Compression | None:
+    """Of the repeats together."""
+    found = [one for one in map(compression, rows) if one is not None]
+    times = mean(one.times for one in found if one.of == found[0].of)
+    return None if times is None else Compression(found[0].of, times)
 
 
 def interval(errors: Sequence[float], examples_se: Sequence[float | None]) -> tuple[float | None, float | None]:

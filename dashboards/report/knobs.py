@@ -100,7 +100,7 @@ def _parallel(task: str, configs: Sequence[Config]) -> Json | None:
 def _values(c: Config) -> dict[str, Any]:
     found: dict[str, Any] = {"model": c.model, "method": c.method}
     found |= {k: plain(v) for k, v in c.settings.items()}
-    return {**found, "V": c.V, "ratio": c.ratio, **{k.key: c.costs.get(k.key) for k in COSTS}}
+    return {**found, "V": c.V, "ratio": c.times, **{k.key: c.costs.get(k.key) for k in COSTS}}
 
 
 def _axis(name: str, values: Sequence[Any]) -> Json:

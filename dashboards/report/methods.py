@@ -13,6 +13,7 @@ from isoflop.dashboards.report.charts import Json
 from isoflop.dashboards.report.configs import Config, by_scene
 from isoflop.dashboards.report.numbers import between, short
 from isoflop.frontier.paired import Paired, paired
+from isoflop.sweep.compression import definitions
 
 TOLERANCE = 0.1  # of the ratio, within which two rows count as equally compressed
 MOST_ROWS = 3000  # of a task; scores are compared in Python
@@ -23,8 +24,8 @@ def curves(configs: Sequence[Config], palette: Mapping[str, int]) -> list[Json]:
     panels = []
     for task, everything in by_scene(configs).items():
         for model in dict.fromkeys(c.model for c in everything):
-            own = [c for c in everything if c.model == model and c.ratio is not None]
-            if len({c.ratio for c in own}) > 1:
+            own = [c for c in everything if c.model == model and c.times is not None]
+            if len({c.times for c in own}) > 1:
                 panels.append(_curve_panel(task, model, own, palette))
     return panels
 
@@ -32,9 +33,9 @@ def curves(configs: Sequence[Config], palette: Mapping[str, int]) -> list[Json]:
 def _curve_panel(task: str, model: str, configs: Sequence[Config], palette: Mapping[str, int]) -> Json:
     content = []
     for variant in dict.fromkeys(c.variant for c in configs):
-        own = sorted((c for c in configs if c.variant == variant), key=lambda c: c.ratio or 0)
-        points = [charts.point(c.ratio, c.error, c.title, c.low, c.high) for c in own]
-        single = len({c.ratio for c in own}) == len(own)  # several errors at one ratio would draw a zigzag
+        own = sorted((c for c in configs if c.variant == variant), key=lambda c: c.times or 0)
+        points = [charts.point(c.times, c.error, c.title, c.low, c.high) for c in own]
+        single = len({c.times for c in own}) == len(own)  # several errors at one ratio would draw a zigzag
         content.append(charts.series(variant, palette[variant], points, line=single))
     chart = charts.xy(
         f"{task} on {model}: error against compression ratio",
@@ -42,7 +43,11 @@ def _curve_panel(task: str, model: str, configs: Sequence[Config], palette: Mapp
         charts.axis("error", log=charts.spread([c.error for c in configs])),
         content,
     )
-    return charts.panel(f"{task} on {model}", chart)
+    return charts.panel(f"{task} on {model}", chart, f"Compared: {_meaning(configs)}.")
+
+
+def _meaning(configs: Sequence[Config]) -> str:
+    return definitions((c.method, c.compression) for c in configs)
 
 
 def comparisons(table: pa.Table, configs: Sequence[Config]) -> tuple[list[Json], list[str]]:
@@ -61,7 +66,7 @@ def comparisons(table: pa.Table, configs: Sequence[Config]) -> tuple[list[Json],
             missing.append(f"{task}: all rows are of one method, {variants[0]}")
         elif rows.num_rows > MOST_ROWS:
             missing.append(f"{task}: {rows.num_rows} rows, scores are compared for up to {MOST_ROWS}")
-        elif (panel := _comparison_panel(task, rows, variants, reference(own))) is not None:
+        elif (panel := _comparison_panel(task, rows, variants, reference(own), _meaning(own))) is not None:
             panels.append(panel)
         else:
             missing.append(f"{task}: nothing agrees with the rows of {reference(own)} in model, repeat and ratio")
@@ -86,18 +91,21 @@ def reference(configs: Sequence[Config]) -> str:
 
 
 def _alike(a: Config, b: Config) -> bool:
-    if a.ratio is None or b.ratio is None:
-        return a.ratio is b.ratio
-    return abs(a.ratio - b.ratio) <= TOLERANCE * max(a.ratio, b.ratio)
+    if a.times is None or b.times is None:
+        return a.times is b.times
+    return abs(a.times - b.times) <= TOLERANCE * max(a.times, b.times)
 
 
 def _label(table: pa.Table, configs: Sequence[Config]) -> pa.Table:
-    """The rows with their variant as a column."""
-    variants = {job: c.variant for c in configs for job in c.jobs}
-    return table.append_column("variant", pa.array([variants.get(j) for j in table["job_id"].to_pylist()], pa.string()))
+    """The rows with their variant as a column, and with the ratio that is shown of them."""
+    of_job = {job: c for c in configs for job in c.jobs}
+    own = [of_job.get(j) for j in table["job_id"].to_pylist()]
+    times = pa.array([c.times if c else None for c in own], pa.float64())
+    labelled = table.set_column(table.schema.get_field_index("ratio"), "ratio", times)
+    return labelled.append_column("variant", pa.array([c.variant if c else None for c in own], pa.string()))
 
 
-def _comparison_panel(task: str, rows: pa.Table, variants: Sequence[str], best: str) -> Json | None:
+def _comparison_panel(task: str, rows: pa.Table, variants: Sequence[str], best: str, meaning: str) -> Json | None:
     found: list[tuple[str, Paired]] = []
     alone = []
     known = pc.any(pc.is_finite(rows["ratio"])).as_py()
@@ -127,7 +135,7 @@ def _comparison_panel(task: str, rows: pa.Table, variants: Sequence[str], best: 
     ]
     text = (
         f"Against {best}, which wins most comparisons with others at like ratios: on the same model, repeat and examples, "
-        f"{f'at ratios within {TOLERANCE:.0%} of each other' if known else 'at ratios that are not known'}. "
+        f"{f'at ratios ({meaning}) within {TOLERANCE:.0%} of each other' if known else 'at ratios that are not known'}. "
         "Filled marks: the interval does not hold zero."
     )
     if alone:

@@ -41,6 +41,7 @@ class ActivationSparsityMethod(Method):
     """Base class of methods that choose, per token, which neurons of the feed-forward blocks are active."""
 
     family: ClassVar[str] = "activation-sparsity"
+    ratio_of: ClassVar[str] = "neurons"
     version: ClassVar[str] = "2"
     hooks: ClassVar[tuple[Hook[Any], ...]] = (FEED_FORWARD,)
 

@@ -30,6 +30,7 @@ class ImageCodecMethod(Method):
     """
 
     family: ClassVar[str] = "codecs"
+    ratio_of: ClassVar[str] = "bytes of an image"
     version: ClassVar[str] = "2"
     hooks: ClassVar[tuple[Hook[Any], ...]] = (PIXELS,)
 

@@ -50,6 +50,7 @@ class DataSelectionMethod(Method):
     """
 
     family: ClassVar[str] = "data-selection"
+    ratio_of: ClassVar[str] = "tokens of the pool"
     hooks: ClassVar[tuple[Hook[Any], ...]] = (DOCUMENTS,)
     trains_model: ClassVar[bool] = True
     wants_target: ClassVar[bool] = True

@@ -52,6 +52,7 @@ class DecoderTokenMethod(Method):
     """Base class of methods that drop a share of the visual tokens before one decoder layer."""
 
     family: ClassVar[str] = "decoder-tokens"
+    ratio_of: ClassVar[str] = "visual tokens, mean over layers"
     hooks: ClassVar[tuple[Hook[Any], ...]] = (DECODER_LAYERS,)
 
     drop: Annotated[

@@ -43,6 +43,7 @@ class GradientMethod(Method):
     """
 
     family: ClassVar[str] = "gradients"
+    ratio_of: ClassVar[str] = "bytes sent per step"
     hooks: ClassVar[tuple[Hook[Any], ...]] = (GRADIENTS,)
     trains_model: ClassVar[bool] = True
 

@@ -80,6 +80,8 @@ class KvCacheMethod(Method):
     """
 
     family: ClassVar[str] = "kv-cache"
+    ratio_of: ClassVar[str] = "bytes of the KV cache"
+    ratio_bytes: ClassVar[tuple[str, str] | None] = ("kv_bytes_dense", "kv_bytes")
     hooks: ClassVar[tuple[Hook[Any], ...]] = (ATTENTION,)
     cuts: ClassVar[str] = "kv_store_ratio"
     spans_layers: ClassVar[bool] = False

@@ -59,6 +59,7 @@ class PromptMethod(Method):
     """
 
     family: ClassVar[str] = "prompts"
+    ratio_of: ClassVar[str] = "tokens of the prompt"
     hooks: ClassVar[tuple[Hook[Any], ...]] = (PROMPT_TEXT,)
     query_aware: ClassVar[bool] = False
 

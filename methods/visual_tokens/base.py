@@ -48,6 +48,7 @@ class VisualTokenMethod(Method):
     """
 
     family: ClassVar[str] = "visual-tokens"
+    ratio_of: ClassVar[str] = "visual tokens"
     hooks: ClassVar[tuple[Hook[Any], ...]] = (VISUAL_TOKENS,)
     trains_model: ClassVar[bool] = True
     commutes: ClassVar[bool] = True

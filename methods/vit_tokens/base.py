@@ -48,6 +48,7 @@ class VitTokenMethod(Method):
     """
 
     family: ClassVar[str] = "vit-tokens"
+    ratio_of: ClassVar[str] = "multiply-adds"
     hooks: ClassVar[tuple[Hook[Any], ...]] = (VISION_BLOCKS,)
     after_block: ClassVar[bool] = False
 

@@ -44,6 +44,8 @@ class WeightMethod(Method):
     """
 
     family: ClassVar[str] = "weights"
+    ratio_of: ClassVar[str] = "bytes of the weights"
+    ratio_bytes: ClassVar[tuple[str, str] | None] = ("weight_bytes_dense", "weight_bytes")
     hooks: ClassVar[tuple[Hook[Any], ...]] = (MATRICES,)
 
     def check(self, info: ModelInfo) -> None:

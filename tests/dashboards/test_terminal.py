@@ -13,7 +13,8 @@ from rich.console import Console
 
 from isoflop.cli import cli
 from isoflop.cli.catalog import _flowing
-from isoflop.cli.report import print_errors, print_report
+from isoflop.cli.error_table import print_errors
+from isoflop.cli.report import print_report
 from isoflop.methods.base import METHODS
 from isoflop.sweep.results import usable
 
@@ -73,8 +74,10 @@ def test_ratios_tell_settings_apart_where_there_are_no_visual_tokens(compared: R
     without = table.set_column(table.schema.get_field_index("V"), "V", [[tokens] * table.num_rows]).cast(table.schema)
     out = io.StringIO()
     print_errors(Console(file=out, width=80), without, "reading")
-    assert {line.split()[1] for line in out.getvalue().splitlines()[2:] if line.strip()} == {"1", "4", "9", "36"}
+    *lines, note = [line for line in out.getvalue().splitlines()[2:] if line.strip()]
+    assert {line.split()[1] for line in lines} == {"1", "4", "9", "36"}
     assert "36 ×" in out.getvalue()
+    assert note == "×: uncompressed over compressed, visual tokens"
 
 
 def test_methods_are_listed_on_a_line_each_and_families_with_knobs() -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections import Counter
 from typing import Any
 
 import click
 import pyarrow as pa
+from rich.console import Console
 from rich.text import Text
 
 from isoflop.cli.common import console, duration, emit, grid, json_option, show, store_option
 from isoflop.cli.report import print_report
 from isoflop.ledger import Ledger, Store
 from isoflop.sweep.api import open_sweep
+from isoflop.sweep.compression import COLUMNS as COMPRESSION_COLUMNS
+from isoflop.sweep.compression import compression, definitions
 
 _STATUSES = ("ok", "failed", "infeasible", "pruned")
 _COLUMNS = (
@@ -35,7 +39,8 @@ _COLUMNS = (
 )
 
 _NARROW = ("model", "method", "knobs", "task", "status", "V", "error", "error_se")
-_WIDE = 140  # columns of a terminal that shows every column
+
+_NUMBERS = ("N", "V", "Q", "ratio", "bits", "error", "error_se", "flops", "seconds", "repeat")
 
 
 @click.command("ls")
@@ -100,7 +105,7 @@ def show_command(name: str, store: str | None, rows: bool, failed: bool, as_json
         "workers": _placement(table),
         "stale_rows": stale,
         "failures": bad,
-        "rows": [dict(r) for r in table.select(["job_id", *_COLUMNS]).to_pylist()] if rows else None,
+        "rows": _rows(table) if rows else None,
         **(findings.to_dict() if findings is not None else {}),
         **({f"{opened.spec.search.sampler}_search": searched} if searched is not None else {}),
     }
@@ -108,16 +113,12 @@ def show_command(name: str, store: str | None, rows: bool, failed: bool, as_json
     def human() -> None:
         out = console()
         if rows:
-            chosen = _COLUMNS if out.width >= _WIDE else _NARROW
-            shown = [
-                [_knobs(r["knobs"]) if c == "knobs" else show(r[c]) for c in chosen]
-                for r in table.select(list(chosen)).to_pylist()
-            ]
-            right = ("N", "V", "Q", "ratio", "bits", "error", "error_se", "flops", "seconds", "repeat")
-            out.print(grid(chosen, shown, right=right))
+            _print_rows(out, table)
             return
         if failed:
             _print_failures(bad)
+            if not bad:
+                out.print(Text(f"no job of {name} failed; {counts['ok']} ok"))
             return
         assert findings is not None
         print_report(out, opened, findings)
@@ -141,6 +142,47 @@ def show_command(name: str, store: str | None, rows: bool, failed: bool, as_json
             out.print(f"… and {len(bad) - 5} more: isoflop show {name} --failed")
 
     emit(data, as_json, human)
+
+
+def _print_rows(out: Console, table: pa.Table) -> None:
+    """A line per job in the most columns that fit; where even few do not, a paragraph per job. No word is broken."""
+    rows = table.select(list(dict.fromkeys((*_COLUMNS, *COMPRESSION_COLUMNS)))).to_pylist()
+    found = [compression(row) for row in rows]
+    cells = [
+        {c: show(row[c]) for c in _COLUMNS}
+        | {"knobs": _knobs(row["knobs"]), "ratio": "-" if one is None else f"{one.times:.3g} ×"}
+        for row, one in zip(rows, found, strict=True)
+    ]
+    for columns in (_COLUMNS, _NARROW):
+        shown = grid(columns, [[cell[c] for c in columns] for cell in cells], right=_NUMBERS)
+        if out.measure(shown, options=out.options.update(width=10_000)).maximum <= out.width:
+            out.print(shown)
+            break
+    else:
+        columns = _COLUMNS
+        for cell in cells:
+            out.print(Text(_paragraph(cell, out.width)), soft_wrap=True)
+    if "ratio" in columns and any(one is not None for one in found):
+        meaning = definitions((row["method"], one) for row, one in zip(rows, found, strict=True))
+        out.print(Text(f"ratio: uncompressed over compressed, {meaning}", style="dim"))
+
+
+def _paragraph(cell: dict[str, str], width: int) -> str:
+    """A job in words: what it is, then its numbers."""
+    names = [cell["model"], cell["method"], cell["knobs"], cell["task"], f"repeat {cell['repeat']}", cell["status"]]
+    numbers = [f"{c} {cell[c]}" for c in _NUMBERS if c != "repeat" and cell[c] != "-"]
+    text = " ".join([n for n in names if n]) + (": " + ", ".join(numbers) if numbers else "")
+    return textwrap.fill(text, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+
+
+def _rows(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows for a program; ``compression`` is what tables and reports show as the ratio."""
+    found = []
+    for row in table.select(["job_id", *dict.fromkeys((*_COLUMNS, *COMPRESSION_COLUMNS))]).to_pylist():
+        one = compression(row)
+        shown = None if one is None else {"of": one.of, "times": one.times}
+        found.append({**{k: row[k] for k in ("job_id", *_COLUMNS)}, "compression": shown})
+    return found
 
 
 def _knobs(text: str) -> str:
