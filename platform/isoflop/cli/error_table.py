@@ -107,7 +107,7 @@ def _amounts(own: Sequence[Config], keys: Sequence[str]) -> tuple[list[float | N
         ([_rounded(c.bits) for c in own], "{} bits"),
     ]
     known = [choice for choice in choices if all(v is not None for v in choice[0])]
-    return max(known, key=lambda choice: _levels(choice[0], keys), default=([None] * len(own), ""))
+    return max(known, key=lambda choice: _levels(choice[0], keys)) if known else ([None] * len(own), "")
 
 
 def _levels(values: Sequence[float | None], keys: Sequence[str]) -> int:
