@@ -76,7 +76,7 @@ def find_spec(given: Path) -> Path:
 def run_command(spec: Path, as_json: bool, report: bool, **options: Any) -> int:
     """Run a sweep, or what is missing of it. The name of a sweep that ships with isoflop will do: quickstart.
 
-    Exit code: 0 when every job has a result, 1 when some failed, 130 when it was interrupted.
+    Exit code: 0 when every job has a result, 1 when some failed or MLflow lacks some, 130 when it was interrupted.
     """
     return _run(resolve(find_spec(spec)), as_json, report, RunOptions(**options))
 
@@ -115,7 +115,7 @@ def _run(sweep: Sweep, as_json: bool, report: bool, options: RunOptions) -> int:
     emit(data, as_json, lambda: _print_end(opened, options))
     if summary.interrupted:
         return 130
-    return 1 if summary.failed else 0
+    return 1 if summary.failed or summary.untracked else 0
 
 
 def _print_end(opened: SweepResults, options: RunOptions) -> None:
@@ -140,6 +140,8 @@ def _print_end(opened: SweepResults, options: RunOptions) -> None:
         f"[bold]{opened.name}[/bold]: {summary.ran} jobs in {duration(summary.seconds)} ({told}), {summary.cached} from before"
         + (f", {summary.left} left" if summary.left else "")
     )
+    if summary.untracked:
+        out.print(Text(summary.untracked, style="yellow"))
     program, python = _programs()
     where = (
         ""

@@ -12,6 +12,7 @@ from isoflop.cli.common import store_option
 from isoflop.core.errors import UserError
 from isoflop.ledger import Store
 from isoflop.sweep.api import own_tracking_uri
+from isoflop.track.database import prepare
 
 _ENVIRONMENT = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # it would start eight more processes that nothing here uses
@@ -38,6 +39,7 @@ def ui_command(store: str | None, host: str, port: int, tracking_uri: str | None
         raise UserError(f"store {opened.uri} holds no MLflow database; give --tracking-uri")
     if tracking_uri is None and opened.local is not None and not (opened.local / "mlflow.db").is_file():
         raise UserError(f"store {opened.uri} holds no MLflow database yet; run a sweep first, or name another --store")
+    prepare(uri)  # one that somebody was killed over would keep the server from starting
     chosen = _free_port(host, port)
     environment = {**os.environ, **_ENVIRONMENT}
     click.echo(f"MLflow over {opened.uri}: http://{host}:{chosen} in some ten seconds  (Ctrl-C ends it)", err=True)

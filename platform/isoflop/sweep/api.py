@@ -48,7 +48,7 @@ class RunOptions:
         tracking_uri: MLflow; None for the store's own database, "none" for no tracking.
         workers: upper bound on parallel jobs.
         cache_dir: of stages; None for the default.
-        track_wait: seconds to wait at the end for an MLflow that makes no progress; one that does is waited for.
+        track_wait: seconds to wait at the end for an MLflow that does not answer; one that makes progress is waited for.
     """
 
     store: str | None = None
@@ -133,7 +133,7 @@ def run_resolved(
         files = [*findings.artifacts(), *drawn(draw, findings, log), *opened.conclusion.artifacts]
         note = closing(spec, findings, opened.conclusion, executor.dashboard)
         tracker.finish(files, findings.metrics(), note, status)
-        await_tracker(tracker, options.track_wait, log)
+        summary.untracked = await_tracker(tracker, options.track_wait, log)
         return opened
 
 

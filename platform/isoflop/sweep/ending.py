@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Conclude = Callable[["SweepResults"], Conclusion]
 Draw = Callable[["Findings"], Sequence[Artifact]]
 _WAIT_SECONDS, _TELL_SECONDS = 1.0, 10.0  # between looks at MLflow's backlog, and between lines about it
+_QUIET = 10  # times the patience for an MLflow that has not said no
 _LAST_SECONDS = 10.0  # for MLflow, when a session ends in an error
 
 
@@ -52,29 +53,49 @@ def end_tracking(tracker: Tracker, kind: type[BaseException] | None, error: Base
     return False
 
 
-def await_tracker(tracker: Tracker, patience: float, log: LogFile) -> None:
-    """Wait until MLflow shows everything, for as long as it gets nearer to that. Ctrl-C goes on without."""
-    left, since, told = tracker.backlog(), time.monotonic(), time.monotonic()
-    if left:
+def await_tracker(tracker: Tracker, patience: float, log: LogFile) -> str:
+    """Wait until MLflow shows everything, for as long as it gets nearer to that. Ctrl-C goes on without.
+
+    Args:
+        patience: seconds without a sign of progress from an MLflow that does not answer; one that has not said no (it makes
+            its tables, or reads what it has) gets ten times as long.
+
+    Returns:
+        What MLflow lacks, why, and what helps, in a sentence; empty when it shows everything.
+    """
+    reason = _watched(tracker, patience, log)
+    left = tracker.close(0.0)
+    rows = f"{left} rows" if left else "laws and plots"
+    if tracker.stuck:
+        lacking = f"MLflow does not show everything ({rows}): {tracker.problem}"
+    elif left or tracker.problem or reason:
+        lacking = f"MLflow does not show everything yet ({rows}; {tracker.problem or reason}); `isoflop resume` will bring the rest"
+    else:
+        lacking = ""
+    lacking = "; ".join(part for part in (lacking, tracker.refused) if part)
+    if lacking:
+        log.line(lacking)
+    return lacking
+
+
+def _watched(tracker: Tracker, patience: float, log: LogFile) -> str:
+    """Wait, telling of it now and then. Returns why it ended before everything was shown; empty when all is done."""
+    since = told = time.monotonic()
+    steps = tracker.steps
+    if left := tracker.backlog():
         log.line(f"waiting for MLflow: {left} rows to go (Ctrl-C: do not wait)")
     try:
         while not tracker.wait(min(_WAIT_SECONDS, patience)):
-            now = time.monotonic()
-            if tracker.backlog() != left:
-                left, since = tracker.backlog(), now
-            if now - since >= patience:
-                break
+            now, allowed = time.monotonic(), patience if tracker.problem else _QUIET * patience
+            if tracker.steps != steps:
+                steps, since = tracker.steps, now
+            if now - since >= allowed:
+                return f"nothing has moved for {now - since:.0f} s"
             if now - told >= _TELL_SECONDS:
                 told = now
-                reason = (
-                    f"; {tracker.problem}; at most {patience - (now - since):.0f} s more" if tracker.problem else ""
-                )
-                log.line(f"waiting for MLflow: {left} rows to go{reason} (Ctrl-C: do not wait)")
+                reason = f"; {tracker.problem}; at most {allowed - (now - since):.0f} s more" if tracker.problem else ""
+                log.line(f"waiting for MLflow: {tracker.backlog()} rows to go{reason} (Ctrl-C: do not wait)")
     except KeyboardInterrupt:
         log.line("not waiting for MLflow any longer")
-    left = tracker.close(0.0)
-    if left or tracker.problem:
-        rows = f"{left} rows" if left else "laws and plots"
-        log.line(
-            f"MLflow does not show everything yet ({rows}; {tracker.problem or 'too slow'}); `isoflop resume` will bring the rest"
-        )
+        return "not waited for"
+    return ""

@@ -14,6 +14,7 @@ class Summary:
         seconds: of the session.
         affinity: share of handed-out jobs that found their model warm.
         reason: why it ended, where there is more to say than that everything is done.
+        untracked: what MLflow does not show of the sweep, why, and what helps; empty when it shows everything.
     """
 
     cached: int = 0
@@ -27,6 +28,7 @@ class Summary:
     stages: int = 0
     affinity: float = 0.0
     reason: str = ""
+    untracked: str = ""
 
     @property
     def ran(self) -> int:

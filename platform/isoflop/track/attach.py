@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from isoflop.track.database import prepare, sqlite_path
 from isoflop.track.tracker import Artifact
 
 
@@ -22,12 +23,13 @@ def attach(uri: str, experiment: str, artifacts: Iterable[Artifact]) -> str | No
         The parent run's id; None when MLflow has no run of this sweep (nothing is created then).
 
     Raises:
-        MlflowException, OSError: MLflow cannot be reached or refuses.
+        MlflowException, OSError, Unusable: MLflow cannot be reached or refuses.
     """
-    path = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    path = sqlite_path(uri)
     if path is not None and not path.is_file():
         return None
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    prepare(uri)
     from mlflow import MlflowClient
 
     from isoflop.track.links import MOST, run_artifact

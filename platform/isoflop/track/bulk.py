@@ -14,7 +14,8 @@ from contextlib import closing
 from pathlib import Path
 
 from isoflop.core.hashing import content_hash
-from isoflop.track.run_data import RunData, TaskData
+from isoflop.track.database import sqlite_path
+from isoflop.track.run_data import STAMP_TAG, RunData, TaskData
 
 _COLUMNS = {
     "runs": {
@@ -58,9 +59,9 @@ class BulkWriter:
     @classmethod
     def open(cls, uri: str, experiment_id: str, artifact_root: str) -> BulkWriter | None:
         """A writer for a SQLite tracking URI whose tables are as expected; None otherwise."""
-        if not uri.startswith("sqlite:///"):
+        path = sqlite_path(uri)
+        if path is None:
             return None
-        path = Path(uri.removeprefix("sqlite:///"))
         with closing(sqlite3.connect(path)) as connection:
             for table, expected in _COLUMNS.items():
                 if {row[1] for row in connection.execute(f"PRAGMA table_info({table})")} != expected:
@@ -75,6 +76,16 @@ class BulkWriter:
         """
         for batch in _portions(runs):
             self._write(batch)
+
+    def shown(self) -> Iterator[list[tuple[str, str, int]]]:
+        """The experiment's runs of jobs: run id, job id, stamp of the row shown (0 while half written). A page of all."""
+        query = """
+            SELECT r.run_uuid, job.value, CAST(coalesce(stamp.value, '0') AS INTEGER)
+            FROM runs r JOIN tags job ON job.run_uuid = r.run_uuid AND job.key = 'isoflop.job_id' AND job.value != ''
+            LEFT JOIN tags stamp ON stamp.run_uuid = r.run_uuid AND stamp.key = ?
+            WHERE r.experiment_id = ? AND r.lifecycle_stage = 'active' ORDER BY r.start_time DESC, r.run_uuid"""
+        with closing(sqlite3.connect(self._path, timeout=_BUSY_MS / 1000)) as connection:
+            yield connection.execute(query, (STAMP_TAG, self._experiment_id)).fetchall()
 
     def _write(self, batch: _Batch) -> None:
         """One transaction."""

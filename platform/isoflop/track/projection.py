@@ -8,9 +8,8 @@ from __future__ import annotations
 import contextlib
 import getpass
 import logging
-import sqlite3
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,17 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 
 from isoflop.track.bulk import BulkWriter, run_id_of
+from isoflop.track.database import prepare
 from isoflop.track.links import with_addresses
-from isoflop.track.run_data import ERROR_TAGS, RunData, TaskData, stamp_of
+from isoflop.track.run_data import ERROR_TAGS, STAMP_TAG, RunData, TaskData, stamp_of
 from isoflop.track.views import views
 
 log = logging.getLogger(__name__)
-STAMP_TAG = "isoflop.row"
 PARENT_TAG = "isoflop.parent"
 NOTE_TAG = "mlflow.note.content"  # a description
 _SIGNPOST = "[the sweep's run](run:) · [jobs, newest first](runs:jobs) · [jobs, least error first](runs:best)"
 _BATCH = 900  # of 1,000 metrics per request
+_PAGE = 1000  # runs per request
 
 
 class Projection:
@@ -40,23 +40,37 @@ class Projection:
         experiment: name.
         artifact_root: for a new experiment; None leaves it to the server.
         bulk: write many runs per transaction where the database allows it.
+        alive: called after each step of getting ready, which takes minutes where there are many runs.
+
+    Raises:
+        Unusable: the database can never be written as it is.
     """
 
-    def __init__(self, uri: str, experiment: str, artifact_root: str | None, bulk: bool = True) -> None:
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        artifact_root: str | None,
+        bulk: bool = True,
+        alive: Callable[[], None] = lambda: None,
+    ) -> None:
         # It logs tracebacks of errors that it raises as well; whoever calls us tells of them in one line.
         logging.getLogger("mlflow").setLevel(logging.CRITICAL)
         logging.getLogger("alembic").setLevel(logging.WARNING)
-        _prepare_sqlite(uri)
+        prepare(uri)
+        alive()
         self._client = MlflowClient(tracking_uri=uri)
         self._experiment_id = self._find_experiment(experiment, artifact_root)
-        _use_wal(uri)
+        alive()
         self._name = experiment
         self._parent_id = ""
         location = self._client.get_experiment(self._experiment_id).artifact_location
         self._bulk = BulkWriter.open(uri, self._experiment_id, location) if bulk else None
         self._runs: dict[str, tuple[str, int]] = {}  # job id -> (run id, stamp of the row shown; 0 while half written)
         self._requested: set[str] = set()  # jobs whose run the public client was asked to create
-        self._load_runs()
+        for page in self._bulk.shown() if self._bulk is not None else self._runs_shown():
+            self._take_over(page)
+            alive()
 
     def begin(self, spec_text: str, params: Mapping[str, str], note: str = "") -> None:
         """Create the parent run, or set it running again; ``note`` describes it until :meth:`end`."""
@@ -142,14 +156,11 @@ class Projection:
                 with contextlib.suppress(MlflowException):  # it had none
                     self._client.delete_tag(run_id, tag)
 
-    def show_missing(self, table: pa.Table) -> None:
-        """Make MLflow show those rows of a ledger that it does not show yet."""
+    def missing(self, table: pa.Table) -> list[int]:
+        """The rows of a ledger that MLflow does not show yet, by their place in the table."""
         shown = {job_id: stamp for job_id, (_, stamp) in self._runs.items()}
         named = zip(*(table[c].to_pylist() for c in ("job_id", "sequence", "finished")), strict=True)
-        missing = [index for index, (job_id, *row) in enumerate(named) if shown.get(job_id) != stamp_of(*row)]
-        for begin in range(0, len(missing), 100):  # rows hold per-example scores: not all at once as Python objects
-            rows = table.take(pa.array(missing[begin : begin + 100], pa.int64())).to_pylist()
-            self.show([RunData.of(row) for row in rows])
+        return [index for index, (job_id, *row) in enumerate(named) if shown.get(job_id) != stamp_of(*row)]
 
     def end(self, artifacts: Sequence[Any], metrics: Mapping[str, float], note: str, status: str) -> None:
         """Attach laws, frontiers and plots to the parent run, describe it and end it."""
@@ -183,26 +194,34 @@ class Projection:
                 raise
             return str(again.experiment_id)
 
-    def _load_runs(self) -> None:
-        """Which rows MLflow shows already; a double of an interrupted session is deleted."""
+    def _take_over(self, shown: Iterable[tuple[str, str, int]]) -> None:
+        """Which rows MLflow shows already: run id, job id, stamp; a double of an interrupted session is deleted."""
+        for run_id, job_id, stamp in shown:
+            kept = self._runs.get(job_id)
+            if kept is None:
+                self._runs[job_id] = (run_id, stamp)
+                continue
+            loser, winner = (run_id, kept) if kept[1] >= stamp else (kept[0], (run_id, stamp))
+            self._client.delete_run(loser)
+            self._runs[job_id] = winner
+
+    def _runs_shown(self) -> Iterator[list[tuple[str, str, int]]]:
+        """Pages of what :meth:`_take_over` takes, through the public client."""
         token: str | None = None
         while True:
             page = self._client.search_runs(
-                [self._experiment_id], "tags.`isoflop.job_id` != ''", ViewType.ACTIVE_ONLY, 5000, page_token=token
+                [self._experiment_id], "tags.`isoflop.job_id` != ''", ViewType.ACTIVE_ONLY, _PAGE, page_token=token
             )
-            for run in page:
-                job_id = run.data.tags["isoflop.job_id"]
-                shown = int(run.data.tags.get(STAMP_TAG, 0))
-                kept = self._runs.get(job_id)
-                if kept is not None:
-                    loser, winner = (run.info.run_id, kept) if kept[1] >= shown else (kept[0], (run.info.run_id, shown))
-                    self._client.delete_run(loser)
-                    self._runs[job_id] = winner
-                else:
-                    self._runs[job_id] = (run.info.run_id, shown)
+            tags = [(run.info.run_id, run.data.tags) for run in page]
+            yield [(run_id, t["isoflop.job_id"], _stamp(t.get(STAMP_TAG))) for run_id, t in tags]
             token = page.token
             if not token:
                 return
+
+
+def _stamp(text: str | None) -> int:
+    """0, that of a half-written run, where there is none that isoflop wrote."""
+    return int(text) if text is not None and text.isdecimal() else 0
 
 
 def _input(data: TaskData) -> DatasetInput:
@@ -212,21 +231,3 @@ def _input(data: TaskData) -> DatasetInput:
 
 def _source_tags() -> dict[str, str]:
     return {"mlflow.user": getpass.getuser(), "mlflow.source.name": "isoflop", "mlflow.source.type": "LOCAL"}
-
-
-def _sqlite_path(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
-def _prepare_sqlite(uri: str) -> None:
-    path = _sqlite_path(uri)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-
-def _use_wal(uri: str) -> None:
-    """Readers (the UI) and the writer do not wait for each other; the setting stays with the file."""
-    path = _sqlite_path(uri)
-    if path is not None:
-        with contextlib.closing(sqlite3.connect(path)) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")

@@ -16,6 +16,7 @@ _MAX_PARAM = 6000
 _MAX_DIGEST = 36
 _MAX_TAG = 8000  # longer ones are cut silently
 _NAME = re.compile(r"[^A-Za-z0-9_\-. :/]")
+STAMP_TAG = "isoflop.row"  # of a run: which row it shows; absent while it is half written
 ERROR_TAGS = ("isoflop.error_type", "isoflop.error")
 _STATUS = {"ok": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "infeasible": "FAILED"}
 _COLUMNS = (

@@ -20,12 +20,15 @@ from typing import Any
 import pyarrow as pa
 
 from isoflop.track.bulk import run_id_of
+from isoflop.track.database import Unusable, check_damage
 from isoflop.track.run_data import RunData
 
 log = logging.getLogger(__name__)
 Row = Mapping[str, Any]
 _REFUSALS = 2  # a row that MLflow finds wrong so often must not hold up the others
+_OUTDATED = "out-of-date database schema"  # in MLflow's own words
 _BATCH = 200  # rows per transaction
+_PORTION = 100  # rows of earlier sessions
 _GATHER_SECONDS = 0.5  # a transaction costs as much as dozens of rows, so rows wait this long for others
 _RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0)
 
@@ -82,6 +85,21 @@ class Tracker(ABC):
         """Why nothing moves, or an empty string."""
         return ""
 
+    @property
+    def stuck(self) -> bool:
+        """Whether neither waiting nor another session helps before somebody mends what :attr:`problem` names."""
+        return False
+
+    @property
+    def refused(self) -> str:
+        """What MLflow will never show, and why; empty when there is nothing of that kind."""
+        return ""
+
+    @property
+    def steps(self) -> int:
+        """Grows with everything that is done, however little: whoever waits can tell slow from stopped."""
+        return 0
+
 
 class NullTracker(Tracker):
     """Tracks nothing."""
@@ -127,6 +145,9 @@ class MlflowTracker(Tracker):
         self._closing = False
         self._stop = threading.Event()
         self._problem = ""
+        self._stuck = False
+        self._refusals: list[tuple[int, str]] = []  # rows (none for laws and the like), reason
+        self._steps = 0
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._projection: Any = None
 
@@ -163,6 +184,22 @@ class MlflowTracker(Tracker):
     def problem(self) -> str:
         return self._problem
 
+    @property
+    def stuck(self) -> bool:
+        return self._stuck
+
+    @property
+    def refused(self) -> str:
+        if not self._refusals:
+            return ""
+        rows = sum(count for count, _ in self._refusals)
+        what = f"{rows} row{'s' if rows > 1 else ''}" if rows else "a part of the sweep's own run"
+        return f"MLflow refuses {what}, which the ledger has ({self._refusals[-1][1]})"
+
+    @property
+    def steps(self) -> int:
+        return self._steps
+
     def wait(self, seconds: float) -> bool:
         if not self._closing:
             self._closing = True
@@ -172,8 +209,7 @@ class MlflowTracker(Tracker):
         return not self._thread.is_alive()
 
     def close(self, wait: float) -> int:
-        if not self.wait(wait) and not self._problem:
-            self._problem = f"MLflow at {self._uri}: not done in {wait:g} s"
+        self.wait(wait)
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(2.0)
@@ -181,7 +217,7 @@ class MlflowTracker(Tracker):
 
     def _work(self) -> None:
         waiting: list[tuple[Any, ...]] = []
-        while not self._stop.is_set():
+        while not (self._stop.is_set() or self._stuck):
             try:
                 message = waiting.pop() if waiting else self._queue.get(timeout=0.2)
             except queue.Empty:
@@ -194,9 +230,13 @@ class MlflowTracker(Tracker):
 
     def _settle(self, message: tuple[Any, ...]) -> None:
         """MLflow shows these rows now, or never will."""
-        if message[0] in ("rows", "catch_up"):
-            with self._count_lock:
-                self._pending -= len(message[1])
+        if message[0] == "rows":
+            self._settled(len(message[1]))
+
+    def _settled(self, rows: int) -> None:
+        with self._count_lock:
+            self._pending -= rows
+        self._steps += 1
 
     def _gather(self, first: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[tuple[Any, ...]]]:
         """What is pushed within a moment, as one batch; and the next message of another kind, which ends the waiting."""
@@ -217,24 +257,40 @@ class MlflowTracker(Tracker):
         attempt = 0
         while not self._stop.is_set():
             try:
-                self._handle(message)
+                self._handled(message)
                 self._problem = ""
                 self._settle(message)
                 return
+            except Unusable as error:
+                self._problem, self._stuck = f"MLflow: {_in_a_line(error, 600)}", True
+                log.error("%s", self._problem)
+                return
             except Exception as error:
-                self._problem = f"MLflow at {self._uri}: {' '.join(str(error).split())[:200]}"
+                self._problem = f"MLflow at {self._uri}: {_in_a_line(error, 200)}"
                 if _hopeless(error) and attempt >= _REFUSALS:
                     if message[0] == "rows" and len(message[1]) > 1:
                         for row in message[1]:  # one of them is to blame
                             self._insist(("rows", [row]))
                         return
                     log.error("%s; left out, the ledger has it", self._problem)
+                    self._refusals.append((1 if message[0] == "rows" else 0, _in_a_line(error, 200)))
+                    self._problem = ""
                     self._settle(message)
                     return
                 if attempt == 0:
                     log.warning("%s; trying again", self._problem)
                 self._stop.wait(_RETRY_SECONDS[min(attempt, len(_RETRY_SECONDS) - 1)])
                 attempt += 1
+
+    def _handled(self, message: tuple[Any, ...]) -> None:
+        """:meth:`_handle`, whose errors tell what can never come right."""
+        try:
+            self._handle(message)
+        except Unusable:
+            raise
+        except Exception as error:
+            check_damage(self._uri, error)
+            raise
 
     def _handle(self, message: tuple[Any, ...]) -> None:
         if self._projection is None:
@@ -244,20 +300,55 @@ class MlflowTracker(Tracker):
             # meanwhile, and create a run anew without looking whether the first request arrived.
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-            from isoflop.track.projection import Projection
-
-            self._projection = Projection(self._uri, self._experiment, self._artifact_root)
+            self._projection = self._connected()
         kind = message[0]
         if kind == "start":
             self._projection.begin(*message[1:])
         elif kind == "describe":
             self._projection.describe(message[1])
         elif kind == "rows":
-            self._projection.show([RunData.of(row) for row in message[1]])
+            self._projection.show([_run_data(row) for row in message[1]])
         elif kind == "catch_up":
-            self._projection.show_missing(message[1])
+            self._catch_up(message[1])
         else:
             self._projection.end(*message[1:])
+
+    def _catch_up(self, table: pa.Table) -> None:
+        """Portion by portion, each as if it had just been pushed: one row that MLflow refuses costs that row only."""
+        missing = self._projection.missing(table)
+        self._settled(table.num_rows - len(missing))
+        for begin in range(
+            0, len(missing), _PORTION
+        ):  # rows hold per-example scores: not all at once as Python objects
+            if self._stop.is_set() or self._stuck:
+                return
+            rows = table.take(pa.array(missing[begin : begin + _PORTION], pa.int64())).to_pylist()
+            self._insist(("rows", rows))
+
+    def _connected(self) -> Any:
+        from isoflop.track.projection import Projection
+
+        self._step()
+        try:
+            return Projection(self._uri, self._experiment, self._artifact_root, alive=self._step)
+        except Exception as error:
+            if _hopeless(error) or _OUTDATED in str(error):  # of the address, or of what lies there
+                raise Unusable(f"{self._uri}: {error}") from error
+            raise
+
+    def _step(self) -> None:
+        self._steps += 1
+
+
+def _run_data(row: Row) -> RunData:
+    try:
+        return RunData.of(row)
+    except Exception as error:  # of a ledger that somebody else wrote, say
+        raise ValueError(f"job {row.get('job_id')}: {type(error).__name__}: {error}") from error
+
+
+def _in_a_line(error: Exception, most: int) -> str:
+    return " ".join(str(error).split())[:most]
 
 
 def _hopeless(error: Exception) -> bool:
