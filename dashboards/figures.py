@@ -12,6 +12,7 @@ from plotly.subplots import make_subplots
 
 from isoflop.core.expressions import parse
 from isoflop.dashboards.palette import LIGHT, faded, series, symbol
+from isoflop.laws.table import of_group
 
 if TYPE_CHECKING:
     from isoflop.frontier.result import Frontier
@@ -119,10 +120,7 @@ def _points(figure: go.Figure, table: pa.Table, cost: str, constants: Mapping[st
 
 
 def _group(table: pa.Table, key: Mapping[str, Any]) -> pa.Table:
-    keep = np.ones(table.num_rows, dtype=bool)
-    for name, value in key.items():
-        keep &= np.asarray(table[name].to_pylist(), dtype=object) == value
-    return table.filter(pa.array(keep))
+    return table.filter(pa.array(of_group(table, key)))
 
 
 def _title(frontier: Frontier) -> str:

@@ -13,20 +13,19 @@ from isoflop.core.version import __version__
 if TYPE_CHECKING:
     from isoflop.dashboards.plots import plot
     from isoflop.dashboards.session import run
-    from isoflop.frontier import pareto
-    from isoflop.laws import compare, fit
     from isoflop.sweep.api import SweepResults, sql
     from isoflop.sweep.api import open_sweep as open
+    from isoflop.sweep.tables import compare, fit, pareto
 
 # Resolved at first use, so that `import isoflop` costs nothing.
 _LAZY = {
     "run": ("isoflop.dashboards.session", "run"),
     "open": ("isoflop.sweep.api", "open_sweep"),
     "SweepResults": ("isoflop.sweep.api", "SweepResults"),
-    "fit": ("isoflop.laws", "fit"),
-    "compare": ("isoflop.laws", "compare"),
+    "fit": ("isoflop.sweep.tables", "fit"),
+    "compare": ("isoflop.sweep.tables", "compare"),
     "plot": ("isoflop.dashboards.plots", "plot"),
-    "pareto": ("isoflop.frontier", "pareto"),
+    "pareto": ("isoflop.sweep.tables", "pareto"),
     "sql": ("isoflop.sweep.api", "sql"),
 }
 __all__ = ["SweepResults", "__version__", "compare", "fit", "open", "pareto", "plot", "run", "sql"]

@@ -24,7 +24,7 @@ from report_sweeps import law_sweep
 from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
 from selenium.webdriver.common.by import By
 
-from isoflop.cli.html_report import conclude
+from isoflop.dashboards.session import conclude
 from isoflop.ledger import Store
 from isoflop.sweep.api import RunOptions, SweepResults, resolve_stored, run_resolved
 from isoflop.sweep.progress import Quiet

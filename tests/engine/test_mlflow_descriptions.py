@@ -13,8 +13,7 @@ import pytest
 from helpers import Lines, toy
 
 import isoflop
-from isoflop.cli.html_report import conclude
-from isoflop.dashboards.session import draw
+from isoflop.dashboards.session import conclude, draw
 from isoflop.sweep import api
 from isoflop.sweep.api import RunOptions, SweepResults, run_resolved
 from isoflop.sweep.note import Conclusion, closing, opening

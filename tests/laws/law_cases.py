@@ -125,3 +125,11 @@ def additive_table(
 def published() -> pa.Table:
     """The first seed's 28 points."""
     return pyarrow.csv.read_csv(Path(__file__).parents[2] / "sweeps" / "published" / "inference_optimal_vlms.csv")
+
+
+def product_table(seed: int, noise: float = 0.003, repeats: int = 1) -> dict[str, np.ndarray]:
+    """A grid of sizes and token counts under a product law, with noise."""
+    rng = np.random.default_rng(seed)
+    n, v, _ = (a.ravel() for a in np.meshgrid([1e8, 3e8, 1e9, 3e9], [1.0, 4, 16, 64, 144], range(repeats)))
+    error = 0.1 + 0.6 * (n / 1e8) ** -0.25 * v**-0.15 + noise * rng.standard_normal(len(n))
+    return {"N": n, "V": v, "error": error}

@@ -30,6 +30,10 @@ def tokens(value: Any, **more: Any) -> dict[str, Any]:
     return {"methods": [{"toy-tokens": {"tokens": value, **more}}]}
 
 
+def required(**knobs: Any) -> dict[str, Any]:
+    return {"methods": [{"toy-required": {"strength": 0.5, **knobs}}]}
+
+
 RANDOM = {"search": {"sampler": "random"}, "budget": {"trials": 2}}
 
 # (what is put into the good spec, the parts of the message, beside the file's name)
@@ -61,6 +65,39 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "low above high": (tokens({"low": 9, "high": 3}), ["tokens", "low 9", "high 3"]),
     "empty range within the method's": (tokens({"low": 70}), ["tokens", "1 … 64"]),
     "log from zero": (tokens({"low": 0, "high": 3, "log": True}), ["tokens", "log"]),
+    "log from the method's own zero": (
+        {**required(strength={"log": True}), **RANDOM},
+        ["toy-required.strength", "log", "the method's own low of strength is 0", "give low"],
+    ),
+    "a whole number beyond 64 bits": (required(wide=2**63), ["toy-required.wide", "does not fit into 64 bits"]),
+    "a range beyond 64 bits": (
+        {**required(wide={"low": 0, "high": 10**20}), **RANDOM},
+        ["toy-required.wide", "does not fit into 64 bits"],
+    ),
+    "a range beyond what samplers tell apart": (
+        {**required(wide={"low": 0, "high": 2**60}), **RANDOM},
+        ["toy-required.wide", "2^53", "narrower"],
+    ),
+    "a whole number beyond a double": (required(free=10**400), ["toy-required.free", "finite"]),
+    "a range whose end is no double": (required(free={"low": 0, "high": 10**400}), ["toy-required.free"]),
+    "a number of 5,000 digits": (required(wide=10**4200), ["toy-required.wide", "does not fit"]),
+    "a range wider than a double": (
+        {**required(free={"low": -1e308, "high": 1e308}), **RANDOM},
+        ["toy-required.free", "too wide"],
+    ),
+    "more steps than a double counts": (required(free={"low": 0, "high": 1e300, "step": 1e-300}), ["free", "too wide"]),
+    "a sampler's option of another type": (
+        {"search": {"sampler": "tpe", "options": {"n_startup_trials": "many"}}, "budget": {"trials": 2}},
+        ["search.options.n_startup_trials", "'many'", "whole number"],
+    ),
+    "a sampler's option beyond a double": (
+        {"search": {"sampler": "tpe", "options": {"prior_weight": 10**400}}, "budget": {"trials": 2}},
+        ["search.options.prior_weight", "finite"],
+    ),
+    "a sampler's option that takes code": (
+        {"search": {"sampler": "tpe", "options": {"gamma": 0.25}}, "budget": {"trials": 5}},
+        ["search.options.gamma", "gamma = 0.25", "n_startup_trials"],
+    ),
     "log and step": (tokens({"low": 1, "high": 9, "log": True, "step": 2}), ["tokens", "log or step"]),
     "value and range": (tokens({"value": 3, "low": 1}), ["tokens", "a value or a range"]),
     "step that is no whole number": (tokens({"low": 1, "high": 9, "step": 0.5}), ["tokens", "step", "0.5"]),
@@ -344,6 +381,15 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "unknown sweep to fit": (["fit", "nothing"], ["nothing"]),
     "unknown method to document": (["methods", "avgpol"], ["avgpol", "did you mean 'avgpool'"]),
     "unknown task to document": (["tasks", "readin"], ["readin", "did you mean 'reading'"]),
+    "a file whose name is too long": (["run", "s" * 300], ["sss", "too long"]),
+    "a sweep whose name is too long": (["show", "s" * 300], ["unknown sweep"]),
+    "a table whose name is too long": (["fit", "s" * 300 + ".csv"], ["sss", "too long"]),
+    "a name that is too long to fit": (["fit", "s" * 300], ["unknown sweep"]),
+    "a name that is too long to submit": (["submit", "s" * 300, "--address", "http://127.0.0.1:1"], ["sss"]),
+    "a name that is too long to simulate": (["simulate", "s" * 300], ["sss", "too long"]),
+    "a seed below zero": (["fit", "x.csv", "--seed", "-1"], ["--seed", "-1"]),
+    "a seed below zero to compare with": (["compare", "x.csv", "--seed", "-1"], ["--seed", "-1"]),
+    "a level that is none": (["fit", "x.csv", "--level", "95"], ["--level", "95"]),
     "impossible port": (["ui", "--port", "99999"], ["--port", "99999"]),
 }
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from typing import Any
 
 import click
 
+from isoflop.cli.failures import Shown, end_with, traceback_option
 from isoflop.core.errors import UserError, nearest
 from isoflop.core.version import __version__
 
@@ -80,6 +80,7 @@ class _LazyGroup(click.Group):
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="isoflop")
+@traceback_option
 def cli() -> None:
     """Sweeps for compression research: which compression, at which ratio, on which model size, gives the least error at a
     fixed inference budget?"""
@@ -87,19 +88,9 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the ``isoflop`` command."""
+    shown = Shown()
     try:
-        code = cli.main(standalone_mode=False)
-    except UserError as error:
-        click.echo(f"isoflop: {' '.join(str(error).split())}", err=True)
-        code = error.exit_code
-    except click.ClickException as error:
-        click.echo(f"isoflop: {error.format_message()}", err=True)
-        code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("isoflop: stopped", err=True)
-        code = 130
-    except BrokenPipeError:
-        # `isoflop show | head`: whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = cli.main(standalone_mode=False, obj=shown)
+    except (Exception, KeyboardInterrupt) as error:
+        code = end_with(error, shown)
     sys.exit(code if isinstance(code, int) else 0)

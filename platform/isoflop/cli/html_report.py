@@ -8,11 +8,9 @@ import click
 
 from isoflop.cli.common import emit, json_option, store_option
 from isoflop.core.errors import UserError
-from isoflop.sweep.api import SweepResults, open_sweep, own_tracking_uri
-from isoflop.sweep.note import Conclusion
+from isoflop.dashboards.session import REPORT
+from isoflop.sweep.api import open_sweep, own_tracking_uri
 from isoflop.track import Artifact
-
-ARTIFACT = "report.html"
 
 
 @click.command("report")
@@ -48,7 +46,7 @@ def report_command(name: str, store: str | None, out: Path | None, tracking_uri:
             click.echo(f"left out: {line}", err=True)
         click.echo(f"wrote {target} ({len(page.encode()) / 1e6:.1f} MB)")
         if run_id:
-            click.echo(f"MLflow shows it in the run 'sweep {name}', under Artifacts, as {ARTIFACT}")
+            click.echo(f"MLflow shows it in the run 'sweep {name}', under Artifacts, as {REPORT}")
         elif problem:
             click.echo(f"not logged to MLflow: {problem}", err=True)
 
@@ -68,18 +66,6 @@ def report_command(name: str, store: str | None, out: Path | None, tracking_uri:
     )
 
 
-def conclude(opened: SweepResults) -> Conclusion:
-    """The report of a session that has just ended, written beside the sweep's results and ready for its run in MLflow."""
-    from isoflop.dashboards.report import report_data
-    from isoflop.dashboards.report.render import render
-
-    data = report_data(opened, opened.findings_of_run)
-    page = render(data)
-    path = opened.store.path("sweeps", opened.name, ARTIFACT)
-    opened.store.write(path, page.encode())
-    return Conclusion(tuple(data["headline"]), (Artifact(ARTIFACT, page),), path)
-
-
 def _log(uri: str | None, name: str, page: str) -> tuple[str | None, str]:
     """The parent run's id and why there is none. A report is written whether MLflow answers or not."""
     if uri == "none":
@@ -89,7 +75,7 @@ def _log(uri: str | None, name: str, page: str) -> tuple[str | None, str]:
     from isoflop.track.attach import attach
 
     try:
-        run_id = attach(uri, name, [Artifact(ARTIFACT, page)])
+        run_id = attach(uri, name, [Artifact(REPORT, page)])
     except Exception as error:  # of a server: anything can come back
         return None, " ".join(str(error).split())[:200]
     return run_id, "" if run_id else f"{uri} has no run of sweep {name!r}"

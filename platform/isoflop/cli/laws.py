@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import pyarrow as pa
@@ -14,60 +13,7 @@ from click.core import ParameterSource
 from isoflop.cli.common import clean
 from isoflop.core.errors import UserError
 from isoflop.laws.objective import OBJECTIVES
-from isoflop.laws.table import as_table
-from isoflop.sweep.results import usable
-
-if TYPE_CHECKING:
-    from isoflop.sweep.api import SweepResults
-
-_READERS = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".json", ".jsonl")
-
-
-def open_source(source: str, store: str | None = None) -> pa.Table | SweepResults:
-    """The table of a file, or the sweep of that name."""
-    path = Path(source)
-    suffix = path.suffix.lower()
-    if suffix in _READERS or path.is_file():
-        if not path.is_file():
-            raise UserError(f"{source}: no such file")
-        return _read_file(path, suffix)
-    from isoflop.sweep.api import open_sweep
-
-    return open_sweep(source, store)
-
-
-def read_source(source: str, store: str | None = None, where: str | None = None) -> pa.Table:
-    """The rows behind a path or a sweep's name. UserError when these would mix the tasks of a sweep."""
-    opened = open_source(source, store)
-    if isinstance(opened, pa.Table):
-        return opened
-    table = as_table(usable(opened.results()))
-    tasks = sorted(set(table["task"].to_pylist()))
-    if len(tasks) > 1 and where is None:
-        raise UserError(
-            f"sweep {source!r} has the tasks {', '.join(tasks)}, which one law does not describe; "
-            f"choose with --where \"task = '{tasks[0]}'\""
-        )
-    return table
-
-
-def _read_file(path: Path, suffix: str) -> pa.Table:
-    import pyarrow.csv
-    import pyarrow.feather
-    import pyarrow.json
-    import pyarrow.parquet
-
-    try:
-        if suffix == ".parquet":
-            return as_table(pyarrow.parquet.read_table(path))
-        if suffix in (".arrow", ".feather"):
-            return as_table(pyarrow.feather.read_table(path))
-        if suffix in (".json", ".jsonl"):
-            return as_table(pyarrow.json.read_json(path))
-        options = pyarrow.csv.ParseOptions(delimiter="\t" if suffix == ".tsv" else ",")
-        return as_table(pyarrow.csv.read_csv(path, parse_options=options))
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+from isoflop.sweep.tables import open_source, read_source
 
 
 def split_top(text: str, separator: str = ",") -> list[str]:
@@ -148,7 +94,8 @@ def _law_options(command: Any) -> Any:
             ),
             click.option("--weights", metavar="COL", help="Weights, e.g. '1/stderr**2'."),
             click.option("--where", metavar="SQL", help="Condition on the rows."),
-            click.option("--seed", type=int, default=0, show_default=True),
+            click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+            click.option("--separator", metavar="CHAR", help="Between the columns of a CSV file; default: a comma."),
             click.option("--store", metavar="URI", help="Store of the sweep, when SOURCE is a sweep's name."),
             click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
         )
@@ -177,7 +124,13 @@ def _fit_options(command: Any) -> Any:
             ),
             click.option("--bounds", metavar="P=LOW:HIGH,…", help="Bounds of parameters."),
             click.option("--fix", metavar="P=VALUE,…", help="Parameters held at a value."),
-            click.option("--level", type=float, default=0.95, show_default=True, help="Level of intervals."),
+            click.option(
+                "--level",
+                type=click.FloatRange(0, 1, min_open=True, max_open=True),
+                default=0.95,
+                show_default=True,
+                help="Level of intervals.",
+            ),
         )
     ):
         command = decorate(command)
@@ -221,12 +174,12 @@ def _print(result: Any, as_json: bool) -> None:
 @click.command("fit")
 @_law_options
 @_fit_options
-def fit_command(source: str, store: str | None, as_json: bool, **options: Any) -> None:
+def fit_command(source: str, store: str | None, separator: str | None, as_json: bool, **options: Any) -> None:
     """Fit a scaling law to the rows of a sweep or a file."""
     from isoflop.laws import fit
 
     arguments = _common(options)
-    opened = open_source(source, store)
+    opened = open_source(source, store, separator)
     if isinstance(opened, pa.Table):
         _print(fit(opened, **arguments), as_json)
     else:
@@ -239,7 +192,9 @@ def fit_command(source: str, store: str | None, as_json: bool, **options: Any) -
 @click.option(
     "--cost", default="2*N*(Q+V)", show_default=True, help="Formula in the law's variables and Q; units as in --map."
 )
-@click.option("--q", type=float, default=0.0, show_default=True, help="Text tokens Q.")
+@click.option(
+    "--q", type=click.FloatRange(0), help="Text tokens Q per answer; default: the mean of the rows' column Q."
+)
 @click.option(
     "--budget", metavar="NUMBERS", help="One or several, comma-separated; default: the range of the rows' costs."
 )
@@ -247,7 +202,7 @@ def fit_command(source: str, store: str | None, as_json: bool, **options: Any) -
 @click.option("--tokens", metavar="NUMBERS", help="Menu of the second variable.")
 @click.option("--limits", metavar="V=LOW:HIGH,…", help="Allowed ranges for the continuous optimum.")
 @click.option("--hold", metavar="D=VALUE,…", help="Variables kept at a value.")
-def frontier_command(source: str, store: str | None, as_json: bool, **options: Any) -> None:
+def frontier_command(source: str, store: str | None, separator: str | None, as_json: bool, **options: Any) -> None:
     """Find the best configuration under a budget, by a law fitted to the rows."""
     from isoflop.frontier import frontier
 
@@ -261,7 +216,7 @@ def frontier_command(source: str, store: str | None, as_json: bool, **options: A
         "held": {k: _number(v, "--hold") for k, v in parse_map(options["hold"], "--hold").items()},
         **_common(options),
     }
-    opened = open_source(source, store)
+    opened = open_source(source, store, separator)
     if isinstance(opened, pa.Table):
         _print(frontier(opened, **arguments), as_json)
     else:
@@ -273,6 +228,7 @@ def frontier_command(source: str, store: str | None, as_json: bool, **options: A
 @click.option(
     "--forms", default="product,semilog", show_default=True, help="Laws by name or expression, separated by commas."
 )
+@click.option("--by", metavar="COLS", help="Columns whose groups are compared apart.")
 @click.option(
     "--along", metavar="VARIABLE", help="The size whose largest values are held out; default: the first variable."
 )
@@ -283,15 +239,16 @@ def frontier_command(source: str, store: str | None, as_json: bool, **options: A
     show_default=True,
     help="Resamples for the coverage of held-out rows.",
 )
-def compare_command(source: str, store: str | None, as_json: bool, **options: Any) -> None:
+def compare_command(source: str, store: str | None, separator: str | None, as_json: bool, **options: Any) -> None:
     """Compare forms on the same rows: AICc, extrapolation to the largest size, baselines."""
     from isoflop.laws import compare
 
     result = compare(
-        read_source(source, store, options["where"]),
+        read_source(source, store, options["where"], separator),
         split_top(options["forms"]),
         y=options["y"],
         map=parse_map(options["mapping"]),
+        by=tuple(split_top(options["by"] or "")),
         objective=options["objective"],
         delta=options["delta"],
         weights=options["weights"],

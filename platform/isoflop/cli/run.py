@@ -13,10 +13,9 @@ import click
 from rich.text import Text
 
 from isoflop.cli.common import console, duration, emit, grid, json_option, store_option
-from isoflop.cli.html_report import conclude
 from isoflop.cli.live import LiveProgress, PlainProgress
 from isoflop.cli.report import print_report
-from isoflop.dashboards.session import draw
+from isoflop.dashboards.session import conclude, draw
 from isoflop.ledger import Store
 from isoflop.sweep.api import EXECUTORS, RunOptions, SweepResults, run_resolved
 from isoflop.sweep.plan import Plan, make_plan

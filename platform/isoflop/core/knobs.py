@@ -29,8 +29,11 @@ Scalar = bool | int | float | str
 KnobValue = Scalar | tuple[Scalar, ...]
 _TYPE_NAMES: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _PLURALS: dict[type, str] = {int: "whole numbers", float: "numbers", bool: "true and false", str: "texts"}
+_LONGEST = 200  # characters of a value in a message
 _ON_GRID = 1e-6  # of a step; decimals are not exact
 ROUNDING = 1e-12  # of a number; a few thousand additions in double precision stay within it
+LARGEST_INT = 2**63 - 1  # of results' columns, SQL and samplers
+LARGEST_COUNTED = 2**53  # up to here a double tells whole numbers apart, as samplers need
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,9 @@ class KnobSpec:
     def _typed(self, value: Any, prefix: str, whole: Any) -> Scalar:
         """One number, text or truth value, of the right type, in range and on the grid; ``whole`` is what was given."""
         wanted = self.type
-        told = f"{prefix}{self.name} = {shown(whole, True)}" + (f": {value!r}" if self.many else "")
+        told = f"{prefix}{self.name} = {_excerpt(shown(whole, True))}" + (
+            f": {_excerpt(repr(value))}" if self.many else ""
+        )
         good: bool
         if wanted is bool:
             good = isinstance(value, bool)
@@ -155,12 +160,12 @@ class KnobSpec:
                 isinstance(value, int) or (isinstance(value, float) and value.is_integer())
             )
         elif wanted is float:
-            good = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+            good = not isinstance(value, bool) and isinstance(value, (int, float)) and is_finite(value)
         else:
             good = isinstance(value, wanted)
         if not good:
             name = _TYPE_NAMES.get(wanted, wanted.__name__)
-            name = "a finite number" if wanted is float and isinstance(value, float) else name
+            name = "a finite number" if wanted is float and type(value) in (int, float) else name
             listed = ", not a list" if isinstance(value, (list, tuple)) else ""
             raise UserError(f"{told} must be {name}{listed}; allowed: {self.describe()}")
         typed = typing.cast(Scalar, wanted(value))
@@ -168,6 +173,8 @@ class KnobSpec:
 
     def _in_range(self, number: int | float, told: str) -> int | float:
         knob = self.knob
+        if isinstance(number, int) and not -LARGEST_INT - 1 <= number <= LARGEST_INT:
+            raise UserError(f"{told} does not fit into 64 bits; allowed: {self.describe()}")
         if knob.choices is not None:
             return number
         if (knob.low is not None and number < knob.low) or (knob.high is not None and number > knob.high):
@@ -180,6 +187,14 @@ class KnobSpec:
             fits = [shown(v) for v in (below, above) if knob.high is None or v <= knob.high]
             raise UserError(f"{told} lies between the steps; allowed: {self.describe()}; nearest: {' and '.join(fits)}")
         return self.grid_value(round(steps))
+
+
+def is_finite(value: int | float) -> bool:
+    """Whether a number is one for a double, too: 10**400 is not."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def grid_value(low: float, step: float, steps: int, whole: bool) -> float | int:
@@ -270,6 +285,10 @@ def check_knobs(cls: type, values: Mapping[str, Any], kind: str, where: str = ""
         else:
             result[name] = spec.default
     return result
+
+
+def _excerpt(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 4]}… ({len(text)} characters)"
 
 
 def _short(value: float) -> str:

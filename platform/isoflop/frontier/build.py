@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from isoflop.core.errors import UserError
-from isoflop.core.expressions import Array
+from isoflop.core.expressions import Array, parse
 from isoflop.frontier.optimum import (
     BudgetSpace,
     CostModel,
@@ -27,7 +28,7 @@ from isoflop.laws.allocation import looks_rounded
 from isoflop.laws.fitting import fit as fit_law
 from isoflop.laws.inference import estimate_from_rows, parameter_rows
 from isoflop.laws.result import Fit, GroupedFit
-from isoflop.laws.table import Tabular
+from isoflop.laws.table import Tabular, as_table, column, of_group, where
 
 _RUNNERS_UP = 4
 _FEWEST_REPEATS = 3  # degrees of freedom from which repeats tell the noise
@@ -36,7 +37,7 @@ _FEWEST_REPEATS = 3  # degrees of freedom from which repeats tell the noise
 def frontier(
     fit_or_table: Fit | GroupedFit | Tabular,
     cost: str = "2*N*(Q+V)",
-    q: float = 0.0,
+    q: float | None = None,
     budget: float | Sequence[float] | None = None,
     sizes: Sequence[float] | None = None,
     tokens: Sequence[float] | None = None,
@@ -51,7 +52,8 @@ def frontier(
         fit_or_table: a fit, a grouped fit (gives ``Frontiers``), or a table, fitted with ``fit_options`` first.
         cost: formula in the law's variables, ``Q`` and ``constants``; same units as the fit (with N in billions the budget is
             in billions of FLOPs too: map ``N=params_b*1e9`` to work in FLOPs).
-        q: text tokens Q.
+        q: text tokens Q; by default the mean of the table's own column Q, in the rows of each group. Needed where the cost
+            names Q and no row says it: with none at all, images would cost so much more than text that V* is 1.
         budget: one or several; default: seven from the cheapest to the dearest row of the data.
         sizes, tokens: the menu for the discrete choice (first and second variable); default: the levels in the data.
         limits: allowed range per variable for the continuous optimum; default: the data's range for the searched variable.
@@ -59,22 +61,38 @@ def frontier(
         constants: values of other names in the cost.
 
     Raises:
-        UserError: for a budget below the cheapest configuration, unknown names, or a fit that is rounded or unusable.
+        UserError: for a cost with Q where nothing says Q, a budget below the cheapest configuration, unknown names, or a fit that is rounded or unusable.
     """
-    fitted = fit_or_table if isinstance(fit_or_table, (Fit, GroupedFit)) else fit_law(fit_or_table, **fit_options)
+    if isinstance(fit_or_table, (Fit, GroupedFit)):
+        table, fitted = None, fit_or_table
+    else:
+        table = as_table(fit_or_table)
+        fitted = fit_law(table, **fit_options)
+        table = where(table, fit_options.get("where"))
     options: dict[str, Any] = {
-        "cost": cost, "q": q, "budget": budget, "sizes": sizes, "tokens": tokens,
+        "cost": cost, "budget": budget, "sizes": sizes, "tokens": tokens,
         "limits": limits, "held": held, "constants": constants,
     }  # fmt: skip
-    if isinstance(fitted, GroupedFit):
-        return Frontiers([_frontier(f, **options) for f in fitted])
-    return _frontier(fitted, **options)
+    fits = list(fitted) if isinstance(fitted, GroupedFit) else [fitted]
+    asks_q = "Q" in parse(cost, "cost").names and not any("Q" in f.form.variable_names for f in fits)
+    texts = [q if q is not None or not asks_q else measured_q(table, f.key) for f in fits]
+    found = [_frontier(f, q=tokens_, **options) for f, tokens_ in zip(fits, texts, strict=True)]
+    return Frontiers(found) if isinstance(fitted, GroupedFit) else found[0]
+
+
+def measured_q(table: pa.Table | None, key: Mapping[str, Any]) -> float | None:
+    """Mean text tokens per answer in the rows of a group; None when no row says."""
+    if table is None or "Q" not in table.column_names:
+        return None
+    values = column(table, "Q", "Q")[of_group(table, key)]
+    values = values[np.isfinite(values)]
+    return float(np.mean(values)) if len(values) else None
 
 
 def _frontier(
     fit: Fit,
     cost: str,
-    q: float,
+    q: float | None,
     budget: float | Sequence[float] | None,
     sizes: Sequence[float] | None,
     tokens: Sequence[float] | None,
@@ -82,9 +100,16 @@ def _frontier(
     held: Mapping[str, float] | None,
     constants: Mapping[str, float] | None,
 ) -> Frontier:
-    if q < 0:
+    if q is not None and not q >= 0:
         raise UserError(f"q = {q:g}: the number of text tokens cannot be negative")
-    model = CostModel.build(cost, fit.form.variable_names, {"Q": q, **(constants or {})})
+    own = set(fit.form.variable_names)  # a law may have Q for a variable, which the cost then reads
+    known = {**({} if q is None or "Q" in own else {"Q": q}), **(constants or {})}
+    if "Q" not in known and "Q" in parse(cost, "cost").names - own:
+        raise UserError(
+            f"cost {cost!r} needs Q, the text tokens per answer, and no row says it: give --q "
+            "(0 only where nothing but the image is read)"
+        )
+    model = CostModel.build(cost, fit.form.variable_names, known)
     if tokens is not None and limits is None and len(fit.form.variable_names) > 1:
         limits = {fit.form.variable_names[1]: (float(min(tokens)), float(max(tokens)))}
     space = make_space(fit, model, limits, held)

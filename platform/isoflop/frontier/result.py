@@ -138,7 +138,7 @@ class Frontier:
             "law": self.law,
             "cost": self.cost,
             "constants": self.constants,
-            "group": self.key,
+            "group": plain(self.key),
             "data_hash": self.data_hash,
             "points": [p.to_dict() for p in self.points],
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,15 +12,16 @@ import numpy as np
 import pyarrow as pa
 from scipy import stats
 
-from isoflop.core.errors import UserError
+from isoflop.core.errors import UserError, unknown
 from isoflop.laws.base import LawForm, resolve_form
+from isoflop.laws.bootstrap import enough_resamples, too_few
 from isoflop.laws.engine import NotEstimable, make_box
-from isoflop.laws.extrapolation import BASELINES, Cut, baseline_rollout, interpolation_error, rollout, splits
-from isoflop.laws.fitting import Settings, fit_data
+from isoflop.laws.extrapolation import BASELINES, LEVEL, Cut, baseline_rollout, interpolation_error, rollout, splits
+from isoflop.laws.fitting import Settings, check_count, fit_data
 from isoflop.laws.objective import Objective
 from isoflop.laws.render import number
 from isoflop.laws.result import Fit, plain
-from isoflop.laws.table import Columns, GroupData, Tabular, as_table, load_groups
+from isoflop.laws.table import Columns, GroupData, Tabular, as_table, describe_key, load_groups
 from isoflop.laws.validation import semilog
 
 DEFAULT_FORMS = ("product", "semilog")
@@ -74,6 +75,7 @@ class Comparison:
     n: int
     verdict: list[str]
     data_hash: str
+    key: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, label: str) -> Entry:
         """An entry by its label."""
@@ -88,6 +90,7 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return {
+            "group": plain(self.key),
             "along": self.along,
             "n": self.n,
             "verdict": self.verdict,
@@ -102,6 +105,7 @@ class Comparison:
             first = e.cuts[0] if e.cuts else None
             rows.append(
                 {
+                    **self.key,
                     "form": e.label,
                     "k": e.k or None,
                     "sse": e.fit.sse if e.fit else None,
@@ -120,7 +124,8 @@ class Comparison:
         return pa.Table.from_pylist(rows)
 
     def __str__(self) -> str:
-        lines = [f"{'form':22}{'k':>3}{'ΔAICc':>9}{'weight':>8}{'R²':>8}{'inter.':>10}{'extra.':>10}{'bias':>10}"]
+        lines = [describe_key(self.key).strip()] if self.key else []
+        lines += [f"{'form':22}{'k':>3}{'ΔAICc':>9}{'weight':>8}{'R²':>8}{'inter.':>10}{'extra.':>10}{'bias':>10}"]
         for e in self.entries:
             cut = e.cuts[0] if e.cuts else None
             cells = [
@@ -151,11 +156,49 @@ class Comparison:
         return f"<div><table><tr>{head}</tr>{body}</table><ul>{''.join(f'<li>{html.escape(v)}</li>' for v in self.verdict)}</ul></div>"
 
 
+@dataclass
+class Comparisons:
+    """A comparison per group of a table, and the groups without one (with the reason)."""
+
+    by: tuple[str, ...]
+    comparisons: list[Comparison]
+    refused: list[tuple[dict[str, Any], str]] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Comparison]:
+        return iter(self.comparisons)
+
+    def __len__(self) -> int:
+        return len(self.comparisons)
+
+    def __getitem__(self, i: int) -> Comparison:
+        return self.comparisons[i]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "by": list(self.by),
+            "groups": [c.to_dict() for c in self.comparisons],
+            "refused": [{"group": plain(k), "reason": reason} for k, reason in self.refused],
+        }
+
+    def to_arrow(self) -> pa.Table:
+        """One row per group and form."""
+        return pa.concat_tables([c.to_arrow() for c in self.comparisons], promote_options="permissive")
+
+    def __str__(self) -> str:
+        lines = [str(c) for c in self.comparisons]
+        return "\n\n".join(lines + [f"refused{describe_key(k)}: {reason}" for k, reason in self.refused])
+
+    def _repr_html_(self) -> str:
+        return "".join(c._repr_html_() for c in self.comparisons)
+
+
 def compare(
     table: Tabular,
     forms: Sequence[str | LawForm] | Mapping[str, Mapping[str, Any]] = DEFAULT_FORMS,
     y: str = "error",
     map: Mapping[str, str] | None = None,
+    by: Sequence[str] | str = (),
     objective: str = "squared",
     delta: float = 1e-3,
     weights: str | None = None,
@@ -163,37 +206,67 @@ def compare(
     along: str | None = None,
     bootstrap: int = 0,
     seed: int = 0,
-) -> Comparison:
+) -> Comparison | Comparisons:
     """Fit several forms to the same rows and judge them by AICc and by leave-largest-out.
 
     Args:
+        table: Arrow table, pandas DataFrame or dict of columns.
         forms: names, expressions or ``LawForm``s; or label -> options (``law``, ``fixed``, ``bounds``), e.g.
             ``{"no floor": {"law": "product", "fixed": {"E": 0}}}``. A semilog in the same variables is always added.
         map, y, weights, where, objective, delta: as in ``fit``; the union of the forms' variables must be mapped.
+        by: columns whose distinct values are compared apart; gives ``Comparisons``.
         along: the size whose largest values are held out; default: the first variable.
         bootstrap: resamples for the coverage of held-out prediction intervals (0: none).
     """
     mapping, goal = dict(map or {}), Objective(objective, delta)
-    source = as_table(table)
+    check_count("bootstrap", bootstrap)
+    check_count("seed", seed)
     asked = _labelled(forms, list(mapping))
     variables = list(dict.fromkeys(v for form, _ in asked.values() for v in form.variable_names))
+    for name in mapping:
+        if name not in variables:
+            raise unknown("variable of these forms", name, variables, "map")
     columns = Columns(y, {v: mapping.get(v, v) for v in variables}, weights, None, where)
-    everything = semilog(variables)
-    data = load_groups(source, everything, columns, (), goal.log)[0]
+    groups_by = (by,) if isinstance(by, str) else tuple(by)
+    groups = load_groups(as_table(table), semilog(variables), columns, groups_by, goal.log)
     along = along or variables[0]
+    found, refused = [], list[tuple[dict[str, Any], str]]()
+    for data in groups:
+        if data.n == 0:
+            refused.append((data.key, "no finite rows to fit"))
+            continue
+        found.append(_compare(asked, data, columns, goal, along, bootstrap, seed))
+    if not found:
+        raise UserError(f"no group can be compared: {refused[0][1]}{describe_key(refused[0][0])}")
+    return Comparisons(groups_by, found, refused) if groups_by else found[0]
+
+
+def _compare(
+    forms: Mapping[str, tuple[LawForm, dict[str, Any]]],
+    data: GroupData,
+    columns: Columns,
+    goal: Objective,
+    along: str,
+    resamples: int,
+    seed: int,
+) -> Comparison:
+    asked, everything = dict(forms), semilog(list(data.x))
     if not any("log(" in form.formula and not form.nonlinear for form, _ in asked.values()) and all(
-        np.all(data.x[v] > 0) for v in variables
+        np.all(x > 0) for x in data.x.values()
     ):
         asked["semilog (baseline)"] = (everything, {})
+    cuts = splits(data, along)
     entries = [
-        _entry(label, form, options, data, columns, goal, along, bootstrap, seed)
+        _entry(label, form, options, data, columns, goal, along, resamples, seed)
         for label, (form, options) in asked.items()
     ]
     _rank(entries)
     entries.sort(key=lambda e: math.inf if e.aicc is None else e.aicc)
-    cuts = splits(data, along)
     entries += [Entry(name, cuts=baseline_rollout(name, data, along, cuts)) for name in BASELINES]
-    return Comparison(entries, along, data.n, _verdict(entries), data.data_hash)
+    verdict = _verdict(entries)
+    if resamples and not enough_resamples(resamples, LEVEL):
+        verdict.append(f"no coverage: {too_few(resamples, LEVEL)}")
+    return Comparison(entries, along, data.n, verdict, data.data_hash, data.key)
 
 
 def _labelled(forms: Any, variables: list[str]) -> dict[str, tuple[LawForm, dict[str, Any]]]:
@@ -227,9 +300,9 @@ def _entry(
     resamples: int,
     seed: int,
 ) -> Entry:
-    unknown = sorted(set(options) - {"fixed", "bounds"})
-    if unknown:
-        raise UserError(f"compare: form {label!r} has an unknown option {unknown[0]!r}; allowed: law, fixed, bounds")
+    foreign = sorted(set(options) - {"fixed", "bounds"})
+    if foreign:
+        raise UserError(f"compare: form {label!r} has an unknown option {foreign[0]!r}; allowed: law, fixed, bounds")
     box = make_box(form, options.get("bounds"), options.get("fixed"))
     own = GroupData(
         data.key,

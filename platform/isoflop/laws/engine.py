@@ -107,6 +107,8 @@ def check_estimable(form: LawForm, data: GroupData, box: Box) -> None:
     """Raise NotEstimable when no fit can be meaningful; the message names a parameter."""
     used = data.w > 0
     free = int(box.free.sum())
+    if not used.any():
+        raise NotEstimable(f"law {form.name!r}: no finite rows to fit", form.names[0])
     for variable in form.variables:
         values = np.unique(data.x[variable.name][used])
         if len(values) > 1:

@@ -20,6 +20,8 @@ from isoflop.laws.engine import Box, NotEstimable, check_estimable, fit_groups
 from isoflop.laws.objective import Objective
 from isoflop.laws.table import GroupData
 
+LEVEL = 0.95  # of prediction intervals, unless somebody says otherwise
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -29,7 +31,7 @@ class Cut:
         held_out: sizes left out (the largest ones); n_train, n_test: rows.
         decades: log10(largest held-out size / largest training size), the extrapolation factor.
         rmse, bias: of prediction minus observation; relative: mean of prediction/observation - 1.
-        coverage: share of held-out rows inside their prediction interval, when a bootstrap was asked for.
+        coverage: share of held-out rows inside their prediction interval, when a bootstrap with enough resamples was asked for.
     """
 
     held_out: list[float]
@@ -85,7 +87,7 @@ def rollout(
     objective: Objective,
     along: str,
     resamples: int = 0,
-    level: float = 0.95,
+    level: float = LEVEL,
     seed: int = 0,
     cuts: int | None = None,
 ) -> list[Cut]:
@@ -110,7 +112,7 @@ def rollout(
     for (train, test), part, best, drawn in zip(usable, parts, optima, draws, strict=True):
         at = {v: a[test] for v, a in data.x.items()}
         covered = None
-        if drawn is not None:
+        if drawn is not None and drawn.enough(level):
             noise = part.y - form.evaluate(part.x, best.p)
             rng = np.random.default_rng(seed)
             new = form.evaluate(at, drawn.p) + rng.choice(noise, size=(len(drawn.p), int(test.sum())))
@@ -153,7 +155,7 @@ def nearest_with_shift(data: GroupData, along: str, train: np.ndarray, test: np.
     value, top = _nearest(data, along, train, test)
     x = data.x[along]
     below = train & (x < top)
-    if not below.any():
+    if not below.any() or x[below].max() <= 0:  # no trend per ln(size)
         return value
     second = below & (x == x[below].max())
     first = train & (x == top)

@@ -14,7 +14,7 @@ from isoflop.core.errors import UserError, unknown
 from isoflop.core.expressions import Array
 from isoflop.laws import wald
 from isoflop.laws.base import Bounds, LawForm, resolve_form
-from isoflop.laws.bootstrap import Resamples
+from isoflop.laws.bootstrap import Resamples, too_few
 from isoflop.laws.bootstrap import bootstrap as draw_resamples
 from isoflop.laws.diagnostics import lack_of_fit, residual_diagnostics
 from isoflop.laws.engine import AT_BOUND, Box, NotEstimable, Optimum, check_estimable, fit_groups, make_box
@@ -80,12 +80,20 @@ def fit(
     groups_by = (by,) if isinstance(by, str) else tuple(by)
     if not 0 < level < 1:
         raise UserError(f"level = {level!r} must lie between 0 and 1")
+    check_count("bootstrap", bootstrap)
+    check_count("seed", seed)
     box = make_box(form, bounds, fixed)
     settings = Settings(
         goal, box, bootstrap, scheme or ("cluster" if cluster else "cases"), profile, level, starts, seed
     )
     groups = load_groups(as_table(table), form, columns, groups_by, goal.log)
     return fit_data(form, groups, columns, settings, groups_by)
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise UserError for what is no whole number from 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
+        raise UserError(f"{name} = {value!r}; allowed: whole numbers from 0")
 
 
 @dataclass(frozen=True)
@@ -189,7 +197,9 @@ def _warnings(form: LawForm, best: Optimum, data: GroupData, draws: Resamples | 
         span = float(np.max(data.x[variable]) / np.min(data.x[variable])) if np.min(data.x[variable]) > 0 else math.inf
         if span < 10:
             words.append(f"{variable} spans only a factor of {span:.3g}: do not extrapolate far")
-    if draws is not None:
+    if draws is not None and not draws.enough(settings.level):
+        words.append(f"no interval comes from the bootstrap: {too_few(len(draws.p), settings.level)}")
+    elif draws is not None:
         edges = ", ".join(f"{n} in {k}" for n, k in draws.at_bound.items())
         if edges:
             words.append(f"resamples on a bound: {edges} of {len(draws.p)}")

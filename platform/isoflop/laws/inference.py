@@ -10,7 +10,7 @@ from scipy import special
 from isoflop.core.expressions import Array, parse
 from isoflop.laws import wald
 from isoflop.laws.base import LawForm
-from isoflop.laws.bootstrap import Resamples
+from isoflop.laws.bootstrap import Resamples, too_few
 from isoflop.laws.engine import Box, Optimum
 from isoflop.laws.objective import Objective
 from isoflop.laws.profile import ProfileInterval, profile
@@ -50,7 +50,7 @@ def parameter_estimates(
             bound and name in ranges
         ):  # resamples that sit on one bound know nothing of the room that it leaves the others
             ends, method = (ranges[name].low, ranges[name].high), f"profile (resamples sit on the bound of {bound})"
-        elif samples is not None:
+        elif samples is not None and samples.enough(level):
             ends, method = samples.interval(samples.p[:, i], level), f"bootstrap ({samples.scheme})"
         elif name in ranges:
             ends, method = (ranges[name].low, ranges[name].high), "profile"
@@ -127,7 +127,7 @@ def derived_estimates(fit: Fit) -> dict[str, Estimate]:
 def quantity(fit: Fit, text: str) -> Estimate:
     """An expression in the parameters, with an interval from the bootstrap, else by the delta method."""
     value = float(fit.form.quantity(text, fit.p[None])[0])
-    if fit.samples is not None:
+    if fit.samples is not None and fit.samples.enough(fit.level):
         draws = fit.form.quantity(text, fit.samples.p)
         return estimate_from_draws(value, draws, fit.samples, fit.level)
     ends = delta_interval(fit.form, text, fit.p, fit.cov, fit.n - int(fit.box.free.sum()), fit.level)
@@ -156,6 +156,8 @@ def estimate_from_rows(fit: Fit, values: Array) -> Estimate:
 
 def estimate_from_draws(value: float, draws: Array, samples: Resamples, level: float, unit: str = "") -> Estimate:
     """An estimate whose interval and verdict come from bootstrap draws of the quantity."""
+    if not samples.enough(level):
+        return Estimate(value, unit, verdict=f"no interval: {too_few(len(samples.p), level)}")
     ends = samples.interval(draws, level)
     method = f"bootstrap ({samples.scheme})"
     if not (math.isfinite(value) and all(map(math.isfinite, ends))):

@@ -14,7 +14,7 @@ import pyarrow as pa
 from isoflop.core.errors import UserError
 from isoflop.core.expressions import Array
 from isoflop.laws.base import LAWS, LawForm, custom_form
-from isoflop.laws.bootstrap import Resamples
+from isoflop.laws.bootstrap import Resamples, too_few
 from isoflop.laws.engine import Box
 from isoflop.laws.table import Columns, GroupData
 
@@ -132,6 +132,8 @@ class Fit:
         if self.samples is None or self.data is None:
             raise UserError("predict_interval needs a fit with bootstrap > 0, in memory")
         level = level or self.level
+        if not self.samples.enough(level):
+            raise UserError(f"predict_interval: {too_few(len(self.samples.p), level)}")
         points = {v: np.atleast_1d(np.asarray(x[v], dtype=np.float64)) for v in self.form.variable_names}
         draws = self.form.evaluate(points, self.samples.p)
         if new_run:
@@ -164,7 +166,7 @@ class Fit:
             "formula": form.formula,
             "variables": {v: self.columns.variables[v] for v in form.variable_names},
             "y": self.columns.y,
-            "group": self.key,
+            "group": plain(self.key),
             "params": {n: e.to_dict() for n, e in self.params.items()},
             "derived": {n: e.to_dict() for n, e in self.derived.items()},
             "covariance": [[_finite(v) for v in row] for row in self.cov],
@@ -301,7 +303,7 @@ class GroupedFit:
         return {
             "by": list(self.by),
             "groups": [f.to_dict() for f in self.fits],
-            "refused": [{"group": k, "reason": reason} for k, reason in self.refused],
+            "refused": [{"group": plain(k), "reason": reason} for k, reason in self.refused],
         }
 
     @classmethod
@@ -326,12 +328,16 @@ class GroupedFit:
 
 
 def plain(value: Any) -> Any:
-    """Nested dictionaries and lists with every number that is not finite turned into None."""
+    """Nested dictionaries and lists in JSON's types: what is not finite becomes None, a date or another value of a column text."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
-    return _finite(value) if isinstance(value, float) else value
+    if isinstance(value, float):
+        return _finite(value)
+    if value is None or isinstance(value, (str, int)):
+        return value
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _finite(value: float) -> float | None:

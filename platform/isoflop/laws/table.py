@@ -28,10 +28,9 @@ def as_table(data: Tabular) -> pa.Table:
             table = pa.Table.from_pandas(data, preserve_index=False)
         else:
             table = pa.table(data)
-    except (TypeError, ValueError, pa.ArrowException) as error:
-        raise UserError(
-            f"table: {str(error).splitlines()[0]}; allowed: Arrow table, DataFrame, dict of columns"
-        ) from None
+    except (TypeError, ValueError, OverflowError, AttributeError, pa.ArrowException) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"table: {reason}; allowed: Arrow table, DataFrame, dict of columns") from None
     twice = sorted({c for c in table.column_names if table.column_names.count(c) > 1})
     if twice:
         raise UserError(f"table: column {twice[0]!r} occurs more than once")
@@ -42,6 +41,7 @@ def query(sql: str, table: pa.Table, name: str = "results") -> pa.Table:
     """Run one SQL statement (DuckDB) on an Arrow table, without copying it; it sees that one table and no files."""
     import duckdb
 
+    _check_text(sql, "sql")
     connection = duckdb.connect(config={"enable_external_access": "false"})
     try:
         connection.register(name, table)
@@ -51,8 +51,9 @@ def query(sql: str, table: pa.Table, name: str = "results") -> pa.Table:
         if found is None:
             raise UserError(f"sql: {statements} statements in {sql!r}; allowed: one query that returns rows")
         return found.to_arrow_table()
-    except duckdb.Error as error:
-        raise UserError(f"sql: {str(error).splitlines()[0]}") from None
+    except (duckdb.Error, RuntimeError, ValueError, TypeError, pa.ArrowException) as error:
+        # beside its own errors, it lets through what it meets in columns of types that it does not know
+        raise UserError(f"sql: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
     finally:
         connection.close()
 
@@ -63,11 +64,21 @@ def where(table: pa.Table, condition: str | None) -> pa.Table:
         return table
     import duckdb
 
+    _check_text(condition, "where")
     try:
         duckdb.SQLExpression(condition)  # one expression: nothing that could end the condition and add rows
     except duckdb.Error as error:
         raise UserError(f"where: {str(error).splitlines()[0]}; allowed: one condition on a row") from None
     return query(f"select * from results where ({condition}\n)", table)
+
+
+def _check_text(text: str, what: str) -> None:
+    """Refuse text that no UTF-8 can hold: a command line of other bytes arrives as halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        shown = text.encode(errors="backslashreplace").decode()
+        raise UserError(f"{what}: {shown!r} is not UTF-8 (character {error.start})") from None
 
 
 def column(table: pa.Table, text: str, where_: str) -> Array:
@@ -95,29 +106,63 @@ def _entries(table: pa.Table, name: str, where_: str) -> Array:
     """One key of a map column."""
     record, _, key = name.partition(".")
     rows = [dict(row or ()) for row in table[record].to_pylist()]
-    known = sorted({k for row in rows for k in row})
+    known = sorted({str(k) for row in rows for k in row})
     if key not in known:
         raise unknown(f"entry of {record}", key, known, where_)
-    return np.array([np.nan if row.get(key) is None else row[key] for row in rows], dtype=np.float64)
+    values = [row.get(key) for row in rows]
+    for index, value in enumerate(values):
+        if value is not None and not isinstance(value, (bool, int, float)):
+            raise UserError(f"{where_}: entry {name!r} is {_excerpt(value)} in row {index}; a number is needed")
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
 def _numbers(table: pa.Table, name: str, where_: str) -> Array:
     if name not in table.column_names:
         return _entries(table, name, where_)
-    kind = table.schema.field(name).type
-    if not (
-        pa.types.is_integer(kind)
-        or pa.types.is_floating(kind)
-        or pa.types.is_boolean(kind)
-        or pa.types.is_decimal(kind)
-    ):
-        raise UserError(f"{where_}: column {name!r} is of type {kind}; a number is needed")
-    values = (
-        table[name].cast(pa.float64())
-        if not pa.types.is_boolean(kind)
-        else table[name].cast(pa.int8()).cast(pa.float64())
-    )
-    return values.combine_chunks().to_numpy(zero_copy_only=False)
+    values, kind = table[name], table.schema.field(name).type
+    if pa.types.is_dictionary(kind):  # of a categorical: the values themselves
+        kind = kind.value_type
+        values = values.cast(kind)
+    if pa.types.is_null(kind):
+        raise UserError(f"{where_}: column {name!r} has no values; numbers are needed")
+    if pa.types.is_boolean(kind):
+        values = values.cast(pa.int8())
+    elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
+        raise UserError(f"{where_}: column {name!r} is of type {kind}{_first_text(values)}; a number is needed")
+    numbers = values.cast(
+        pa.float64(), safe=False
+    )  # whole numbers beyond 2^53 are rounded, as all numbers of a fit are
+    return numbers.combine_chunks().to_numpy(zero_copy_only=False)
+
+
+def _first_text(values: pa.ChunkedArray) -> str:
+    """Where a column of text holds the first value that is no number; the first value, where all are numbers in quotes."""
+    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+        return ""
+    first = None
+    for index, text in enumerate(values.to_pylist()):
+        if text is None:
+            continue
+        first = first or (index, text)
+        try:
+            float(text)
+        except ValueError:
+            comma = ", with a comma for a point" if _is_number(text.replace(",", ".")) else ""
+            return f": row {index} (the first is 0) holds {_excerpt(text)}{comma}"
+    return "" if first is None else f": its numbers are text, such as {_excerpt(first[1])} in row {first[0]}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _excerpt(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"
 
 
 @dataclass
@@ -195,17 +240,22 @@ def load_groups(table: pa.Table, form: LawForm, mapping: Columns, by: Sequence[s
     x = {v: column(table, mapping.variables[v], f"map {v}") for v in form.variable_names}
     y = column(table, mapping.y, "y")
     w = np.ones_like(y) if mapping.weights is None else column(table, mapping.weights, "weights")
-    labels = None if mapping.cluster is None else _labels(table, [mapping.cluster])[0]
     good = np.isfinite(y) & np.isfinite(w) & np.all([np.isfinite(a) for a in x.values()], axis=0)
+    reasons = {"not finite": ~good}
+    labels = None
+    if mapping.cluster is not None:
+        labels, names = label_rows(table, [mapping.cluster], "cluster")
+        nameless = [k for k, name in enumerate(names) if name[mapping.cluster] is None]
+        reasons[f"without a {mapping.cluster}"] = good & np.isin(labels, nameless)
+        good = good & ~np.isin(labels, nameless)
     _check_domain(form, x, y, w, good, log_y, mapping)
-    group_of, keys = _labels(table, list(by)) if by else (np.zeros(len(y), dtype=np.int64), [{}])
+    group_of, keys = label_rows(table, by, "by") if by else (np.zeros(len(y), dtype=np.int64), [{}])
     groups = []
-    for g, key in enumerate(keys):
-        mine = group_of == g
-        rows = np.flatnonzero(mine & good)
-        dropped = {"not finite": int(np.sum(mine & ~good))} if np.any(mine & ~good) else {}
-        if not len(rows):
-            raise UserError(f"table: no finite rows to fit{describe_key(key)} (y = {mapping.y!r})")
+    for key, members in zip(keys, split_labels(group_of, len(keys)), strict=True):
+        rows = members[good[members]]
+        dropped = {why: int(np.sum(bad[members])) for why, bad in reasons.items() if np.any(bad[members])}
+        if not len(rows) and not by:
+            raise UserError(f"table: no finite rows to fit (y = {mapping.y!r})")
         data = GroupData(
             key, {v: a[rows] for v, a in x.items()}, y[rows], w[rows], None if labels is None else labels[rows], dropped
         )
@@ -236,12 +286,35 @@ def _check_domain(
         raise UserError(f"weights: {mapping.weights!r} is {w[row]:g} in row {row}; weights must be >= 0")
 
 
-def _labels(table: pa.Table, names: list[str]) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Integer labels (n,) and the distinct keys in order of first appearance."""
+def label_rows(table: pa.Table, names: Sequence[str], where_: str) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Integer labels (n,) and the distinct keys in order of first appearance.
+
+    Rows without a value, null or NaN, are one group, whose key is None.
+    """
     for name in names:
         if name not in table.column_names:
-            raise unknown("column", name, table.column_names, "cluster" if len(names) == 1 else "by")
-    lists = [table[name].to_pylist() for name in names]
+            raise unknown("column", name, table.column_names, where_)
+        if pa.types.is_nested(table.schema.field(name).type):
+            raise UserError(
+                f"{where_}: column {name!r} is of type {table.schema.field(name).type}; a single value per row is needed"
+            )
+    lists = [[None if value != value else value for value in table[name].to_pylist()] for name in names]
     seen: dict[tuple[Any, ...], int] = {}
     labels = np.array([seen.setdefault(row, len(seen)) for row in zip(*lists, strict=True)], dtype=np.int64)
     return labels, [dict(zip(names, key, strict=True)) for key in seen]
+
+
+def split_labels(labels: np.ndarray, count: int) -> list[np.ndarray]:
+    """Positions of the rows of each label 0 … count - 1, in the order of the rows."""
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.searchsorted(labels[order], np.arange(1, count)))
+
+
+def of_group(table: pa.Table, key: Mapping[str, Any]) -> np.ndarray:
+    """Boolean (n,): rows of a group, by the key that :func:`label_rows` gave it; columns that the table lacks do not count."""
+    names = [name for name in key if name in table.column_names]
+    if not names:
+        return np.ones(table.num_rows, dtype=bool)
+    labels, keys = label_rows(table, names, "by")
+    wanted = {name: key[name] for name in names}
+    return np.isin(labels, [k for k, found in enumerate(keys) if found == wanted])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -61,26 +61,50 @@ class RunOptions:
     retry_failed: bool = False
     track_wait: float = 60.0
 
+    def __post_init__(self) -> None:
+        if self.executor not in EXECUTORS:
+            raise unknown("executor", self.executor, EXECUTORS)
+        if self.workers is not None and (
+            isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 1
+        ):
+            raise UserError(f"workers = {self.workers!r}; allowed: whole numbers from 1")
+        if (
+            isinstance(self.track_wait, bool)
+            or not isinstance(self.track_wait, (int, float))
+            or not self.track_wait >= 0
+        ):
+            raise UserError(f"track_wait = {self.track_wait!r}; allowed: seconds from 0")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> RunOptions:
+        """Options by name. Raises UserError for one that does not exist."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise unknown("option of run", name, [*known, "report"])
+        return cls(**options)
+
 
 def run(
-    given: str | Path | Mapping[str, Any], progress: Progress | None = None, draw: Draw | None = None, **options: Any
+    given: str | Path | Mapping[str, Any],
+    progress: Progress | None = None,
+    draw: Draw | None = None,
+    conclude: Conclude | None = None,
+    **options: Any,
 ) -> SweepResults:
     """Run a sweep, or what is missing of it, and return its results.
 
     Args:
         given: path of a YAML file, or the same content as a dict.
         progress: told what happens; quiet by default.
-        draw: as for :func:`run_resolved`; ``isoflop.run`` gives it.
+        draw, conclude: as for :func:`run_resolved`; ``isoflop.run`` gives them.
         options: fields of :class:`RunOptions`.
 
     Raises:
         UserError: the spec, an option or the environment is wrong; says what to mend.
     """
-    chosen = RunOptions(**options)
-    if chosen.executor not in EXECUTORS:
-        raise unknown("executor", chosen.executor, EXECUTORS)
-    sweep = resolve(given)
-    return run_resolved(sweep, chosen, progress or Quiet(), draw=draw)
+    chosen = RunOptions.of(options)
+    return run_resolved(resolve(given), chosen, progress or Quiet(), conclude, draw)
 
 
 def run_resolved(

@@ -9,7 +9,7 @@ from typing import Any
 
 from isoflop.core.errors import Infeasible, UserError, unknown
 from isoflop.core.hashing import content_hash
-from isoflop.core.knobs import KnobSpec, check_knobs, frozen, grid_value
+from isoflop.core.knobs import LARGEST_COUNTED, KnobSpec, check_knobs, frozen, grid_value
 from isoflop.core.yaml_source import KeyPath, Source
 from isoflop.jobs import ResolvedJob
 from isoflop.methods.base import METHODS, method_knobs
@@ -158,7 +158,17 @@ def _range(full: str, spec: KnobSpec, entry: KnobEntry, place: str, common: dict
     if low > high:
         raise UserError(f"{place}: the range from {low:g} to {high:g} is empty; allowed: {spec.describe()}")
     log = (knob.log and entry.step is None) if entry.log is None else entry.log
+    if log and low <= 0:
+        whose = "the method's own low" if entry.low is None else "low"
+        raise UserError(f"{place}: a log range must begin above 0, and {whose} of {spec.name} is {low:g}; give low")
+    if spec.type is int and max(-low, high) > LARGEST_COUNTED:
+        raise UserError(
+            f"{place}: a range of whole numbers ends at {LARGEST_COUNTED:,} (2^53), the last that samplers tell apart; "
+            f"{spec.name} goes from {low:g} to {high:g}: give a narrower range or a list"
+        )
     step = entry.step
+    if not math.isfinite((float(high) - float(low)) / (step or 1)):
+        raise UserError(f"{place}: the range from {low:g} to {high:g} is too wide; allowed: {spec.describe()}")
     if spec.type is int and step is not None and step != int(step):
         raise UserError(f"{place}: the step of {spec.name}, a whole number, cannot be {step:g}")
     return Param(full, None, low, high, step, log, spec.type is int, **common)

@@ -162,7 +162,7 @@ def frontier_block(spec: SweepSpec, law: str | None) -> FrontierBlock:
     return found or FrontierBlock(law=law or law_block(spec, None).law)
 
 
-def fit_block(block: LawBlock, table: pa.Table, seed: int, **options: Any) -> GroupedFit | Fit:
+def fit_block(block: LawBlock, table: pa.Table, seed: int, /, **options: Any) -> GroupedFit | Fit:
     """Fit one law as its block says; ``options`` of :func:`isoflop.fit` take precedence."""
     from isoflop.laws import fit
 
@@ -187,24 +187,16 @@ def frontiers_of(
 ) -> list[Frontier]:
     """A frontier per fit. Without ``q``, Q is what the rows of the fit's group measured."""
     from isoflop.frontier import frontier
+    from isoflop.frontier.build import measured_q
     from isoflop.frontier.result import Frontier
+    from isoflop.laws.table import where
 
     out: list[Frontier] = []
     for fit in fits:
-        measured = q if q is not None else measured_q(table, fit.key)
+        measured = q if q is not None else measured_q(where(table, fit.columns.condition), fit.key)
         found: Frontier | Frontiers = frontier(fit, cost=cost, q=measured, budget=budgets, **options)
         out.extend([found] if isinstance(found, Frontier) else found)
     return out
-
-
-def measured_q(table: pa.Table, key: dict[str, Any]) -> float:
-    """Mean text tokens per answer in the rows of a group; 0 when no row says."""
-    mask = np.ones(table.num_rows, dtype=bool)
-    for column, value in key.items():
-        if column in table.column_names:
-            mask &= np.asarray(table[column].to_pylist(), dtype=object) == value
-    values = [v for v in table.filter(pa.array(mask))["Q"].to_pylist() if v is not None]
-    return float(np.mean(values)) if values else 0.0
 
 
 def _arrow_bytes(table: pa.Table) -> bytes:
