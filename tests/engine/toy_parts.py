@@ -243,11 +243,18 @@ class ToyRequired(ToyMethod):
     """A knob without a default."""
 
     strength: Annotated[float, Knob(low=0.0, high=1.0)]
-    wide: Annotated[int, Knob(low=-(2**70), high=2**70, doc="wider than any column")] = 0
-    free: Annotated[float, Knob(doc="any number")] = 0.0
 
     def change(self, model: ToyModel, prepared: Any) -> None:
         model.factor += self.strength
+
+
+@METHODS.register("toy-boundless")
+@dataclass(frozen=True)
+class ToyBoundless(ToyMethod):
+    """Knobs whose ranges no column and no sampler can hold."""
+
+    wide: Annotated[int, Knob(low=-(2**70), high=2**70)] = 0
+    free: Annotated[float, Knob()] = 0.0
 
 
 @METHODS.register("toy-bad")

@@ -280,7 +280,7 @@ def test_a_budget_that_no_allowed_configuration_meets_is_refused() -> None:
         extra_compute(small_models(), {"V": 36}, 1e9, q=50, limits={"N": (1e8, 1e9)})
 
 
-@pytest.mark.parametrize("options", [{"cost": "1e12/N*V", "budget": 1e12}, {"budget": 1e40}])
+@pytest.mark.parametrize("options", [{"cost": "1e12/N*V", "budget": 1e12}, {"budget": 1e40, "q": 0}])
 def test_a_budget_that_is_never_used_up_is_refused(options: dict) -> None:
     with pytest.raises(UserError, match="does not use it up"):
         frontier(small_models(), **options)
@@ -288,14 +288,14 @@ def test_a_budget_that_is_never_used_up_is_refused(options: dict) -> None:
 
 def test_no_budget_at_all_is_refused() -> None:
     with pytest.raises(UserError, match="at least one budget"):
-        frontier(small_models(), budget=[])
+        frontier(small_models(), q=0, budget=[])
 
 
 def test_a_wrong_choice_under_limits_has_no_negative_price() -> None:
     fitted, limits = small_models(), {"N": (1e5, 1e6)}
-    assert extra_compute(fitted, {"V": 36}, 1e9, limits=limits).value == 0.0
+    assert extra_compute(fitted, {"V": 36}, 1e9, q=0, limits=limits).value == 0.0
     # N cannot make up for the tokens that are missing
-    assert extra_compute(fitted, {"V": 4}, 1e9, limits=limits).value == math.inf
+    assert extra_compute(fitted, {"V": 4}, 1e9, q=0, limits=limits).value == math.inf
 
 
 def test_tables_name_the_rows_they_rest_on() -> None:

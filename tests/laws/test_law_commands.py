@@ -102,7 +102,7 @@ def test_compare_on_a_csv_and_human_output_fits_80_columns() -> None:
     out = json.loads(run(compare_command, *args, "--forms", "product,semilog", "--json"))
     assert [f["form"] for f in out["forms"]] == ["semilog", "product", "carry-forward", "nearest + trend"]
     for command in (fit_command, frontier_command):
-        text = run(command, *args, "--bootstrap", "50")
+        text = run(command, *args, "--bootstrap", "50", *(("--q", "50") if command is frontier_command else ()))
         assert all(len(line) <= 80 for line in text.splitlines())
 
 
@@ -121,7 +121,7 @@ def test_compare_on_a_csv_and_human_output_fits_80_columns() -> None:
         ),
         (
             frontier_command,
-            (PUBLISHED, "--map", "N=params_b*1e9,V=visual_tokens", "--budget", "1"),
+            (PUBLISHED, "--map", "N=params_b*1e9,V=visual_tokens", "--budget", "1", "--q", "50"),
             "below the cheapest configuration",
         ),
     ],

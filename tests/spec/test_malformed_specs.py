@@ -30,8 +30,8 @@ def tokens(value: Any, **more: Any) -> dict[str, Any]:
     return {"methods": [{"toy-tokens": {"tokens": value, **more}}]}
 
 
-def required(**knobs: Any) -> dict[str, Any]:
-    return {"methods": [{"toy-required": {"strength": 0.5, **knobs}}]}
+def boundless(**knobs: Any) -> dict[str, Any]:
+    return {"methods": [{"toy-boundless": knobs}]}
 
 
 RANDOM = {"search": {"sampler": "random"}, "budget": {"trials": 2}}
@@ -66,26 +66,29 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "empty range within the method's": (tokens({"low": 70}), ["tokens", "1 … 64"]),
     "log from zero": (tokens({"low": 0, "high": 3, "log": True}), ["tokens", "log"]),
     "log from the method's own zero": (
-        {**required(strength={"log": True}), **RANDOM},
+        {"methods": [{"toy-required": {"strength": {"log": True}}}], **RANDOM},
         ["toy-required.strength", "log", "the method's own low of strength is 0", "give low"],
     ),
-    "a whole number beyond 64 bits": (required(wide=2**63), ["toy-required.wide", "does not fit into 64 bits"]),
+    "a whole number beyond 64 bits": (boundless(wide=2**63), ["toy-boundless.wide", "does not fit into 64 bits"]),
     "a range beyond 64 bits": (
-        {**required(wide={"low": 0, "high": 10**20}), **RANDOM},
-        ["toy-required.wide", "does not fit into 64 bits"],
+        {**boundless(wide={"low": 0, "high": 10**20}), **RANDOM},
+        ["toy-boundless.wide", "does not fit into 64 bits"],
     ),
     "a range beyond what samplers tell apart": (
-        {**required(wide={"low": 0, "high": 2**60}), **RANDOM},
-        ["toy-required.wide", "2^53", "narrower"],
+        {**boundless(wide={"low": 0, "high": 2**60}), **RANDOM},
+        ["toy-boundless.wide", "2^53", "narrower"],
     ),
-    "a whole number beyond a double": (required(free=10**400), ["toy-required.free", "finite"]),
-    "a range whose end is no double": (required(free={"low": 0, "high": 10**400}), ["toy-required.free"]),
-    "a number of 5,000 digits": (required(wide=10**4200), ["toy-required.wide", "does not fit"]),
+    "a whole number beyond a double": (boundless(free=10**400), ["toy-boundless.free", "finite"]),
+    "a range whose end is no double": (boundless(free={"low": 0, "high": 10**400}), ["toy-boundless.free"]),
+    "a number of 5,000 digits": (boundless(wide=10**4200), ["toy-boundless.wide", "does not fit"]),
     "a range wider than a double": (
-        {**required(free={"low": -1e308, "high": 1e308}), **RANDOM},
-        ["toy-required.free", "too wide"],
+        {**boundless(free={"low": -1e308, "high": 1e308}), **RANDOM},
+        ["toy-boundless.free", "too wide"],
     ),
-    "more steps than a double counts": (required(free={"low": 0, "high": 1e300, "step": 1e-300}), ["free", "too wide"]),
+    "more steps than a double counts": (
+        boundless(free={"low": 0, "high": 1e300, "step": 1e-300}),
+        ["free", "too wide"],
+    ),
     "a sampler's option of another type": (
         {"search": {"sampler": "tpe", "options": {"n_startup_trials": "many"}}, "budget": {"trials": 2}},
         ["search.options.n_startup_trials", "'many'", "whole number"],

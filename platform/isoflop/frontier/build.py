@@ -53,7 +53,7 @@ def frontier(
         cost: formula in the law's variables, ``Q`` and ``constants``; same units as the fit (with N in billions the budget is
             in billions of FLOPs too: map ``N=params_b*1e9`` to work in FLOPs).
         q: text tokens Q; by default the mean of the table's own column Q, in the rows of each group. Needed where the cost
-            names Q and no row says it: with none at all, images would cost so much more than text that V* is 1.
+            names Q and no row says it.
         budget: one or several; default: seven from the cheapest to the dearest row of the data.
         sizes, tokens: the menu for the discrete choice (first and second variable); default: the levels in the data.
         limits: allowed range per variable for the continuous optimum; default: the data's range for the searched variable.
@@ -100,16 +100,7 @@ def _frontier(
     held: Mapping[str, float] | None,
     constants: Mapping[str, float] | None,
 ) -> Frontier:
-    if q is not None and not q >= 0:
-        raise UserError(f"q = {q:g}: the number of text tokens cannot be negative")
-    own = set(fit.form.variable_names)  # a law may have Q for a variable, which the cost then reads
-    known = {**({} if q is None or "Q" in own else {"Q": q}), **(constants or {})}
-    if "Q" not in known and "Q" in parse(cost, "cost").names - own:
-        raise UserError(
-            f"cost {cost!r} needs Q, the text tokens per answer, and no row says it: give --q "
-            "(0 only where nothing but the image is read)"
-        )
-    model = CostModel.build(cost, fit.form.variable_names, known)
+    model = CostModel.with_text(cost, fit.form.variable_names, q, constants)
     if tokens is not None and limits is None and len(fit.form.variable_names) > 1:
         limits = {fit.form.variable_names[1]: (float(min(tokens)), float(max(tokens)))}
     space = make_space(fit, model, limits, held)

@@ -129,7 +129,7 @@ class MethodComparison:
 def compare_methods(
     grouped: GroupedFit,
     cost: str = "2*N*(Q+V)",
-    q: float = 0.0,
+    q: float | None = None,
     budgets: Sequence[float] | None = None,
     limits: Mapping[str, tuple[float, float]] | None = None,
     held: Mapping[str, float] | None = None,
@@ -170,7 +170,7 @@ def extra_compute(
     choice: Mapping[str, float],
     budget: float,
     cost: str = "2*N*(Q+V)",
-    q: float = 0.0,
+    q: float | None = None,
     limits: Mapping[str, tuple[float, float]] | None = None,
     constants: Mapping[str, float] | None = None,
 ) -> Estimate:
@@ -193,12 +193,12 @@ def extra_compute(
 def _setup(
     fit: Fit,
     cost: str,
-    q: float,
+    q: float | None,
     limits: Mapping[str, tuple[float, float]] | None,
     held: Mapping[str, float] | None,
     constants: Mapping[str, float] | None,
 ) -> tuple[CostModel, BudgetSpace]:
-    model = CostModel.build(cost, fit.form.variable_names, {"Q": q, **(constants or {})})
+    model = CostModel.with_text(cost, fit.form.variable_names, q, constants)
     return model, make_space(fit, model, limits, held)
 
 

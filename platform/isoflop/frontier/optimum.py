@@ -47,6 +47,26 @@ class CostModel:
             raise UserError(f"cost: {text!r} contains no variable of the law; allowed: {', '.join(variables)}")
         return cls(parsed, {k: float(v) for k, v in constants.items() if k in parsed.names})
 
+    @classmethod
+    def with_text(
+        cls, text: str, variables: Sequence[str], q: float | None, constants: Mapping[str, float] | None = None
+    ) -> CostModel:
+        """:meth:`build` with the text tokens Q among the constants, unless the law has a variable of that name.
+
+        Raises:
+            UserError: for a cost in Q when nobody says what it is. Nothing would be the wrong guess: with no text at all, one
+                image token costs twice the answer, and V* is 1.
+        """
+        if q is not None and not (q >= 0 and math.isfinite(q)):
+            raise UserError(f"q = {q:g}; allowed: a number of text tokens, 0 or more")
+        known = {**({} if q is None or "Q" in variables else {"Q": q}), **(constants or {})}
+        if "Q" not in known and "Q" in parse(text, "cost").names - set(variables):
+            raise UserError(
+                f"cost {text!r} needs Q, the text tokens per answer, and no row says it: give --q "
+                "(0 only where nothing but the image is read)"
+            )
+        return cls.build(text, variables, known)
+
     def __call__(self, values: Mapping[str, Array | float]) -> Array:
         """Cost of configurations (arrays broadcast)."""
         return self.expression({**values, **self.constants})
