@@ -25,7 +25,7 @@ from isoflop.models.base import Model, ModelInfo
 from isoflop.models.hooks.decoder_layers import DECODER_LAYERS, LayerChange, LayerTokens, TokenPolicy
 from isoflop.models.hooks.occupant import Occupant
 from isoflop.models.metering import metered
-from isoflop.models.taps import Tap
+from isoflop.models.taps import Tap, attention_in
 from isoflop.models.vlm import VlmModel
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Dropping(TokenPolicy):
     def __init__(self, method: DecoderTokenMethod, model: VlmModel) -> None:
         super().__init__(model)
         self.method = method
-        self._tap = Tap(model.decoder.layers[method.layer - 1].self_attn)
+        self._tap = Tap(attention_in(model.decoder_layers[method.layer - 1]))
 
     @property
     def entering(self) -> float:
@@ -158,7 +158,7 @@ class Dropping(TokenPolicy):
         columns_BV = prompt.image_BL.nonzero()[:, 1].view(-1, prompt.count)
 
         def attention() -> Tensor:
-            row_BHL = self._tap.last_row(tokens.kwargs["position_embeddings"], prompt.valid_BL, prompt.end)
+            row_BHL = self._tap.last_row(tokens.kwargs.get("position_embeddings"), prompt.valid_BL, prompt.end)
             return row_BHL.mean(1).gather(1, columns_BV)
 
         kept_BN = self.method.kept(Candidates(prompt.ids_B, prompt.count, attention), left)

@@ -21,6 +21,10 @@ class Dgc(TopKMethod):
     ``density`` of |v| is sent, leaves v, and (``masking``) leaves u. Everybody adds up all pairs, divides by N and steps
     along that without further momentum. Vectors are averaged, with ordinary momentum. During ``warmup`` more is sent.
 
+    On purpose not as released: the top entries are exact by default (released, above a threshold from a sample of 1 %: ``sampler:
+    sampled``); the warm-up is a share of the training in five stages (released, of epochs); with ``values: fp16`` the remainder of
+    rounding stays in v; indices take 4 bytes by default (released, 8).
+
     With ``density: 1`` this is momentum SGD without ``masking``, and SGD without momentum with it.
     """
 

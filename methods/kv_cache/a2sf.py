@@ -22,7 +22,7 @@ class A2SF(Accumulated):
     S_n[j] = sum over queries q from j to n of alpha^(n-q) A[q, j], added up over a key-value head's query heads. The budget
     holds the newest tokens, and the highest scores of the others. alpha = 1 is H2O; alpha = 0 knows the last query only.
 
-    ``prefill: exact`` scores a prompt that was read in full, once (released code); ``sequential`` is the paper's
+    ``prompt: exact`` scores a prompt that was read in full, once (released code); ``sequential`` is the paper's
     evaluation: from the moment the budget is full, each token of the prompt evicts one, and attention is normalised over the
     survivors. The paper's window of a fixed length is a share of the budget here, half of it as in H2O.
     """

@@ -40,7 +40,8 @@ class DoubleSparsity(SparseAttention):
     4. The first ``dense_layers`` layers read everything and have no labels. Prompts are read exactly.
 
     The whole cache stays, and the labels come on top: ``ratio`` is that of bytes read, ``kv_store_ratio`` is below 1.
-    Released calibration keeps only its last block of text; here all tokens count alike. Released label caches are per query
+    Here all calibration tokens count alike. In the released calibration every block of text replaces the ``qk`` of the one before,
+    so that the last block alone decides, while |q| and |k| add up over all of them. Released label caches are per query
     head (``label_per: query-head``). With ``group_factor: 1`` and 16 bits the choice is exact.
     """
 

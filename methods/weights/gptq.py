@@ -31,6 +31,11 @@ class Gptq(CalibratedMethod):
     A group's grid is fitted when the sweep reaches it, to the weights as they are then. Inputs are those of the
     uncompressed model, so that one calibration serves every setting; columns keep their order. Stored bits per weight are
     those of ``rtn``: ``bits + 32/group``.
+
+    On purpose not as released: a group's grid sees the errors of all columns before it (released, those of the same 128 columns are
+    left out where the group is smaller); a grid spans the group's least and largest weight, with a float16 zero point (released, it
+    holds 0, whose code is a whole number); blocks see inputs of the uncompressed model (released, of the compressed blocks before
+    them). The order of columns by activation, static groups and the search for narrower grids, all off in the release, are not offered.
     """
 
     paper: ClassVar[str] = "arXiv 2210.17323"

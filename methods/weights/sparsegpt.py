@@ -29,6 +29,9 @@ class SparseGpt(CalibratedPruner):
     Algorithm 1 of the paper. Inputs are those of the uncompressed model, so that one calibration serves every setting.
     The paper's 128 columns are a small part of matrices of its size. Where they are the whole matrix, all of its mask is
     chosen before anything is removed, and the result can be worse than Wanda's.
+
+    On purpose not as released: exactly ⌊sparsity · n⌋ weights of a mask block go (released, one more, and all that equal it); blocks
+    see inputs of the uncompressed model (released, of the pruned blocks before them). Quantising in the same sweep is not offered.
     """
 
     paper: ClassVar[str] = "arXiv 2301.00774"

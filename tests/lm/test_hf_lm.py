@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,28 @@ def test_other_attention_is_refused_when_a_sweep_is_planned(config: Any, message
     with pytest.raises(Infeasible, match=message) as error:
         family_of("hf:x").info(f"hf:{tmp_path}", {})
     assert "\n" not in str(error.value)
+
+
+def test_texts_end_where_they_would_be_rotated_in_another_way(tmp_path: Path) -> None:
+    """LongRoPE has other frequencies for long texts: the first step behind that length would not be what one pass gives."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [4.0] * 4, "short_factor": [1.0] * 4}
+    config = transformers.Phi3Config(
+        **GQA, original_max_position_embeddings=16, rope_parameters=rope, architectures=["Phi3ForCausalLM"]
+    )
+    config.save_pretrained(tmp_path)
+    assert config.max_position_embeddings == 64
+    assert family_of("hf:x").info(f"hf:{tmp_path}", {}).geometry["positions"] == 16
+
+
+def test_a_config_that_transformers_refuses_is_one_line(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**GQA, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    for change in ({"hidden_size": "wide"}, {"num_attention_heads": 0}, {"model_type": "llamma"}):
+        (tmp_path / "config.json").write_text(json.dumps({**stored, **change}))
+        with pytest.raises(UserError) as error:
+            family_of("hf:x").info(f"hf:{tmp_path}", {})
+        assert "\n" not in str(error.value)
 
 
 def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:

@@ -65,6 +65,18 @@ class DecoderModel(Model):
             policy.prefix, policy.examples_B = before, None
 
 
+def decoder_of(module: Any) -> Any:
+    """A Hugging Face causal language model without its head.
+
+    ``get_decoder`` goes by names: it gives the head where an architecture calls that its decoder (ModernBERT), and the module
+    itself where it finds nothing (Llama 4).
+    """
+    from transformers import PreTrainedModel
+
+    found = (module.get_decoder(), module.base_model, getattr(module, "model", None))
+    return next((one for one in found if isinstance(one, PreTrainedModel) and one is not module), module)
+
+
 def layers_of(decoder: Any) -> nn.ModuleList:
     """The layers of a Hugging Face decoder, which GPT-2 calls ``h``."""
     return decoder.layers if hasattr(decoder, "layers") else decoder.h

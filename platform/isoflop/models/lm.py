@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from isoflop.core.errors import Infeasible
 from isoflop.core.stage import StageContext
 from isoflop.models.base import ModelInfo
-from isoflop.models.decoder_model import DecoderModel
+from isoflop.models.decoder_model import DecoderModel, decoder_of
 from isoflop.models.hooks.attention import ATTENTION, AttentionPolicy
 from isoflop.models.worlds.calibration import CalibrationText
 from isoflop.models.worlds.lm_text import TokenizerSource, TokensStage
@@ -100,7 +100,7 @@ class LmModel(DecoderModel):
     @property
     def decoder(self) -> Any:
         """The language model without its head."""
-        return self.module.get_decoder()
+        return decoder_of(self.module)
 
     def logits(self, batch: LmBatch) -> Tensor:
         """Logits (B, T, W) in one forward pass, the prompt compressed by whatever is applied.

@@ -2,8 +2,8 @@
 
 An attention tap works rows of a layer's attention weights out from the outputs of ``q_proj`` and ``k_proj``, with
 whatever attention kernel the model uses. The model is never switched to eager attention, and the whole map is never
-formed. Architectures rotate and normalise queries and keys in ways of their own; so in the first pass under a tap a row is
-compared with what the architecture's own attention works out, and what the tap gets wrong is refused when it is asked.
+formed. Architectures rotate and normalise queries and keys in ways of their own, and in some layers not at all; so in the first
+pass under a tap a row is compared with what the architecture's own attention works out, and what the tap gets wrong is refused when it is asked.
 An activation tap reads or replaces what enters or leaves a module.
 
 Shape suffixes: B batch, T tokens, R rows asked for, H query heads, G key-value heads, D head width.
@@ -75,10 +75,27 @@ def real_tokens(x_BTF: Tensor, valid_BT: Tensor | None) -> Tensor:
     return flat.float()
 
 
-_KNOWN: dict[tuple[type, str], bool] = {}
-"""Whether rows of an attention class under a config were right."""
+_Layer = tuple[type, str, int]
+_KNOWN: dict[_Layer, bool] = {}
+"""Whether rows of an attention class under a config were right in a layer: some layers rotate nothing (SmolLM3)."""
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 """Largest difference of logits relative to the largest logit, by the type of queries and keys; 16 bits round more."""
+
+
+def attention_in(layer: nn.Module) -> nn.Module:
+    """A decoder layer's own attention, whatever the layer calls it.
+
+    Raises:
+        Infeasible: it calls it in none of the ways that are known.
+    """
+    for name in ("self_attn", "attn", "attention", "self_attention"):
+        found = getattr(layer, name, None)
+        if isinstance(found, nn.Module):
+            return found
+    raise Infeasible(
+        f"the attention that tokens get cannot be read off {type(layer).__name__}, which keeps none; allowed: decoders with attention "
+        "like that of Llama, Qwen2 or Qwen3"
+    )
 
 
 class Tap:
@@ -94,7 +111,7 @@ class Tap:
         self._fits = all(hasattr(attention, name) for name in ("q_proj", "k_proj", "head_dim"))
         self._q_BTC: Tensor | None = None
         self._k_BTC: Tensor | None = None
-        self._key: tuple[type, str] | None = None
+        self._key: _Layer | None = None
 
     @contextmanager
     def listening(self) -> Iterator[Tap]:
@@ -121,11 +138,11 @@ class Tap:
         logits = torch.einsum("brhd,bthd->bhrt", q_BTHD[:, rows].float(), k_BTHD.float()) * self.attention.scale
         return logits.softmax(-1)
 
-    def last_row(self, rope: tuple[Tensor, Tensor], valid_BT: Tensor | None, end: int | None = None) -> Tensor:
+    def last_row(self, rope: tuple[Tensor, Tensor] | None, valid_BT: Tensor | None, end: int | None = None) -> Tensor:
         """Attention of the last token of a decoder layer over all tokens, p_BHT in float32.
 
         Args:
-            rope: cos and sin of all tokens, as the layer was called with.
+            rope: cos and sin of all tokens, as the layer was called with; None where it was called with none.
             valid_BT: False for padding, None when nothing is padded.
             end: the last token is the one before this column, and those behind are not seen; None for all columns.
 
@@ -135,7 +152,7 @@ class Tap:
         if not self._fits:
             raise self._unknown("has no projections of queries and keys by themselves")
         self._heads(self._q_BTC)  # a layer that has not run says so
-        if not _KNOWN.get(self._architecture, False):
+        if rope is None or not _KNOWN.get(self._architecture, False):
             raise self._unknown("rotates, scales or normalises queries and keys in another way")
         return self._last_logits(rope, valid_BT, end).softmax(-1)
 
@@ -153,9 +170,10 @@ class Tap:
         return logits_BHT
 
     @property
-    def _architecture(self) -> tuple[type, str]:
+    def _architecture(self) -> _Layer:
         if self._key is None:
-            self._key = type(self.attention), self.attention.config.to_json_string()
+            layer = getattr(self.attention, "layer_idx", -1)
+            self._key = type(self.attention), self.attention.config.to_json_string(), -1 if layer is None else layer
         return self._key
 
     def _compare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

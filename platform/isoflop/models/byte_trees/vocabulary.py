@@ -14,9 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from isoflop.core.errors import UserError
+
 ENDED = -1
 """In ``ByteVocabulary.next_byte_DW``: the token has no further byte."""
 
+TEXT_BYTES = frozenset((*b"\t\n\r", *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xEE), 0xEF, 0xF0, 0xF3))
+"""The bytes of which texts in UTF-8 consist. C0, C1 and F5 to FF occur in none; control characters, and the first bytes of
+ranges in which Unicode has assigned nothing (F1, F2) or which it leaves to private use (EE, F4), are no text. A vocabulary
+may lack those: under its model they have the probability 0."""
 _CONTINUATIONS = bytes((0x80, 0x84, 0x88, 0x93, 0x99, 0xA0, 0xA9, 0xB3, 0xBF))
 
 
@@ -81,6 +87,24 @@ class ByteVocabulary(Segmenter):
         """The tokens that the merges make of one piece of pre-tokenized text."""
         word = piece.decode("latin-1").translate(_SHOWN)
         return tuple(token.id for token in self._model.tokenize(word))
+
+    def require(self, data: bytes) -> None:
+        """Refuse bytes that no token stands for.
+
+        Raises:
+            UserError: which.
+        """
+        lacking = sorted(set(data) - self._bytes)
+        if lacking:
+            place = data.index(bytes((lacking[0],)))
+            raise UserError(
+                f"the tokenizer has no token for the byte {lacking[0]:#04x}, which stands at {place} in {data[max(place - 16, 0) : place + 8]!r}; "
+                "allowed: texts without it, or a model whose vocabulary has all bytes"
+            )
+
+    @cached_property
+    def _bytes(self) -> frozenset[int]:
+        return frozenset(token[0] for token in self.bytes_of.values() if len(token) == 1)
 
     def pieces(self, text: str) -> list[int]:
         """Ends of the pre-tokenizer's pieces, as byte offsets."""
@@ -156,8 +180,8 @@ def not_byte_level(stored: dict[str, Any]) -> str:
         return "its tokenizer rewrites the text before it cuts it"
     if model.get("dropout"):
         return "its tokenizer leaves merges out at random"
-    missing = sum(char not in model.get("vocab", {}) for char in _byte_chars())
-    return f"its vocabulary lacks {missing} of the 256 bytes" if missing else ""
+    missing = sum(char not in model.get("vocab", {}) for byte, char in enumerate(_byte_chars()) if byte in TEXT_BYTES)
+    return f"its vocabulary lacks {missing} of the {len(TEXT_BYTES)} bytes of texts in UTF-8" if missing else ""
 
 
 def completions(data: bytes) -> Iterator[str]:

@@ -15,9 +15,33 @@ import torch
 from torch import Tensor
 
 from isoflop.core.errors import Infeasible
+from isoflop.models.checkpoints.source import brief
 from isoflop.models.decoder_model import layers_of
 from isoflop.models.hooks.attention import AttentionCall, replaced_attention, supports_attention
 from isoflop.models.hooks.matrices import matrix_shapes
+
+
+def without_weights(ref: str, config: Any, what: str, make: Callable[[], Any]) -> Any:
+    """A module without memory for its weights.
+
+    Args:
+        what: it shall be, for messages.
+        make: builds it from ``config``.
+
+    Raises:
+        Infeasible: the config is one of something else, or transformers builds nothing of it.
+    """
+    try:
+        with torch.device("meta"):
+            return make()
+    except Exception as error:  # each architecture checks its config in a way of its own
+        if "Unrecognized configuration class" in str(error):
+            raise Infeasible(
+                f"model {ref}: its config, of the type {config.model_type!r}, is not that of a {what}"
+            ) from error
+        raise Infeasible(
+            f"model {ref}: transformers builds no {what} of its config, of the type {config.model_type!r} ({brief(error)})"
+        ) from error
 
 
 def decoder_geometry(ref: str, decoder: Any, name: str) -> dict[str, Any]:
@@ -30,8 +54,9 @@ def decoder_geometry(ref: str, decoder: Any, name: str) -> dict[str, Any]:
         name: of the architecture, for messages.
 
     Raises:
-        Infeasible: no list of layers, layers that call their attention more than once in a pass, windows, capped logits, attention sinks, keys and values of different widths, or attention that does
-            not go through transformers' interface.
+        Infeasible: no list of layers, layers that call their attention never or more than once in a pass, layers of other kinds
+            (windows, recurrences), capped logits, attention sinks, masks of an architecture's own, heads that differ between the
+            layers, keys and values of different widths, or attention that does not go through transformers' interface.
     """
     config = decoder.config
     if not (hasattr(decoder, "layers") or hasattr(decoder, "h")):
@@ -39,9 +64,9 @@ def decoder_geometry(ref: str, decoder: Any, name: str) -> dict[str, Any]:
             f"model {ref}: {name} keeps its layers elsewhere than a decoder does; allowed: architectures with a list of "
             "decoder layers (Llama, Qwen, Mistral, GPT-NeoX, OPT, …)"
         )
-    _refuse_windows(ref, config, name)
-    calls = _attention_calls(ref, decoder, name)
-    _refuse_second_calls(ref, calls, name)
+    _refuse_other_layers(ref, config, name)
+    calls, failed = _attention_calls(ref, decoder, name)
+    _refuse_uneven_calls(ref, calls, len(layers_of(decoder)), name, failed)
     call = calls[0]
     heads, head_width = call.q_BHTD.shape[1], call.q_BHTD.shape[3]
     if call.v_BGTD.shape[3] != head_width:
@@ -59,12 +84,18 @@ def decoder_geometry(ref: str, decoder: Any, name: str) -> dict[str, Any]:
     }
 
 
-def _refuse_windows(ref: str, config: Any, name: str) -> None:
+def _refuse_other_layers(ref: str, config: Any, name: str) -> None:
     kinds = set(getattr(config, "layer_types", None) or [])
+    others = sorted(kinds - {"full_attention"})
     window = getattr(config, "sliding_window", None)
-    if kinds - {"full_attention"} or (window is not None and not kinds):
+    if others and not any("sliding" in kind or "chunk" in kind for kind in others):
         raise Infeasible(
-            f"model {ref}: {name} attends within windows ({', '.join(sorted(kinds)) or f'sliding_window = {window}'}); "
+            f"model {ref}: {name} has layers that do not attend to all tokens before ({', '.join(others)}); "
+            "allowed: full attention in every layer"
+        )
+    if others or (window is not None and not kinds):
+        raise Infeasible(
+            f"model {ref}: {name} attends within windows ({', '.join(others) or f'sliding_window = {window}'}); "
             "allowed: full attention in every layer"
         )
     softcap = getattr(config, "attn_logit_softcapping", None)
@@ -72,10 +103,21 @@ def _refuse_windows(ref: str, config: Any, name: str) -> None:
         raise Infeasible(
             f"model {ref}: {name} caps its attention logits at {softcap}; allowed: plain softmax attention"
         )
+    if getattr(config, "attn_temperature_tuning", False):
+        raise Infeasible(
+            f"model {ref}: {name} scales queries by how much transformers' own cache holds (attn_temperature_tuning); allowed: "
+            "queries that depend on their positions alone"
+        )
+    shared = getattr(config, "num_kv_shared_layers", 0)
+    if shared:
+        raise Infeasible(
+            f"model {ref}: the last {shared} layers of {name} share keys and values with layers before them, whose bytes would count "
+            "twice; allowed: keys and values of its own in every layer"
+        )
 
 
-def _attention_calls(ref: str, decoder: Any, name: str) -> list[AttentionCall]:
-    """What attention is called with in one whole pass over two tokens, in order; at least one call.
+def _attention_calls(ref: str, decoder: Any, name: str) -> tuple[list[AttentionCall], Exception | None]:
+    """What attention is called with in one whole pass over two tokens, in order, at least one call; and what ended the pass.
 
     A layer whose other parts cannot run without weights (routers that look at values) ends behind its attention: its
     input goes on, so that the layers behind it are still seen.
@@ -87,6 +129,7 @@ def _attention_calls(ref: str, decoder: Any, name: str) -> list[AttentionCall]:
     if not supports_attention(decoder) or not hasattr(decoder.config, "num_hidden_layers"):
         raise elsewhere
     calls: list[AttentionCall] = []
+    failed: Exception | None = None
 
     def note(call: AttentionCall) -> Tensor:
         calls.append(call)
@@ -101,11 +144,15 @@ def _attention_calls(ref: str, decoder: Any, name: str) -> list[AttentionCall]:
         raise Infeasible(f"model {ref}: {name}: {error}") from error
     except Exception as error:
         # whatever a module does besides attention (state spaces, code from the repository) fails in ways of its own
+        failed = error
         if not calls:
-            raise elsewhere from error
+            raise Infeasible(
+                f"model {ref}: {name} cannot be followed to its attention without weights ({brief(error)}); "
+                "allowed: architectures with attention like that of Llama, Qwen, Mistral, GPT-NeoX, OPT, …"
+            ) from error
     if not calls:
         raise elsewhere
-    return calls
+    return calls, failed
 
 
 @contextmanager
@@ -135,8 +182,23 @@ def _passed_on(layers: Any, calls: list[AttentionCall]) -> Iterator[None]:
             del layer.forward
 
 
-def _refuse_second_calls(ref: str, calls: list[AttentionCall], name: str) -> None:
-    layer, times = Counter(call.layer for call in calls).most_common(1)[0]
+def _refuse_uneven_calls(
+    ref: str, calls: list[AttentionCall], layers: int, name: str, failed: Exception | None
+) -> None:
+    """Every layer calls once, with the same heads: caches and their bytes are counted so."""
+    counts = Counter(call.layer for call in calls)
+    layer, times = counts.most_common(1)[0]
+    missing = sorted(set(range(layers)) - set(counts))
+    if missing:
+        why = "" if failed is None else f" ({brief(failed)})"
+        raise Infeasible(
+            f"model {ref}: {name} calls no attention in layer {missing[0]} of {layers}{why}; allowed: attention in every layer"
+        )
+    shapes = {call.layer: (call.q_BHTD.shape[1], call.k_BGTD.shape[1], call.q_BHTD.shape[3]) for call in calls}
+    other = next((n for n, shape in shapes.items() if shape != shapes[0]), None)
+    if other is not None:
+        heads = " and ".join("{} query heads on {} of width {} in layer {}".format(*shapes[n], n) for n in (0, other))
+        raise Infeasible(f"model {ref}: {name} has {heads}; allowed: the same heads in every layer")
     if times > 1:
         raise Infeasible(
             f"model {ref}: {name} calls its attention {times} times per pass in layer {layer}, so nothing can act on its cache; "

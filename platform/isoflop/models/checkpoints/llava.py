@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from isoflop.core.errors import Infeasible
 from isoflop.core.stage import StageContext
 from isoflop.models.base import ModelInfo
-from isoflop.models.checkpoints.decoder import decoder_geometry
+from isoflop.models.checkpoints.decoder import decoder_geometry, without_weights
 from isoflop.models.checkpoints.source import FAMILY, Options, locate, read_config, require_safetensors
 from isoflop.models.decoder_model import layers_of
 from isoflop.models.features import PREFIX_TOKENS, TowerSource, Vision, vision_of
@@ -76,7 +74,8 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
             f"model {ref}: vision_feature_select_strategy = {config.vision_feature_select_strategy!r} does not give the patches of a "
             f"tower of the type {vision.model_type}; allowed: {strategy!r}"
         )
-    decoder = decoder_skeleton(config)
+    decoder = decoder_skeleton(config, ref)
+    geometry = decoder_geometry(ref, decoder, type(decoder).__name__)
     grid = int(vision.image_size) // int(vision.patch_size)
     vocabulary = (getattr(config, "isoflop", None) or {}).get("vocabulary")
     return VlmInfo(
@@ -91,7 +90,7 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
             "visual_tokens": grid * grid,
             "vision_width": int(vision.hidden_size),
             "vision_layers": layers,
-            **decoder_geometry(ref, decoder, type(decoder).__name__),
+            **geometry,
             "image_token": int(config.image_token_id),
         },
         dense_bits=chosen.bits,
@@ -110,12 +109,11 @@ def load(info: ModelInfo, source: Path, options: Options, ctx: StageContext) -> 
     return VlmModel(info, module, vision_of(module.model.vision_tower, source))
 
 
-def decoder_skeleton(config: Any) -> Any:
+def decoder_skeleton(config: Any, ref: str) -> Any:
     """The decoder of a LLaVA config without memory for its weights."""
     from transformers import AutoModel
 
-    with torch.device("meta"):
-        return AutoModel.from_config(config.text_config)
+    return without_weights(ref, config.text_config, "decoder", lambda: AutoModel.from_config(config.text_config))
 
 
 def _read(source: Path, options: Options) -> Any:

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from isoflop.core.errors import Infeasible
 from isoflop.core.hook import Hook
 from isoflop.core.stage import StageContext
 from isoflop.models.base import ModelInfo
 from isoflop.models.byte_trees.vocabulary import not_byte_level
-from isoflop.models.checkpoints.decoder import decoder_geometry
+from isoflop.models.checkpoints.decoder import decoder_geometry, without_weights
 from isoflop.models.checkpoints.source import (
     FAMILY,
     Content,
@@ -24,7 +22,7 @@ from isoflop.models.checkpoints.source import (
     read_config,
     require_safetensors,
 )
-from isoflop.models.decoder_model import layers_of
+from isoflop.models.decoder_model import decoder_of, layers_of
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.byte_view import BYTE_VIEW
 from isoflop.models.hooks.experts import EXPERTS, routers_of
@@ -88,17 +86,17 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
     chosen = Options(**dict(options))
     config = read_config(source, chosen)
     skeleton = _skeleton(ref, config, chosen)
-    geometry = decoder_geometry(ref, skeleton.get_decoder() or skeleton, type(skeleton).__name__)
+    decoder = decoder_of(skeleton)
+    geometry = decoder_geometry(ref, decoder, type(skeleton).__name__)
     vocabulary = (getattr(config, "isoflop", None) or {}).get("vocabulary")
     tokenizer = _tokenizer(ref, source, chosen)
-    positions = int(config.max_position_embeddings)
+    positions = _positions(ref, config)
     named = {f"vocabulary:{vocabulary}"} if vocabulary else set()
-    decoder = skeleton.get_decoder() or skeleton
     return LmInfo(
         ref=ref,
         family=FAMILY,
         version=version,
-        n_params=sum(p.numel() for p in layers_of(skeleton.get_decoder()).parameters()),
+        n_params=sum(p.numel() for p in layers_of(decoder).parameters()),
         hooks=hooks_of(decoder, bool(tokenizer)),
         offers=frozenset(named | ({"tokenizer"} if tokenizer else set())),
         geometry={**geometry, "positions": positions},
@@ -137,17 +135,32 @@ def load(info: ModelInfo, source: Path, options: Options, ctx: StageContext) -> 
     return LmModel(info, module.to(ctx.device).eval().requires_grad_(False), tokenizer_of(info, ctx))
 
 
+def _positions(ref: str, config: Any) -> int:
+    """Tokens that a text may have.
+
+    Where longer texts are rotated in another way (LongRoPE), a step behind that length would not be what one pass gives.
+    """
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope" and isinstance(positions, int):
+        positions = min(positions, int(rope.get("original_max_position_embeddings", positions)))
+    if not isinstance(positions, int):
+        raise Infeasible(
+            f"model {ref}: its config, of the type {config.model_type!r}, does not say how long a text may be; allowed: configs with "
+            "max_position_embeddings"
+        )
+    return positions
+
+
 def _skeleton(ref: str, config: Any, options: Options) -> Any:
     """The module without memory for its weights."""
     from transformers import AutoModelForCausalLM
 
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
-    except ValueError as error:
-        raise Infeasible(
-            f"model {ref}: its config, of the type {config.model_type!r}, is not that of a causal language model"
-        ) from error
+    def make() -> Any:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
+
+    return without_weights(ref, config, "causal language model", make)
 
 
 def _tokenizer(ref: str, source: Path, options: Options) -> CheckpointTokenizer | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -94,10 +95,23 @@ def architecture_of(ref: str, source: Path) -> str:
 
 
 def read_config(source: Path, options: Options) -> Any:
-    """The Hugging Face config in a folder."""
+    """The Hugging Face config in a folder.
+
+    Raises:
+        UserError: transformers knows no such config, or refuses its values.
+    """
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=options.trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=options.trust_remote_code)
+    except Exception as error:  # each config checks its values in a way of its own
+        raise UserError(f"{source / 'config.json'}: transformers cannot read it ({brief(error)})") from error
+
+
+def brief(error: Exception) -> str:
+    """An error's kind and the first sentence of its text, on one line."""
+    sentence = re.split(r"(?<=[a-z)'`][.!?]) ", " ".join(str(error).split()))[0]
+    return f"{type(error).__name__}: {sentence[:160]}" if sentence else type(error).__name__
 
 
 def require_safetensors(source: Path) -> None:

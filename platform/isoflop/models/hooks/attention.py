@@ -289,6 +289,10 @@ def _attention(
         raise Infeasible(
             f"attention with {', '.join(changes)} cannot be replaced; allowed: a plain softmax over all tokens before"
         )
+    if attention_mask is not None and attention_mask.dim() != 2:  # ours hands padding through
+        raise Infeasible(
+            "attention with a mask of the architecture's own cannot be replaced; allowed: a plain softmax over all tokens before"
+        )
     valid_BT = None if attention_mask is None else attention_mask.bool()[:, -query.shape[2] :]
     order_BT = order_of(valid_BT, query.shape[2], query.device)
     call = AttentionCall(module.layer_idx, query, key, value, scaling, order_BT, valid_BT)

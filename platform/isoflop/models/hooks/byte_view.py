@@ -94,6 +94,8 @@ class TreeView(ByteView):
 
     def next_bytes(self, model: LmModel, segmentations: Segmentations, texts: Sequence[ByteText]) -> list[np.ndarray]:
         """One tree per text, all in one batch."""
+        for text in texts:
+            segmentations.vocabulary.require(text.data)
         tree = CoveringTree(model, segmentations, self.mass, self.beam)
         found = tree.next_bytes([self.start(segmentations, text) for text in texts])
         self.counts = tree.counts

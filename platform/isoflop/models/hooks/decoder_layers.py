@@ -173,7 +173,7 @@ class TokenPolicy(LayerPolicy):
     def at_work(self, model: Any) -> Iterator[None]:
         """Hooks on all layers."""
         with ExitStack() as stack:
-            for number, layer in enumerate(self.model.decoder.layers):
+            for number, layer in enumerate(self.model.decoder_layers):
                 hook = partial(self._before, number)
                 stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
@@ -295,7 +295,16 @@ def rows_of(x: Tensor, kept_BK: Tensor) -> Tensor:
 
 
 def cut(kwargs: dict[str, Any], kept_BK: Tensor) -> dict[str, Any]:
-    """A decoder layer's keyword arguments for the tokens that stay."""
+    """A decoder layer's keyword arguments for the tokens that stay.
+
+    Raises:
+        Infeasible: the layer is told of positions in a way of its own.
+    """
+    if not isinstance(kwargs.get("position_embeddings"), tuple):
+        raise Infeasible(
+            "tokens cannot leave between the layers of this decoder, which are not handed one cosine and sine of each token; allowed: "
+            "decoders with layers like those of Llama, Qwen2 or Qwen3"
+        )
     cos, sin = kwargs["position_embeddings"]
     found = {**kwargs, "position_embeddings": (rows_of(cos, kept_BK), rows_of(sin, kept_BK))}
     if kwargs.get("position_ids") is not None:

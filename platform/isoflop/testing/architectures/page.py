@@ -1,0 +1,161 @@
+"""The walk's page: which architectures the family ``hf`` takes, and why not the others.
+
+python -m isoflop.testing.architectures                  # print the page
+python -m isoflop.testing.architectures --write          # write it anew
+python -m isoflop.testing.architectures llama phi3       # of some
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from isoflop.core.errors import unknown
+from isoflop.models import checkpoints
+from isoflop.testing.architectures.llava import LLAVA_CHECKS, examine_llava
+from isoflop.testing.architectures.small import Architecture, NotSmall, architectures, full_attention, small_config
+from isoflop.testing.architectures.walk import CHECKS, EXACT, Findings, examine
+
+PAGE = Path(checkpoints.__file__).parent / "architectures.md"
+Examine = Callable[..., Findings]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One config of an architecture and what became of it.
+
+    Attributes:
+        changed: fields of its config that differ from the usual ones; empty for the config as it comes.
+    """
+
+    architecture: Architecture
+    changed: tuple[tuple[str, Any], ...]
+    findings: Findings
+
+    @property
+    def name(self) -> str:
+        """``mistral (sliding_window = None)``."""
+        how = ", ".join(_said(name, value) for name, value in self.changed)
+        return f"{self.architecture.model_type} ({how})" if how else self.architecture.model_type
+
+    @property
+    def taken(self) -> bool:
+        """Whether something of it is exact."""
+        return any(finding.verdict == EXACT for finding in self.findings.values())
+
+    @property
+    def fine(self) -> bool:
+        """Whether everything is exact, refused, or beyond the walk."""
+        return all(finding.fine for finding in self.findings.values())
+
+
+def rows(examine_one: Examine = examine, names: Iterable[str] | None = None) -> list[Row]:
+    """Walk: every architecture as its config comes, and without windows and caps where it has some.
+
+    Args:
+        examine_one: ``examine`` or ``examine_llava``.
+        names: types of configs; None for all.
+    """
+    chosen = None if names is None else set(names)
+    found = []
+    for architecture in architectures():
+        if chosen is not None and architecture.model_type not in chosen:
+            continue
+        for changes in _configs(architecture):
+            with tempfile.TemporaryDirectory(prefix="isoflop-architecture-") as folder, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                findings = examine_one(architecture, Path(folder), **changes)
+            found.append(Row(architecture, tuple(changes.items()), findings))
+    return found
+
+
+def page(lms: Sequence[Row], llavas: Sequence[Row]) -> str:
+    """Both walks as Markdown."""
+    import transformers
+
+    alone = {row.name for row in lms if row.taken}
+    return "\n".join(
+        [
+            "# Architectures",
+            "",
+            f"What the family `hf` makes of each of the {len({row.architecture.model_type for row in lms})} types of causal language models that transformers "
+            f"{transformers.__version__} knows. Every one is",
+            "built small from its config, saved, read back as a checkpoint, and compared with transformers' own module, which sees each text",
+            "alone: **one pass** gives the same logits, with padding and with the attention occupied; **step by step** gives them token by",
+            "token, also in the loop that serves; the **tap** reads the attention that eager attention gives (`fastv` goes by it). What is",
+            "not exact is refused in one line, most of it when a sweep is planned. Generated; `python -m isoflop.testing.architectures --write`",
+            "writes it anew.",
+            "",
+            *_taken("As language models", list(CHECKS), lms),
+            *_others("Not taken:", lms),
+            *_taken("Inside LLaVA", list(LLAVA_CHECKS), llavas),
+            *_others("Not taken there, though as a language model:", [row for row in llavas if row.name in alone]),
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 1 when something is neither exact nor refused."""
+    import transformers
+
+    parser = argparse.ArgumentParser(
+        prog="python -m isoflop.testing.architectures", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("names", nargs="*", help="types of configs, as in config.json's model_type; all by default")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
+    given = parser.parse_args(arguments)
+    known = [architecture.model_type for architecture in architectures()]
+    for name in given.names:
+        if name not in known:
+            parser.error(str(unknown("architecture", name, known)))
+    transformers.logging.set_verbosity_error()
+    lms, llavas = (rows(one, given.names or None) for one in (examine, examine_llava))
+    text = page(lms, llavas)
+    if given.write and not given.names:
+        PAGE.write_text(text)
+    else:
+        print(text)
+    wrong = [row.name for row in (*lms, *llavas) if not row.fine]
+    if wrong:
+        print(f"neither exact nor refused: {', '.join(wrong)}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _configs(architecture: Architecture) -> list[dict[str, Any]]:
+    try:
+        changes = full_attention(small_config(architecture.model_type))
+    except NotSmall:
+        return [{}]
+    return [{}, changes] if changes else [{}]
+
+
+def _taken(title: str, checks: list[str], found: Sequence[Row]) -> list[str]:
+    lines = [f"## {title}", "", f"| architecture | {' | '.join(checks)} |", f"|---{'|---' * len(checks)}|"]
+    for row in found:
+        if row.taken:
+            lines.append(f"| {row.name} | {' | '.join(_cell(str(row.findings[check])) for check in checks)} |")
+    return [*lines, ""]
+
+
+def _others(title: str, found: Sequence[Row]) -> list[str]:
+    lines = [title, "", "| architecture | why |", "|---|---|"]
+    for row in found:
+        if not row.taken:
+            lines.append(f"| {row.name} | {'; '.join(dict.fromkeys(_cell(str(f)) for f in row.findings.values()))} |")
+    return [*lines, ""]
+
+
+def _said(name: str, value: Any) -> str:
+    return "full attention" if name == "layer_types" else f"{name} = {value}"
+
+
+def _cell(text: str) -> str:
+    short = re.sub(r"the attention that tokens get cannot be read off (\w+), which ", r"\1 ", text)
+    return short.replace("|", "\\|")

@@ -1,0 +1,292 @@
+"""What the family ``hf`` makes of an architecture: exact, or refused in one line; anything else is a fault.
+
+Every architecture is built small with weights that attend unevenly, saved, and read back as a user's checkpoint is. What it computes then
+is compared with transformers' own module, which sees each text alone, without padding and in one pass. ``CHECKS`` names
+what is compared; a new promise (a hook, say) is one more function there.
+
+Shape suffixes: B rows, T tokens, W vocabulary, H query heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isoflop.core.errors import UserError
+from isoflop.core.folder_context import FolderContext
+from isoflop.methods.base import build
+from isoflop.models.checkpoints.source import brief
+from isoflop.models.decoder_model import decoder_of, layers_of
+from isoflop.models.family import family_of
+from isoflop.models.lm import LmBatch, LmModel
+from isoflop.models.quiet import no_progress_bars
+from isoflop.models.taps import Tap, attention_in
+from isoflop.testing.architectures.small import RESERVED, WORDS, Architecture, NotSmall, small_config
+
+LENGTH, PADS, PROMPT, STEPS = 13, 3, 7, 3
+TOLERANCE = 1e-4
+"""Largest difference, relative to the largest number compared; float32 rounds to 1e-6 or so in two layers."""
+EXACT = "exact"
+Check = Callable[[Any], None]
+
+
+class Wrong(AssertionError):
+    """A result that is neither right nor refused; the text says what and by how much."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of one check on one architecture.
+
+    Attributes:
+        verdict: ``exact``, ``refused``, ``wrong``, or ``not built`` where no small model can be made.
+        why: the line that refuses, what is wrong, or what stands in the way.
+    """
+
+    verdict: str
+    why: str = ""
+
+    @property
+    def fine(self) -> bool:
+        """Whether nobody can be misled."""
+        return self.verdict != "wrong"
+
+    def __str__(self) -> str:
+        return f"{self.verdict}: {self.why}" if self.why else self.verdict
+
+
+Findings = Mapping[str, Finding]
+"""By the name of the check."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A small checkpoint as a user would name it.
+
+    Attributes:
+        folder: in ``save_pretrained`` form.
+        stock: transformers' own module of it.
+        model: ours.
+    """
+
+    folder: Path
+    stock: Any
+    model: LmModel
+
+    @cached_property
+    def batch(self) -> LmBatch:
+        """Two texts, the second shorter and padded on the left."""
+        ids_BT = torch.randint(RESERVED, WORDS, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+        valid_BT = torch.arange(LENGTH)[None] >= torch.tensor([[0], [PADS]])
+        return LmBatch(ids_BT * valid_BT, torch.zeros_like(ids_BT), PROMPT, valid_BT)
+
+    @cached_property
+    def alone(self) -> list[Tensor]:
+        """Stock logits (T, W) of each text by itself."""
+        ids_BT, valid_BT = self.batch.ids_BT, self.batch.valid_BT
+        assert valid_BT is not None
+        return [
+            self.stock(input_ids=row[real][None], use_cache=False).logits[0]
+            for row, real in zip(ids_BT, valid_BT, strict=True)
+        ]
+
+    def compare(self, what: str, logits_BTW: Tensor) -> None:
+        """Raise Wrong unless logits of the batch are the stock ones."""
+        for number, expected_TW in enumerate(self.alone):
+            same(what, logits_BTW[number, -len(expected_TW) :], expected_TW)
+
+
+def same(what: str, found: Tensor, expected: Tensor) -> None:
+    """Raise Wrong unless two tensors agree."""
+    if found.shape != expected.shape:
+        raise Wrong(f"{what} has the shape {tuple(found.shape)}, not {tuple(expected.shape)}")
+    off = float((found - expected).abs().max() / expected.abs().max())
+    if not off <= TOLERANCE:  # NaN is wrong, too
+        raise Wrong(f"{what} is off by {off:.2g} of the largest")
+
+
+def one_pass(subject: Subject) -> None:
+    """Stock logits: as it comes, with the attention occupied, with a prompt in it, with and without padding."""
+    batch, model = subject.batch, subject.model
+    bare = LmBatch(batch.ids_BT[:1], batch.targets_BT[:1], PROMPT)
+    plain = LmBatch(batch.ids_BT, batch.targets_BT, 0, batch.valid_BT)
+    subject.compare("the model as it comes", model.logits(plain))
+    with build("full-cache", {}).apply(model, None):
+        subject.compare("a pass without a prompt", model.logits(plain))
+        subject.compare("one pass", model.logits(batch))
+        same("one pass over one text", model.logits(bare)[0], subject.alone[0])
+    subject.compare("the model as it was", model.logits(plain))
+
+
+def step_by_step(subject: Subject) -> None:
+    """The same, a token at a time; and in the loop that serves, whose cache counts tokens."""
+    model, batch = subject.model, subject.batch
+    with build("full-cache", {}).apply(model, None):
+        subject.compare("step by step", model.stepwise_logits(batch))
+        prompt_BT = batch.ids_BT[:1, :PROMPT]
+        found_BT = torch.cat((prompt_BT, model.greedy(prompt_BT, STEPS)), dim=1)
+    logits_TW = subject.stock(input_ids=found_BT, use_cache=False).logits[0, PROMPT - 1 : -1]
+    chosen_T = logits_TW.gather(1, found_BT[0, PROMPT:, None])[:, 0]  # a near-tie may fall either way
+    same("the most likely token while serving", chosen_T, logits_TW.amax(-1))
+
+
+def tap(subject: Subject) -> None:
+    """Attention of the last token in each layer, read off the running model, is what eager attention gives."""
+    model, batch = subject.model, subject.batch
+    assert batch.valid_BT is not None
+    for number, layer in enumerate(model.decoder_layers):
+        with Tap(attention_in(layer)).listening() as tapped, entering(layer) as kwargs:
+            model.logits(LmBatch(batch.ids_BT, batch.targets_BT, 0, batch.valid_BT))
+            found_BHT = tapped.last_row(kwargs.get("position_embeddings"), batch.valid_BT)
+        for row, real_T in enumerate(batch.valid_BT):
+            expected_HT = eager_rows(subject.stock, number, batch.ids_BT[row][real_T])
+            same(f"the tapped attention of layer {number}", found_BHT[row][:, real_T], expected_HT)
+
+
+CHECKS: dict[str, Check] = {"one pass": one_pass, "step by step": step_by_step, "tap": tap}
+
+
+@contextmanager
+def entering(layer: Any) -> Iterator[dict[str, Any]]:
+    """What a layer's last pass inside the block was called with."""
+    seen: dict[str, Any] = {}
+    handle = layer.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def eager_rows(
+    stock: Any, layer: int, ids_T: Tensor, decoder: Callable[[Any], Any] = decoder_of, **inputs: Any
+) -> Tensor:
+    """Attention (H, T) of a text's last token in a layer, by transformers' own eager attention.
+
+    Args:
+        decoder: finds it in ``stock``.
+        inputs: besides the text.
+
+    Raises:
+        Wrong: it does not give its weights.
+    """
+    given: list[Any] = []
+    inner = decoder(stock)
+    before = inner.config._attn_implementation
+    handle = attention_in(layers_of(inner)[layer]).register_forward_hook(lambda m, args, output: given.append(output))
+    try:
+        inner.set_attn_implementation("eager")
+        stock(input_ids=ids_T[None], use_cache=False, output_attentions=True, **inputs)
+    finally:
+        handle.remove()
+        inner.set_attn_implementation(before)
+    weights = given[-1][1] if isinstance(given[-1], tuple) and len(given[-1]) > 1 else None
+    if weights is None or weights.dim() != 4:
+        raise Wrong("the tap answers, and eager attention gives no weights to compare with")
+    rows_HT: Tensor = weights[0, :, -1]
+    return rows_HT
+
+
+def examine(
+    architecture: Architecture, folder: Path, checks: Mapping[str, Check] | None = None, **changes: Any
+) -> Findings:
+    """Build an architecture small in an empty folder, and try every check on it.
+
+    Args:
+        changes: fields of its config that shall have other values.
+    """
+    checks = CHECKS if checks is None else checks
+    source = folder / "model"
+    try:
+        config = small_config(architecture.model_type, **changes)
+        stock = _stock(config)
+    except NotSmall as error:
+        return _unbuilt(architecture, source, checks, error)
+    with no_progress_bars():
+        stock.save_pretrained(source)
+    return examined(f"hf:{source}", checks, lambda: _subject(source, stock, folder))
+
+
+def _unbuilt(architecture: Architecture, source: Path, checks: Mapping[str, Check], error: NotSmall) -> Findings:
+    """What is refused by its config alone is refused, though there is no module of it."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        config = CONFIG_MAPPING[architecture.model_type]()
+        config.architectures = [architecture.module]
+        config.save_pretrained(source)
+        family_of("hf:").info(f"hf:{source}", {})
+    except UserError as refused:
+        return dict.fromkeys(checks, _refused(f"hf:{source}", refused))
+    except Exception:
+        pass
+    return dict.fromkeys(checks, Finding("not built", str(error)))
+
+
+def _stock(config: Any) -> Any:
+    """Transformers' module of a config, with weights large enough to attend unevenly."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return redrawn(AutoModelForCausalLM.from_config(config))
+    except Exception as error:
+        raise NotSmall(f"transformers builds no module of its small config ({brief(error)})") from error
+
+
+def redrawn(module: Any) -> Any:
+    """A module in evaluation mode with weights large enough to attend unevenly, the same ones every time."""
+    rng = torch.Generator().manual_seed(0)
+    module = module.eval().requires_grad_(False)
+    for weight in module.parameters():
+        noise = torch.randn(weight.shape, generator=rng, dtype=torch.float32).to(weight.dtype)
+        weight.copy_(0.2 * noise if weight.dim() > 1 else weight + 0.1 * noise)
+    return module
+
+
+def _subject(source: Path, stock: Any, folder: Path) -> Subject:
+    ref = f"hf:{source}"
+    family = family_of(ref)
+    model = family.load(family.info(ref, {}), None, FolderContext(folder / "stages"))
+    if not isinstance(model, LmModel):
+        raise TypeError(f"{type(model).__name__} is no language model")
+    return Subject(source, stock, model)
+
+
+@torch.no_grad()
+def examined(ref: str, checks: Mapping[str, Check], make: Callable[[], Any]) -> Findings:
+    """Try every check on what ``make`` gives; one that fails leaves the others their chance."""
+    found = {}
+    try:
+        subject = make()
+    except NotSmall as error:
+        return dict.fromkeys(checks, Finding("not built", str(error)))
+    except Exception as error:
+        return dict.fromkeys(checks, _fault(ref, error))
+    for name, check in checks.items():
+        try:
+            check(subject)
+            found[name] = Finding(EXACT)
+        except Exception as error:
+            found[name] = _fault(ref, error)
+    return found
+
+
+def _fault(ref: str, error: Exception) -> Finding:
+    if isinstance(error, Wrong):
+        return Finding("wrong", str(error))
+    if isinstance(error, UserError):
+        return _refused(ref, error)
+    return Finding("wrong", f"raises {brief(error)}")
+
+
+def _refused(ref: str, error: UserError) -> Finding:
+    line = str(error)
+    if "\n" in line:
+        return Finding("wrong", f"refused in several lines: {' '.join(line.split())[:160]}")
+    return Finding("refused", line.removeprefix(f"model {ref}: ").split("; allowed:")[0])
