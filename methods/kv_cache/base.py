@@ -195,6 +195,8 @@ class CompressedCache(AttentionPolicy):
         dense_bits: see ``ModelInfo``.
     """
 
+    held_in_session = ("_stores", "_passed", "_last", "_widths", "_carrying", "_prompt_passed")
+
     def __init__(self, method: KvCacheMethod, prepared: Any, dense_bits: int) -> None:
         self.method = method
         self.spans_layers = method.spans_layers

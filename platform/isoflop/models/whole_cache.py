@@ -24,6 +24,8 @@ class WholeCache(AttentionPolicy):
         dense_bits: see ``ModelInfo``.
     """
 
+    held_in_session = ("_held", "_passed")
+
     def __init__(self, dense_bits: int) -> None:
         self.prefix: int | None = None
         self.examples_B: Tensor | None = None

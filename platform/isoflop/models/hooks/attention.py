@@ -9,11 +9,12 @@ Shape suffixes: B batch, H query heads, G key-value heads, T tokens of this call
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -97,8 +98,21 @@ class AttentionPolicy(Occupant):
 
     prefix: int | None = None
     examples_B: Tensor | None = None
+    held_in_session: ClassVar[tuple[str, ...]] = ()
+    """Attributes in which a session keeps what it has seen; what ``report`` needs is none of them."""
     spans_layers: bool = False
     token_by_token: bool = False
+
+    @contextmanager
+    def returning(self) -> Iterator[None]:
+        """Inside a session: what passes inside the block add is gone behind it, but for what ``report`` says of them."""
+        held = {name: getattr(self, name) for name in self.held_in_session}
+        # one copy of all, so that what several of them share they share afterwards, too
+        vars(self).update(copy.deepcopy(held))
+        try:
+            yield
+        finally:
+            vars(self).update(held)
 
     @abstractmethod
     def attend(self, call: AttentionCall) -> Tensor:

@@ -1,0 +1,76 @@
+"""What tasks on a user's data share: where the data lie, which examples are taken, and in which order.
+
+A field that names data is part of a job's id by the data's content, and not by their place.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+
+from isoflop.core.errors import UserError
+from isoflop.core.hashing import derive_seed
+from isoflop.core.knobs import Knob
+from isoflop.models.features import batches
+from isoflop.tasks.base import Task
+from isoflop.tasks.data.rows import Row, Rows, chosen, read
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row with its number."""
+
+    id: int
+    row: Row
+
+
+@dataclass(frozen=True)
+class DataTask(Task):
+    """Base class of tasks on rows of a user's data.
+
+    Which examples are taken depends on the data and on ``limit`` and ``seed`` only; fewer are a subset of more. A job's own
+    seed shuffles their order.
+    """
+
+    data: Annotated[str, Knob(path=True, doc="file, folder, or hub:OWNER/NAME; relative to the sweep's file")]
+    split: Annotated[str, Knob(doc="of a hub's data set; of a folder, how names of its files begin")] = ""
+    limit: Annotated[int, Knob(low=0, high=10_000_000, doc="most examples; 0 takes all")] = 0
+    seed: Annotated[int, Knob(low=0, high=2**31 - 1, doc="draws the examples where there are more than limit")] = 0
+    shard: Annotated[
+        int, Knob(low=1, high=100_000, doc="examples per shard; a pruner may stop a job between shards")
+    ] = 64
+
+    @property
+    def rows(self) -> Rows:
+        """All of the data."""
+        return read(self.data, self.split)
+
+    def content(self) -> str:
+        """Names the data, whatever their place and order."""
+        return self.rows.content
+
+    @abstractmethod
+    def check_rows(self, rows: Rows) -> None:
+        """Raise UserError where the data lack what the options name."""
+
+    def examples(self) -> list[Example]:
+        """Those that are taken, in the order in which they are drawn."""
+        rows = self.rows
+        self.check_rows(rows)
+        places = chosen(len(rows), self.limit or None, self.seed, rows.ids_N)
+        return [Example(int(rows.ids_N[place]), rows.rows[place]) for place in places]
+
+    def shards(self, seed: int) -> Iterator[list[Example]]:
+        """The examples in a job's order, shard by shard."""
+        examples = self.examples()
+        order = np.random.default_rng(derive_seed("order", self.name, seed)).permutation(len(examples))
+        for part in batches(len(examples), self.shard):
+            yield [examples[place] for place in order[part]]
+
+    def where(self, example: Example, problem: str) -> UserError:
+        """The error for an example that cannot be used: names data and row."""
+        return UserError(f"task {self.name}: data {self.data}: {problem}; the row is {str(dict(example.row))[:120]}")

@@ -1,0 +1,148 @@
+"""The task ``choice``: a question with several options, of which a model finds one the most likely."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import numpy as np
+
+from isoflop.core.errors import UserError
+from isoflop.core.knobs import Knob
+from isoflop.models.contexts import Contexts
+from isoflop.tasks.base import TASKS
+from isoflop.tasks.data.base import Example
+from isoflop.tasks.data.language import Asked, LanguageDataTask, listed
+from isoflop.tasks.data.prompts import PromptText, PromptTokenizer, Template, TokenPrompt
+from isoflop.tasks.data.rows import Row, Rows, chosen, read
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@TASKS.register("choice")
+@dataclass(frozen=True)
+class Choice(LanguageDataTask):
+    """Multiple choice by log-likelihood; an example's error is 0 where the right option is the most likely one.
+
+    Options are scored behind one prompt, which is read, and whose context is compressed, once per example. ``normalise`` says by
+    what an option's log-likelihood is divided before options are compared: by nothing, its tokens, or its bytes. ``shots`` puts
+    answered examples before the context, of ``shots_split`` or else of the data themselves, without the one that is asked.
+    Secondary metrics: ``nll`` of the right option in nats; ``margin``, by how many (normalised) nats it leads the best other.
+
+    Unless ``prompt`` is given, the prompt is the context with an empty line behind it, ``Question: …`` and ``Answer:``. An option
+    follows after a space. ``answer`` holds the option's number, counted from 0, its letter, or its text.
+    """
+
+    version: ClassVar[str] = "1"
+
+    question: Annotated[str, Knob(doc="field of the question")] = "question"
+    options: Annotated[str, Knob(doc="field of the options, a list")] = "options"
+    answer: Annotated[str, Knob(doc="field of the right option: number from 0, letter, or text")] = "answer"
+    context: Annotated[str, Knob(doc="field of the context, which methods compress; empty for none")] = ""
+    prompt: Annotated[str, Knob(doc="template over fields, up to where an option follows; empty for the usual one")] = ""
+    normalise: Annotated[
+        str, Knob(choices=("none", "tokens", "bytes"), doc="what an option's log-likelihood is divided by")
+    ] = "none"
+    shots: Annotated[int, Knob(low=0, high=64, doc="answered examples before the context")] = 0
+    shots_split: Annotated[str, Knob(doc="split that answered examples come from; empty for the data's own")] = ""
+
+    def template(self) -> Template:
+        """The given one, or context, question and ``Answer:``."""
+        before = f"{{{self.context}}}\n\n" if self.context else ""
+        usual = f"{before}Question: {{{self.question}}}\nAnswer:"
+        return Template.of(self.prompt or usual, self.context, f"task {self.name}: prompt")
+
+    def check_rows(self, rows: Rows) -> None:
+        """The fields of template, options and answer."""
+        super().check_rows(rows)
+        rows.require(self.options, "options", self.name)
+        rows.require(self.answer, "answer", self.name)
+
+    def content(self) -> str:
+        """The data, and those that the answered examples come from."""
+        own = super().content()
+        return f"{own}+{self._pool().content}" if self.shots and self.shots_split else own
+
+    def text_of(self, example: Example) -> PromptText:
+        """Answered examples, then the prompt."""
+        text = super().text_of(example)
+        shots = "".join(f"{self._solved(row)}\n\n" for row in self._shots(example))
+        return PromptText(shots + text.before, text.context, text.behind, text.marked)
+
+    def tails_of(
+        self, example: Example, text: PromptText, prompt: TokenPrompt, tokens: PromptTokenizer
+    ) -> list[tuple[int, ...]]:
+        """What follows the context, with each of the options."""
+        options = self._options(example)
+        self._right(example, options)
+        return [(*prompt.behind, *tokens.answer(text, f" {option}")) for option in options]
+
+    def scores_of(self, contexts: Contexts, asked: Sequence[Asked], tokens: PromptTokenizer) -> list[dict[str, float]]:
+        """Every option of every example, the first of each together, then the second …"""
+        most = max(len(one.tails) for one in asked)
+        tables = [np.full(most, np.inf) for _ in asked]
+        for place in range(most):
+            # an example with fewer options is asked its last one again, so that rows stay together
+            tails = [one.tails[min(place, len(one.tails) - 1)] for one in asked]
+            counts = [len(tail) - len(one.prompt.behind) for tail, one in zip(tails, asked, strict=True)]
+            nll_B = contexts.score(tails, counts).nll_B
+            for row, one in enumerate(asked):
+                if place < len(one.tails):
+                    tables[row][place] = nll_B[row]
+        return [self._scored(one, nll_O[: len(one.tails)]) for one, nll_O in zip(asked, tables, strict=True)]
+
+    def _scored(self, asked: Asked, nll_O: np.ndarray) -> dict[str, float]:
+        options = self._options(asked.example)
+        right = self._right(asked.example, options)
+        by = {
+            "none": np.ones(len(options)),
+            "tokens": np.array([len(tail) - len(asked.prompt.behind) for tail in asked.tails], dtype=float),
+            "bytes": np.array([len(option.encode()) for option in options], dtype=float),
+        }[self.normalise]
+        scores_O = -nll_O / by
+        margin = scores_O[right] - np.delete(scores_O, right).max()
+        return {"error": float(scores_O.argmax() != right), "nll": float(nll_O[right]), "margin": float(margin)}
+
+    def _options(self, example: Example) -> list[str]:
+        value = example.row.get(self.options)
+        if isinstance(value, dict) and "text" in value:  # as several data sets of the hub have them, beside labels
+            return [str(option) for option in value["text"]]
+        options = listed(example, self.options)
+        if len(options) < 2 or not all(options):
+            raise self.where(example, f"options = {self.options!r} holds {options}; allowed: a list of two texts or more")
+        return options
+
+    def _right(self, example: Example, options: Sequence[str]) -> int:
+        value = example.row.get(self.answer)
+        text = str(value).strip()
+        labels = (example.row.get(self.options) or {}).get("label") if isinstance(example.row.get(self.options), dict) else None
+        for named in (options, labels or [], list(LETTERS[: len(options)])):
+            if text in named and not isinstance(value, int):
+                return list(named).index(text)
+        number = int(text) if text.lstrip("-").isdigit() else -1
+        if not 0 <= number < len(options):
+            raise self.where(
+                example,
+                f"answer = {self.answer!r} holds {value!r}, which is none of the options {list(options)}; allowed: "
+                f"0 … {len(options) - 1}, a letter, or an option's text",
+            )
+        return number
+
+    def _pool(self) -> Rows:
+        return read(self.data, self.shots_split) if self.shots_split else self.rows
+
+    def _shots(self, example: Example) -> list[Row]:
+        if not self.shots:
+            return []
+        pool = self._pool()
+        places = chosen(len(pool), self.shots + 1, self.seed + 1, pool.ids_N)
+        others = [place for place in places if int(pool.ids_N[place]) != example.id]
+        if len(others) < self.shots:
+            raise UserError(f"task {self.name}: shots = {self.shots}, but {pool.name} has {len(pool)} rows")
+        return [pool.rows[place] for place in others[: self.shots]]
+
+    def _solved(self, row: Row) -> str:
+        example = Example(0, row)
+        options = self._options(example)
+        return f"{self.template().fill(row).text} {options[self._right(example, options)]}"

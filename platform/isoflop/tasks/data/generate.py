@@ -1,0 +1,88 @@
+"""The task ``generate``: what a model writes behind a prompt, compared with references."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from isoflop.core.errors import Infeasible
+from isoflop.core.hook import Hook
+from isoflop.core.knobs import Knob
+from isoflop.models.contexts import Contexts
+from isoflop.models.hooks.prompt_text import PROMPT_TEXT
+from isoflop.tasks.base import TASKS
+from isoflop.tasks.data.base import Example
+from isoflop.tasks.data.language import Asked, LanguageDataTask, listed
+from isoflop.tasks.data.metrics import METRICS
+from isoflop.tasks.data.prompts import PromptText, PromptTokenizer, Template, TokenPrompt
+from isoflop.tasks.data.rows import Rows
+
+
+@TASKS.register("generate")
+@dataclass(frozen=True)
+class Generate(LanguageDataTask):
+    """Greedy generation behind a prompt; an example's error is 1 − its score by ``metric``, the best over its references.
+
+    Generation ends at the model's own end of text, at a text of ``stop``, or after ``max_tokens``. The prompt's context is
+    compressed before what follows it is read. Secondary metric: ``tokens``, how many were generated.
+    """
+
+    version: ClassVar[str] = "1"
+    asks: ClassVar[frozenset[Hook[Any]]] = frozenset({PROMPT_TEXT})
+
+    prompt: Annotated[str, Knob(doc="template over fields, as {question}; {{ is a brace")] = "{prompt}"
+    references: Annotated[str, Knob(doc="field of the right answers, one or a list")] = "references"
+    context: Annotated[str, Knob(doc="field of the context, which methods compress; empty for {context} or none")] = ""
+    max_tokens: Annotated[int, Knob(low=1, high=100_000, doc="most generated tokens", unit="tokens")] = 32
+    stop: Annotated[tuple[str, ...], Knob(doc="texts that end an answer; not part of it")] = ("\n",)
+    metric: Annotated[str, Knob(doc="how answer and references are compared; `isoflop tasks generate` lists them")] = "exact"
+    pattern: Annotated[str, Knob(doc="metric regex: what is taken of the answer; its first group, if it has one")] = ""
+
+    def template(self) -> Template:
+        """As given."""
+        return Template.of(self.prompt, self.context, f"task {self.name}: prompt")
+
+    def check_rows(self, rows: Rows) -> None:
+        """The fields of template and references; the metric exists."""
+        super().check_rows(rows)
+        rows.require(self.references, "references", self.name)
+        METRICS.get(self.metric, f"task {self.name}: metric")
+
+    def tails_of(
+        self, example: Example, text: PromptText, prompt: TokenPrompt, tokens: PromptTokenizer
+    ) -> list[tuple[int, ...]]:
+        """What follows the context."""
+        return [prompt.behind]
+
+    def alike(self, asked: Asked) -> Any:
+        """Tokens behind the context, since a row that ends earlier would go on behind padding."""
+        return len(asked.prompt.behind)
+
+    def asked(self, lm: Any, example: Example, tokens: PromptTokenizer, fresh: bool = False) -> Asked:
+        """With room for the answer."""
+        asked = super().asked(lm, example, tokens, fresh)
+        room = lm.info.geometry["positions"]
+        if asked.length + self.max_tokens > room:
+            raise Infeasible(
+                f"task {self.name}: a prompt of data {self.data} takes {asked.length} tokens and max_tokens = {self.max_tokens} more; "
+                f"model {lm.info.ref} has room for {room}"
+            )
+        return asked
+
+    def scores_of(self, contexts: Contexts, asked: Sequence[Asked], tokens: PromptTokenizer) -> list[dict[str, float]]:
+        """Generate for all, then compare."""
+        answers = contexts.generate(
+            [one.prompt.behind for one in asked], self.max_tokens, tokens.end_ids, lambda ids: self._ended(tokens.text(ids))
+        )
+        return [self._scored(one, tokens.text(ids), len(ids)) for one, ids in zip(asked, answers, strict=True)]
+
+    def _ended(self, text: str) -> bool:
+        return any(stop and stop in text.lstrip() for stop in self.stop)
+
+    def _scored(self, asked: Asked, text: str, tokens: int) -> dict[str, float]:
+        text = text.lstrip()  # a line that begins empty has not ended
+        for stop in self.stop:
+            text = text.partition(stop)[0] if stop else text
+        score = METRICS.get(self.metric)(text.strip(), listed(asked.example, self.references), self.pattern)
+        return {"error": 1.0 - float(score), "tokens": float(tokens)}
