@@ -24,9 +24,10 @@ IDS = [check.__name__ for check in suite.CHECKS]
 def toy_job(number: int, method: MethodSpec | None = None) -> Job:
     """A job of the toy world; each number is another one."""
     from isoflop.jobs.job import versions_of
+    from isoflop.tasks.base import task_of
 
     spec = method or MethodSpec.of("toy-tokens", {"tokens": 1 + number % 12})
-    versions = versions_of("toy/m", {}, (spec.name,), "toy-task")
+    versions = versions_of("toy/m", {}, (spec.name,), task_of("toy-task", {}))
     return Job("toy/m", (spec,), "toy-task", 0, 0, versions=tuple(sorted(versions.items())))
 
 

@@ -201,7 +201,7 @@ def tasks_command(name: str | None, modules: tuple[str, ...], as_json: bool) -> 
             {
                 "name": task,
                 "version": cls.version,
-                "metric": cls.metric,
+                "metric": cls.quantity,
                 "chance": cls.chance,
                 "doc": first,
                 "options": [_knob_dict(k) for k in knob_specs(cls).values()],

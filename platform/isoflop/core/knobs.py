@@ -21,6 +21,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 from isoflop.core.errors import UserError, nearest, unknown
@@ -46,6 +47,8 @@ class Knob:
         step: grid of a number, counted from ``low`` (0 without one); values between are refused, and never proposed.
         choices: the allowed values, in order; excludes bounds. Numbers, strings, or whole lists.
         ratio: this knob sets the compression ratio.
+        path: names a file, a folder or a data set. Relative ones are taken from where the sweep's YAML lies; what stands there
+            names a job, not the place.
         unit: "tokens", "bits", …; empty when it has none.
         doc: one line for people.
     """
@@ -56,6 +59,7 @@ class Knob:
     step: float | None = None
     choices: tuple[KnobValue, ...] | None = None
     ratio: bool = False
+    path: bool = False
     unit: str = ""
     doc: str = ""
 
@@ -260,6 +264,23 @@ def _plain_type(hint: Any, where: str) -> tuple[Any, bool]:
     if len(options) != 2 or options[1] is not Ellipsis or options[0] not in _TYPE_NAMES:
         raise TypeError(f"{where}: a knob that is a list is a tuple[T, ...] of int, float, bool or str, not {hint}")
     return options[0], True
+
+
+def placed(cls: type, values: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
+    """``values`` with the paths among them taken from ``folder``, or from where the process runs; what has a scheme (``hub:…``) stays as it is."""
+    base = Path.cwd() if folder is None else folder
+    paths = path_knobs(cls)
+    return {
+        name: str(base / Path(value).expanduser())
+        if name in paths and isinstance(value, str) and value and ":" not in value
+        else value
+        for name, value in values.items()
+    }
+
+
+def path_knobs(cls: type) -> frozenset[str]:
+    """Names of the knobs that are paths."""
+    return frozenset(name for name, spec in _knob_specs(cls).items() if spec.knob.path)
 
 
 def check_knobs(cls: type, values: Mapping[str, Any], kind: str, where: str = "") -> dict[str, KnobValue]:

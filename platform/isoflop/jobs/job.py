@@ -9,13 +9,13 @@ from typing import Any
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import content_hash
-from isoflop.core.knobs import KnobValue, check_knobs, frozen
+from isoflop.core.knobs import KnobValue, frozen
 from isoflop.core.stage import Stage, walk
 from isoflop.methods.base import METHODS, Method, build
 from isoflop.models.base import ModelInfo
 from isoflop.models.family import ModelFamily, family_of
 from isoflop.models.training.taught import one_per_hook
-from isoflop.tasks.base import TASKS, Task
+from isoflop.tasks.base import TASKS, Task, task_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Job:
     Attributes:
         model: reference; ``model_options`` are passed to its family.
         methods: the composition, in the order of the YAML.
-        task: name; ``task_options`` are its knobs.
+        task: name, perhaps with a label; ``task_options`` are its knobs, but for ``task_paths``, which name places. The id has the
+            content of these, by the task's version.
         repeat: 0-based.
         seed: trains and evaluates; the sweep's seed plus the repeat.
         versions: of model, methods and task, as resolved; part of the id.
@@ -54,6 +55,7 @@ class Job:
     model_options: tuple[tuple[str, Any], ...] = ()
     task_options: tuple[tuple[str, Any], ...] = ()
     versions: tuple[tuple[str, str], ...] = field(default=())
+    task_paths: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def trial_id(self) -> str:
@@ -99,6 +101,7 @@ class Job:
             "repeat": self.repeat,
             "seed": self.seed,
             "versions": dict(self.versions),
+            **({"task_paths": dict(self.task_paths)} if self.task_paths else {}),
         }
 
     @classmethod
@@ -113,6 +116,7 @@ class Job:
             model_options=tuple(sorted(data.get("model_options", {}).items())),
             task_options=tuple(sorted((k, frozen(v)) for k, v in data.get("task_options", {}).items())),
             versions=tuple(sorted(data.get("versions", {}).items())),
+            task_paths=tuple(sorted(data.get("task_paths", {}).items())),
         )
 
     def _model_spec(self) -> dict[str, Any]:
@@ -147,9 +151,7 @@ class ResolvedJob:
         family = family_of(job.model)
         info = family.info(job.model, dict(job.model_options))
         methods = tuple(build(m.name, dict(m.knobs)) for m in job.methods)
-        task = TASKS.get(job.task)
-        options = check_knobs(task, dict(job.task_options), f"task {job.task}")
-        built = task(**options)
+        built = task_of(job.task, dict(job.task_options), dict(job.task_paths))
         built.check(info)
         for method in methods:
             method.check(info)
@@ -193,10 +195,11 @@ def _asked_for(method: Method, task: Task) -> None:
             )
 
 
-def versions_of(model: str, model_options: Mapping[str, Any], methods: tuple[str, ...], task: str) -> dict[str, str]:
-    """Versions that enter a job's id."""
+def versions_of(model: str, model_options: Mapping[str, Any], methods: tuple[str, ...], task: Task) -> dict[str, str]:
+    """Versions that enter a job's id; the task's with its outside data."""
+    content = task.content()
     return {
         "model": family_of(model).info(model, model_options).version,
-        "task": TASKS.get(task).version,
+        "task": f"{task.version}+{content}" if content else task.version,
         **{f"method:{name}": METHODS.get(name).version for name in methods},
     }

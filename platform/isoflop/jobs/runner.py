@@ -24,6 +24,7 @@ from isoflop.jobs.traces import Trace, traces_of
 from isoflop.methods.base import ADDITIVE_COSTS, Method
 from isoflop.models.base import Model
 from isoflop.stages import StageCache
+from isoflop.tasks.base import task_of
 
 Status = Literal["ok", "failed", "infeasible", "pruned"]
 OnShard = Callable[[int, float, int], bool]
@@ -197,7 +198,8 @@ class VersionMismatch(RuntimeError):
 
 def _resolve(job: Job) -> ResolvedJob:
     """The job's objects, if they are here what they were where the job was made."""
-    here = versions_of(job.model, dict(job.model_options), tuple(m.name for m in job.methods), job.task)
+    task = task_of(job.task, dict(job.task_options), dict(job.task_paths))
+    here = versions_of(job.model, dict(job.model_options), tuple(m.name for m in job.methods), task)
     for part, wanted in job.versions:
         found = here.get(part, "none")
         if found != wanted:

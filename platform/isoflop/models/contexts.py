@@ -66,13 +66,13 @@ class Contexts:
         """Score the last tokens of what follows each context; the contexts are as before afterwards.
 
         Args:
-            tails: token ids behind the contexts (question and answer), at least two for one scored token: the first token
-                of a tail is given, as the context's own logits are not kept.
-            scored: how many tokens at the end of each tail are scored.
+            tails: token ids behind the contexts (question and answer).
+            scored: how many tokens at the end of each tail are scored. A tail that is scored from its first token on gets that
+                one's logits from the context's last token, whose attention is exact: nothing of a compressed cache was read.
 
         Raises:
-            ValueError: a tail that does not reach from a given token to its scored ones; tails of different lengths while
-                something sits in the feed-forward blocks.
+            ValueError: more scored tokens than a tail has, or none; tails of different lengths while something sits in the
+                feed-forward blocks.
         """
         _check_tails(tails, scored)
         with self._cache.returning():
@@ -124,17 +124,24 @@ class Contexts:
         counts_B1 = torch.tensor(list(scored), device=ids_BT.device)[:, None]
         scored_BT = (places_T < ends_B1) & (places_T >= ends_B1 - counts_B1)
         nll_B, right_B = (torch.zeros(len(tails), dtype=torch.float64, device=ids_BT.device) for _ in range(2))
-        notes: list[tuple[int, dict[str, np.ndarray]]] = []
-        for start, stop in self._pieces(ids_BT.shape[1], len(tails)):
-            asked_BT = scored_BT[:, start:stop]
-            first = int(asked_BT.any(0).int().argmax()) if bool(asked_BT.any()) else stop - start - 1
-            logits_BTW = self._pass(ids_BT[:, start:stop], start, stop - start - first).float()
-            asked_BT, wanted_BT = asked_BT[:, first:], targets_BT[:, start:stop][:, first:]
-            rows_S = asked_BT.nonzero()[:, 0]
-            logits_SW, wanted_S = logits_BTW[asked_BT], wanted_BT[asked_BT]
-            nll_S = F.cross_entropy(logits_SW, wanted_S, reduction="none").double()
+
+        def add(rows_S: Tensor, logits_SW: Tensor, wanted_S: Tensor) -> None:
+            nll_S = F.cross_entropy(logits_SW.float(), wanted_S, reduction="none").double()
             nll_B.index_add_(0, rows_S, nll_S)
             right_B.index_add_(0, rows_S, (logits_SW.argmax(-1) == wanted_S).double())
+
+        whole_S = torch.tensor(
+            [n for n, tail in enumerate(tails) if scored[n] == len(tail)], device=ids_BT.device
+        ).long()
+        firsts_B = torch.tensor([tail[0] for tail in tails], device=ids_BT.device)
+        add(whole_S, self._cache.last_BW[whole_S], firsts_B[whole_S])
+        notes: list[tuple[int, dict[str, np.ndarray]]] = []
+        for start, stop in self._pieces(ids_BT.shape[1], len(tails)):  # none, where tails have one token
+            asked_BT = scored_BT[:, start:stop]
+            first = int(asked_BT.any(0).int().argmax()) if bool(asked_BT.any()) else stop - start - 1
+            logits_BTW = self._pass(ids_BT[:, start:stop], start, stop - start - first)
+            asked_BT, wanted_BT = asked_BT[:, first:], targets_BT[:, start:stop][:, first:]
+            add(asked_BT.nonzero()[:, 0], logits_BTW[asked_BT], wanted_BT[asked_BT])
             if observing is not None:
                 notes.append((stop - start, {k: x.cpu().numpy() for k, x in observing.observed().items()}))
         columns = nll_B.cpu().numpy(), right_B.cpu().numpy(), np.asarray(scored, dtype=np.float64)
@@ -182,9 +189,14 @@ def read_contexts(lm: LmModel, contexts: Sequence[Ids]) -> Iterator[Contexts]:
 
 
 class _Cache:
-    """Where the keys and values of contexts are, and how passes behind them run."""
+    """Where the keys and values of contexts are, and how passes behind them run.
+
+    Attributes:
+        last_BW: logits behind the contexts' last tokens.
+    """
 
     token_by_token = False
+    last_BW: Tensor
 
     def __init__(self, lm: LmModel) -> None:
         self._lm = lm
@@ -227,13 +239,14 @@ class _Whole(_Cache):
         from transformers import DynamicCache
 
         self._cache, self._valid_BT = DynamicCache(config=self._lm.decoder.config), valid_BT
-        self._lm.decoder(
+        self.last_BW = self._module(
+            1,
             input_ids=ids_BT,
             attention_mask=None if valid_BT is None else valid_BT.long(),
             position_ids=positions_BT,
             past_key_values=self._cache,
             use_cache=True,
-        )
+        )[:, -1]
 
     def go_on(self, ids_BT: Tensor, positions_BT: Tensor, keep: int) -> Tensor:
         if self._valid_BT is not None:
@@ -257,8 +270,8 @@ class _Whole(_Cache):
             yield
         finally:
             self._cache, self._valid_BT = held, valid_BT
-            if croppable:
-                held.crop(tokens)
+            if croppable and held.get_seq_length() > tokens:
+                held.crop(tokens - held.get_seq_length())
 
 
 class _Compressed(_Cache):
@@ -275,12 +288,13 @@ class _Compressed(_Cache):
             yield
 
     def begin(self, ids_BT: Tensor, positions_BT: Tensor, valid_BT: Tensor | None) -> None:
-        self._lm.decoder(
+        self.last_BW = self._module(
+            1,
             input_ids=ids_BT,
             attention_mask=None if valid_BT is None else valid_BT.long(),
             position_ids=positions_BT,
             use_cache=False,
-        )
+        )[:, -1]
 
     def go_on(self, ids_BT: Tensor, positions_BT: Tensor, keep: int) -> Tensor:
         return self._module(keep, input_ids=ids_BT, position_ids=positions_BT, use_cache=False)
@@ -293,8 +307,8 @@ class _Compressed(_Cache):
 
 def _check_tails(tails: Sequence[Ids], scored: Sequence[int]) -> None:
     for tail, count in zip(tails, scored, strict=True):
-        if not 0 < count < len(tail):
-            raise ValueError(f"{count} tokens of a tail of {len(tail)} cannot be scored: its first is given")
+        if not 0 < count <= len(tail):
+            raise ValueError(f"{count} tokens of a tail of {len(tail)} cannot be scored")
 
 
 def _averaged(notes: Sequence[tuple[int, dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:

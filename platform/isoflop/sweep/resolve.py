@@ -9,7 +9,7 @@ from typing import Any
 
 from isoflop.core.errors import Infeasible, UserError, unknown
 from isoflop.core.hashing import content_hash
-from isoflop.core.knobs import LARGEST_COUNTED, KnobSpec, check_knobs, frozen, grid_value
+from isoflop.core.knobs import LARGEST_COUNTED, KnobSpec, check_knobs, frozen, grid_value, placed
 from isoflop.core.yaml_source import KeyPath, Source
 from isoflop.jobs import ResolvedJob
 from isoflop.methods.base import METHODS, method_knobs
@@ -21,7 +21,7 @@ from isoflop.sweep.blocks import KnobEntry, MethodEntry
 from isoflop.sweep.resolved import Sweep, knob_prefix
 from isoflop.sweep.searching import check_problem, find_strategy
 from isoflop.sweep.spec import SweepSpec, import_modules, load_spec
-from isoflop.tasks.base import TASKS
+from isoflop.tasks.base import task_class
 
 _CHECKED_POINTS = 20_000  # of a grid; impossible points beyond become rows
 
@@ -236,20 +236,27 @@ def _task_options(spec: SweepSpec, source: Source) -> dict[str, dict[str, Any]]:
     out = {}
     for index, entry in enumerate(spec.tasks):
         where = source.where(("tasks", index))
-        out[entry.name] = dict(check_knobs(TASKS.get(entry.name, where), entry.options, f"task {entry.name}", where))
+        cls = task_class(entry.name, where)
+        given = dict(placed(cls, entry.options, source.folder))
+        label = entry.name.partition(":")[2]
+        if cls.labelled and label:
+            given.setdefault(cls.labelled, label)
+        out[entry.name] = dict(check_knobs(cls, given, f"task {entry.name}", where))
     return out
 
 
 def _check_tasks(spec: SweepSpec, options: Mapping[str, Mapping[str, Any]], source: Source) -> None:
     """Every model can do every task: a sweep runs them all."""
     for index, entry in enumerate(spec.tasks):
-        task = TASKS.get(entry.name)(**options[entry.name])
+        task = task_class(entry.name)(**options[entry.name])
         for model in spec.models:
             try:
                 task.check(family_of(model.ref).info(model.ref, model.options))
-            except Infeasible as error:
+            except UserError as error:
                 where = source.where(("tasks", index))
-                more = "; every task runs on every model: give it a sweep of its own" if len(spec.models) > 1 or len(spec.tasks) > 1 else ""  # fmt: skip
+                several = len(spec.models) > 1 or len(spec.tasks) > 1
+                several = several and isinstance(error, Infeasible)  # else the task itself is wrong, whatever the model
+                more = "; every task runs on every model: give it a sweep of its own" if several else ""
                 raise UserError(f"{where}: {error}{more}") from None
 
 

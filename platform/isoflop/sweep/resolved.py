@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from isoflop.core.knobs import check_knobs
+from isoflop.core.knobs import check_knobs, path_knobs
 from isoflop.core.yaml_source import Source
 from isoflop.jobs import Job, MethodSpec
 from isoflop.jobs.job import versions_of
@@ -18,6 +18,7 @@ from isoflop.methods.base import METHODS
 from isoflop.models.family import family_of
 from isoflop.search import Config, SearchSpace, Strategy
 from isoflop.sweep.spec import SweepSpec
+from isoflop.tasks.base import task_class, task_of
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,17 @@ class Sweep:
             repeat=repeat,
             seed=self.spec.seed + repeat,
             model_options=self._model_options[model],
-            task_options=tuple(sorted(self.task_options[task].items())),
+            task_options=self._task_parts[task][0],
             versions=tuple(sorted(self._versions(model, names, task).items())),
+            task_paths=self._task_parts[task][1],
         )
 
     def _versions(self, model: str, methods: tuple[str, ...], task: str) -> dict[str, str]:
         key = (model, methods, task)
         if key not in self._version_cache:
-            self._version_cache[key] = versions_of(model, dict(self._model_options[model]), methods, task)
+            self._version_cache[key] = versions_of(
+                model, dict(self._model_options[model]), methods, task_of(task, self.task_options[task])
+            )
         return self._version_cache[key]
 
     @cached_property
@@ -78,6 +82,16 @@ class Sweep:
         return {
             m.ref: tuple(sorted(family_of(m.ref).canonical_options(m.ref, m.options).items())) for m in self.spec.models
         }
+
+    @cached_property
+    def _task_parts(self) -> dict[str, tuple[tuple[tuple[str, Any], ...], tuple[tuple[str, str], ...]]]:
+        """Per task, its options without and with those that are paths."""
+        found = {}
+        for task, options in self.task_options.items():
+            paths = path_knobs(task_class(task))
+            plain = tuple(sorted((k, v) for k, v in options.items() if k not in paths))
+            found[task] = plain, tuple(sorted((k, str(v)) for k, v in options.items() if k in paths))
+        return found
 
     @cached_property
     def _version_cache(self) -> dict[tuple[str, tuple[str, ...], str], dict[str, str]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from isoflop.core.hook import Hook
+from isoflop.core.knobs import check_knobs
 from isoflop.core.registry import Registry
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import Model, ModelInfo
@@ -37,21 +38,27 @@ class Shard:
 class Task(ABC):
     """Base class of tasks: a frozen dataclass whose ``Knob`` fields are the task's options.
 
-    ``version`` is part of every job id: raise it whenever the same options would give other examples or another metric.
+    ``quantity`` is what ``error`` is. ``version`` is part of every job id: raise it whenever the same options would give other examples or another metric.
     ``needs`` is what the model must offer (``ModelInfo.offers``), ``hooks`` the places that it must have.
     ``asks`` names hooks of the model that the task uses besides running it (``prompt_text``, ``byte_view``, or
     ``feed_forward``, whose occupant it tells of every pass that it scores); methods that act, or are measured, there and
     nowhere else are refused by other tasks.
+    ``labelled`` is the option that the label of a reference (``lm-eval:arc_easy``) gives where it is not given itself.
     ``chance`` is the expected error of the best answerer that sees the question only, at the default options.
     """
 
     name: ClassVar[str] = ""
     version: ClassVar[str] = "1"
-    metric: ClassVar[str] = "error"
+    quantity: ClassVar[str] = "error"
     needs: ClassVar[frozenset[str]] = frozenset()
     chance: ClassVar[float] = float("nan")
+    labelled: ClassVar[str] = ""
     hooks: ClassVar[frozenset[Hook[Any]]] = frozenset()
     asks: ClassVar[frozenset[Hook[Any]]] = frozenset()
+
+    def content(self) -> str:
+        """Names the outside data that the examples come from, whatever their place; part of every job id. Empty for none."""
+        return ""
 
     def check(self, info: ModelInfo) -> None:
         """Raise Infeasible when the model cannot do this task; says what is missing."""
@@ -83,3 +90,22 @@ class Task(ABC):
 
 
 TASKS: Registry[type[Task]] = Registry("task", ("isoflop.tasks",))
+
+
+def task_class(ref: str, where: str = "") -> type[Task]:
+    """The class of a task as a sweep names it: ``choice``, or ``choice:LABEL`` to tell several of a kind apart.
+
+    Raises:
+        UserError: there is none.
+    """
+    return TASKS.get(ref.partition(":")[0], where)
+
+
+def task_of(ref: str, options: Mapping[str, Any], paths: Mapping[str, Any] | None = None, where: str = "") -> Task:
+    """A task with its options checked.
+
+    Args:
+        paths: those of its options that are paths.
+    """
+    cls = task_class(ref, where)
+    return cls(**check_knobs(cls, {**options, **(paths or {})}, f"task {ref}", where))

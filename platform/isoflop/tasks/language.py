@@ -39,7 +39,7 @@ class BitsPerByte(LanguageTask):
     """
 
     version: ClassVar[str] = f"1-{python_release()}"
-    metric: ClassVar[str] = "bits per byte"
+    quantity: ClassVar[str] = "bits per byte"
     needs: ClassVar[frozenset[str]] = frozenset({"tokenizer"})
 
     examples: Annotated[int, Knob(low=1, high=100_000, doc="most windows")] = 128

@@ -39,7 +39,7 @@ class GenerationLatency(Task):
     """
 
     version: ClassVar[str] = "1"
-    metric: ClassVar[str] = "seconds per token"
+    quantity: ClassVar[str] = "seconds per token"
     asks: ClassVar[frozenset[Hook[Any]]] = frozenset({FEED_FORWARD})
     hooks: ClassVar[frozenset[Hook[Any]]] = frozenset({ATTENTION})
 

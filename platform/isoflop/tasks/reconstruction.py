@@ -36,7 +36,7 @@ class Reconstruction(LabelledImages):
     are kept beside it. The model's only part is to name the kind of images.
     """
 
-    metric: ClassVar[str] = "distortion"
+    quantity: ClassVar[str] = "distortion"
     needs: ClassVar[frozenset[str]] = frozenset({LABELLED_IMAGES})
     hooks: ClassVar[frozenset[Hook[Any]]] = frozenset({PIXELS})
 

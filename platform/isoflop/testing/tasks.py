@@ -69,10 +69,10 @@ def task_checks(
 
 
 def check_declaration(cls: type[Task], probe: TaskProbe) -> None:
-    """A frozen dataclass with name, version and metric, whose fields are all knobs; hooks are hooks, and it may ask for them."""
+    """A frozen dataclass with name, version and quantity, whose fields are all knobs; hooks are hooks, and it may ask for them."""
     declared(cls)
     declares_hooks(cls, "hooks", "asks")
-    assert cls.metric, "it has no metric"
+    assert cls.quantity, "it does not say what it minimises"
     assert math.isnan(cls.chance) or cls.chance >= 0, f"chance = {cls.chance} is no error"
     idle = [hook.name for hook in cls.asks if not hook.asked]
     assert not idle, f"it asks for {', '.join(idle)}, where occupants act in every pass"

@@ -107,7 +107,7 @@ class TokensStage(Stage):
         for _, text in sorted(ctx.get(self.english)[self.split].items()):
             encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             ids.append(np.asarray(encoded["input_ids"], dtype=np.int32))
-            ends.append(_byte_ends(text, [stop for _, stop in encoded["offset_mapping"]]))
+            ends.append(byte_ends(text, [stop for _, stop in encoded["offset_mapping"]]))
             starts.append(starts[-1] + len(ids[-1]))
         np.savez(folder / "tokens.npz", ids=np.concatenate(ids), ends=np.concatenate(ends), starts=np.asarray(starts))
 
@@ -156,7 +156,7 @@ def has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer.json").exists()
 
 
-def _byte_ends(text: str, ends: list[int]) -> np.ndarray:
+def byte_ends(text: str, ends: list[int]) -> np.ndarray:
     """UTF-8 bytes before each character offset."""
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     widths = np.ones(len(codes), dtype=np.int64)

@@ -5,8 +5,7 @@ A field that names data is part of a job's id by the data's content, and not by 
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -15,6 +14,7 @@ import numpy as np
 from isoflop.core.errors import UserError
 from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob
+from isoflop.models.base import ModelInfo
 from isoflop.models.features import batches
 from isoflop.tasks.base import Task
 from isoflop.tasks.data.rows import Row, Rows, chosen, read
@@ -28,7 +28,7 @@ class Example:
     row: Row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataTask(Task):
     """Base class of tasks on rows of a user's data.
 
@@ -53,7 +53,6 @@ class DataTask(Task):
         """Names the data, whatever their place and order."""
         return self.rows.content
 
-    @abstractmethod
     def check_rows(self, rows: Rows) -> None:
         """Raise UserError where the data lack what the options name."""
 
@@ -61,16 +60,28 @@ class DataTask(Task):
         """Those that are taken, in the order in which they are drawn."""
         rows = self.rows
         self.check_rows(rows)
-        places = chosen(len(rows), self.limit or None, self.seed, rows.ids_N)
-        return [Example(int(rows.ids_N[place]), rows.rows[place]) for place in places]
+        return drawn(rows, self.limit, self.seed)
 
-    def shards(self, seed: int) -> Iterator[list[Example]]:
-        """The examples in a job's order, shard by shard."""
-        examples = self.examples()
-        order = np.random.default_rng(derive_seed("order", self.name, seed)).permutation(len(examples))
-        for part in batches(len(examples), self.shard):
-            yield [examples[place] for place in order[part]]
+    def check(self, info: ModelInfo) -> None:
+        """What the model must have, and fields that the options name."""
+        super().check(info)
+        self.check_rows(self.rows)
 
-    def where(self, example: Example, problem: str) -> UserError:
-        """The error for an example that cannot be used: names data and row."""
-        return UserError(f"task {self.name}: data {self.data}: {problem}; the row is {str(dict(example.row))[:120]}")
+
+def drawn(rows: Rows, limit: int, seed: int) -> list[Example]:
+    """At most ``limit`` examples, 0 for all."""
+    places = chosen(len(rows), limit or None, seed, rows.ids_N)
+    return [Example(int(rows.ids_N[place]), rows.rows[place]) for place in places]
+
+
+def shards(task: Task, examples: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
+    """Examples in the order of a job's seed, ``size`` at a time."""
+    order = np.random.default_rng(derive_seed("order", task.name, seed)).permutation(len(examples))
+    for part in batches(len(examples), size):
+        yield [examples[place] for place in order[part]]
+
+
+def bad_row(task: Task, example: Example, problem: str) -> UserError:
+    """The error for an example that cannot be used: names the data and shows the row."""
+    row = str(dict(example.row))
+    return UserError(f"task {task.name}: {problem}; the row is {row[:160]}{'…' if len(row) > 160 else ''}")

@@ -12,7 +12,7 @@ from isoflop.core.errors import UserError
 from isoflop.core.knobs import Knob
 from isoflop.models.contexts import Contexts
 from isoflop.tasks.base import TASKS
-from isoflop.tasks.data.base import Example
+from isoflop.tasks.data.base import Example, bad_row
 from isoflop.tasks.data.language import Asked, LanguageDataTask, listed
 from isoflop.tasks.data.prompts import PromptText, PromptTokenizer, Template, TokenPrompt
 from isoflop.tasks.data.rows import Row, Rows, chosen, read
@@ -21,7 +21,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @TASKS.register("choice")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Choice(LanguageDataTask):
     """Multiple choice by log-likelihood; an example's error is 0 where the right option is the most likely one.
 
@@ -40,7 +40,9 @@ class Choice(LanguageDataTask):
     options: Annotated[str, Knob(doc="field of the options, a list")] = "options"
     answer: Annotated[str, Knob(doc="field of the right option: number from 0, letter, or text")] = "answer"
     context: Annotated[str, Knob(doc="field of the context, which methods compress; empty for none")] = ""
-    prompt: Annotated[str, Knob(doc="template over fields, up to where an option follows; empty for the usual one")] = ""
+    prompt: Annotated[str, Knob(doc="template over fields, up to where an option follows; empty for the usual one")] = (
+        ""
+    )
     normalise: Annotated[
         str, Knob(choices=("none", "tokens", "bytes"), doc="what an option's log-likelihood is divided by")
     ] = "none"
@@ -110,19 +112,26 @@ class Choice(LanguageDataTask):
             return [str(option) for option in value["text"]]
         options = listed(example, self.options)
         if len(options) < 2 or not all(options):
-            raise self.where(example, f"options = {self.options!r} holds {options}; allowed: a list of two texts or more")
+            raise bad_row(
+                self, example, f"options = {self.options!r} holds {options}; allowed: a list of two texts or more"
+            )
         return options
 
     def _right(self, example: Example, options: Sequence[str]) -> int:
         value = example.row.get(self.answer)
         text = str(value).strip()
-        labels = (example.row.get(self.options) or {}).get("label") if isinstance(example.row.get(self.options), dict) else None
+        labels = (
+            (example.row.get(self.options) or {}).get("label")
+            if isinstance(example.row.get(self.options), dict)
+            else None
+        )
         for named in (options, labels or [], list(LETTERS[: len(options)])):
             if text in named and not isinstance(value, int):
                 return list(named).index(text)
         number = int(text) if text.lstrip("-").isdigit() else -1
         if not 0 <= number < len(options):
-            raise self.where(
+            raise bad_row(
+                self,
                 example,
                 f"answer = {self.answer!r} holds {value!r}, which is none of the options {list(options)}; allowed: "
                 f"0 … {len(options) - 1}, a letter, or an option's text",

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from isoflop.core.errors import Infeasible
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
 from isoflop.models.contexts import Contexts
@@ -20,7 +19,7 @@ from isoflop.tasks.data.rows import Rows
 
 
 @TASKS.register("generate")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Generate(LanguageDataTask):
     """Greedy generation behind a prompt; an example's error is 1 − its score by ``metric``, the best over its references.
 
@@ -36,7 +35,9 @@ class Generate(LanguageDataTask):
     context: Annotated[str, Knob(doc="field of the context, which methods compress; empty for {context} or none")] = ""
     max_tokens: Annotated[int, Knob(low=1, high=100_000, doc="most generated tokens", unit="tokens")] = 32
     stop: Annotated[tuple[str, ...], Knob(doc="texts that end an answer; not part of it")] = ("\n",)
-    metric: Annotated[str, Knob(doc="how answer and references are compared; `isoflop tasks generate` lists them")] = "exact"
+    metric: Annotated[str, Knob(doc="how answer and references are compared; `isoflop tasks generate` lists them")] = (
+        "exact"
+    )
     pattern: Annotated[str, Knob(doc="metric regex: what is taken of the answer; its first group, if it has one")] = ""
 
     def template(self) -> Template:
@@ -59,21 +60,18 @@ class Generate(LanguageDataTask):
         """Tokens behind the context, since a row that ends earlier would go on behind padding."""
         return len(asked.prompt.behind)
 
-    def asked(self, lm: Any, example: Example, tokens: PromptTokenizer, fresh: bool = False) -> Asked:
-        """With room for the answer."""
-        asked = super().asked(lm, example, tokens, fresh)
-        room = lm.info.geometry["positions"]
-        if asked.length + self.max_tokens > room:
-            raise Infeasible(
-                f"task {self.name}: a prompt of data {self.data} takes {asked.length} tokens and max_tokens = {self.max_tokens} more; "
-                f"model {lm.info.ref} has room for {room}"
-            )
-        return asked
+    @property
+    def generated(self) -> int:
+        """``max_tokens``."""
+        return self.max_tokens
 
     def scores_of(self, contexts: Contexts, asked: Sequence[Asked], tokens: PromptTokenizer) -> list[dict[str, float]]:
         """Generate for all, then compare."""
         answers = contexts.generate(
-            [one.prompt.behind for one in asked], self.max_tokens, tokens.end_ids, lambda ids: self._ended(tokens.text(ids))
+            [one.prompt.behind for one in asked],
+            self.max_tokens,
+            tokens.end_ids,
+            lambda ids: self._ended(tokens.text(ids)),
         )
         return [self._scored(one, tokens.text(ids), len(ids)) for one, ids in zip(asked, answers, strict=True)]
 

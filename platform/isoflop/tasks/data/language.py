@@ -20,15 +20,15 @@ from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
 from isoflop.models.base import Model, ModelInfo
-from isoflop.models.contexts import Contexts, read_contexts
+from isoflop.models.contexts import Contexts, read_contexts, room_for
 from isoflop.models.counting import flops_of
 from isoflop.models.hooks.attention import CacheReport
 from isoflop.models.hooks.feed_forward import FEED_FORWARD
 from isoflop.models.hooks.prompt_text import PROMPT_TEXT, Document
 from isoflop.models.lm import LmModel
 from isoflop.models.metering import meter
-from isoflop.tasks.base import Shard
-from isoflop.tasks.data.base import DataTask, Example
+from isoflop.tasks.base import Shard, Task
+from isoflop.tasks.data.base import DataTask, Example, bad_row, shards
 from isoflop.tasks.data.prompts import PromptText, PromptTokenizer, Template, TokenPrompt, shown
 from isoflop.tasks.data.rows import Rows
 from isoflop.tasks.footprint import byte_costs, decoder_cache, peak_bytes_of, seconds_of
@@ -45,17 +45,15 @@ class Asked:
     """One example as the model reads it.
 
     Attributes:
-        id: its number.
-        prompt: context and what follows it.
-        tails: what the task scores or continues behind the context; each begins with ``prompt.behind``.
-        row: the fields that it was made of.
+        text: the prompt, with its context as it was shortened.
+        prompt: the same in tokens.
+        tails: what the task scores or continues behind the context.
     """
 
-    id: int
+    example: Example
     text: PromptText
     prompt: TokenPrompt
     tails: tuple[tuple[int, ...], ...]
-    example: Example
 
     @property
     def length(self) -> int:
@@ -63,48 +61,67 @@ class Asked:
         return len(self.prompt.context) + max(len(tail) for tail in self.tails)
 
 
-@dataclass(frozen=True)
-class LanguageDataTask(DataTask):
-    """Base class of tasks that put a prompt made of a row before a language model.
+@dataclass(frozen=True, kw_only=True)
+class ContextTask(Task):
+    """Base class of tasks that put prompts before a language model, each with a context that methods compress.
 
-    Subclasses give a template (``template``), what stands behind the prompt (``tails_of``) and its errors (``scores_of``).
+    A context is read once per example; what follows it is scored, or goes on, behind the compressed context. Subclasses give the
+    examples (``examples_for``), each one's prompt (``text_of``), what is run behind the context (``tails_of``), and the scores of a
+    batch (``scores_of``).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"tokenizer"})
     asks: ClassVar[frozenset[Hook[Any]]] = frozenset({PROMPT_TEXT, FEED_FORWARD})
 
     chat: Annotated[bool, Knob(doc="lay the checkpoint's chat template around every prompt")] = False
+    shard: Annotated[
+        int, Knob(low=1, high=100_000, doc="examples per shard; a pruner may stop a job between shards")
+    ] = 64
 
     @abstractmethod
-    def template(self) -> Template:
-        """The prompt over the fields of a row."""
+    def examples_for(self, lm: LmModel, tokens: PromptTokenizer) -> list[Example]:
+        """All examples."""
 
     @abstractmethod
-    def tails_of(self, example: Example, text: PromptText, prompt: TokenPrompt, tokens: PromptTokenizer) -> list[tuple[int, ...]]:
+    def text_of(self, example: Example) -> PromptText:
+        """The prompt of an example as text."""
+
+    def prompt_of(self, example: Example, text: PromptText, tokens: PromptTokenizer) -> TokenPrompt:
+        """The prompt in tokens."""
+        return tokens.prompt(text)
+
+    @abstractmethod
+    def tails_of(
+        self, example: Example, text: PromptText, prompt: TokenPrompt, tokens: PromptTokenizer
+    ) -> list[tuple[int, ...]]:
         """What is run behind the context of an example, at least one row of tokens."""
 
     @abstractmethod
     def scores_of(self, contexts: Contexts, asked: Sequence[Asked], tokens: PromptTokenizer) -> list[dict[str, float]]:
         """Of each example of a batch: ``error``, and secondary metrics by name."""
 
+    @property
+    def names_context(self) -> bool:
+        """Whether the prompts name a part that methods on text may shorten."""
+        return True
+
+    @property
+    def generated(self) -> int:
+        """Most tokens that are generated behind a tail."""
+        return 0
+
     def alike(self, asked: Asked) -> Any:
         """Examples of one batch agree in this."""
         return None
 
     def check(self, info: ModelInfo) -> None:
-        """A language model with a tokenizer; the data have the fields that the options name."""
+        """A language model with a tokenizer."""
         super().check(info)
         lm_info(info, self.name)
-        self.check_rows(self.rows)
-
-    def check_rows(self, rows: Rows) -> None:
-        """The template's fields are there."""
-        for field in self.template().fields:
-            rows.require(field, "prompt", self.name)
 
     def check_method(self, method: Method, info: ModelInfo) -> None:
         """Refuse methods on the text of a context where none is named."""
-        if PROMPT_TEXT in method.hooks and self.template().context is None:
+        if PROMPT_TEXT in method.hooks and not self.names_context:
             raise Infeasible(
                 f"task {self.name}: method {method.name} shortens a context, and the prompt names none; name its field: "
                 "context: FIELD"
@@ -112,10 +129,10 @@ class LanguageDataTask(DataTask):
 
     @torch.no_grad()
     def evaluate(self, model: Model, ctx: StageContext, seed: int) -> Iterator[Shard]:
-        """Ask shard by shard; a context is read, and compressed, once per example."""
+        """Ask shard by shard."""
         lm = lm_model(model, self.name)
         tokens = self.tokens_of(lm)
-        for examples in self.shards(seed):
+        for examples in shards(self, self.examples_for(lm, tokens), self.shard, seed):
             asked = [self.asked(lm, example, tokens) for example in examples]
             found: list[dict[str, float]] = [{} for _ in asked]
             for numbers in self.groups(lm, asked):
@@ -124,18 +141,11 @@ class LanguageDataTask(DataTask):
                     for number, scores in zip(numbers, self.scores_of(contexts, batch, tokens), strict=True):
                         found[number] = scores
             columns = {name: np.array([scores[name] for scores in found]) for name in found[0]}
-            yield Shard(np.array([one.id for one in asked]), columns.pop("error"), columns)
+            yield Shard(np.array([one.example.id for one in asked]), columns.pop("error"), columns)
 
     def tokens_of(self, lm: LmModel) -> PromptTokenizer:
         """How prompts become the model's tokens."""
         return PromptTokenizer(lm.tokenizer, self.chat, f"task {self.name}: model {lm.info.ref}")
-
-    def text_of(self, example: Example) -> PromptText:
-        """The prompt of an example as text."""
-        try:
-            return self.template().fill(example.row)
-        except UserError as error:
-            raise self.where(example, str(error)) from None
 
     def asked(self, lm: LmModel, example: Example, tokens: PromptTokenizer, fresh: bool = False) -> Asked:
         """An example as the model is shown it, its context shortened by whatever is applied.
@@ -148,14 +158,9 @@ class LanguageDataTask(DataTask):
         if compressor is not None:
             compress = compressor.fresh if fresh else compressor.compress
             text = replace(text, context=compress(text.behind.strip(), [Document(CONTEXT_ID, text.context)]).text)
-        prompt = tokens.prompt(text)
-        asked = Asked(example.id, text, prompt, tuple(self.tails_of(example, text, prompt, tokens)), example)
-        room = lm.info.geometry["positions"]
-        if asked.length > room:
-            raise Infeasible(
-                f"task {self.name}: a prompt of data {self.data} takes {asked.length} tokens with its answer; model {lm.info.ref} has "
-                f"room for {room}"
-            )
+        prompt = self.prompt_of(example, text, tokens)
+        asked = Asked(example, text, prompt, tuple(self.tails_of(example, text, prompt, tokens)))
+        room_for(lm, asked.length + self.generated, f"task {self.name}: a prompt with its answer")
         return asked
 
     def groups(self, lm: LmModel, asked: Sequence[Asked]) -> Iterator[list[int]]:
@@ -184,14 +189,20 @@ class LanguageDataTask(DataTask):
         """
         lm = lm_model(model, self.name)
         tokens = self.tokens_of(lm)
-        examples = self.examples()[:MEASURED]
+        examples = self.examples_for(lm, tokens)[:MEASURED]
         costs, caches, lengths = [], [], []
         for example in examples:
             method, asked = flops_of(lambda example=example: self.asked(lm, example, tokens, fresh=True))  # type: ignore[misc]
             language, _ = flops_of(lambda asked=asked: self._run(lm, asked, tokens))  # type: ignore[misc]
             costs.append((method, language))
             caches.append(decoder_cache(lm, lambda asked=asked: self._run(lm, asked, tokens)))  # type: ignore[misc]
-            lengths.append((asked.length, len(asked.prompt.context), tokens.prompt(self.text_of(example)).tokens - asked.prompt.tokens))
+            lengths.append(
+                (
+                    asked.length,
+                    len(asked.prompt.context),
+                    self.prompt_of(example, self.text_of(example), tokens).tokens - asked.prompt.tokens,
+                )
+            )
         method, language = np.mean(costs, axis=0).tolist()
         length, context, shortened = np.mean(lengths, axis=0).tolist()
         cache = CacheReport(*(float(np.mean([getattr(c, f.name) for c in caches])) for f in fields(CacheReport)))
@@ -216,6 +227,36 @@ class LanguageDataTask(DataTask):
     def _run(self, lm: LmModel, asked: Asked, tokens: PromptTokenizer) -> Any:
         with read_contexts(lm, [asked.prompt.context]) as contexts:
             return self.scores_of(contexts, [asked], tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageDataTask(DataTask, ContextTask):
+    """Base class of tasks whose prompts are made of a user's rows by a template."""
+
+    @abstractmethod
+    def template(self) -> Template:
+        """The prompt over the fields of a row."""
+
+    @property
+    def names_context(self) -> bool:
+        """Whether the template has one."""
+        return self.template().context is not None
+
+    def check_rows(self, rows: Rows) -> None:
+        """The template's fields are there."""
+        for field in self.template().fields:
+            rows.require(field, "prompt", self.name)
+
+    def examples_for(self, lm: LmModel, tokens: PromptTokenizer) -> list[Example]:
+        """The rows that are taken."""
+        return self.examples()
+
+    def text_of(self, example: Example) -> PromptText:
+        """The template, filled."""
+        try:
+            return self.template().fill(example.row)
+        except UserError as error:
+            raise bad_row(self, example, str(error)) from None
 
 
 CONTEXT_ID = "context"

@@ -8,6 +8,7 @@ from string import Formatter
 from typing import Any
 
 from isoflop.core.errors import UserError, unknown
+from isoflop.models.worlds.lm_text import byte_ends
 
 CONTEXT = "context"
 """The field of a template that is the context where the task's options name none."""
@@ -73,13 +74,17 @@ class Template:
                     raise UserError(f"{where}: {field or ''!r} in {text!r} is not a plain field; allowed: {{name}}")
                 pieces.append((literal, field))
         except ValueError as error:
-            raise UserError(f"{where}: {text!r} is no template ({error}); allowed: {{name}}, and {{{{ for a brace") from None
+            raise UserError(
+                f"{where}: {text!r} is no template ({error}); allowed: {{name}}, and {{{{ for a brace"
+            ) from None
         fields = [field for _, field in pieces if field is not None]
         wanted = context or (CONTEXT if CONTEXT in fields else None)
         if wanted is not None and fields.count(wanted) != 1:
             if not fields.count(wanted):
                 raise unknown("field of the template", wanted, fields, f"{where}: context")
-            raise UserError(f"{where}: the context {{{wanted}}} stands {fields.count(wanted)} times in {text!r}; allowed: once")
+            raise UserError(
+                f"{where}: the context {{{wanted}}} stands {fields.count(wanted)} times in {text!r}; allowed: once"
+            )
         return cls(tuple(pieces), wanted)
 
     @property
@@ -108,7 +113,7 @@ class Template:
                 parts[place] += shown(row, field)
         if self.context is None:
             return PromptText("", parts["before"], "", marked=False)
-        return PromptText(**parts)
+        return PromptText(parts["before"], parts["context"], parts["behind"])
 
 
 def shown(row: Mapping[str, Any], field: str) -> str:
@@ -153,7 +158,9 @@ class PromptTokenizer:
         self._tokenizer = tokenizer
         self._chat = chat
         if chat and not getattr(tokenizer, "chat_template", None):
-            raise UserError(f"{where}: chat = true, but the checkpoint's tokenizer has no chat template; allowed: chat: false")
+            raise UserError(
+                f"{where}: chat = true, but the checkpoint's tokenizer has no chat template; allowed: chat: false"
+            )
         first = tokenizer("", verbose=False)["input_ids"]
         bos = tokenizer.bos_token_id
         self._first = tuple(first[:1]) if first and first[0] == bos else ()
@@ -171,7 +178,9 @@ class PromptTokenizer:
     def prompt(self, text: PromptText) -> TokenPrompt:
         """A prompt in tokens; a token across the end of the context belongs to what follows."""
         laid, end, first = (*self._in_chat(text), ()) if self._chat else (text.text, text.end, self._first)
-        laid = laid.rstrip() if not self._chat and laid.strip() else laid  # a space before the answer is part of its first token
+        laid = (
+            laid.rstrip() if not self._chat and laid.strip() else laid
+        )  # a space before the answer is part of its first token
         found = self._tokenizer(laid, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids = [*first, *found["input_ids"]]
         inside = len(first) + sum(stop <= end for _, stop in found["offset_mapping"])
@@ -191,6 +200,12 @@ class PromptTokenizer:
         space = text.text[len(before) :]
         alone, both = self._plain(before), self._plain(before + space + answer)
         return tuple(both[len(alone) :]) or tuple(self._plain(answer))
+
+    def with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """A document's tokens, with what the model wants at its beginning, and the UTF-8 bytes up to the end of each."""
+        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ends = byte_ends(text, [stop for _, stop in found["offset_mapping"]])
+        return [*self._first, *found["input_ids"]], [*(0 for _ in self._first), *ends.tolist()]
 
     def text(self, ids: Sequence[int]) -> str:
         """Tokens as text, without special ones."""

@@ -136,8 +136,10 @@ def _files(data: str, split: str, kinds: Mapping[str, Any], what: str) -> list[P
         return [path]
     if not path.is_dir():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise unknown("file or folder", path.name, beside, f"data {data}") if beside else UserError(
-            f"data {data}: no such file or folder"
+        raise (
+            unknown("file or folder", path.name, beside, f"data {data}")
+            if beside
+            else UserError(f"data {data}: no such file or folder")
         )
     found = sorted(p for p in path.rglob("*") if p.is_file() and suffix_of(p) in kinds and not _hidden(p, path))
     if not found:
@@ -177,15 +179,16 @@ def _read_file(path: Path) -> list[Row]:
     except UserError:
         raise
     except (OSError, ValueError, csv.Error) as error:  # Arrow's own errors are ValueErrors and OSErrors, too
-        raise UserError(f"data {path}: cannot be read: {str(error).splitlines()[0] if str(error) else error!r}") from None
+        raise UserError(
+            f"data {path}: cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from None
 
 
 def text_of(path: Path) -> str:
     """A text file's content. Raises UserError where it is not UTF-8."""
     try:
-        opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-        with opened as file:
-            return file.read().decode("utf-8-sig")
+        stored = path.read_bytes()
+        return (gzip.decompress(stored) if path.suffix == ".gz" else stored).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"data {path}: is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
