@@ -91,6 +91,8 @@ class KnobSpec:
     def describe(self) -> str:
         """The allowed values in words: ``1 … 36 (log)``, ``mean | max`` or ``list of 0 … 1``."""
         knob = self.knob
+        if knob.path:
+            return "a path"
         if knob.choices is not None:
             return " | ".join(shown(c) for c in knob.choices)
         bounded = knob.low is not None or knob.high is not None or knob.step is not None
@@ -296,10 +298,11 @@ def check_knobs(cls: type, values: Mapping[str, Any], kind: str, where: str = ""
     for name in values:
         if name not in specs:
             raise unknown(f"knob of {kind}", name, specs, where)
+    given = {name: specs[name].check(value, f"{where}: {kind}" if where else kind) for name, value in values.items()}
     result: dict[str, KnobValue] = {}
     for name, spec in specs.items():
-        if name in values:
-            result[name] = spec.check(values[name], f"{where}: {kind}" if where else kind)
+        if name in given:
+            result[name] = given[name]
         elif spec.required:
             prefix = f"{where}: " if where else ""
             raise UserError(f"{prefix}{kind} needs a value for {name}; allowed: {spec.describe()}")

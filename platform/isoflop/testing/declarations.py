@@ -41,8 +41,9 @@ def declared(cls: type[Any]) -> None:
     assert not strangers, f"fields without a Knob annotation: {', '.join(sorted(strangers))}"
     for spec in specs.values():
         assert spec.knob.doc, f"knob {spec.name} has no documentation"
-        assert not spec.required, f"knob {spec.name} has no default"
-        spec.check(spec.default)
+        assert spec.knob.path or not spec.required, f"knob {spec.name} has no default"
+        if not spec.required:
+            spec.check(spec.default)
 
 
 def declares_hooks(cls: type[Any], *attributes: str) -> None:

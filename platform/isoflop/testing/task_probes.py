@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from isoflop.core.errors import UserError
@@ -19,8 +21,13 @@ from isoflop.methods.vit_tokens.probe import untrained_model as untrained_vit
 from isoflop.models.base import Model
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.feed_forward import FEED_FORWARD
+from isoflop.models.hooks.prompt_text import PROMPT_TEXT
+from isoflop.models.lm import LmModel, tokenizer_of
 from isoflop.tasks.base import Task
 from isoflop.tasks.byte_completion import ByteTask
+from isoflop.tasks.data.choice import Choice
+from isoflop.tasks.data.generate import Generate
+from isoflop.tasks.data.text import Text
 from isoflop.tasks.digit_scenes import DigitSceneTask
 from isoflop.tasks.find_digit import FindDigit
 from isoflop.tasks.labelled_images import LabelledImages
@@ -102,6 +109,25 @@ def _text(**options: KnobValue) -> TaskProbe:
     return TaskProbe(model, ctx, {"examples": 10, "shard": 4, **options})
 
 
+def reader_of_text(positions: int = 2048) -> tuple[LmModel, GivenContext]:
+    """An untrained reader of bytes with its tokenizer, and its context."""
+    ctx = GivenContext({"english": made_up_documents()})
+    model = untrained_byte_reader(VOCABULARY)
+    hooks = model.info.hooks | {ATTENTION, FEED_FORWARD, PROMPT_TEXT}  # what its decoder can do, too
+    info = replace(model.info, hooks=hooks, geometry={**model.info.geometry, "positions": positions})
+    return LmModel(info, model.module, tokenizer_of(info, ctx)), ctx
+
+
+def own(name: str) -> str:
+    """A file of the data that come with the package, as a user's own."""
+    return str(Path(str(files("isoflop.sweeps") / "own" / name)))
+
+
+def _own(name: str, **options: KnobValue) -> TaskProbe:
+    model, ctx = reader_of_text()
+    return TaskProbe(model, ctx, {"data": own(name), "limit": 8, "shard": 3, **options})
+
+
 def _questions() -> TaskProbe:
     ctx = GivenContext({})
     sizes: dict[str, KnobValue] = {"examples": 10, "shard": 4, "documents": 2, "facts": 4, "filler": 4}
@@ -121,5 +147,10 @@ PROBES: dict[Any, Callable[[], TaskProbe]] = {
     BitsPerByte: lambda: _text(tokens=24),
     ByteTask: lambda: _text(prompt=32, scored=4),
     PromptQa: _questions,
+    Choice: lambda: _own("questions.jsonl", context="passage"),
+    Generate: lambda: _own(
+        "questions.jsonl", prompt="{passage} {question}", context="passage", references="answers", max_tokens=4
+    ),
+    Text: lambda: _own("notes.txt", tokens=48),
     GenerationLatency: _generation,
 }

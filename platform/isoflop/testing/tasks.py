@@ -118,12 +118,13 @@ def check_order(cls: type[Task], probe: TaskProbe) -> None:
 
 def check_prefix(cls: type[Task], probe: TaskProbe) -> None:
     """A shorter suite is a prefix of a longer one: its examples are there under the same numbers, with the same scores."""
-    if "examples" not in knob_specs(cls):
+    option = next((name for name in ("examples", "limit") if name in knob_specs(cls)), None)
+    if option is None:
         return
     longer = _scores(cls, probe)
     count = len(longer["ids"])
-    shorter = _scores(cls, probe, examples=max(1, count // 2))
-    assert len(shorter["ids"]) == max(1, count // 2), f"examples = {max(1, count // 2)} gives {len(shorter['ids'])}"
+    shorter = _scores(cls, probe, **{option: max(1, count // 2)})
+    assert len(shorter["ids"]) == max(1, count // 2), f"{option} = {max(1, count // 2)} gives {len(shorter['ids'])}"
     strangers = sorted(set(shorter["ids"].tolist()) - set(longer["ids"].tolist()))
     assert not strangers, f"examples {strangers} of a shorter suite are not in a longer one"
     rows = np.isin(longer["ids"], shorter["ids"])

@@ -57,9 +57,14 @@ class Choice(LanguageDataTask):
 
     def check_rows(self, rows: Rows) -> None:
         """The fields of template, options and answer."""
+        for option in (
+            "options",
+            "answer",
+            *(() if self.prompt else ("question",)),
+            *(("context",) if self.context else ()),
+        ):
+            rows.require(getattr(self, option), option, self.name)
         super().check_rows(rows)
-        rows.require(self.options, "options", self.name)
-        rows.require(self.answer, "answer", self.name)
 
     def content(self) -> str:
         """The data, and those that the answered examples come from."""

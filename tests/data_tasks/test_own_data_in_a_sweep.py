@@ -1,0 +1,99 @@
+"""A user's data in a sweep: where paths lead, what names jobs, several tasks of a kind, and what plan refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from isoflop.core.errors import UserError
+from isoflop.jobs.job import Job, ResolvedJob
+from isoflop.sweep.resolve import resolve
+from isoflop.testing.task_probes import own
+
+MODEL = "hf:reader"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama with a tokenizer, in ``save_pretrained`` form."""
+    from transformers import LlamaForCausalLM
+
+    from isoflop.testing.task_probes import reader_of_text
+
+    folder = tmp_path_factory.mktemp("own") / "reader"
+    model, _ = reader_of_text()
+    assert isinstance(model.module, LlamaForCausalLM)
+    model.module.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> Path:
+    """A folder with data and a checkpoint, from which the process does not run; the model is named from where it runs."""
+    shutil.copy(own("questions.jsonl"), tmp_path / "my.jsonl")
+    monkeypatch.chdir(checkpoint.parent)
+    return tmp_path
+
+
+def jobs(folder: Path, *tasks: object) -> dict[str, Job]:
+    sweep = {"name": "own", "models": [MODEL], "methods": ["full-cache"], "tasks": list(tasks)}
+    path = folder / "sweep.yaml"
+    path.write_text(json.dumps(sweep))
+    resolved = resolve(path)
+    (config,) = resolved.space.grid()
+    return {job.task: job for job in resolved.jobs_of(config)}
+
+
+def choice(**options: object) -> dict:
+    return {"choice": {"data": "my.jsonl", "context": "passage", **options}}
+
+
+def test_paths_are_relative_to_the_sweeps_file(folder: Path) -> None:
+    job = jobs(folder, choice())["choice"]
+    assert dict(job.task_paths) == {"data": str(folder / "my.jsonl")}
+    assert "data" not in dict(job.task_options)
+    assert Job.from_dict(json.loads(json.dumps(job.to_dict()))) == job
+    assert ResolvedJob.of(job).task.data == str(folder / "my.jsonl")  # type: ignore[attr-defined]
+
+
+def test_content_names_jobs_and_places_do_not(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    first = jobs(folder, choice())["choice"]
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    lines = (folder / "my.jsonl").read_text().splitlines(keepends=True)
+    (elsewhere / "parts").mkdir()
+    (elsewhere / "parts" / "b.jsonl").write_text("".join(lines[:9][::-1]))
+    (elsewhere / "parts" / "a.jsonl").write_text("".join(lines[9:]))
+    assert jobs(elsewhere, choice(data="parts"))["choice"].id == first.id
+    (folder / "my.jsonl").write_text("".join(lines[:-1]))
+    assert jobs(folder, choice())["choice"].id != first.id
+
+
+def test_a_label_tells_two_tasks_of_a_kind_apart(folder: Path) -> None:
+    found = jobs(folder, choice(), {"choice:hard": {"data": "my.jsonl", "shots": 2}})
+    assert sorted(found) == ["choice", "choice:hard"]
+    assert found["choice"].id != found["choice:hard"].id
+    assert ResolvedJob.of(found["choice:hard"]).task.name == "choice"
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (choice(data="mine.jsonl"), r"tasks\[0\].*did you mean 'my\.jsonl'"),
+        (choice(question="quesion"), r"tasks\[0\].*question.*'quesion' \(did you mean 'question'\?\)"),
+        (choice(context="pasage"), r"'pasage' \(did you mean 'passage'\?\)"),
+        ({"choice": {}}, "needs a value for data"),
+        (choice(normalise="byte"), "did you mean 'bytes'"),
+        ({"choise:x": {"data": "my.jsonl"}}, "did you mean 'choice'"),
+        ({"generate": {"data": "my.jsonl", "prompt": "{question}", "references": "answers", "metric": "f2"}}, "did you mean 'f1'"),
+        ({"text": {"data": "my.jsonl"}}, "'text'.*allowed: answer, answers"),
+    ],
+)  # fmt: skip
+def test_wrong_tasks_are_refused_at_plan_in_one_line(folder: Path, task: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        jobs(folder, task)
+    assert "\n" not in str(caught.value)
+    assert "sweep.yaml:1" in str(caught.value)

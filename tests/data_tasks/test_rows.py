@@ -1,0 +1,136 @@
+"""A user's data: formats, names of examples, and what is wrong with files, in one line."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isoflop.core.errors import UserError
+from isoflop.tasks.data.rows import chosen, named, read
+
+ROWS = [{"q": f"question {n}", "a": f"{n}"} for n in range(7)]
+
+
+def write(path: Path, rows: list[dict] = ROWS) -> Path:
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    match path.suffix:
+        case ".gz":
+            path.write_bytes(gzip.compress(lines.encode()))
+        case ".jsonl" | ".ndjson":
+            path.write_text(lines)
+        case ".json":
+            path.write_text(json.dumps(rows))
+        case ".csv" | ".tsv":
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+                writer.writeheader()
+                writer.writerows(rows)
+        case ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        case _:
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, pa.Table.from_pylist(rows).schema) as out:
+                out.write_table(pa.Table.from_pylist(rows))
+    return path
+
+
+FORMS = ["a.jsonl", "a.ndjson", "a.json", "a.csv", "a.tsv", "a.parquet", "a.arrow", "a.feather", "a.jsonl.gz"]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_gives_the_same_rows_numbers_and_content(tmp_path: Path, name: str) -> None:
+    found, expected = read(str(write(tmp_path / name))), named(ROWS, "x")
+    assert found.rows == expected.rows
+    assert found.ids_N.tolist() == expected.ids_N.tolist()
+    assert found.content == expected.content
+
+
+def test_shards_order_and_names_of_files_change_nothing(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    (other / "deep").mkdir(parents=True)
+    one.mkdir()
+    write(one / "all.jsonl")
+    write(other / "b.jsonl", ROWS[4:][::-1])
+    write(other / "deep" / "a.parquet", ROWS[:4])
+    (other / "README.md").write_text("not a table")
+    assert read(str(one)).content == read(str(other)).content
+    assert read(str(one)).rows == read(str(other)).rows
+
+
+def test_a_folder_has_splits(tmp_path: Path) -> None:
+    write(tmp_path / "train-00.jsonl", ROWS[:5])
+    write(tmp_path / "test-00.jsonl", ROWS[5:])
+    assert len(read(str(tmp_path), "train")) == 5
+    assert len(read(str(tmp_path), "test")) == 2
+    with pytest.raises(UserError, match=r"split = 'dev'.*test-00\.jsonl"):
+        read(str(tmp_path), "dev")
+
+
+@given(st.lists(st.dictionaries(st.sampled_from("abc"), st.integers(0, 2), min_size=1), min_size=1, max_size=12))
+def test_numbers_are_different_stable_and_exact_as_floats(rows: list[dict]) -> None:
+    found, back = named(rows, "x"), named(rows[::-1], "x")
+    assert len(set(found.ids_N.tolist())) == len(rows)
+    assert found.ids_N.tolist() == back.ids_N.tolist()
+    assert found.content == back.content
+    assert all(int(float(n)) == n for n in found.ids_N.tolist())
+
+
+def test_a_changed_row_is_another_example(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl")
+    before = read(str(path))
+    write(path, [*ROWS[:6], {"q": "question 6", "a": "changed"}])
+    after = read(str(path))
+    assert before.content != after.content
+    assert len(set(before.ids_N.tolist()) & set(after.ids_N.tolist())) == 6
+
+
+def test_fewer_examples_are_a_subset_of_more() -> None:
+    rows = named(ROWS, "x")
+    for seed in (0, 1):
+        every = chosen(len(rows), None, seed, rows.ids_N)
+        assert sorted(every.tolist()) == list(range(7))
+        for limit in range(1, 7):
+            np.testing.assert_array_equal(chosen(len(rows), limit, seed, rows.ids_N), every[:limit])
+    assert chosen(7, None, 0, rows.ids_N).tolist() != chosen(7, None, 1, rows.ids_N).tolist()
+
+
+WRONG = {
+    "broken.jsonl": (b'{"a": 1}\n{"a": \n', r"broken\.jsonl:2: is no JSON"),
+    "number.jsonl": (b"3\n", r"line 1 is 3; allowed: an object"),
+    "object.json": (b'{"a": 1}', r"holds dict, not a list of rows"),
+    "latin.jsonl": ('{"a": "é"}'.encode("latin-1"), r"is not UTF-8 text \(byte 7\)"),
+    "ragged.csv": (b"a,b\n1,2\n3\n", r"ragged\.csv:3: has another number of cells than the 2"),
+    "quote.csv": (b'a,b\n"1"x,2\n', r"cannot be read"),
+    "none.jsonl": (b"\n\n", r"holds no rows"),
+    "header.csv": (b"a,b\n", r"holds no rows"),
+    "no.parquet": (b"PAR1 is not", r"cannot be read"),
+    "no.arrow": (b"nothing of the kind", r"cannot be read"),
+    "no.jsonl.gz": (b"not gzip", r"cannot be read"),
+    "text.docx": (b"x", r"is no table file; allowed: \.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_files_are_refused_in_one_line(tmp_path: Path, name: str) -> None:
+    content, message = WRONG[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_names_its_nearest_neighbour(tmp_path: Path) -> None:
+    write(tmp_path / "questions.jsonl")
+    with pytest.raises(UserError, match=r"did you mean 'questions\.jsonl'"):
+        read(str(tmp_path / "question.jsonl"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no table file"):
+        read(str(tmp_path / "empty"))
