@@ -182,6 +182,10 @@ class Method:
         """Raise Infeasible when this configuration cannot work on the model; names the knob and what would work."""
         info.check_offers(f"method {self.name}", self.hooks, self.needs)
 
+    def idle(self, info: ModelInfo) -> bool:
+        """Whether the method has nothing to act on in the model and is the same as none; then it takes part in no training."""
+        return False
+
     def check_prompt(self, tokens: int, task: str) -> None:
         """Raise Infeasible when this configuration would keep nothing of prompts of ``tokens`` tokens in ``task``."""
 

@@ -112,9 +112,9 @@ def test_shots_stand_before_the_context_and_never_hold_the_question() -> None:
         assert text.context == example.row["passage"]
         assert text.before.count("Answer: ") == 3
         assert example.row["passage"] not in text.before
-    with pytest.raises(UserError, match="shots = 40, but .* has 32 rows"):
-        task = Choice(data=QUESTIONS, shots=40)
-        task.text_of(task.examples()[0])
+    task = Choice(data=QUESTIONS, shots=40)
+    with pytest.raises(UserError, match=r"shots = 40, but .* has 32 rows"):
+        task.text_of(example)
 
 
 def test_generation_is_compared_with_references(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,5 +212,5 @@ def test_a_method_on_the_text_shortens_the_context_and_nothing_else() -> None:
 
 def test_too_long_prompts_are_refused() -> None:
     small, _ = reader_of_text(positions=64)
-    with pytest.raises(Infeasible, match="a prompt with its answer takes .* has room for 64"):
+    with pytest.raises(Infeasible, match=r"a prompt with its answer takes .* has room for 64"):
         list(Choice(data=QUESTIONS, context="passage").evaluate(small, CTX, 0))

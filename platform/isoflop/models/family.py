@@ -54,7 +54,7 @@ class ModelFamily(ABC):
         Raises:
             Infeasible: a method with ``trains_model`` takes a hook that the family cannot train with, or that another has.
         """
-        taking = tuple(method for method in methods if method.trains_model)
+        taking = tuple(method for method in methods if method.trains_model and not method.idle(info))
         for method in taking:
             stuck = names_of(set(method.hooks) - self.trainable)
             if stuck:

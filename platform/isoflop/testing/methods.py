@@ -110,6 +110,8 @@ def check_impossible_knobs(cls: type[Method], probe: Probe) -> None:
             refused(partial(_enter, method, probe), Infeasible, ratio.name, f"applying {ratio.name} = {value!r}")
     if cls.needs or cls.hooks:
         bare = dataclasses.replace(probe.model.info, hooks=frozenset(), offers=frozenset())
+        if at_default(cls, probe).idle(bare):
+            return
         refused(partial(at_default(cls, probe).check, bare), Infeasible, cls.name, "a model without the hook")
 
 

@@ -93,6 +93,9 @@ class Taught(Protocol):
     def check(self, info: ModelInfo) -> None:
         """Raise Infeasible when it cannot work on the model."""
 
+    def idle(self, info: ModelInfo) -> bool:
+        """Whether it acts nowhere in the model; then it takes part in no training."""
+
     def prepare(
         self, info: ModelInfo, weights: Stage | None, seed: int, trained_with: tuple[Any, ...] = ()
     ) -> Stage | None:
