@@ -27,6 +27,7 @@ from isoflop.tasks.base import Task
 from isoflop.tasks.byte_completion import ByteTask
 from isoflop.tasks.data.choice import Choice
 from isoflop.tasks.data.generate import Generate
+from isoflop.tasks.data.needle import Needle
 from isoflop.tasks.data.text import Text
 from isoflop.tasks.digit_scenes import DigitSceneTask
 from isoflop.tasks.find_digit import FindDigit
@@ -128,6 +129,18 @@ def _own(name: str, **options: KnobValue) -> TaskProbe:
     return TaskProbe(model, ctx, {"data": own(name), "limit": 8, "shard": 3, **options})
 
 
+def _needle() -> TaskProbe:
+    model, ctx = reader_of_text()
+    kinds = ("single", "multi-query", "variable-tracking", "common-words")
+    options: dict[str, KnobValue] = {
+        "haystack": own("notes.txt"),
+        "lengths": (1024,),
+        "depths": (0.0, 1.0),
+        "kinds": kinds,
+    }
+    return TaskProbe(model, ctx, {**options, "repeats": 1, "shard": 3})
+
+
 def _questions() -> TaskProbe:
     ctx = GivenContext({})
     sizes: dict[str, KnobValue] = {"examples": 10, "shard": 4, "documents": 2, "facts": 4, "filler": 4}
@@ -152,5 +165,6 @@ PROBES: dict[Any, Callable[[], TaskProbe]] = {
         "questions.jsonl", prompt="{passage} {question}", context="passage", references="answers", max_tokens=4
     ),
     Text: lambda: _own("notes.txt", tokens=48),
+    Needle: _needle,
     GenerationLatency: _generation,
 }
