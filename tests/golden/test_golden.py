@@ -11,7 +11,7 @@ import pytest
 from isoflop.methods.base import METHODS
 from isoflop.methods.probe import Probe
 from isoflop.testing import golden
-from isoflop.testing.golden import Golden, check_golden, differences, everything, golden_method, stale, write
+from isoflop.testing.golden import Golden, check_golden, differences, everything, golden_method, prune, stale, write
 
 FOLDER = Path(__file__).parent
 KNOWN = everything()
@@ -82,7 +82,7 @@ def test_a_rounding_is_neither_a_difference_nor_written(tmp_path: Path) -> None:
 
 
 def test_a_cost_that_goes_is_a_difference_and_one_that_comes_is_none() -> None:
-    assert differences({"a": 1.0}, {"b": 1.0}) == ["a is gone"]
+    assert differences({"a": 1.0}, {"b": 1.0}) == {"a": "a is gone"}
 
 
 def test_what_a_near_tie_decides_is_not_kept(tmp_path: Path) -> None:
@@ -94,6 +94,19 @@ def test_what_a_near_tie_decides_is_not_kept(tmp_path: Path) -> None:
     assert found is not None
     assert found.numbers == {"smooth": 1.0}
     check_golden(make(2), tmp_path)
+
+
+def test_what_another_processor_computes_otherwise_is_left_out(tmp_path: Path) -> None:
+    kept(tmp_path, FOUND)
+    here = replace(FOUND, numbers={**FOUND.numbers, "default.ratio": 5.0})
+    assert prune(lambda shake: here, tmp_path) == ["default.ratio 4 → 5"]
+    check_golden(here, tmp_path)
+    check_golden(FOUND, tmp_path)
+    assert prune(lambda shake: here, tmp_path) == []
+    with pytest.raises(AssertionError, match="no number holds here"):
+        prune(lambda shake: replace(FOUND, numbers={}), tmp_path)
+    with pytest.raises(AssertionError, match="has version '3', and '2' is kept"):
+        prune(lambda shake: replace(FOUND, version="3"), tmp_path)
 
 
 def test_the_command_compares_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

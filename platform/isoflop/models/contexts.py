@@ -83,7 +83,7 @@ class Contexts:
         """The most likely tokens behind contexts and tails, one after the other.
 
         Args:
-            tails: of one length, at least one token each.
+            tails: of one length; empty ones go on behind the contexts' own last tokens.
             most: tokens of the longest answer.
             ends: ids that end an answer; they are not part of it.
             done: from a row's ids to whether they are enough, or None.
@@ -91,15 +91,15 @@ class Contexts:
         Raises:
             ValueError: tails of different lengths.
         """
-        if len({len(tail) for tail in tails}) != 1 or not tails[0]:
-            raise ValueError("generation needs tails of one length, at least one token each")
+        if len({len(tail) for tail in tails}) != 1:
+            raise ValueError("generation needs tails of one length")
         found: list[list[int]] = [[] for _ in tails]
         going = [True] * len(tails)
         with self._cache.returning():
             ids_BT = self._ids(tails)
             start = 0
             for _ in range(most):
-                logits_BW = self._pass(ids_BT, start, 1)[:, -1]
+                logits_BW = self._pass(ids_BT, start, 1)[:, -1] if ids_BT.shape[1] else self._cache.last_BW
                 start += ids_BT.shape[1]
                 ids_BT = logits_BW.argmax(-1, keepdim=True)
                 for row, token in enumerate(ids_BT[:, 0].tolist()):

@@ -13,7 +13,7 @@ from isoflop.core.knobs import Knob
 from isoflop.models.contexts import Contexts
 from isoflop.tasks.base import TASKS
 from isoflop.tasks.data.base import Example, bad_row
-from isoflop.tasks.data.language import Asked, LanguageDataTask, listed
+from isoflop.tasks.data.language import Asked, LanguageDataTask, listed, score_tails
 from isoflop.tasks.data.prompts import PromptText, PromptTokenizer, Template, TokenPrompt
 from isoflop.tasks.data.rows import Row, Rows, chosen, read
 
@@ -87,17 +87,8 @@ class Choice(LanguageDataTask):
 
     def scores_of(self, contexts: Contexts, asked: Sequence[Asked], tokens: PromptTokenizer) -> list[dict[str, float]]:
         """Every option of every example, the first of each together, then the second …"""
-        most = max(len(one.tails) for one in asked)
-        tables = [np.full(most, np.inf) for _ in asked]
-        for place in range(most):
-            # an example with fewer options is asked its last one again, so that rows stay together
-            tails = [one.tails[min(place, len(one.tails) - 1)] for one in asked]
-            counts = [len(tail) - len(one.prompt.behind) for tail, one in zip(tails, asked, strict=True)]
-            nll_B = contexts.score(tails, counts).nll_B
-            for row, one in enumerate(asked):
-                if place < len(one.tails):
-                    tables[row][place] = nll_B[row]
-        return [self._scored(one, nll_O[: len(one.tails)]) for one, nll_O in zip(asked, tables, strict=True)]
+        found = score_tails(contexts, [(one.tails, len(one.prompt.behind)) for one in asked])
+        return [self._scored(one, np.array([nll for nll, _ in row])) for one, row in zip(asked, found, strict=True)]
 
     def _scored(self, asked: Asked, nll_O: np.ndarray) -> dict[str, float]:
         options = self._options(asked.example)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -20,22 +20,17 @@ from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
 from isoflop.models.base import Model, ModelInfo
-from isoflop.models.contexts import Contexts, read_contexts, room_for
-from isoflop.models.counting import flops_of
-from isoflop.models.hooks.attention import CacheReport
+from isoflop.models.contexts import Contexts, Ids, read_contexts, room_for
 from isoflop.models.hooks.feed_forward import FEED_FORWARD
 from isoflop.models.hooks.prompt_text import PROMPT_TEXT, Document
 from isoflop.models.lm import LmModel
-from isoflop.models.metering import meter
 from isoflop.tasks.base import Shard, Task
 from isoflop.tasks.data.base import DataTask, Example, bad_row, shards
+from isoflop.tasks.data.costs import MEASURED, Priced, costs_of
 from isoflop.tasks.data.prompts import PromptText, PromptTokenizer, Template, TokenPrompt, shown
 from isoflop.tasks.data.rows import Rows
-from isoflop.tasks.footprint import byte_costs, decoder_cache, peak_bytes_of, seconds_of
 from isoflop.tasks.language_task import lm_info, lm_model
 
-MEASURED = 4
-"""Examples over which costs are averaged, since prompts differ in length."""
 MOST_TOKENS = 2**14
 """Tokens of one batch of contexts, padding included."""
 
@@ -164,69 +159,65 @@ class ContextTask(Task):
         return asked
 
     def groups(self, lm: LmModel, asked: Sequence[Asked]) -> Iterator[list[int]]:
-        """Numbers of examples that share a batch: of similar length, at most ``MOST_TOKENS`` with their padding."""
+        """Numbers of examples that share a batch."""
         observing = lm.occupant(FEED_FORWARD) is not None
-        kinds: dict[Any, list[int]] = {}
-        for number, one in enumerate(asked):
-            lengths = tuple(map(len, one.tails)) if observing else None
-            kinds.setdefault((self.alike(one), lengths), []).append(number)
-        for numbers in kinds.values():
-            numbers.sort(key=lambda number: asked[number].length)
-            batch: list[int] = []
-            for number in numbers:
-                if batch and asked[number].length * (len(batch) + 1) > MOST_TOKENS:
-                    yield batch
-                    batch = []
-                batch.append(number)
-            yield batch
+        kinds = [(self.alike(one), tuple(map(len, one.tails)) if observing else None) for one in asked]
+        return batches_of(kinds, [one.length for one in asked])
 
     @torch.no_grad()
     def measure(self, model: Model, ctx: StageContext) -> dict[str, float]:
-        """Mean footprint of single examples, from the text to the last scored token, batch of one.
-
-        ``flops_method`` is the compressor's of the text; ``text_tokens`` are those of the prompt as the model is shown it, and
-        of the longest answer.
-        """
+        """Mean footprint of single examples, from the text to the last scored token; see ``costs_of``."""
         lm = lm_model(model, self.name)
         tokens = self.tokens_of(lm)
-        examples = self.examples_for(lm, tokens)[:MEASURED]
-        costs, caches, lengths = [], [], []
-        for example in examples:
-            method, asked = flops_of(lambda example=example: self.asked(lm, example, tokens, fresh=True))  # type: ignore[misc]
-            language, _ = flops_of(lambda asked=asked: self._run(lm, asked, tokens))  # type: ignore[misc]
-            costs.append((method, language))
-            caches.append(decoder_cache(lm, lambda asked=asked: self._run(lm, asked, tokens)))  # type: ignore[misc]
-            lengths.append(
-                (
-                    asked.length,
-                    len(asked.prompt.context),
-                    self.prompt_of(example, self.text_of(example), tokens).tokens - asked.prompt.tokens,
-                )
-            )
-        method, language = np.mean(costs, axis=0).tolist()
-        length, context, shortened = np.mean(lengths, axis=0).tolist()
-        cache = CacheReport(*(float(np.mean([getattr(c, f.name) for c in caches])) for f in fields(CacheReport)))
+        return costs_of(lm, [self._priced(lm, one, tokens) for one in self.examples_for(lm, tokens)[:MEASURED]])
 
-        def whole() -> Any:
-            return self._run(lm, self.asked(lm, examples[0], tokens, fresh=True), tokens)
-
-        with meter(lm):  # what a method on the cache says for itself is of the first example
-            whole()
-        return {
-            "visual_tokens": 0.0,
-            "text_tokens": length,
-            "prompt_tokens": context,
-            "flops": method + language,
-            "flops_llm": language,
-            "flops_method": method,
-            **byte_costs(lm, cache, lm.dense_cache_bytes(1) * (length + shortened)),
-            "seconds": seconds_of(whole, lm.device),
-            "peak_bytes": float(lm.resident_bytes() + peak_bytes_of(whole, lm.device)),
-        }
+    def _priced(self, lm: LmModel, example: Example, tokens: PromptTokenizer) -> Priced:
+        asked = self.asked(lm, example, tokens)
+        whole = self.prompt_of(example, self.text_of(example), tokens).tokens
+        return Priced(
+            lambda: self.asked(lm, example, tokens, fresh=True),
+            lambda asked: self._run(lm, asked, tokens),
+            asked.length,
+            len(asked.prompt.context),
+            asked.length + whole - asked.prompt.tokens,
+        )
 
     def _run(self, lm: LmModel, asked: Asked, tokens: PromptTokenizer) -> Any:
         with read_contexts(lm, [asked.prompt.context]) as contexts:
             return self.scores_of(contexts, [asked], tokens)
+
+
+def batches_of(kinds: Sequence[Any], lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Numbers of rows that share a batch: of one kind and similar length, ``MOST_TOKENS`` at most with their padding."""
+    of_kind: dict[Any, list[int]] = {}
+    for number, kind in enumerate(kinds):
+        of_kind.setdefault(kind, []).append(number)
+    for numbers in of_kind.values():
+        batch: list[int] = []
+        for number in sorted(numbers, key=lengths.__getitem__):
+            if batch and lengths[number] * (len(batch) + 1) > MOST_TOKENS:
+                yield batch
+                batch = []
+            batch.append(number)
+        yield batch
+
+
+def score_tails(contexts: Contexts, rows: Sequence[tuple[Sequence[Ids], int]]) -> list[list[tuple[float, bool]]]:
+    """Of each row of a batch, each tail's negative log-likelihood in nats, and whether greedy decoding would give it.
+
+    Args:
+        rows: tails of each context, and how many tokens at their beginning are given.
+    """
+    most = max(len(tails) for tails, _ in rows)
+    found: list[list[tuple[float, bool]]] = [[] for _ in rows]
+    for place in range(most):
+        # a context with fewer tails has its last one scored again, so that rows stay together
+        tails = [tails[min(place, len(tails) - 1)] for tails, _ in rows]
+        scores = contexts.score(tails, [len(tail) - given for tail, (_, given) in zip(tails, rows, strict=True)])
+        for row, (own, _) in enumerate(rows):
+            if place < len(own):
+                found[row].append((float(scores.nll_B[row]), bool(scores.greedy_B[row])))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -130,7 +130,7 @@ class TokenPrompt:
 
     Attributes:
         context: at least one token, which methods on the cache compress.
-        behind: at least one token, read behind the compressed context.
+        behind: read behind the compressed context: at least one token, unless the whole prompt has one.
     """
 
     context: tuple[int, ...]
@@ -184,9 +184,9 @@ class PromptTokenizer:
         found = self._tokenizer(laid, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids = [*first, *found["input_ids"]]
         inside = len(first) + sum(stop <= end for _, stop in found["offset_mapping"])
-        while len(ids) < 2:  # an empty prompt: something has to be read before the first answer token
-            ids, inside = [self._empty or 0, *ids], 1
-        cut = min(max(inside, 1), len(ids) - 1)
+        if not ids:  # something has to be read before the first token of an answer
+            return TokenPrompt((self.first_id,), ())
+        cut = min(max(inside, 1), max(len(ids) - 1, 1))
         return TokenPrompt(tuple(ids[:cut]), tuple(ids[cut:]))
 
     def answer(self, text: PromptText, answer: str) -> tuple[int, ...]:
@@ -201,11 +201,21 @@ class PromptTokenizer:
         alone, both = self._plain(before), self._plain(before + space + answer)
         return tuple(both[len(alone) :]) or tuple(self._plain(answer))
 
-    def with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """A document's tokens, with what the model wants at its beginning, and the UTF-8 bytes up to the end of each."""
+    @property
+    def first_id(self) -> int:
+        """What stands before a text that has nothing before it: the token of beginning, or else of end."""
+        return self._empty or 0
+
+    def with_ends(self, text: str, special: bool = True) -> tuple[list[int], list[int]]:
+        """A document's tokens, with the UTF-8 bytes up to the end of each.
+
+        Args:
+            special: with what the model wants at the beginning.
+        """
+        first = self._first if special else ()
         found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ends = byte_ends(text, [stop for _, stop in found["offset_mapping"]])
-        return [*self._first, *found["input_ids"]], [*(0 for _ in self._first), *ends.tolist()]
+        return [*first, *found["input_ids"]], [*(0 for _ in first), *ends.tolist()]
 
     def text(self, ids: Sequence[int]) -> str:
         """Tokens as text, without special ones."""

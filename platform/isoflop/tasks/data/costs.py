@@ -1,0 +1,69 @@
+"""What answers behind compressed contexts cost, measured on single examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from isoflop.models.counting import flops_of
+from isoflop.models.hooks.attention import CacheReport
+from isoflop.models.lm import LmModel
+from isoflop.models.metering import meter
+from isoflop.tasks.footprint import byte_costs, decoder_cache, peak_bytes_of, seconds_of
+
+MEASURED = 4
+"""Examples over which costs are averaged, since prompts differ in length."""
+
+
+@dataclass(frozen=True)
+class Priced:
+    """One example to be measured.
+
+    Attributes:
+        prepare: gives what ``run`` is called with: text as the method on it leaves it; its FLOPs are the method's.
+        run: reads and answers, batch of one.
+        length: tokens of context and answer; ``context`` those of the context alone.
+        dense: tokens without any method on the text.
+    """
+
+    prepare: Callable[[], Any]
+    run: Callable[[Any], Any]
+    length: int
+    context: int
+    dense: int
+
+
+def costs_of(lm: LmModel, examples: Sequence[Priced]) -> dict[str, float]:
+    """Means over examples; seconds and peak, and what a method on the cache says for itself, are of the first.
+
+    ``text_tokens`` are those of a prompt and its longest answer, ``prompt_tokens`` those of its context.
+    """
+    costs, caches = [], []
+    for example in examples:
+        method, prepared = flops_of(example.prepare)
+        language, _ = flops_of(lambda example=example, prepared=prepared: example.run(prepared))  # type: ignore[misc]
+        costs.append((method, language))
+        caches.append(decoder_cache(lm, lambda example=example, prepared=prepared: example.run(prepared)))  # type: ignore[misc]
+    method, language = np.mean(costs, axis=0).tolist()
+    cache = CacheReport(*(float(np.mean([getattr(c, f.name) for c in caches])) for f in fields(CacheReport)))
+
+    def answer() -> Any:
+        return examples[0].run(examples[0].prepare())
+
+    with meter(lm):
+        answer()
+    dense = float(np.mean([example.dense for example in examples]))
+    return {
+        "visual_tokens": 0.0,
+        "text_tokens": float(np.mean([example.length for example in examples])),
+        "prompt_tokens": float(np.mean([example.context for example in examples])),
+        "flops": method + language,
+        "flops_llm": language,
+        "flops_method": method,
+        **byte_costs(lm, cache, lm.dense_cache_bytes(1) * dense),
+        "seconds": seconds_of(answer, lm.device),
+        "peak_bytes": float(lm.resident_bytes() + peak_bytes_of(answer, lm.device)),
+    }

@@ -1,0 +1,1 @@
+"""Benchmarks of other people's harnesses, run on models of this platform."""
