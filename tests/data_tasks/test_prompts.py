@@ -66,7 +66,7 @@ def test_a_prompt_keeps_its_tokens_and_cuts_where_the_context_ends(before: str, 
     text = PromptText(before, context, behind)
     found = prompts.prompt(text)
     assert len(found.context) >= 1
-    assert len(found.behind) >= 1
+    assert len(found.behind) >= 1 or found.tokens == 1
     shown = text.text.rstrip() if text.text.strip() else text.text
     whole = model.tokenizer(shown, add_special_tokens=False)["input_ids"]
     if len(whole) >= 2:

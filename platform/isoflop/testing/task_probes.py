@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from isoflop.core.errors import UserError
+from isoflop.core.hook import Hook
 from isoflop.core.knobs import KnobValue, check_knobs
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method, build
@@ -31,6 +32,7 @@ from isoflop.tasks.data.needle import Needle
 from isoflop.tasks.data.text import Text
 from isoflop.tasks.digit_scenes import DigitSceneTask
 from isoflop.tasks.find_digit import FindDigit
+from isoflop.tasks.harness.lm_eval_task import LmEval
 from isoflop.tasks.labelled_images import LabelledImages
 from isoflop.tasks.language import BitsPerByte
 from isoflop.tasks.latency import GenerationLatency
@@ -114,8 +116,8 @@ def reader_of_text(positions: int = 2048) -> tuple[LmModel, GivenContext]:
     """An untrained reader of bytes with its tokenizer, and its context."""
     ctx = GivenContext({"english": made_up_documents()})
     model = untrained_byte_reader(VOCABULARY)
-    hooks = model.info.hooks | {ATTENTION, FEED_FORWARD, PROMPT_TEXT}  # what its decoder can do, too
-    info = replace(model.info, hooks=hooks, geometry={**model.info.geometry, "positions": positions})
+    able: frozenset[Hook[Any]] = frozenset({ATTENTION, FEED_FORWARD, PROMPT_TEXT})  # what its decoder can do, too
+    info = replace(model.info, hooks=model.info.hooks | able, geometry={**model.info.geometry, "positions": positions})
     return LmModel(info, model.module, tokenizer_of(info, ctx)), ctx
 
 
@@ -129,9 +131,31 @@ def _own(name: str, **options: KnobValue) -> TaskProbe:
     return TaskProbe(model, ctx, {"data": own(name), "limit": 8, "shard": 3, **options})
 
 
+HARNESS_TASK = """
+task: own_questions
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{passage}} {{question}}"
+doc_to_choice: "{{options}}"
+doc_to_target: answer
+metric_list: [{metric: acc}, {metric: acc_norm}]
+metadata: {version: 1.0}
+"""
+
+
+def _harness() -> TaskProbe:
+    model, ctx = reader_of_text()
+    folder = ctx.root / "tasks"
+    folder.mkdir(parents=True)
+    (folder / "own_questions.yaml").write_text(HARNESS_TASK.replace("DATA", own("questions.jsonl")))
+    return TaskProbe(model, ctx, {"task": "own_questions", "include_path": str(folder), "limit": 8, "shard": 3})
+
+
 def _needle() -> TaskProbe:
     model, ctx = reader_of_text()
-    kinds = ("single", "multi-query", "variable-tracking", "common-words")
+    kinds = ("single", "multi-query", "variable-tracking")
     options: dict[str, KnobValue] = {
         "haystack": own("notes.txt"),
         "lengths": (1024,),
@@ -166,5 +190,6 @@ PROBES: dict[Any, Callable[[], TaskProbe]] = {
     ),
     Text: lambda: _own("notes.txt", tokens=48),
     Needle: _needle,
+    LmEval: _harness,
     GenerationLatency: _generation,
 }

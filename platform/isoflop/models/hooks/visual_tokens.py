@@ -151,6 +151,10 @@ class AllTokens:
         """Itself."""
         return self
 
+    def idle(self, info: Any) -> bool:
+        """Never: a training has it in place of a compressor."""
+        return False
+
     def trains(self, parameter: str) -> bool:
         """Everything."""
         return True
