@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from isoflop.laws.engine import NotEstimable, check_estimable, fit_groups
 from isoflop.laws.extrapolation import splits
 from isoflop.laws.objective import Objective
 from isoflop.laws.result import Fit
+from isoflop.sweep.measured_cost import MEASURED
 from isoflop.sweep.results import Findings
 
 _LEVELS, _GRID = 6, 48
@@ -48,7 +50,7 @@ def _finer(fit: Fit, drawn: Frontier) -> Frontier:
     q = drawn.constants.get("Q", 0.0)
     finer = draw_frontier(fit, cost=drawn.cost, q=q, constants=constants, budget=grid.tolist())
     assert isinstance(finer, Frontier)
-    return finer
+    return replace(finer, cost_note=drawn.cost_note)
 
 
 def name(key: Mapping[str, object], otherwise: str) -> str:
@@ -57,8 +59,8 @@ def name(key: Mapping[str, object], otherwise: str) -> str:
 
 
 def unit_of(cost: str) -> str:
-    """FLOPs for multiples of 2 N; other formulas have the units that their author gave them."""
-    return "FLOPs" if cost.replace(" ", "").startswith(("2*N*", "6*N*", "2*(N")) else ""
+    """FLOPs for what was measured and for multiples of 2 N; other formulas have the units that their author gave them."""
+    return "FLOPs" if cost in MEASURED.values() or cost.replace(" ", "").startswith(("2*N*", "6*N*", "2*(N")) else ""
 
 
 def groups(found: Sequence[Pair], configs: Sequence[Config], pairing: Pairing) -> list[Json]:
@@ -159,7 +161,10 @@ def _ends(ends: tuple[float, float] | None) -> tuple[float | None, float | None]
 
 
 def at_hand(p: FrontierPoint, line: Frontier, configs: Sequence[Config], pairing: Pairing) -> str:
-    """The best of the models that were swept, with how sure that is, and against what is uncompressed."""
+    """The best of the models that were swept, with how sure that is, and against what is uncompressed.
+
+    Where something no dearer was measured to be better than the law's choice, that is the best.
+    """
     best = p.discrete[0]
     sure = "" if best.probability is None else f", the best in {100 * best.probability:.0f} % of resamples"
     error = with_interval(best.error.value, *_ends(best.error.interval))
@@ -167,19 +172,28 @@ def at_hand(p: FrontierPoint, line: Frontier, configs: Sequence[Config], pairing
     label = f"{twin.title}, " if twin else ""
     levels = ", ".join(f"{v} = {short(x)}" for v, x in best.x.items())
     measured = f", measured {short(twin.error)}" if twin else ""
-    comparison = against_uncompressed(twin, configs, pricer(line), pairing).text if twin else ""
-    against = _otherwise(p, configs)
-    return f"Best of those swept: {label}{levels}; predicted error {error}{measured}{sure}{comparison}{against}."
+    told = f"{label}{levels}; predicted error {error}{measured}{sure}"
+    if p.contradicted and p.measured is not None:
+        m = p.measured
+        rival = _config_at(m.x, configs)
+        what = rival.title if rival else ", ".join(f"{v} = {short(x)}" for v, x in m.x.items())
+        saved = _saving(rival, configs, line, pairing) if rival else ""
+        return f"Best of those swept, as measured: {what}, error {short(m.error)}{m.caveat}{saved}. The law would take {told}."
+    return f"Best of those swept: {told}{_saving(twin, configs, line, pairing) if twin else ''}."
 
 
-def _otherwise(p: FrontierPoint, configs: Sequence[Config]) -> str:
-    """What measured better than the law's choice, for no more money; the empty text where nothing did."""
-    m = p.measured
-    if m is None or m.choice_error is None or not p.contradicted:
-        return ""
-    twin = _config_at(m.x, configs)
-    what = twin.title if twin else ", ".join(f"{v} = {short(x)}" for v, x in m.x.items())
-    return f"; but measured, {what} costs no more and has error {short(m.error)}, not {short(m.choice_error)}{m.caveat}"
+def _saving(choice: Config, configs: Sequence[Config], line: Frontier, pairing: Pairing) -> str:
+    """What a configuration saves, with the name of the cost that is compared."""
+    price, what = costing(configs, line)
+    found = against_uncompressed(choice, configs, price, pairing)
+    return f"{found.text} [cost: {what}]" if found.factor else found.text
+
+
+def costing(configs: Sequence[Config], line: Frontier) -> tuple[Price, str]:
+    """The cost by which configurations are compared: all FLOPs that were measured; the frontier's formula where some have none."""
+    if all("flops" in c.costs for c in configs):
+        return (lambda c: c.costs["flops"]), "all measured FLOPs"
+    return pricer(line), line.cost
 
 
 def _config_at(x: Mapping[str, float], configs: Sequence[Config]) -> Config | None:
@@ -204,23 +218,46 @@ def pricer(line: Frontier) -> Price:
 
 
 def headline(found: Sequence[Pair], configs: Sequence[Config], pairing: Pairing) -> list[str]:
-    """Per frontier: the choice at the middle of its budgets."""
+    """Per frontier: what to take at the middle of its budgets.
+
+    That is the law's choice, unless something that costs no more was measured to have less error: then that is.
+    """
     lines = []
     for fit, line in found:
         p = line.points[len(line.points) // 2]
         own = [c for c in configs if _belongs(c, fit.key)]
-        budget = quantity(p.budget, unit_of(line.cost))
-        twin = _config_at(p.discrete[0].x, own) if p.discrete else None
-        best = p.discrete[0] if p.discrete else None
-        what = twin.title if twin else ", ".join(f"{v} = {short(x)}" for v, x in (best.x if best else {}).items())
-        estimate = best.error if best else p.error
-        error = with_interval(estimate.value, *_ends(estimate.interval))
-        comparison = against_uncompressed(twin, own, pricer(line), pairing).text if twin else ""
-        lines.append(
-            f"{name(fit.key, fit.law)}: at {budget} per answer {what}, error {error} by the law"
-            f"{comparison}{_otherwise(p, own)}"
-        )
+        lines.append(f"{name(fit.key, fit.law)}: {_recommended(p, line, own, pairing)}")
     return lines
+
+
+def _recommended(p: FrontierPoint, line: Frontier, configs: Sequence[Config], pairing: Pairing) -> str:
+    best = p.discrete[0] if p.discrete else None
+    estimate = best.error if best else p.error
+    predicted = with_interval(estimate.value, *_ends(estimate.interval))
+    twin = _config_at(best.x, configs) if best else None
+    if twin is None:
+        what = ", ".join(f"{v} = {short(x)}" for v, x in (best.x if best else {}).items()) or "the optimum"
+        return f"at {quantity(p.budget, unit_of(line.cost))} of {line.cost}, {what}, error {predicted} by the law"
+    price, cost = costing(configs, line)
+    unit = "FLOPs" if cost != line.cost else unit_of(cost)
+    chosen = better_for_less(twin, configs, price)
+    saved = against_uncompressed(chosen, configs, price, pairing).text
+    at = f"at {quantity(price(chosen), unit)} per answer ({cost}), {chosen.title}"
+    if chosen is twin:
+        return f"{at}, error {predicted} by the law, measured {short(twin.error)}{saved}"
+    error = with_interval(chosen.error, chosen.low, chosen.high)
+    times = (price(twin) or 0.0) / (price(chosen) or math.inf)
+    return f"{at}, measured error {error}{saved}; the law would take {twin.title}: {short(twin.error)} at {short(times)} × the cost"
+
+
+def better_for_less(choice: Config, configs: Sequence[Config], price: Price) -> Config:
+    """The configuration of least measured error that costs no more than ``choice``: itself, where nothing is better."""
+    limit = (price(choice) or 0.0) * (1 + 1e-9)
+    able = [(p, c) for c in configs if c.scene == choice.scene and (p := price(c)) is not None and p <= limit]
+    least = min((c.error for _, c in able), default=choice.error)
+    if least >= choice.error:
+        return choice
+    return min((pair for pair in able if pair[1].error == least), key=lambda pair: pair[0])[1]
 
 
 def curves(findings: Findings) -> list[Json]:

@@ -49,7 +49,7 @@ def test_frontier_has_a_line_per_budget(lawful: Reported) -> None:
     lines = [
         line
         for line in printed(lawful, 80).splitlines()
-        if re.match(r" *[\d.]+(e[+-]\d+)?( °)?  ", line) and "N=" in line
+        if re.match(r" *[\d.]+(e-?\d+)?( °)?  ", line) and "N=" in line
     ]
     assert len(lines) == len(points)
 

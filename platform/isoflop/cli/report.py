@@ -39,7 +39,7 @@ def print_report(out: Console, opened: SweepResults, findings: Findings) -> None
 def print_frontier(out: Console, frontier: Frontier) -> None:
     """One line per budget."""
     heads, rows, notes = frontier_rows(frontier)
-    right = [h for h in heads if h != "best at hand"]
+    right = [h for h in heads if h != "at hand"]
     out.print(grid(heads, rows, right=right, title=frontier_title(frontier)))
     for note in notes:
         out.print(Text(note, style="dim"))

@@ -12,6 +12,8 @@ import pyarrow as pa
 from isoflop.laws.render import WIDTH, number, span
 from isoflop.laws.result import Estimate, plain
 
+_MISS = 0.1  # of what was measured
+
 
 @dataclass
 class Choice:
@@ -95,6 +97,22 @@ class FrontierPoint:
             return False
         return m.cost <= best.cost * (1 + 1e-9) and m.choice_error - m.error > 2 * (m.noise or 0.0)
 
+    @property
+    def choice_measured(self) -> float | None:
+        """What the law's choice measured; None where it has not run."""
+        return self.measured.choice_error if self.measured else None
+
+    @property
+    def missed(self) -> float | None:
+        """What the law's choice measured, where the law is off by more than a tenth of it and its interval does not hold it."""
+        seen = self.choice_measured
+        if not self.discrete or seen is None:
+            return None
+        error = self.discrete[0].error
+        low, high = error.interval or (error.value, error.value)
+        inside = low <= seen <= high
+        return None if inside or abs(error.value - seen) <= _MISS * abs(seen) else seen
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         point = {
@@ -104,6 +122,7 @@ class FrontierPoint:
             "closed_form": self.closed_form,
             "numeric_check": self.check,
             "choice": self.discrete[0].to_dict() if self.discrete else None,
+            "choice_measured": self.choice_measured,
             "runners_up": [c.to_dict() for c in self.discrete[1:]],
             "measured_best": self.measured.to_dict() if self.measured else None,
             "extrapolation_decades": self.extrapolation,
@@ -114,7 +133,11 @@ class FrontierPoint:
 
 @dataclass
 class Frontier:
-    """Optima of one law under one cost over budgets."""
+    """Optima of one law under one cost over budgets.
+
+    Attributes:
+        cost_note: where the cost's constants come from, when nobody gave it.
+    """
 
     law: str
     cost: str
@@ -122,6 +145,7 @@ class Frontier:
     points: list[FrontierPoint]
     key: dict[str, Any] = field(default_factory=dict)
     data_hash: str = ""
+    cost_note: str = ""
 
     def __iter__(self) -> Iterator[FrontierPoint]:
         return iter(self.points)
@@ -137,6 +161,7 @@ class Frontier:
         return {
             "law": self.law,
             "cost": self.cost,
+            "cost_note": self.cost_note,
             "constants": self.constants,
             "group": plain(self.key),
             "data_hash": self.data_hash,
@@ -157,6 +182,7 @@ class Frontier:
                 row |= {
                     "choice_cost": best.cost,
                     "choice_error": best.error.value,
+                    "choice_measured": point.choice_measured,
                     "choice_probability": best.probability,
                 }
             rows.append({**row, "data_hash": self.data_hash})
@@ -168,7 +194,8 @@ class Frontier:
         lines = [
             f"frontier of {self.law}, cost {self.cost}"
             + (f" ({constants})" if constants else "")
-            + (f"  [{group}]" if group else "")
+            + (f"  [{group}]" if group else ""),
+            *([self.cost_note] if self.cost_note else []),
         ]
         for p in self.points:
             lines.append(f"budget {number(p.budget)}")
@@ -178,7 +205,10 @@ class Frontier:
                 best = p.discrete[0]
                 where = ", ".join(f"{k} = {number(v)}" for k, v in best.x.items())
                 sure = "" if best.probability is None else f", best in {100 * best.probability:.0f}% of resamples"
-                lines.append(f"  at hand: {where}; error {number(best.error.value)} by the law{sure}")
+                seen = "" if p.choice_measured is None else f", measured {number(p.choice_measured)}"
+                lines.append(f"  at hand: {where}; error {number(best.error.value)} by the law{seen}{sure}")
+                if p.missed is not None:
+                    lines.append(f"  ! the law misses what it chose: {number(p.missed)} was measured there")
                 lines += [f"  measured: {text}" for text in measured_otherwise(p)]
             lines += [f"  ! {note}" for note in p.notes]
         return lines

@@ -282,7 +282,7 @@ class SweepResults:
         Args:
             law, options: as for :meth:`fit`; ``sizes``, ``tokens``, ``limits``, ``held`` and ``constants`` as for
                 :func:`isoflop.frontier.frontier`.
-            cost: formula; by default as in the YAML, else ``2*N*(Q+V)``.
+            cost: formula; by default as in the YAML, else all FLOPs that were measured; ``2*N*(Q+V)`` is the language model alone.
             q: text tokens; by default as the rows measured them.
             budget: one or several; by default spread over the swept range.
 

@@ -177,7 +177,10 @@ class FrontierBlock(Block):
     """A frontier to draw at the end, from a law."""
 
     law: str = "product"
-    cost: str = Field("2*N*(Q+V)", description="Inference cost per answer, an expression of columns and law variables.")
+    cost: str | None = Field(
+        None,
+        description="Inference cost per answer, an expression of law variables and Q, e.g. 2*N*(Q+V); default: all measured FLOPs.",
+    )
     q: NotNegative | None = Field(None, description="Text tokens Q per answer; by default as measured.")
     budgets: tuple[Positive, ...] = Field(
         (), description="Budgets in the unit of the cost; by default spread over the swept range."

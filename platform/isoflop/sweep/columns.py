@@ -124,6 +124,8 @@ def _check_frontier(block: FrontierBlock, variables: Mapping[str, str], index: i
 
     _check_law(block.law, variables, source.where(("frontiers", index, "law")))
     form = resolve_form(block.law, list(variables))
+    if block.cost is None:
+        return
     where = source.where(("frontiers", index, "cost"))
     try:
         CostModel.build(block.cost, form.variable_names, {"Q": 0.0})

@@ -6,6 +6,7 @@ Targets like ``artifact:report.html`` and ``runs:jobs`` become addresses inside 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -124,26 +125,41 @@ def frontier_rows(frontier: Frontier) -> tuple[list[str], list[list[str]], list[
         Heads, rows and footnotes.
     """
     names = list(frontier.points[0].continuous) if frontier.points else []
-    heads = ["budget", *(f"{n}*" for n in names), "law's error", "best at hand", "its law", "agree"]
+    heads = ["budget", *(f"{n}*" for n in names), "law's error", "at hand", "says", "seen", "agree"]
     rows, notes = [], []
     for point in frontier.points:
         best = point.discrete[0] if point.discrete else None
         far = any(d > 0 for d in point.extrapolation.values())
         rows.append(
             [
-                f"{point.budget:.{_DIGITS}g}{' °' if far else ''}",
+                f"{_brief(point.budget)}{' °' if far else ''}",
                 *(_short(point.continuous[n].value, point.continuous[n].interval) for n in names),
                 _short(point.error.value, point.error.interval),
                 " ".join(f"{k}={_whole(v)}" for k, v in best.x.items()) if best else "-",
                 f"{best.error.value:.{_DIGITS}g}" if best else "-",
+                "-" if point.choice_measured is None else f"{point.choice_measured:.{_DIGITS}g}",
                 f"{best.probability:.0%}" if best and best.probability is not None else "-",
             ]
         )
         notes += ["° beyond the sizes in the data: an extrapolation"] if far else []
     if any(point.discrete for point in frontier.points):
-        notes.append("best at hand, its law: least predicted of what was swept; agree: of resamples")
-    notes += _contradictions(frontier)
+        notes.append(
+            "at hand: of what was swept, what the law says is best; seen: what was measured there; agree: of resamples"
+        )
+    notes += [frontier.cost_note] if frontier.cost_note else []
+    notes += [*_misses(frontier), *_contradictions(frontier)]
     return heads, rows, list(dict.fromkeys(notes))
+
+
+def _misses(frontier: Frontier) -> list[str]:
+    """Where the law is far from what its own choice measured, a line per configuration."""
+    found: dict[str, None] = {}
+    for point in frontier.points:
+        if point.missed is not None:
+            best = point.discrete[0]
+            where = " ".join(f"{k}={_whole(v)}" for k, v in best.x.items())
+            found[f"! {where}: the law says {best.error.value:.{_DIGITS}g}, measured {point.missed:.{_DIGITS}g}"] = None
+    return list(found)
 
 
 def _contradictions(frontier: Frontier) -> list[str]:
@@ -155,17 +171,22 @@ def _contradictions(frontier: Frontier) -> list[str]:
             theirs, ours = (" ".join(f"{k}={_whole(v)}" for k, v in x.items()) for x in (point.discrete[0].x, m.x))
             text = f"{ours} costs no more than {theirs} and measured {m.error:.{_DIGITS}g}, not {m.choice_error:.{_DIGITS}g}"
             text += m.caveat
-            found.setdefault(text, []).append(f"{point.budget:.{_DIGITS}g}")
+            found.setdefault(text, []).append(_brief(point.budget))
     return [f"! at {', '.join(budgets)}: {text}" for text, budgets in found.items()]
 
 
 def _whole(value: float) -> str:
-    return f"{int(value):,}" if value == int(value) and abs(value) < 1e9 else f"{value:.4g}"
+    return str(int(value)) if value == int(value) and abs(value) < 1e9 else f"{value:.4g}"
+
+
+def _brief(value: float) -> str:
+    """``8.35e4``: a table of frontiers is wide enough without the rest of the exponent."""
+    return re.sub(r"e([+-])0*", lambda m: "e" + m[1].strip("+"), f"{value:.{_DIGITS}g}")
 
 
 def _short(value: float, interval: tuple[float, float] | None) -> str:
     """A value, with its interval when that is wider than the digits shown."""
-    text = f"{value:.{_DIGITS}g}"
+    text = _brief(value)
     if interval is None or None in interval or f"{interval[0]:.3g}" == f"{interval[1]:.3g}":
         return text
     return f"{text} ({interval[0]:.2g}…{interval[1]:.2g})"

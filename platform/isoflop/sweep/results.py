@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import pyarrow.feather
 
 from isoflop.core.errors import UserError
 from isoflop.sweep.blocks import FrontierBlock, LawBlock
+from isoflop.sweep.measured_cost import DefaultCost, default_cost
 from isoflop.sweep.spec import SweepSpec
 from isoflop.track import Artifact
 
@@ -183,19 +184,24 @@ def fit_block(block: LawBlock, table: pa.Table, seed: int, /, **options: Any) ->
 
 
 def frontiers_of(
-    fits: Iterable[Fit], table: pa.Table, cost: str, q: float | None, budgets: Any = None, **options: Any
+    fits: Iterable[Fit], table: pa.Table, cost: str | None, q: float | None, budgets: Any = None, **options: Any
 ) -> list[Frontier]:
-    """A frontier per fit. Without ``q``, Q is what the rows of the fit's group measured."""
+    """A frontier per fit. Without ``cost`` it is all that the rows of the fit's group measured; so is Q without ``q``."""
     from isoflop.frontier import frontier
     from isoflop.frontier.build import measured_q
     from isoflop.frontier.result import Frontier
-    from isoflop.laws.table import where
+    from isoflop.laws.table import of_group, where
 
     out: list[Frontier] = []
     for fit in fits:
-        measured = q if q is not None else measured_q(where(table, fit.columns.condition), fit.key)
-        found: Frontier | Frontiers = frontier(fit, cost=cost, q=measured, budget=budgets, **options)
-        out.extend([found] if isinstance(found, Frontier) else found)
+        rows = where(table, fit.columns.condition)
+        rows = rows.filter(pa.array(of_group(rows, fit.key)))
+        asked = DefaultCost(cost) if cost is not None else default_cost(rows, fit.columns.variables)
+        known = {**asked.constants, **(options.get("constants") or {})}
+        given = {**options, "constants": known, "q": q if q is not None else measured_q(rows, {}), "budget": budgets}
+        found: Frontier | Frontiers = frontier(fit, cost=asked.formula, **given)
+        drawn = [found] if isinstance(found, Frontier) else list(found)
+        out.extend(replace(one, cost_note=asked.note) for one in drawn)
     return out
 
 
