@@ -9,9 +9,23 @@ import torch
 from torch import Tensor
 
 
+def sortable(scores: Tensor) -> Tensor:
+    """The scores as they are; what is no number has no place among them.
+
+    Sorting puts NaN somewhere: a job would choose anything and end "ok".
+
+    Raises:
+        ArithmeticError: some are NaN.
+    """
+    bad = int(scores.isnan().sum()) if scores.is_floating_point() else 0
+    if bad:
+        raise ArithmeticError(f"{bad} of {scores.numel()} scores by which to choose are no numbers (NaN)")
+    return scores
+
+
 def top_places(score_BP: Tensor, count: int) -> Tensor:
     """Places of the ``count`` largest scores, ascending, (B, V); of equal scores the earlier place wins."""
-    return score_BP.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(dim=-1).values
+    return sortable(score_BP).argsort(dim=-1, descending=True, stable=True)[:, :count].sort(dim=-1).values
 
 
 def random_subset(ids_B: Tensor, patches: int, count: int, draw: int) -> Tensor:

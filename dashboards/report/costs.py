@@ -43,7 +43,9 @@ def breakdown(configs: Sequence[Config]) -> list[Json]:
         for (model, variant), own in members.items()
     ]
     if any(row["values"][0] for row in seconds):
-        chart = charts.bars("time of this sweep's jobs", charts.axis("time of all jobs", "s"), ["jobs"], seconds)
-        text = "Without training and other shared stages, which are cached."
+        chart = charts.bars(
+            "time of the jobs alone", charts.axis("time of all jobs, without shared stages", "s"), ["jobs"], seconds
+        )
+        text = "Jobs alone: training and other shared stages, which are computed once and cached, come on top."
         found.append(charts.group("time of this sweep", [charts.panel("time of this sweep", chart, text)]))
     return found

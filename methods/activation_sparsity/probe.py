@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -28,7 +26,7 @@ class ActivationProbe(Probe):
     def __init__(self, examples: int = 4) -> None:
         self.model: LmModel = untrained_decoder()
         self.model.info = replace(self.model.info, hooks=self.model.info.hooks | {FEED_FORWARD})
-        self.ctx = FolderContext(Path(mkdtemp(prefix="isoflop-probe-")))
+        self.ctx = FolderContext.temporary()
         self.examples = examples
         self._found: dict[str, Any] = {}
         rng = np.random.default_rng(1)

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from isoflop.methods.selection import sortable
+
 
 def at_least(score_F: Tensor, threshold: float) -> Tensor:
     """Units whose score, which is not negative, reaches a threshold; 0 keeps all of them."""
@@ -23,7 +25,7 @@ def nonzero(score_F: Tensor) -> Tensor:
 
 def top_of_each(score_F: Tensor, count: int) -> Tensor:
     """The ``count`` units of each token with the largest scores, those of score zero left out; of equals the first."""
-    order_F = score_F.argsort(dim=-1, descending=True, stable=True)[..., :count]
+    order_F = sortable(score_F).argsort(dim=-1, descending=True, stable=True)[..., :count]
     return torch.zeros_like(score_F, dtype=torch.bool).scatter_(-1, order_F, True) & nonzero(score_F)
 
 

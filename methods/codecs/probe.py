@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -30,7 +28,7 @@ class CodecProbe(Probe):
 
     def __init__(self, size: str = "c48", examples: int = 8) -> None:
         self.model: VitModel = untrained_model(size)
-        self.ctx = FolderContext(Path(mkdtemp(prefix="isoflop-probe-")))
+        self.ctx = FolderContext.temporary()
         self.examples = examples
         images_BCHW = torch.from_numpy(next(ImageSet("sprites", "train", examples, 0.0, seed=0).images()))
         self._images = to_bytes(images_BCHW).float() / 255
@@ -44,7 +42,7 @@ class CodecProbe(Probe):
 
     def forget(self) -> None:
         """Compute everything anew."""
-        self.ctx = FolderContext(Path(mkdtemp(prefix="isoflop-probe-")))
+        self.ctx = FolderContext.temporary()
         _untrained.cache_clear()
 
     def trained(self, method: Method, prepared: Any) -> Any:

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -64,7 +62,7 @@ class DataSelectionProbe(Probe):
             },
             pool=TrainingPool(corpus, tokens, "code"),
         )
-        self.ctx = FolderContext(Path(mkdtemp(prefix="isoflop-probe-")))
+        self.ctx = FolderContext.temporary()
         self.examples = examples
         shuffled = np.random.default_rng(0).permutation(PIECES * len(DOMAINS))
         pool = [document for domain in DOMAINS for document in documents_of(domain, PIECES, LENGTH, 0)]

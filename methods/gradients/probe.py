@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -58,7 +56,7 @@ class GradientProbe(Probe):
         self.model: LmModel = untrained_decoder(layers=1)
         info = self.model.info
         self.model.info = replace(info, hooks=info.hooks | {GRADIENTS}, options=(("batch", BATCH),))
-        self.ctx = FolderContext(Path(mkdtemp(prefix="isoflop-probe-")))
+        self.ctx = FolderContext.temporary()
         self.examples = examples
         rng = np.random.default_rng(1)
         self._ids = torch.from_numpy(rng.integers(0, VOCABULARY, (examples, TOKENS)))

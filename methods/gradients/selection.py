@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from isoflop.methods.selection import sortable
+
 SAMPLE_SHARE = 0.01
 UPPER, LOWER = 1.3, 0.8
 ADAPTATIONS = 10
@@ -24,7 +26,7 @@ def entries_at(density: float, numel: int) -> int:
 
 def exact_top(magnitude_n: Tensor, k: int) -> Tensor:
     """Indices of the ``k`` largest, ascending."""
-    return torch.topk(magnitude_n, k, sorted=False).indices.sort().values
+    return torch.topk(sortable(magnitude_n), k, sorted=False).indices.sort().values
 
 
 def sampled_top(magnitude_n: Tensor, k: int, generator: torch.Generator) -> Tensor:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -69,7 +67,7 @@ class KvCacheProbe(Probe):
 
     def __init__(self, cost: str = "stored", examples: int = 4, layers: int = 2) -> None:
         self.model: LmModel = untrained_decoder(layers=layers)
-        self.ctx = FolderContext(Path(mkdtemp(prefix="isoflop-probe-")))
+        self.ctx = FolderContext.temporary()
         self.examples = examples
         self.exact = False
         self._cost = cost

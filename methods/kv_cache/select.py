@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from isoflop.core.errors import Infeasible
+from isoflop.methods.selection import sortable
 from isoflop.models.hooks.attention import AttentionCall
 
 
@@ -92,7 +93,7 @@ def select(scores_BGN: Tensor, counts: list[int], candidates_BGN: Tensor | None 
     """
     if candidates_BGN is not None:
         scores_BGN = scores_BGN.masked_fill(~candidates_BGN, float("-inf"))
-    order_BGN = scores_BGN.sort(dim=-1, descending=True, stable=True).indices
+    order_BGN = sortable(scores_BGN).sort(dim=-1, descending=True, stable=True).indices
     most, least = max(counts), min(counts)
     best_BGM = order_BGN[..., :most]
     if most == least:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -60,7 +58,7 @@ class PromptProbe(Probe):
     """
 
     def __init__(self, settings: Settings | None = None, examples: int = 4) -> None:
-        self.ctx = FolderContext(Path(mkdtemp(prefix="isoflop-probe-")))
+        self.ctx = FolderContext.temporary()
         self.model: LmModel = untrained_reader(self.ctx)
         self.examples = examples
         self._settings = settings or {}
@@ -80,7 +78,7 @@ class PromptProbe(Probe):
 
     def forget(self) -> None:
         """Compute stages anew."""
-        self.ctx = FolderContext(Path(mkdtemp(prefix="isoflop-probe-")))
+        self.ctx = FolderContext.temporary()
 
     def verify(self, method: Method, prepared: Any) -> None:
         """Spans lie in the documents and give the text; other words never come in; who may not see the query does not."""

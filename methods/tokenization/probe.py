@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any, ClassVar
 
 import numpy as np
@@ -95,7 +94,7 @@ class TokenizationProbe(Probe):
 
     def __init__(self, vocabulary: int = 290) -> None:
         self.model: LmModel = untrained_reader(vocabulary)
-        self.ctx = FolderContext(Path(mkdtemp(prefix="isoflop-probe-")))
+        self.ctx = FolderContext.temporary()
         self.examples = len(PROMPTS)
         self.exact = False
         self.segmentations = self._segmentations(vocabulary)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -54,7 +52,7 @@ class VisualTokenProbe(Probe):
 
     def __init__(self, size: str = "d24", examples: int = 6, tower: str = "dense", joint: bool = True) -> None:
         self.model: VlmModel = untrained_model(size, tower=tower, joint=joint)
-        self.ctx = FolderContext(Path(mkdtemp(prefix="isoflop-probe-")))
+        self.ctx = FolderContext.temporary()
         self.examples = examples
         scenes = world.SceneSet("train", examples, world.TRAIN_READING_MIX, seed=0)
         self._images = torch.from_numpy(next(scenes.images()))

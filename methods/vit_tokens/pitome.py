@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
-from isoflop.methods.selection import random_subset
+from isoflop.methods.selection import random_subset, sortable
 from isoflop.methods.vit_tokens.base import VitTokenMethod
 from isoflop.methods.vit_tokens.tokens import MergePlan, merge
 from isoflop.models.hooks.vision_blocks import Signals, TokenState
@@ -70,7 +70,7 @@ class PiToMe(VitTokenMethod):
         """Merge ``count`` tokens into others."""
         similarity_BTT = cosines(signals.mean_key()[:, state.prefix :])
         energy_BT = self.energies(similarity_BTT, self.margin0 * (1 - block / layers))
-        rank_BT = energy_BT.argsort(dim=-1, descending=True, stable=True)
+        rank_BT = sortable(energy_BT).argsort(dim=-1, descending=True, stable=True)
         if self.protects(block, layers):
             plan = self.protected(similarity_BTT, rank_BT, count, state.ids_B, block)
         else:
@@ -115,7 +115,7 @@ def closest(similarity_BTT: Tensor, rank_BT: Tensor, count: int) -> MergePlan:
     """A plan over patches: all are split alternately by rank, and the ``count`` closest pairs merge."""
     even_BA, odd_BR = rank_BT[:, ::2], rank_BT[:, 1::2]
     best_BA, match_BA = between(similarity_BTT, even_BA, odd_BR).max(-1)
-    order_BA = best_BA.argsort(dim=-1, descending=True, stable=True)
+    order_BA = sortable(best_BA).argsort(dim=-1, descending=True, stable=True)
     chosen_BR, left_BM = order_BA[:, :count], order_BA[:, count:]
     kept_BM = torch.cat((even_BA.gather(1, left_BM), odd_BR), dim=1)
     return MergePlan(kept_BM, even_BA.gather(1, chosen_BR), odd_BR.gather(1, match_BA.gather(1, chosen_BR)))

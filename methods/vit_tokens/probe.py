@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -33,7 +31,7 @@ class VitProbe(Probe):
 
     def __init__(self, size: str = "c48", examples: int = 6) -> None:
         self.model: VitModel = untrained_model(size)
-        self.ctx = FolderContext(Path(mkdtemp(prefix="isoflop-probe-")))
+        self.ctx = FolderContext.temporary()
         self.examples = examples
         self._images = torch.from_numpy(next(ImageSet("sprites", "train", examples, 0.0, seed=0).images()))
 

@@ -15,6 +15,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.kernels.merge import bipartite_match
 from isoflop.methods.base import METHODS
+from isoflop.methods.selection import sortable
 from isoflop.methods.vit_tokens.base import VitTokenMethod
 from isoflop.methods.vit_tokens.schedule import largest_amount
 from isoflop.methods.vit_tokens.tokens import MergePlan, merge
@@ -83,7 +84,7 @@ def soft_matching(metric_BND: Tensor, prefix: int, count: int) -> MergePlan:
     places_N = torch.arange(prefix, tokens, device=metric_BND.device)
     even_A, odd_B = places_N[places_N % 2 == 0], places_N[places_N % 2 == 1]
     best_BA, match_BA = bipartite_match(metric_BND[:, even_A], metric_BND[:, odd_B])
-    order_BA = best_BA.argsort(dim=-1, descending=True, stable=True)
+    order_BA = sortable(best_BA).argsort(dim=-1, descending=True, stable=True)
     chosen_BR, left_BA = order_BA[:, :count], order_BA[:, count:].sort(-1).values
     front_Q = torch.arange(prefix, device=metric_BND.device)
     kept_BM = torch.cat((front_Q.expand(batch, -1), even_A[left_BA], odd_B.expand(batch, -1)), dim=1)

@@ -6,8 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -36,7 +34,7 @@ class WeightProbe(Probe):
         shapes = Counter((view.rows, view.cols) for view in linear_views(self.model))
         matrices = tuple((rows, cols, count) for (rows, cols), count in shapes.items())
         self.model.info = replace(self.model.info, geometry={**self.model.info.geometry, "matrices": matrices})
-        self.ctx = FolderContext(Path(mkdtemp(prefix="isoflop-probe-")))
+        self.ctx = FolderContext.temporary()
         self.examples = examples
         self._calibrated: dict[str, Any] = {}
         rng = np.random.default_rng(1)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from isoflop.methods.selection import sortable
+
 UNSTRUCTURED = "unstructured"
 PATTERNS = (UNSTRUCTURED, "1:2", "2:4", "4:8")
 
@@ -45,6 +47,7 @@ def keep_pattern(score_OI: Tensor, pattern: tuple[int, int], ties_OI: Tensor | N
 
 def _ascending(score: Tensor, ties: Tensor | None) -> Tensor:
     """Indices that sort the last dimension by ``score``, then by ``ties``, then by place."""
+    score = sortable(score)
     if ties is None:
         return score.argsort(dim=-1, stable=True)
     by_ties = ties.argsort(dim=-1, stable=True)

@@ -10,13 +10,15 @@ import sys
 from typing import Any
 
 import click
+from rich.markup import escape
 
 from isoflop.cli.common import console, emit, grid, json_option
 from isoflop.core.errors import unknown
 from isoflop.core.hook import names_of
 from isoflop.core.knobs import KnobSpec, knob_specs
 from isoflop.methods.base import METHODS, Method
-from isoflop.models.family import FAMILIES
+from isoflop.models.base import ModelInfo
+from isoflop.models.family import FAMILIES, ModelFamily, family_of
 from isoflop.search import STRATEGIES
 from isoflop.tasks.base import TASKS
 
@@ -157,28 +159,60 @@ def _document(name: str, cls: type, as_json: bool) -> None:
 
 
 @click.command("models")
+@click.argument("name", required=False)
+@import_option
 @json_option
-def models_command(as_json: bool) -> None:
-    """List models; any LLaVA-style checkpoint can be named as hf:REPO or hf:PATH besides."""
-    data: list[dict[str, Any]] = []
-    for family_name in FAMILIES:
-        family = FAMILIES.get(family_name)
-        for ref in family.members():
-            info = family.info(ref, {})
-            data.append(
-                {
-                    "ref": ref,
-                    "N": info.n_params,
-                    "hooks": names_of(info.hooks),
-                    "offers": sorted(info.offers),
-                    "geometry": dict(info.geometry),
-                }
-            )
+def models_command(name: str | None, modules: tuple[str, ...], as_json: bool) -> None:
+    """List models, or document one; any LLaVA-style checkpoint can be named as hf:REPO or hf:PATH besides."""
+    _import(modules)
+    if name is not None:
+        _document_model(name, as_json)
+        return
+    families = [FAMILIES.get(n) for n in FAMILIES]
+    data = [_model_dict(family.info(ref, {})) for family in families for ref in family.members()]
 
     def human() -> None:
         rows = [(d["ref"], d["N"], ", ".join([*d["hooks"], *d["offers"]])) for d in data]
         console().print(grid(("model", "N", "hooks, and what it offers besides"), rows, right=("N",)))
         console().print("\nN: non-embedding parameters of the language model. hf:REPO and hf:PATH name checkpoints.")
+        console().print("`isoflop models NAME` documents one.")
+
+    emit(data, as_json, human)
+
+
+def _model_dict(info: ModelInfo) -> dict[str, Any]:
+    return {
+        "ref": info.ref,
+        "N": info.n_params,
+        "hooks": names_of(info.hooks),
+        "offers": sorted(info.offers),
+        "geometry": dict(info.geometry),
+    }
+
+
+def _document_model(ref: str, as_json: bool) -> None:
+    """One model, or a family by its name with the members that it has."""
+    if ref in FAMILIES:
+        family: ModelFamily = FAMILIES.get(ref)
+        info: ModelInfo | None = None
+    else:
+        family = family_of(ref)
+        info = family.info(ref, {})
+    doc = inspect.getdoc(type(family)) or ""
+    about = {"family": family.name, "doc": doc, "members": family.members()}
+    data = about if info is None else {**_model_dict(info), "version": info.version, **about}
+
+    def human() -> None:
+        out = console()
+        out.print(f"[bold]{escape(ref)}[/bold]  {family.name}\n")
+        out.print(_flowing(doc), markup=False)
+        if info is not None:
+            size = ", ".join(f"{k} {v}" for k, v in info.geometry.items())
+            out.print(f"\nN {info.n_params:,}; {size}", markup=False)
+            out.print(f"Methods can act at {', '.join(names_of(info.hooks)) or 'no hook'}.", markup=False)
+            out.print(f"It offers besides: {', '.join(sorted(info.offers)) or 'nothing'}.", markup=False)
+        if members := family.members():
+            out.print(f"\nThe family's members: {', '.join(members)}", markup=False)
 
     emit(data, as_json, human)
 

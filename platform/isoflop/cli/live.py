@@ -119,6 +119,6 @@ def counts(s: Snapshot) -> str:
 
 def times(s: Snapshot) -> str:
     """Elapsed time and what is left."""
-    left = f", about {duration(s.eta)} left" if s.eta is not None and s.done < (s.total or 0) else ""
+    left = f", about {duration(s.eta)} left" if s.eta is not None and (s.total is None or s.done < s.total) else ""
     behind = f", MLflow {s.backlog} behind" if s.backlog else ""
     return f"{duration(s.elapsed)}{left}{behind}"

@@ -89,7 +89,7 @@ def resume_command(name: str, as_json: bool, report: bool, store: str | None, **
     if name not in opened.sweeps():
         from isoflop.core.errors import unknown
 
-        raise unknown(f"sweep (store {opened.uri})", name, opened.sweeps())
+        raise unknown("sweep", name, opened.sweeps(), within=f" in store {opened.uri}")
     from isoflop.sweep.api import resolve_stored
 
     return _run(resolve_stored(opened, name), as_json, report, RunOptions(store=opened.uri, **options))
@@ -141,6 +141,9 @@ def _print_end(opened: SweepResults, options: RunOptions) -> None:
     )
     if summary.untracked:
         out.print(Text(summary.untracked, style="yellow"))
+    if summary.stage_seconds:
+        busy = f"{duration(summary.stage_seconds)} in {summary.stages} shared stages, {duration(summary.job_seconds)} in jobs"
+        out.print(f"workers were busy for {busy}")
     program, python = _programs()
     where = (
         ""

@@ -25,11 +25,11 @@ class Infeasible(UserError):
 
 def nearest(name: str, options: Iterable[str]) -> str | None:
     """The option most like ``name``, or None when nothing is close."""
-    found = difflib.get_close_matches(str(name), [str(o) for o in options], n=1, cutoff=0.5)
+    found = difflib.get_close_matches(str(name), [str(o) for o in options], n=1, cutoff=0.6)
     return found[0] if found else None
 
 
-def unknown(kind: str, name: object, options: Iterable[str], where: str = "") -> UserError:
+def unknown(kind: str, name: object, options: Iterable[str], where: str = "", within: str = "") -> UserError:
     """The error for a name that does not exist: says what is allowed and which name is nearest.
 
     Args:
@@ -37,10 +37,11 @@ def unknown(kind: str, name: object, options: Iterable[str], where: str = "") ->
         name: what the user wrote.
         options: every allowed name.
         where: file, line and key, when known.
+        within: where names of this kind are, e.g. " in store X"; stands behind the name.
     """
     allowed = sorted(str(o) for o in options)
     shown = ", ".join(allowed[:20]) + (", …" if len(allowed) > 20 else "")
     hint = nearest(str(name), allowed)
     prefix = f"{where}: " if where else ""
     guess = f" (did you mean {hint!r}?)" if hint else ""
-    return UserError(f"{prefix}unknown {kind} {name!r}{guess}; allowed: {shown or 'none'}")
+    return UserError(f"{prefix}unknown {kind} {name!r}{within}{guess}; allowed: {shown or 'none'}")

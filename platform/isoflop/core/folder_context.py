@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -22,6 +23,13 @@ class FolderContext:
         self.root = Path(root)
         self._device = device
         self._values: dict[str, Any] = {}
+
+    @classmethod
+    def temporary(cls) -> FolderContext:
+        """One in a folder of its own, which goes with it, at the latest when the process ends."""
+        context = cls(mkdtemp(prefix="isoflop-probe-"))
+        remove_with(context, context.root)
+        return context
 
     @property
     def device(self) -> str:
@@ -54,3 +62,8 @@ class FolderContext:
         except OSError:  # another process was faster
             shutil.rmtree(unfinished)
         shutil.rmtree(self.root / f".work-{stage.key}", ignore_errors=True)
+
+
+def remove_with(owner: object, folder: Path) -> None:
+    """Remove a folder when nobody holds ``owner`` any more, at the latest when the process ends."""
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)

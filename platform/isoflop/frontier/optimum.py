@@ -132,13 +132,25 @@ def spend(cost: CostModel, space: BudgetSpace, budget: float, other_K: Array) ->
     linear = np.abs(slope - 1) < 1e-9  # cost proportional to the size, the usual case: solved exactly
     z = np.where(linear, np.log(budget / below) + a, np.nan)
     if not linear.all():
-        for _ in range(80):
-            middle = 0.5 * (a + b)
-            less = at(middle) < budget
-            a, b = np.where(less, middle, a), np.where(less, b, middle)
-        z = np.where(linear, z, 0.5 * (a + b))
+        line = _on_line(below, above, low, high, budget)  # a fixed part and one that grows with the size
+        solved = np.abs(at(line) / budget - 1) < 1e-9
+        z = np.where(linear | ~solved, z, line)
+        solved |= linear
+        if not solved.all():
+            for _ in range(80):
+                middle = 0.5 * (a + b)
+                less = at(middle) < budget
+                a, b = np.where(less, middle, a), np.where(less, b, middle)
+            z = np.where(solved, z, 0.5 * (a + b))
     possible = (below <= budget) & (budget <= above)
     return np.where(possible, np.exp(z), np.where(budget > above, high, np.nan))
+
+
+def _on_line(below: Array, above: Array, low: float, high: float, budget: float) -> Array:
+    """Where a straight line through the costs at both limits meets the budget, as a logarithm; low's where it does not."""
+    slope = (above - below) / (high - low) if high > low else np.ones_like(below)
+    size = (budget - (below - slope * low)) / slope
+    return np.log(np.where(np.isfinite(size) & (size > 0), size, low))
 
 
 def optimum(

@@ -345,7 +345,7 @@ def open_sweep(name: str, store: str | None = None) -> SweepResults:
     opened = Store.open(store)
     names = opened.sweeps()
     if name not in names:
-        raise unknown(f"sweep (store {opened.uri})", name, names)
+        raise unknown("sweep", name, names, within=f" in store {opened.uri}")
     return SweepResults(opened, name)
 
 

@@ -210,6 +210,10 @@ class KnobEntry(Block):
 
     @model_validator(mode="after")
     def _one_kind(self) -> KnobEntry:
+        empty = [name for name in sorted(self.model_fields_set) if getattr(self, name) is None]
+        if empty:
+            what = "has no value" if empty == ["value"] else f"{empty[0]} has no value"
+            raise ValueError(f"{what}; give one, a list, or {{}} for the method's own range")
         if self.values is not None:
             if not self.values:
                 raise ValueError("the list of values is empty")

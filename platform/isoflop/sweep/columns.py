@@ -20,6 +20,7 @@ from isoflop.ledger import SCHEMA
 from isoflop.sweep.blocks import FrontierBlock, LawBlock
 from isoflop.sweep.spec import SweepSpec
 
+_MISSPELT = 0.85  # of the letters agree; the nearest keys that parts of isoflop report are at .8
 _UNBOUND = re.compile(r'Referenced column "([^"]+)" not found')
 
 
@@ -53,6 +54,23 @@ def _check_objectives(spec: SweepSpec, source: Source) -> None:
             raise UserError(f"{where}: {metric!r} is named without its column here: {key}")
         if metric in SCHEMA.names and metric not in NUMBERS:
             raise UserError(f"{where}: column {metric!r} holds no number; allowed: a metric, or {', '.join(NUMBERS)}")
+        _refuse_misspelt(metric, spec, where)
+
+
+def _refuse_misspelt(metric: str, spec: SweepSpec, where: str) -> None:
+    """Refuse an objective that is all but a column's name. What tasks and methods report besides is known once they have run.
+
+    Raises:
+        UserError: where all parts of the sweep come with isoflop, so that no other name can be as near.
+    """
+    from difflib import SequenceMatcher
+
+    near = nearest(metric, NUMBERS) or ""
+    alike = sorted(metric) == sorted(near) or SequenceMatcher(None, metric, near).ratio() >= _MISSPELT
+    if alike and metric not in NUMBERS and not spec.imports:
+        raise UserError(
+            f"{where}: no row has {metric!r} (did you mean {near!r}?); allowed: a metric, or {', '.join(NUMBERS)}"
+        )
 
 
 def _check_law_block(block: LawBlock, index: int, source: Source) -> None:
@@ -134,7 +152,11 @@ def _check_frontier(block: FrontierBlock, variables: Mapping[str, str], index: i
 
 
 class ColumnWatch:
-    """Looks at a finished row of every task and method, and then says once what the spec asks of rows and none of these has."""
+    """Looks at a finished row of every task and method, and then says once what the spec asks of rows and none of these has.
+
+    Attributes:
+        aimless: an objective names what none of these rows has, so that a search learns nothing from any trial.
+    """
 
     def __init__(self, spec: SweepSpec, source: Source) -> None:
         self._spec = spec
@@ -142,6 +164,7 @@ class ColumnWatch:
         self._expected = len(spec.tasks) * len(spec.methods)
         self._seen: dict[tuple[str, str], Mapping[str, Any]] = {}
         self._over = False
+        self.aimless = False
 
     def see(self, rows: Iterable[Mapping[str, Any]]) -> list[str]:
         """Take notice of rows; returns a line for each thing that is missing, when that can be told for the first time."""
@@ -153,7 +176,10 @@ class ColumnWatch:
         if len(self._seen) < self._expected:
             return []
         self._over = True
-        return missing(self._spec, self._source, self._seen.values())
+        found = missing(self._spec, self._source, self._seen.values())
+        aims = [where for _, where in _asked_of_objectives(self._spec, self._source)]
+        self.aimless = any(line.startswith(f"{where}:") for line in found for where in aims)
+        return found
 
 
 def missing(spec: SweepSpec, source: Source, rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -90,7 +90,11 @@ class Display:
         return self._stage_titles[item.stage]
 
     def _eta(self, state: Snapshot) -> float | None:
-        """Seconds left, where it is known how many jobs there will be."""
+        """Seconds left: until all jobs are done, where it is known how many there will be, or until the budget ends."""
+        ends = [s for s in (self._until_done(state), self.spending.seconds_left()) if s is not None]
+        return min(ends) if ends else None
+
+    def _until_done(self, state: Snapshot) -> float | None:
         if state.total is None:
             return None
         now, busy = self.clock(), [slot for slot in self.slots.values() if slot.items]

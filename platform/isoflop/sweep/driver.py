@@ -137,7 +137,7 @@ class Driver:
             if seconds:
                 self._display.time_left.took(JOB, seconds)
         for flops, answers in zip(table["flops"].to_pylist(), table["n_examples"].to_pylist(), strict=True):
-            self._spending.spend((flops or 0.0) * (answers or 0))
+            self._spending.spent_before((flops or 0.0) * (answers or 0))
 
     def _enqueue(self, trial: Trial, jobs: list[Job]) -> None:
         for job in jobs:
@@ -282,6 +282,7 @@ class Driver:
             self._queue.stage_done(event.item.stage)
             self._summary.stages += 1
             if result["seconds"]:
+                self._summary.stage_seconds += result["seconds"] * event.item.slots
                 self._display.time_left.took(self._queue.kind(event.item.stage), result["seconds"] * event.item.slots)
                 self._progress.line(
                     f"stage {self._display.title(event.item)} computed by {event.worker} in {result['seconds']:.1f} s"
@@ -360,6 +361,7 @@ class Driver:
         row = make_row(self._sweep.spec.name, number, job, outcome, attempt)
         self._outbox.add({**row, "mlflow_run_id": self._tracker.run_id(job.id)})
         self._summary.count(outcome.status)
+        self._summary.job_seconds += outcome.seconds
         self._spending.spend(outcome.footprint.get("flops", 0.0) * len(outcome.errors))
         result = (
             f"error {sum(outcome.errors) / len(outcome.errors):.4f}"
@@ -377,6 +379,8 @@ class Driver:
         rows = self._outbox.commit()
         for line in self._columns.see(rows):
             self._progress.line(line)
+        if self._columns.aimless and not self._sweep.strategy.exhaustive:
+            self._give_up_waiting("no row has what the objectives name")
         self._trials.record(rows)
         self._tracker.push(rows)
 

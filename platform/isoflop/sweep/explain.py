@@ -14,13 +14,13 @@ from isoflop.sweep import blocks
 
 def explain(error: ValidationError, source: Source, whole: type[blocks.Block]) -> str:
     """One line for the first problem; says how many more there are."""
-    problems = error.errors(include_url=False, include_context=True)
-    problems.sort(key=lambda p: p["type"] != "extra_forbidden")  # a misspelt key also makes the right one missing
-    first = problems[0]
+    problems = _mistakes(error.errors(include_url=False, include_context=True), source, whole)
+    problems.sort(key=lambda p: p["type"] != "extra_forbidden")  # a misspelt key rather than what it entails
+    first, others = problems[0], len(problems) - 1
     path = _real_path(first["loc"], source)
     where = source.where(path)
+    more = f" (and {others} more)" if others else ""
     kind, value = first["type"], first.get("input")
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if kind == "extra_forbidden":
         key = str(first["loc"][-1])
         allowed = _allowed_keys(first["loc"][:-1], whole)
@@ -40,6 +40,42 @@ def explain(error: ValidationError, source: Source, whole: type[blocks.Block]) -
     text = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     text = text[0].lower() + text[1:]
     return f"{where}:{shown} {text}{more}" if shown else f"{where}: {text}{more}"
+
+
+def _mistakes(problems: list[Any], source: Source, whole: type[blocks.Block]) -> list[Any]:
+    """The problems that are mistakes of their own, one per place in the file.
+
+    Pydantic reports a misspelt key also as the right one that is missing, a value that fits none of several types once per
+    type, and a list whose entries are wrong as too short.
+    """
+    misspelt = {
+        (tuple(p["loc"][:-1]), nearest(str(p["loc"][-1]), _allowed_keys(p["loc"][:-1], whole)))
+        for p in problems
+        if p["type"] == "extra_forbidden"
+    }
+    own = [p for p in problems if p["type"] != "missing" or (tuple(p["loc"][:-1]), str(p["loc"][-1])) not in misspelt]
+    places = [_place(p, source) for p in own]
+    found: dict[KeyPath, Any] = {}
+    for place, problem in zip(places, own, strict=True):
+        if not any(len(other) > len(place) and other[: len(place)] == place for other in places):
+            found.setdefault(place, problem)
+    return list(found.values())
+
+
+def _place(problem: Any, source: Source) -> KeyPath:
+    path = _real_path(problem["loc"], source)
+    return path if problem["type"] in ("missing", "extra_forbidden") else _present(path, source)
+
+
+def _present(path: KeyPath, source: Source) -> KeyPath:
+    """The part of a path that the file has: types that Pydantic tried are no keys."""
+    data: Any = source.data
+    for depth, part in enumerate(path):
+        inside = part in data if isinstance(data, Mapping) else isinstance(data, list) and isinstance(part, int)
+        if not inside:
+            return path[:depth]
+        data = data[part]
+    return path
 
 
 def _real_path(loc: tuple[int | str, ...], source: Source) -> KeyPath:
@@ -86,8 +122,12 @@ _BLOCKS: dict[str, type[blocks.Block]] = {
 }
 
 
+_UNIONS: dict[str, type[blocks.Block]] = {"ContenderBlock": blocks.ContenderBlock}
+"""Blocks that stand beside a short form: Pydantic names them by their class."""
+
+
 def _allowed_keys(loc: tuple[int | str, ...], whole: type[blocks.Block]) -> list[str]:
     block = whole
     for part in loc:
-        block = _BLOCKS.get(str(part), block)
+        block = _BLOCKS.get(str(part)) or _UNIONS.get(str(part), block)
     return [field.alias or name for name, field in block.model_fields.items()]

@@ -271,6 +271,11 @@ def _zips(spec: SweepSpec, source: Source) -> tuple[Zip, ...]:
     out = []
     for index, block in enumerate(spec.zip):
         where = source.where(("zip", index))
+        for path in (p for p in block if p not in knobs):  # a model or a method, or a name that does not exist
+            if wrong := [v for v in block[path] if isinstance(v, (Mapping, list, tuple))]:
+                raise UserError(
+                    f"{source.where(('zip', index, path))}: {wrong[0]!r} is no value; allowed: names of a {path}"
+                )
         typed = {
             path: [knobs[path].check(v, where) if path in knobs else v for v in values]
             for path, values in block.items()

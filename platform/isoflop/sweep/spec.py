@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator
 
 from isoflop.core.errors import UserError
 from isoflop.core.hashing import content_hash
@@ -81,20 +81,6 @@ class SweepSpec(Block):
     def _one_block(cls, value: Any) -> Any:
         return (value,) if isinstance(value, Mapping) else value
 
-    @model_validator(mode="after")
-    def _unique(self) -> SweepSpec:
-        for what, names in (
-            ("models", [m.ref for m in self.models]),
-            ("methods", ["+".join(sorted(m.name for m in c)) for c in self.methods]),
-            ("tasks", [t.name for t in self.tasks]),
-        ):
-            double = sorted({n for n in names if names.count(n) > 1})
-            if double:
-                raise ValueError(f"{what}: {double[0]!r} is named twice; list the values of its knobs in one entry")
-        if len(self.objectives) > 1 and self.search.pruner != "none":
-            raise ValueError("search.pruner: pruning needs a single objective")
-        return self
-
     @property
     def digest(self) -> str:
         """Hash of the specification."""
@@ -121,9 +107,27 @@ def load_spec(given: str | Path | Mapping[str, Any] | Source) -> tuple[SweepSpec
             f"{source.where(())}: a sweep is a block of keys (name, models, methods, tasks …), not {type(source.data).__name__}"
         )
     try:
-        return SweepSpec.model_validate(source.data), source
+        spec = SweepSpec.model_validate(source.data)
     except ValidationError as error:
         raise UserError(explain(error, source, SweepSpec)) from None
+    _check_blocks_together(spec, source)
+    return spec, source
+
+
+def _check_blocks_together(spec: SweepSpec, source: Source) -> None:
+    """What no block can tell by itself."""
+    for what, names in (
+        ("models", [m.ref for m in spec.models]),
+        ("methods", ["+".join(sorted(m.name for m in c)) for c in spec.methods]),
+        ("tasks", [t.name for t in spec.tasks]),
+    ):
+        double = next((i for i, name in enumerate(names) if name in names[:i]), None)
+        if double is not None:
+            raise UserError(
+                f"{source.where((what, double))}: {names[double]!r} is named twice; list the values of its knobs in one entry"
+            )
+    if len(spec.objectives) > 1 and spec.search.pruner != "none":
+        raise UserError(f"{source.where(('search', 'pruner'))}: pruning needs a single objective")
 
 
 def import_modules(spec: SweepSpec, source: Source) -> None:

@@ -28,11 +28,17 @@ class Spending:
         self._clock = clock
         self._started = clock()
         self._flops = 0.0
+        self._before = 0.0
         self.dropped = 0
 
     def start(self) -> None:
-        """The session begins."""
+        """The session begins; what is spent before it is of earlier ones (see :meth:`spent_before`)."""
         self._started = self._clock()
+
+    def spent_before(self, flops: float) -> None:
+        """Answers of an earlier session took so many FLOPs."""
+        self._flops += flops
+        self._before += flops
 
     @property
     def elapsed(self) -> float:
@@ -53,6 +59,16 @@ class Spending:
         if budget.flops is not None and self._flops >= budget.flops:
             return f"{budget.flops:g} FLOPs"
         return None
+
+    def seconds_left(self) -> float | None:
+        """Seconds until the budget's hours or FLOPs end the session, at the rate so far; None where neither is limited."""
+        ends = []
+        if self._budget.hours is not None:
+            ends.append(self._budget.hours * 3600 - self.elapsed)
+        if self._budget.flops is not None and self._flops > self._before:
+            rate = (self._flops - self._before) / max(self.elapsed, 1e-9)
+            ends.append((self._budget.flops - self._flops) / rate)
+        return max(0.0, min(ends)) if ends else None
 
     def drop(self, jobs: int) -> None:
         """So many queued jobs were given up. Hours are counted per session: another one may take these up."""

@@ -12,6 +12,7 @@ class Summary:
     Attributes:
         cached: jobs that had a row before; left: jobs that another session would still run.
         seconds: of the session.
+        stage_seconds: of workers, that shared stages took in this session; job_seconds: that jobs took.
         affinity: share of handed-out jobs that found their model warm.
         reason: why it ended, where there is more to say than that everything is done.
         untracked: what MLflow does not show of the sweep, why, and what helps; empty when it shows everything.
@@ -26,6 +27,8 @@ class Summary:
     seconds: float = 0.0
     interrupted: bool = False
     stages: int = 0
+    stage_seconds: float = 0.0
+    job_seconds: float = 0.0
     affinity: float = 0.0
     reason: str = ""
     untracked: str = ""

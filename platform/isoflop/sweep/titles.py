@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from isoflop.core.knobs import shown
 from isoflop.core.stage import Stage, walk
@@ -11,10 +13,21 @@ from isoflop.jobs import Job, ResolvedJob
 
 def job_title(job: Job) -> str:
     """Model, method, knobs and task of a job."""
-    knobs = " ".join(f"{k.rsplit('.', 1)[-1]}={shown(v)}" for k, v in job.knobs().items())
+    knobs = knob_text(job.knobs())
     return " ".join(
         p for p in (job.model, job.method_label, knobs, job.task, f"r{job.repeat}" if job.repeat else "") if p
     )
+
+
+def knob_text(knobs: Mapping[str, Any]) -> str:
+    """``k=2 lr=0.001``: knobs by their own names, with their method's where several methods have one of that name."""
+    last = Counter(name.rpartition(".")[2] for name in knobs)
+    parts = []
+    for name, value in knobs.items():
+        path, _, own = name.rpartition(".")
+        shared = f"{path.rpartition('/')[2]}.{own}"  # a combination's label before it says nothing new
+        parts.append(f"{own if last[own] == 1 else shared}={shown(value)}")
+    return " ".join(parts)
 
 
 def stage_title(job: Job, key: str) -> str:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from isoflop.core.knobs import shown
 from isoflop.jobs import Job
 from isoflop.search import Config, Proposer, Tell, values_key
 from isoflop.sweep.resolved import Sweep
 from isoflop.sweep.rows import FINAL_OK, objective_values, rows_of
+from isoflop.sweep.titles import knob_text
 
 Row = Mapping[str, Any]
 _COLUMNS = [
@@ -191,7 +191,5 @@ class TrialBook:
             value < self.best[0] if objective.direction == "minimize" else value > self.best[0]
         )
         if better:
-            knobs = " ".join(
-                f"{k.rsplit('.', 1)[-1]}={shown(v)}" for k, v in trial.config.items() if k not in ("model", "method")
-            )
+            knobs = knob_text({k: v for k, v in trial.config.items() if k not in ("model", "method")})
             self.best = (value, f"{trial.config['model']} {trial.config['method']} {knobs}".strip())

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
 
-from isoflop.core.folder_context import FolderContext
+from isoflop.core.folder_context import FolderContext, remove_with
 from isoflop.core.stage import Stage
 
 SENTENCE = "it's the other weather whether they're there or where others were same thing then who is new to old ways"
@@ -23,7 +22,8 @@ class GivenContext(FolderContext):
     """
 
     def __init__(self, given: Mapping[str, Any]) -> None:
-        super().__init__(Path(mkdtemp(prefix="isoflop-probe-")))
+        super().__init__(mkdtemp(prefix="isoflop-probe-"))
+        remove_with(self, self.root)
         self._given = dict(given)
 
     def get(self, stage: Stage) -> Any:

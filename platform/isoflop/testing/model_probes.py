@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -123,10 +121,10 @@ def _tiny_vit(info: Any) -> VitModel:
 
 def _checkpoint() -> ModelProbe:
     """A decoder that was written to a folder; what it is loaded with is the family's own ``load``."""
-    folder = Path(mkdtemp(prefix="isoflop-probe-")) / "checkpoint"
+    context = GivenContext({})
+    folder = context.root / "checkpoint"  # both go together
     module: Any = untrained("tiny-lm/recall-d64").module
     module.save_pretrained(folder)
-    context = GivenContext({})
     return ModelProbe(((f"hf:{folder}", {}),), lambda info: family_of(info.ref).load(info, None, context))
 
 

@@ -26,6 +26,18 @@ class Case(NamedTuple):
     run: Callable[[], None]
 
 
+class BrokenPromises(AssertionError):
+    """What a suite found, a line per check; their tracebacks are for whoever asks, not for the screen.
+
+    Attributes:
+        errors: by the name of the check.
+    """
+
+    def __init__(self, text: str, errors: Mapping[str, Exception]) -> None:
+        super().__init__(text)
+        self.errors = dict(errors)
+
+
 class Shared(Generic[T]):
     """What several checks run on, made when the first of them asks, and anew after one that failed.
 
@@ -87,7 +99,7 @@ def run_all(what: str, cases: Iterable[Case]) -> None:
         what: whose suite it is, e.g. "method quecc".
 
     Raises:
-        AssertionError: names each case that failed, in a line each; its cause holds their errors.
+        BrokenPromises: names each case that failed, in a line each.
     """
     broken: list[tuple[str, Exception]] = []
     for name, run in cases:
@@ -97,7 +109,7 @@ def run_all(what: str, cases: Iterable[Case]) -> None:
             broken.append((name, error))
     if broken:
         lines = [f"{what}: {name}: {finding(error)}" for name, error in broken]
-        raise AssertionError("\n".join(lines)) from ExceptionGroup(what, [error for _, error in broken])
+        raise BrokenPromises("\n".join(lines), dict(broken)) from None
 
 
 def finding(error: Exception) -> str:
