@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
-from isoflop.cli.live import counts
-from isoflop.sweep.progress import Snapshot
+from isoflop.cli.live import counts, times
+from isoflop.sweep.api import RunOptions, run_resolved
+from isoflop.sweep.blocks import Budget
+from isoflop.sweep.progress import Quiet, Snapshot
+from isoflop.sweep.resolve import resolve
+from isoflop.sweep.spending import Spending
+from isoflop.sweep.summary import Summary
 from isoflop.sweep.timing import JOB, TimeLeft
 
 
@@ -72,3 +80,48 @@ def test_workers_that_compute_stages_are_not_called_idle() -> None:
         "4/32 jobs · 1 running · 1 stage running · 1 more to go"
     )
     assert counts(Snapshot(total=32, stages_left=1)) == "0/32 jobs · 0 running · 1 stage to go"
+
+
+@pytest.mark.parametrize(
+    ("budget", "elapsed", "flops", "left"),
+    [
+        ({}, 100.0, 1e6, None),
+        ({"trials": 9}, 100.0, 1e6, None),
+        ({"hours": 2}, 1800.0, 0.0, 5400.0),
+        ({"hours": 2}, 9000.0, 0.0, 0.0),
+        ({"flops": 4e6}, 100.0, 1e6, 200.0),  # 1e6 of earlier sessions, 1e6 in 100 s: 2e6 more at that rate
+        ({"flops": 4e6}, 100.0, 0.0, None),
+        ({"hours": 2, "flops": 4e6}, 100.0, 1e6, 200.0),
+    ],
+)
+def test_the_time_left_ends_with_the_budget(
+    budget: dict[str, Any], elapsed: float, flops: float, left: float | None
+) -> None:
+    now = [0.0]
+    spending = Spending(Budget(**budget), Summary(), 1, lambda: now[0])
+    spending.start()
+    spending.spent_before(1e6)
+    now[0] = elapsed
+    spending.spend(flops)
+    assert spending.seconds_left() == (None if left is None else pytest.approx(left))
+
+
+def test_a_sweep_without_end_counts_down_to_its_budget() -> None:
+    """A search over real numbers has no number of jobs; its hours are known all the same."""
+    assert "about 1:30:00 left" in times(Snapshot(total=None, done=4, eta=5400.0))
+    assert "left" not in times(Snapshot(total=4, done=4, eta=5400.0))
+    assert "left" not in times(Snapshot(total=None, done=4, eta=None))
+
+
+def test_the_seconds_of_stages_are_counted_beside_those_of_jobs(tmp_path: Path, toy_parts: ModuleType) -> None:
+    """Jobs of a millisecond behind a training of a third of a second: the jobs' time alone would be a hundredth of it."""
+    spec: dict[str, Any] = {"name": "s", "methods": ["toy-full"], "tasks": ["toy-task"]}
+    spec |= {"import": ["toy_parts"], "models": [{"toy/s": {"seconds": 0.3}}]}
+    options = RunOptions(
+        executor="local", tracking_uri="none", store=str(tmp_path / "store"), cache_dir=tmp_path / "cache"
+    )
+    found = run_resolved(resolve(spec), options, Quiet()).summary
+    assert found is not None
+    assert (found.stages, found.ran) == (2, 1)
+    assert found.stage_seconds >= 0.3
+    assert found.job_seconds > 0

@@ -177,3 +177,24 @@ def test_probes_leave_no_folders() -> None:
         del context
         gc.collect()
         assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({}, "toy/s toy-tokens tokens=4"),
+        ({"repeats": 2}, "toy/s toy-tokens tokens=4 (mean over 2 repeats)"),
+        ({"repeats": 2, "tasks": ["toy-task", "toy-other"]}, "toy/s toy-tokens tokens=4 (mean over 2 tasks and 2 repeats)"),
+        ({"tasks": ["toy-task", "toy-other"], "objectives": [{"metric": "error", "task": "toy-other"}]}, "toy/s toy-tokens tokens=4"),
+    ],
+)  # fmt: skip
+def test_the_best_so_far_says_what_it_is_a_mean_of(more: dict[str, Any], said: str, tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    class Told:
+        line = staticmethod(lambda text: None)
+        update = staticmethod(lambda snapshot: seen.append(snapshot.best))
+
+    spec = yaml.safe_load(GOOD) | {"import": ["toy_parts"], "methods": [{"toy-tokens": {"tokens": [4]}}], **more}
+    isoflop.run(spec, Told(), store=str(tmp_path), executor="local", tracking_uri="none", cache_dir=tmp_path / "c")
+    assert seen[-1][1] == said

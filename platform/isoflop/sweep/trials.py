@@ -192,4 +192,12 @@ class TrialBook:
         )
         if better:
             knobs = knob_text({k: v for k, v in trial.config.items() if k not in ("model", "method")})
-            self.best = (value, f"{trial.config['model']} {trial.config['method']} {knobs}".strip())
+            what = f"{trial.config['model']} {trial.config['method']} {knobs}".strip()
+            self.best = (value, f"{what}{self._mean_of(trial)}")
+
+    def _mean_of(self, trial: Trial) -> str:
+        """What the first objective is a mean over, where it is one."""
+        rows = rows_of(self._sweep.spec.objectives[0], list(trial.rows.values()))
+        counts = {"tasks": len({r["task"] for r in rows}), "repeats": self._sweep.spec.repeats}
+        over = [f"{n} {what}" for what, n in counts.items() if n > 1]
+        return f" (mean over {' and '.join(over)})" if over else ""
