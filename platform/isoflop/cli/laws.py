@@ -190,7 +190,10 @@ def fit_command(source: str, store: str | None, separator: str | None, as_json: 
 @_law_options
 @_fit_options
 @click.option(
-    "--cost", default="2*N*(Q+V)", show_default=True, help="Formula in the law's variables and Q; units as in --map."
+    "--cost",
+    default="2*N*(Q+V)",
+    show_default=True,
+    help="Formula in the law's variables and Q; units as in --map. Of a sweep: as its YAML says, else all measured FLOPs.",
 )
 @click.option(
     "--q", type=click.FloatRange(0), help="Text tokens Q per answer; default: the mean of the rows' column Q."
