@@ -40,6 +40,7 @@ _COLUMNS = (
 
 _NARROW = ("model", "method", "knobs", "task", "status", "V", "error", "error_se")
 
+_NARROWEST = ("model", "method", "knobs", "task", "status", "error")
 _NUMBERS = ("N", "V", "Q", "ratio", "bits", "error", "error_se", "flops", "seconds", "repeat")
 
 
@@ -153,7 +154,7 @@ def _print_rows(out: Console, table: pa.Table) -> None:
         | {"knobs": _knobs(row["knobs"]), "ratio": "-" if one is None else f"{one.times:.3g} ×"}
         for row, one in zip(rows, found, strict=True)
     ]
-    for columns in (_COLUMNS, _NARROW):
+    for columns in (_COLUMNS, _NARROW, _NARROWEST):
         shown = grid(columns, [[cell[c] for c in columns] for cell in cells], right=_NUMBERS)
         if out.measure(shown, options=out.options.update(width=10_000)).maximum <= out.width:
             out.print(shown)
