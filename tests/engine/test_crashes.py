@@ -287,6 +287,27 @@ def test_ctrl_c_twice_stops_now(tmp_path: Path) -> None:
     assert "stopped at once" in err
 
 
+@pytest.mark.parametrize("executor", ["local", "ray"])
+def test_ctrl_c_in_a_long_stage_is_told_at_once(tmp_path: Path, executor: str) -> None:
+    """Also where the process is busy computing it; with nothing measured there is nothing to tell of laws."""
+    text = YAML.replace("models: [toy/s, toy/m]", "models: [toy/m: {seconds: 8}]") + "laws: [{law: product}]\n"
+    place = Place(
+        tmp_path / "x", None, text.replace("[toy/m: {seconds: 8}]", "[{toy/m: {seconds: 8}}]"), executor=executor
+    )
+    process = place.start()
+    place.wait_for("toy-base of", process)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    place.wait_for("SIGINT: waiting for 1 running stage; once more to stop now", process, seconds=5)
+    assert time.monotonic() - began < 5
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "no rows" not in out + err
+    assert "isoflop resume crash" in out
+
+
 def test_sigterm_drains_too(tmp_path: Path) -> None:
     place = Place(tmp_path / "x", None)
     process = place.start()

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import threading
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ from isoflop.core.errors import UserError
 from isoflop.jobs.runner import Runner, VersionMismatch
 from isoflop.sweep.api import RunOptions
 from isoflop.sweep.driver import Driver
+from isoflop.sweep.outbox import Outbox
 from isoflop.sweep.progress import Quiet
 from isoflop.sweep.resolve import resolve
 
@@ -114,7 +116,11 @@ def test_ranges_with_steps_keep_rows_only_on_the_grid(tmp_path: Path) -> None:
     assert (other.summary.cached, other.summary.ran, other.results().num_rows) == (3, 0, 3)
 
 
-@pytest.mark.parametrize("how", ["raise", "unpicklable", "unprintable", "nan", "sysexit", "footprint"])
+@pytest.mark.parametrize(
+    "how",
+    ["raise", "runtime", "file", "connection", "panic", "generator-exit", "keyboard", "unpicklable", "unprintable", "nan",
+     "sysexit", "footprint"],
+)  # fmt: skip
 def test_a_failing_job_is_retried_recorded_and_does_not_end_the_sweep(
     tmp_path: Path, toy_parts: ModuleType, how: str
 ) -> None:
@@ -125,6 +131,37 @@ def test_a_failing_job_is_retried_recorded_and_does_not_end_the_sweep(
     assert {r["attempt"] for r in failed} == {2}
     assert all(r["error"] is None and r["error_type"] and r["error_text"] for r in failed)
     assert len(toy_parts.log_lines(tmp_path / "cache", "eval")) == 2 + 2 * 2
+
+
+@pytest.mark.parametrize("how", ["type", "attribute", "name", "key", "assertion", "unwritten", "division"])
+def test_a_mistake_in_the_code_of_a_job_or_a_stage_is_not_tried_again(
+    tmp_path: Path, toy_parts: ModuleType, how: str
+) -> None:
+    opened = run_local(one_bad(how), tmp_path)
+    assert (opened.summary.ok, opened.summary.failed) == (2, 2)
+    assert len(toy_parts.log_lines(tmp_path / "cache", "eval")) == 2 + 2
+    failed = [row for row in opened.results().to_pylist() if row["status"] == "failed"]
+    assert [(row["error_type"], row["attempt"]) for row in failed] == 2 * [(toy_parts.MISTAKES[how].__name__, 1)]
+    staged = run_local(toy(models=[{"toy/m": {"fail": how}}]), tmp_path / "stage")
+    assert staged.summary.failed == 6
+    assert len(toy_parts.log_lines(tmp_path / "stage" / "cache", "stage toy-weights")) == 1
+
+
+@pytest.mark.parametrize("how", ["panic", "generator-exit", "keyboard", "sysexit"])
+def test_a_stage_may_raise_anything(tmp_path: Path, toy_parts: ModuleType, how: str) -> None:
+    opened = run_local(toy(models=["toy/s", {"toy/m": {"fail": how}}]), tmp_path)
+    assert (opened.summary.ok, opened.summary.failed) == (6, 6)
+    assert len(toy_parts.log_lines(tmp_path / "cache", "stage toy-weights")) == 1 + 2
+
+
+def test_errors_that_libraries_derive_from_pythons_own_are_tried_again() -> None:
+    from isoflop.jobs.faults import is_transient
+
+    class Missing(KeyError):
+        """As a library names a key that its server does not have yet."""
+
+    assert is_transient(Missing())
+    assert not is_transient(KeyError())
 
 
 @pytest.mark.parametrize("how", ["oom", "infeasible"])
@@ -217,11 +254,29 @@ def test_budget_of_flops(tmp_path: Path) -> None:
     assert 1 <= opened.summary.ok < 12
 
 
-@pytest.mark.parametrize("budget", [{"hours": 1e-9}, {"flops": 1}])
-def test_a_budget_that_ends_while_a_job_fails_ends_the_sweep(tmp_path: Path, budget: dict[str, float]) -> None:
-    """A failed job is put back into the queue; with the budget gone nobody may wait for it."""
-    opened = _within(30, lambda: run_local(one_bad("raise", budget=budget, limits={"retries": 5}), tmp_path))
-    assert opened.summary.ok < 4
+def test_hours_that_end_while_a_job_fails_end_the_sweep(
+    tmp_path: Path, toy_parts: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed job is put back into the queue; with the budget gone nobody may wait for it. An hour passes with the first job."""
+
+    def clock() -> float:
+        return 3600.0 if toy_parts.log_lines(tmp_path / "cache", "eval") else 0.0
+
+    monkeypatch.setattr("isoflop.sweep.api.Driver", partial(Driver, clock=clock))
+    spec = toy(methods=[{"toy-bad": {"how": "raise", "n": [0, 1, 2, 3]}}], budget={"hours": 0.5}, limits={"retries": 5})
+    opened = _within(30, lambda: run_local(spec, tmp_path))
+    assert opened.summary.reason == "0.5 hours"
+    assert opened.summary.ran == 0  # no row says failed: attempts were left
+    assert len(toy_parts.log_lines(tmp_path / "cache", "eval")) <= 2  # one that ran, one that was handed out behind it
+    assert opened.summary.left > 0
+
+
+def test_flops_that_end_while_a_job_fails_end_the_sweep(tmp_path: Path, toy_parts: ModuleType) -> None:
+    methods = [{"toy-tokens": {"tokens": [4]}}, {"toy-bad": {"how": "raise", "n": [0, 1, 2, 3]}}]
+    spec = toy(models=["toy/s"], tasks=["toy-task"], methods=methods, budget={"flops": 1}, limits={"retries": 5})
+    opened = _within(30, lambda: run_local(spec, tmp_path))
+    assert (opened.summary.ok, opened.summary.failed, opened.summary.reason) == (1, 0, "1 FLOPs")
+    assert len(toy_parts.log_lines(tmp_path / "cache", "eval")) <= 3
 
 
 def _within(seconds: float, action: Any) -> Any:
@@ -310,12 +365,18 @@ def test_an_objective_of_a_metric_that_no_row_has_fails_no_job(tmp_path: Path) -
 # pruning
 
 
+@pytest.fixture
+def told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row is written, and the pruner told of it, before the next job: else that depends on how long jobs take."""
+    monkeypatch.setattr(Outbox, "due", property(lambda self: True))
+
+
 def _pruned_sweep(pruner: str, sampler: str = "grid", **options: Any) -> dict[str, Any]:
     # tokens fall from trial to trial, so each is worse than the one before
     methods = [{"toy-tokens": {"tokens": [64, 32, 16, 8, 4, 2, 1]}}]
     return toy(
         models=["toy/m"],
-        tasks=[{"toy-other": {"shards": 9, "examples": 5, "noise": 0.001, "seconds": 0.03}}],
+        tasks=[{"toy-other": {"shards": 9, "examples": 5, "noise": 0.001}}],
         methods=methods,
         search={"sampler": sampler, "pruner": pruner, "pruner_options": options},
     )
@@ -329,7 +390,9 @@ def _pruned_sweep(pruner: str, sampler: str = "grid", **options: Any) -> dict[st
         ("hyperband", {"min_resource": 1, "max_resource": 9, "reduction_factor": 3}),
     ],
 )
-def test_pruners_stop_hopeless_jobs_early(tmp_path: Path, pruner: str, options: dict[str, Any]) -> None:
+def test_pruners_stop_hopeless_jobs_early(
+    told_at_once: None, tmp_path: Path, pruner: str, options: dict[str, Any]
+) -> None:
     opened = run_local(_pruned_sweep(pruner, **options), tmp_path)
     table = opened.results()
     assert opened.summary.ok + opened.summary.pruned == 7
@@ -342,7 +405,7 @@ def test_pruners_stop_hopeless_jobs_early(tmp_path: Path, pruner: str, options: 
     assert run_local(_pruned_sweep(pruner, **options), tmp_path).summary.ran == 0
 
 
-def test_a_pruner_knows_the_trials_of_earlier_sessions(tmp_path: Path) -> None:
+def test_a_pruner_knows_the_trials_of_earlier_sessions(told_at_once: None, tmp_path: Path) -> None:
     spec = _pruned_sweep("median", n_startup_trials=2)
     run_local({**spec, "budget": {"trials": 3}}, tmp_path)
     later = run_local(spec, tmp_path)
@@ -350,9 +413,27 @@ def test_a_pruner_knows_the_trials_of_earlier_sessions(tmp_path: Path) -> None:
     assert later.summary.pruned == 4  # all worse than the median of the first three
 
 
-def test_a_random_search_can_be_pruned(tmp_path: Path) -> None:
+def test_a_random_search_can_be_pruned(told_at_once: None, tmp_path: Path) -> None:
     opened = run_local(_pruned_sweep("median", "random", n_startup_trials=1), tmp_path)
     assert opened.summary.ran == 7
+
+
+# what a worker keeps
+
+
+@pytest.mark.parametrize(
+    ("how", "kept"), [("fine", True), ("infeasible", True), ("raise", False), ("panic", False), ("nan", False)]
+)
+def test_after_a_failure_models_are_loaded_afresh(tmp_path: Path, toy_parts: ModuleType, how: str, kept: bool) -> None:
+    """Nobody knows in what state a failed job leaves them."""
+    (tmp_path / "cache").mkdir()
+    sweep = resolve(toy(models=["toy/s"], tasks=["toy-task"], methods=["toy-full", {"toy-bad": {"how": how}}]))
+    good, bad = (sweep.jobs_of(config)[0] for config in sweep.space.grid())
+    runner = Runner(tmp_path / "cache")
+    assert [runner.run_job(good).model_was_warm for _ in range(2)] == [False, True]
+    assert runner.run_job(bad).model_was_warm
+    assert runner.run_job(good).model_was_warm == kept
+    assert len(toy_parts.log_lines(tmp_path / "cache", "load")) == (1 if kept else 2)
 
 
 # what a worker runs is what the job's id says

@@ -111,7 +111,7 @@ def endpoint() -> Iterator[str]:
     """The Prometheus endpoint of a private Ray on loopback."""
     import ray
 
-    from isoflop.execute.ray_executor import start_private_ray
+    from isoflop.execute.ray_node import start_private_ray
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

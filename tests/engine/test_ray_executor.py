@@ -29,7 +29,7 @@ def cluster() -> Iterator[None]:
     """A private Ray on loopback with two CPUs."""
     import ray
 
-    from isoflop.execute.ray_executor import start_private_ray
+    from isoflop.execute.ray_node import start_private_ray
 
     patch = pytest.MonkeyPatch()
     patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
@@ -80,7 +80,19 @@ def test_rows_and_scores_equal_those_of_the_local_executor(tmp_path: Path, toy_p
 
 def test_misbehaving_jobs_are_quarantined_and_the_sweep_goes_on(tmp_path: Path) -> None:
     """All in one sweep, with good jobs between them; the bad ones get as many attempts as the limits say."""
-    how = ["raise", "unpicklable", "unprintable", "nan", "exit", "sysexit", "once-exit", "fine"]
+    how = [
+        "raise",
+        "unpicklable",
+        "unprintable",
+        "nan",
+        "exit",
+        "sysexit",
+        "panic",
+        "keyboard",
+        "type",
+        "once-exit",
+        "fine",
+    ]
     spec = toy(
         models=["toy/s"],
         tasks=["toy-task"],
@@ -88,10 +100,10 @@ def test_misbehaving_jobs_are_quarantined_and_the_sweep_goes_on(tmp_path: Path) 
     )
     opened = run_ray(spec, tmp_path)
     rows = {(_how(r) or r["V"]): r for r in opened.results().to_pylist()}
-    assert len(rows) == opened.results().num_rows == 14
-    for name in how[:6]:
+    assert len(rows) == opened.results().num_rows == 17
+    for name in how[:9]:
         assert rows[name]["status"] == "failed", name
-        assert rows[name]["attempt"] == 2, name
+        assert rows[name]["attempt"] == (1 if name == "type" else 2), name
         assert rows[name]["error_type"]
     assert rows["exit"]["error_type"] == "WorkerLost"
     assert rows["once-exit"]["status"] == "ok"

@@ -113,7 +113,7 @@ class Full(Apart):
 def cluster() -> Iterator[None]:
     import ray
 
-    from isoflop.execute.ray_executor import start_private_ray
+    from isoflop.execute.ray_node import start_private_ray
 
     patch = pytest.MonkeyPatch()
     patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
@@ -130,7 +130,7 @@ def run(
     """Run the toy sweep on two "nodes": stage -> how often it was computed, after checking the rows."""
     from isoflop.execute import Resources, ray_executor
 
-    monkeypatch.setattr(ray_executor, "_live_nodes", lambda: {f"w{i}" for i in range(9)})
+    monkeypatch.setattr(ray_executor.RayExecutor, "_node_ids", lambda self: {f"w{i}" for i in range(9)})
     spec = toy(tasks=[{"toy-task": {"seconds": 0.1}}, "toy-other"])
 
     def start(worker: type[RayWorker], large: int) -> Counter[str]:

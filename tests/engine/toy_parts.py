@@ -329,6 +329,20 @@ class Unpicklable(Exception):
         raise TypeError("not picklable")
 
 
+class Panic(BaseException):
+    """As libraries in Rust raise."""
+
+
+MISTAKES = {  # in somebody's code: the same again, however often it is tried
+    "type": TypeError, "attribute": AttributeError, "name": NameError, "key": KeyError, "assertion": AssertionError,
+    "unwritten": NotImplementedError, "division": ZeroDivisionError,
+}  # fmt: skip
+OTHERS = {  # what may go better elsewhere or later
+    "raise": ValueError, "runtime": RuntimeError, "file": FileNotFoundError, "connection": ConnectionResetError,
+    "panic": Panic, "generator-exit": GeneratorExit, "keyboard": KeyboardInterrupt,
+}  # fmt: skip
+
+
 class Unprintable(Exception):
     """Fails while it is turned into text."""
 
@@ -344,8 +358,8 @@ def misbehave(how: str, place: Path, key: str) -> None:
             return
         mark.touch()
         how = how.removeprefix("once-")
-    if how == "raise":
-        raise ValueError("toy failure\nof two lines")
+    if how in MISTAKES or how in OTHERS:
+        raise {**MISTAKES, **OTHERS}[how]("toy failure\nof two lines")
     if how == "unpicklable":
         raise Unpicklable
     if how == "unprintable":

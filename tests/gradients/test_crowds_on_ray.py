@@ -42,7 +42,7 @@ def cluster() -> Iterator[None]:
     """A private Ray on loopback with two CPUs."""
     import ray
 
-    from isoflop.execute.ray_executor import start_private_ray
+    from isoflop.execute.ray_node import start_private_ray
 
     patch = pytest.MonkeyPatch()
     patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(ENGINE), os.environ.get("PYTHONPATH", "")]))

@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import json
 import math
-import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -31,17 +30,17 @@ import optuna
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-from optuna.distributions import BaseDistribution, IntDistribution
 
+from isoflop.bench.search_asks import bench_ask
 from isoflop.bench.search_results import Saved, Score, finite, share_for, summarise, table
 from isoflop.bench.search_strategies import CAP, Outcome, strategy_of
 from isoflop.bench.search_worlds import Lab, World, measured_worlds, truth_of, worlds
 from isoflop.core.errors import UserError, unknown
 from isoflop.core.expressions import Array
-from isoflop.search.law import LawSampler, Policy
+from isoflop.search.law import Policy
 from isoflop.search.law.belief import Belief
 from isoflop.search.law.best_method import BestMethod
-from isoflop.search.law.contenders import LawChoice, make_blocks, make_contender
+from isoflop.search.law.contenders import make_blocks, make_contender
 from isoflop.search.law.design import Linear, best_counts
 from isoflop.search.law.hypotheses import Hypothesis
 from isoflop.search.law.mapfit import map_fit, search_starts
@@ -293,57 +292,6 @@ def ratios(case: Case, found: dict[str, Any]) -> dict[str, float]:
                 label = f"FLOPs / {name} at its error {p['rms']:.4f} (share {p['share']:g})"
                 out[label] = share_for(ours, p["rms"]) / p["share"]
     return out
-
-
-def bench_ask(rows: int = 1000, asks: int = 20) -> dict[str, float]:
-    """CPU milliseconds per proposal in a study with many rows: continuous space, three competing forms, a frontier.
-
-    Once where a form fits, and once where none does (fits then carry a misfit surface).
-    """
-    out: dict[str, float] = {"rows": rows}
-    for label, name in (("fitting", "product-frontier"), ("misfit", "wrong-saturating")):
-        times = _ask_times(worlds()[name], rows, asks)
-        out |= {
-            f"{label}_first_ms": times[0],
-            f"{label}_median_ms": float(np.median(times[1:])),
-            f"{label}_largest_ms": float(np.max(times[1:])),
-        }
-    return out
-
-
-def _ask_times(world: World, rows: int, asks: int) -> list[float]:
-    rng = np.random.default_rng(0)
-    space: dict[str, BaseDistribution] = {
-        "N": optuna.distributions.FloatDistribution(1e7, 1.28e9, log=True),
-        "V": IntDistribution(1, 512, log=True),
-    }
-    laws: tuple[LawChoice, ...] = ("product", ("chinchilla", {"D": "V"}), "semilog")
-    sampler = LawSampler(
-        {"N": "N", "V": "V"},
-        world.target,
-        laws,
-        space=space,
-        cost=world.cost,
-        budget=3e12 * rows,  # with limits the design of what is left is solved, too
-        max_runs=3 * rows,
-        seed=0,
-    )
-    study = optuna.create_study(sampler=sampler)
-
-    def value(params: Mapping[str, Any]) -> float:
-        place, group = np.array([[float(params["N"]), float(params["V"])]]), np.zeros(1, dtype=np.int64)
-        return float(world.truth(place, group)[0] + world.sd(place, group)[0] * rng.standard_normal())
-
-    for _ in range(rows):
-        params = {"N": float(np.exp(rng.uniform(16.2, 20.9))), "V": int(np.exp(rng.uniform(0, 6.2)))}
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=space, value=value(params)))
-    times = []
-    for _ in range(asks + 1):
-        start = time.process_time()
-        trial = study.ask(space)
-        times.append(1e3 * (time.process_time() - start))
-        study.tell(trial, value(trial.params))
-    return times
 
 
 def read_reference(text: str, where: str | None) -> pa.Table:

@@ -40,6 +40,14 @@ def _run_options(command: Any) -> Any:
                 metavar="ADDRESS",
                 help="Use a running Ray cluster (auto, HOST:PORT); default: a private one.",
             ),
+            click.option(
+                "--ray-start-timeout",
+                type=click.FloatRange(min=1),
+                default=300.0,
+                show_default=True,
+                metavar="SECONDS",
+                help="How long a private Ray may take to come up.",
+            ),
             click.option("--node-ip", metavar="IP", help="This host's address in the cluster, if it has several."),
             click.option(
                 "--tracking-uri", metavar="URI", help="MLflow; default: the store's own database; none for no tracking."
@@ -75,7 +83,8 @@ def find_spec(given: Path) -> Path:
 def run_command(spec: Path, as_json: bool, report: bool, **options: Any) -> int:
     """Run a sweep, or what is missing of it. The name of a sweep that ships with isoflop will do: quickstart.
 
-    Exit code: 0 when every job has a result, 1 when some failed or MLflow lacks some, 130 when it was interrupted.
+    Exit code: 0 when every job has a result, 1 when some failed or MLflow lacks some, 3 when Ray did not come up or died
+    for good (finished jobs are kept), 130 when it was interrupted.
     """
     return _run(resolve(find_spec(spec)), as_json, report, RunOptions(**options))
 

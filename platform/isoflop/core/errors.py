@@ -16,6 +16,17 @@ class UserError(IsoflopError):
     exit_code = 2
 
 
+class StopNow(KeyboardInterrupt):
+    """Somebody wants the sweep to stop at once: no job's own doing, and nothing that a job may catch as an ``Exception``."""
+
+
+class Unavailable(UserError):
+    """What runs the jobs did not come up or gave way: Ray, a cluster, its head. The input may be right, so the exit code is
+    another one; like all errors for users it is one line, and what was finished is kept."""
+
+    exit_code = 3
+
+
 class Infeasible(UserError):
     """A configuration that cannot exist: a knob the model's geometry rules out, a missing hook, too little memory.
 

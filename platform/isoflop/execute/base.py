@@ -99,7 +99,12 @@ class Executor(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Bring workers up; nothing when they are. Raises UserError at once for resources that the cluster can never give."""
+        """Bring workers up; nothing when they are.
+
+        Raises:
+            UserError: at once, for resources that the cluster can never give.
+            Unavailable: what it runs on does not come up.
+        """
 
     @abstractmethod
     def workers(self) -> list[WorkerInfo]:
@@ -111,7 +116,8 @@ class Executor(ABC):
 
     @abstractmethod
     def poll(self, timeout: float) -> list[Event]:
-        """Events since the last call; waits up to ``timeout`` seconds for the first."""
+        """Events since the last call; waits up to ``timeout`` seconds for the first. Raises Unavailable where what it runs
+        on has died and cannot be started again."""
 
     @abstractmethod
     def kill(self, worker: str, reason: str, blame: bool = True) -> None:
@@ -122,6 +128,11 @@ class Executor(ABC):
         True the job ends after its current shard. Costs nothing while nobody watches."""
         self._on_shard = on_shard
 
+    def tell(self, line: Callable[[str], None]) -> None:
+        """Have ``line`` called, also while it starts, with what people should know of whatever runs the work."""
+        self._line = line
+
+    _line: Callable[[str], None] | None = None
     _on_shard: OnShard | None = None
     dashboard: str = ""
     """Address of a page that shows the workers, once started; empty where there is none."""

@@ -7,7 +7,6 @@ import os
 import resource
 import socket
 import time
-import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ import numpy as np
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.stage import Stage
+from isoflop.jobs.faults import describe, is_interrupt, is_transient, status_of
 from isoflop.jobs.job import Job, ResolvedJob, versions_of
 from isoflop.jobs.traces import Trace, traces_of
 from isoflop.methods.base import ADDITIVE_COSTS, Method
@@ -42,6 +42,7 @@ class Outcome:
         axes: N, V, Q, ratio, bits.
         traces: of the methods' inner steps, by name, thinned.
         error_type, error_text: of a job that failed or was infeasible.
+        transient: whether another attempt may help, where it failed.
     """
 
     status: Status
@@ -53,6 +54,7 @@ class Outcome:
     traces: dict[str, Trace] = field(default_factory=dict)
     error_type: str = ""
     error_text: str = ""
+    transient: bool = True
     started: float = 0.0
     seconds: float = 0.0
     host: str = ""
@@ -101,9 +103,11 @@ class Runner:
             self._run(_resolve(job), out, on_shard)
         except Infeasible as error:
             out.status, out.error_type, out.error_text = "infeasible", "Infeasible", str(error)
-        except (Exception, SystemExit) as error:
-            out.status = _status(error, fresh)
-            out.error_type, out.error_text = type(error).__name__, _describe(error)
+        except BaseException as error:  # also SystemExit, GeneratorExit and the panics of libraries in Rust
+            if is_interrupt(error):
+                raise
+            out.status, out.transient = status_of(error, fresh), is_transient(error)
+            out.error_type, out.error_text = type(error).__name__, describe(error)
             self._forget_models()
         out.seconds = time.monotonic() - clock
         out.stages_computed = self.cache.computed[computed_before:]
@@ -116,12 +120,15 @@ class Runner:
             stage = _stage(job, key)
             seconds = self.cache.ensure(stage)
             return {"ok": True, "seconds": seconds, "bytes": self.cache.size(stage)}
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
+            if is_interrupt(error):
+                raise
             return {
                 "ok": False,
-                "status": _status(error, fresh),
+                "status": status_of(error, fresh),
+                "transient": is_transient(error),
                 "error_type": type(error).__name__,
-                "error_text": _describe(error),
+                "error_text": describe(error),
             }
 
     def stage_files(self, job: Job, key: str) -> dict[str, bytes]:
@@ -289,23 +296,3 @@ def _device_name(device: str) -> str:
 
         return f"{torch.cuda.get_device_name()} [{visible}]" if visible else torch.cuda.get_device_name()
     return "cpu" if not visible else f"cpu [CUDA_VISIBLE_DEVICES={visible}]"
-
-
-def _status(error: BaseException, fresh: bool) -> Literal["failed", "infeasible"]:
-    """Too little memory is a property of the configuration, unless an earlier job of this process may have leaked it."""
-    import torch
-
-    if isinstance(error, MemoryError):
-        return "infeasible" if fresh else "failed"
-    return "infeasible" if isinstance(error, (Infeasible, torch.OutOfMemoryError)) else "failed"
-
-
-def _describe(error: BaseException) -> str:
-    """The message, and the innermost frames of the traceback for whoever debugs a method."""
-    frames = traceback.extract_tb(error.__traceback__)[-3:]
-    places = " < ".join(f"{Path(f.filename).name}:{f.lineno} in {f.name}" for f in reversed(frames))
-    try:
-        message = str(error)
-    except Exception:  # an exception of somebody's own may fail at this, too
-        message = "(no message)"
-    return f"{message} [{places}]"[:4000]

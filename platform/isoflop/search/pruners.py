@@ -11,6 +11,7 @@ import optuna
 from isoflop.core.errors import UserError
 from isoflop.core.knobs import Knob
 from isoflop.search.options import Where, check_options, nowhere
+from isoflop.search.quiet import hushed
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ PRUNERS: dict[str, type[Pruning]] = {
 }
 
 
+@hushed()
 def make_pruner(name: str, options: Mapping[str, Any], where: Where = nowhere) -> optuna.pruners.BasePruner:
     """Optuna's own pruner by its short name.
 

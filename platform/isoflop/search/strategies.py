@@ -14,6 +14,7 @@ from isoflop.search.options import Where, check_options, nowhere
 from isoflop.search.process import ProposerProcess
 from isoflop.search.proposer import GridProposer, Proposer
 from isoflop.search.pruners import changed
+from isoflop.search.quiet import hushed
 from isoflop.search.space import SearchSpace
 from isoflop.search.strategy import STRATEGIES, Aim, Problem, Strategy
 from isoflop.search.study import Habits, OptunaProposer, PrunedGrid
@@ -80,6 +81,7 @@ class OptunaStrategy(Strategy):
             raise UserError(f"{where('options')}: {cls.name}: {error}") from None
         return given
 
+    @hushed()
     def build(self, seed: int) -> optuna.samplers.BaseSampler:
         """Optuna's sampler."""
         return self.sampler(**{**self.quiet, **changed(self), "seed": seed})

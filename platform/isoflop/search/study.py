@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,11 +17,11 @@ from isoflop.core.hashing import derive_seed
 from isoflop.search.distributions import chosen, distribution_of, stored, suggest
 from isoflop.search.proposer import Numbers, Proposal, Proposer, Tell
 from isoflop.search.pruners import make_pruner
+from isoflop.search.quiet import hushed
 from isoflop.search.space import Config, Param, SearchSpace, Value, values_key
 from isoflop.search.tpe import UnconstrainedStorage
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 _NO_TRIAL = optuna.trial.create_trial(state=TrialState.FAIL)
 _PATIENCE = 20  # repeated points in a row before random draws take over
@@ -56,6 +55,7 @@ class OptunaProposer(Proposer):
         habits: how the sampler has to be treated.
     """
 
+    @hushed()
     def __init__(
         self,
         space: SearchSpace,
@@ -85,6 +85,7 @@ class OptunaProposer(Proposer):
         # Random search learns nothing: a study of its trials would only cost memory and time.
         self._forgetful = self._habits.per_trial and pruner == "none"
 
+    @hushed()
     def ask(self, count: int) -> list[Proposal]:
         out: list[Proposal] = []
         misses = 0
@@ -117,6 +118,7 @@ class OptunaProposer(Proposer):
             self._known.add(values_key(config))
             self._past.add(values_key(config))
 
+    @hushed()
     def tell(self, result: Tell) -> None:
         state = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[
             result.outcome
@@ -142,6 +144,7 @@ class OptunaProposer(Proposer):
             )
         )
 
+    @hushed()
     def should_prune(self, number: int, step: int, value: float) -> bool:
         trial = self._open.get(number)
         if trial is None or len(self._study.directions) > 1:
@@ -243,6 +246,7 @@ class PrunedGrid(OptunaProposer):
         self._grid: Iterator[Config] = space.grid()
         self._size = sum(1 for _ in space.grid())
 
+    @hushed()
     def ask(self, count: int) -> list[Proposal]:
         fresh = (config for config in self._grid if values_key(config) not in self._known)
         return [self._propose(config) for config in itertools.islice(fresh, count)]

@@ -48,6 +48,7 @@ class RunOptions:
         tracking_uri: MLflow; None for the store's own database, "none" for no tracking.
         workers: upper bound on parallel jobs.
         cache_dir: of stages; None for the default.
+        ray_start_timeout: seconds in which a private Ray must be up.
         track_wait: seconds to wait at the end for an MLflow that does not answer; one that makes progress is waited for.
     """
 
@@ -59,6 +60,7 @@ class RunOptions:
     workers: int | None = None
     cache_dir: str | Path | None = None
     retry_failed: bool = False
+    ray_start_timeout: float = 300.0
     track_wait: float = 60.0
 
     def __post_init__(self) -> None:
@@ -68,12 +70,10 @@ class RunOptions:
             isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 1
         ):
             raise UserError(f"workers = {self.workers!r}; allowed: whole numbers from 1")
-        if (
-            isinstance(self.track_wait, bool)
-            or not isinstance(self.track_wait, (int, float))
-            or not self.track_wait >= 0
-        ):
-            raise UserError(f"track_wait = {self.track_wait!r}; allowed: seconds from 0")
+        for name in ("track_wait", "ray_start_timeout"):
+            seconds = getattr(self, name)
+            if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
+                raise UserError(f"{name} = {seconds!r}; allowed: seconds from 0")
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> RunOptions:
@@ -102,6 +102,7 @@ def run(
 
     Raises:
         UserError: the spec, an option or the environment is wrong; says what to mend.
+        Unavailable: Ray did not come up, or died and could not be started again; what was finished is kept.
     """
     chosen = RunOptions.of(options)
     return run_resolved(resolve(given), chosen, progress or Quiet(), conclude, draw)
@@ -146,11 +147,13 @@ def run_resolved(
         proposer.close()
         executor.close(now=summary.interrupted)
         save_findings(store, sweep, proposer)
-        if spec.laws:
-            log.line("fitting laws")
         opened = SweepResults(store, spec.name, spec, summary)
-        findings = opened.findings_of_run = opened.findings()
-        findings.save(store, spec.name)
+        if summary.done or not summary.interrupted:  # stopped before the first job there is nothing to find
+            if spec.laws:
+                log.line("fitting laws")
+            opened.findings_of_run = opened.findings()
+            opened.findings_of_run.save(store, spec.name)
+        findings = opened.findings_of_run
         if conclude is not None and not summary.interrupted:
             opened.conclusion = conclusion_of(conclude, opened, log)
         status = "KILLED" if summary.interrupted else "FINISHED"
@@ -196,6 +199,7 @@ def make_executor(sweep: Sweep, options: RunOptions, store: Store | None = None)
         options.node_ip,
         str(sweep.source.folder) if sweep.source.folder else None,
         store.local / "stages" if store is not None and store.local else None,
+        start_timeout=options.ray_start_timeout,
     )
 
 

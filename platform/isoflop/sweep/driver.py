@@ -65,6 +65,7 @@ class Driver:
         self._sweep = sweep
         self._ledger = ledger
         self._executor = executor
+        executor.tell(progress.line)
         self._tracker = tracker
         self._progress = progress
         # Without a pruner nothing is hopeless: what one stopped earlier is run to its end.
@@ -97,12 +98,13 @@ class Driver:
             self._executor.watch(self._on_shard)
         summary = self._summary
         try:
-            with self._interrupts.watched(lambda: self._queue.running):
+            with self._interrupts.watched(self._running, self._progress.line):
                 while self._step():
                     pass
         except KeyboardInterrupt:
             summary.interrupted = True
-            self._progress.line("stopped at once; running jobs are dropped and will run again")
+            dropped = "; what runs is dropped and will run again" if self._running() else ""
+            self._progress.line(f"stopped at once{dropped}")
         finally:
             self._commit(force=True)
         summary.interrupted |= self._interrupts.draining
@@ -154,8 +156,6 @@ class Driver:
         if not self._interrupts.draining:
             self._ask()
             self._dispatch()
-        if notice := self._interrupts.notice():
-            self._progress.line(notice)
         busy = self._busy()
         thinking = self._proposer.pending and not self._pacing.exhausted
         if not busy and not self._outbox and (self._interrupts.draining or not (len(self._queue) or thinking)):
@@ -170,6 +170,11 @@ class Driver:
         self._ledger.keep_lease()
         self._show()
         return True
+
+    def _running(self) -> str:
+        """What workers are busy with, in words; empty when it is nothing."""
+        counts = ((self._queue.running, "job"), (self._queue.stages_running, "stage"))
+        return " and ".join(f"{n} running {word}{'s' if n > 1 else ''}" for n, word in counts if n)
 
     def _busy(self) -> bool:
         return any(slot.items for slot in self._slots.values())
@@ -211,7 +216,8 @@ class Driver:
 
     def _start_workers(self) -> None:
         """Bring the executor up when there is the first thing to run: a finished sweep is opened again in a moment."""
-        self._executor.start()
+        with self._interrupts.at_once():
+            self._executor.start()
         self._started_workers = True
         if self._executor.dashboard:
             self._progress.line(f"Ray's dashboard: {self._executor.dashboard}")
@@ -289,7 +295,7 @@ class Driver:
                 )
             return
         failure = self._queue.stage_failed(
-            event.item.stage, result["status"], result["error_type"], result["error_text"]
+            event.item.stage, result["status"], result["error_type"], result["error_text"], result["transient"]
         )
         if failure is None:
             self._progress.line(
@@ -314,7 +320,7 @@ class Driver:
         if outcome.error_type == "MemoryError":
             self._executor.kill(event.worker, "ran out of memory; another takes its place", blame=False)
         if outcome.status == "failed":
-            exhausted = self._queue.job_failed(job.id, event.worker)
+            exhausted = self._queue.job_failed(job.id, event.worker, outcome.transient)
             if exhausted is None:
                 self._progress.line(
                     f"{job_title(job)} failed, will be tried again: {outcome.error_type}: {outcome.error_text}"

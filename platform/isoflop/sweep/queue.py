@@ -142,7 +142,7 @@ class WorkQueue:
     @property
     def stages_running(self) -> int:
         """Stages that a worker computes."""
-        return sum(1 for state in self._stages.values() if state.running)
+        return sum(state.running for state in list(self._stages.values()))  # a copy: other threads ask, too
 
     @property
     def stages_left(self) -> int:
@@ -242,13 +242,15 @@ class WorkQueue:
             if pending is not None and all(s in self._available for s in pending.stages):
                 self._admit(self._blocked.pop(job_id))
 
-    def stage_failed(self, key: str, status: str, error_type: str, error_text: str) -> StageFailure | None:
-        """A stage failed; None when it will be tried again."""
+    def stage_failed(
+        self, key: str, status: str, error_type: str, error_text: str, transient: bool = True
+    ) -> StageFailure | None:
+        """A stage failed; None when it will be tried again, which only what is transient is."""
         state = self._stages.get(key)
         if state is None:
             return None
         state.running = False
-        if status != "infeasible" and state.attempt <= self._retries:
+        if transient and status != "infeasible" and state.attempt <= self._retries:
             self._note_startable(state)
             return None
         del self._stages[key]
@@ -263,10 +265,11 @@ class WorkQueue:
         """A job has its final result."""
         return self._running.pop(job_id)
 
-    def job_failed(self, job_id: str, worker: str) -> Pending | None:
-        """A job failed; None when it is queued again, else the job to be recorded as failed."""
+    def job_failed(self, job_id: str, worker: str, transient: bool = True) -> Pending | None:
+        """A job failed; None when it is queued again, else the job to be recorded as failed: its attempts are used up, or
+        another one would not help."""
         pending = self._running.pop(job_id)
-        if pending.attempt > self._retries:
+        if not transient or pending.attempt > self._retries:
             return pending
         pending.avoid = worker
         self._admit(pending)
