@@ -33,6 +33,22 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     "falcon": (transformers.FalconConfig, r"does not call its attention through", "FalconForCausalLM"),
     "bloom": (transformers.BloomConfig, r"does not call its attention through", "BloomForCausalLM"),
     "windows": (lambda **k: transformers.MistralConfig(**{**GQA, **k}, sliding_window=16), r"within windows .*16", "MistralForCausalLM"),
+    "dynamic rotation": (
+        lambda **k: transformers.LlamaConfig(**{**GQA, **k}, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        r"rotates a text of another length in another way", "LlamaForCausalLM",
+    ),
+    "recurrent layers": (
+        lambda **k: transformers.JambaConfig(**{**GQA, **k}, mamba_d_state=4), r"do not attend to all tokens before \(.*linear_attention", "JambaForCausalLM",
+    ),
+    "shared keys": (
+        lambda **k: transformers.Gemma3nTextConfig(
+            **{**GQA, **k}, head_dim=8, layer_types=FULL, num_kv_shared_layers=1, activation_sparsity_pattern=[0.0, 0.0],
+        ),
+        r"takes keys and values of its last 1 layers from", "Gemma3nForCausalLM",
+    ),
+    "a mask of its own": (
+        lambda **k: transformers.DogeConfig(**{**GQA, **k}), r"a mask of the architecture's own", "DogeForCausalLM",
+    ),
     "soft caps": (
         lambda **k: transformers.Gemma2Config(**{**GQA, **k}, head_dim=8, layer_types=FULL), r"caps its attention logits", "Gemma2ForCausalLM",
     ),

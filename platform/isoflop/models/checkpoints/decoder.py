@@ -84,6 +84,13 @@ def decoder_geometry(ref: str, decoder: Any, name: str) -> dict[str, Any]:
     }
 
 
+def ropes_of(config: Any) -> list[dict[str, Any]]:
+    """What a config says of its rotary embeddings, one for all layers or one per kind of layer."""
+    given = getattr(config, "rope_parameters", None) or {}
+    inner = [value for value in given.values() if isinstance(value, dict)]
+    return inner or [given]
+
+
 def _refuse_other_layers(ref: str, config: Any, name: str) -> None:
     kinds = set(getattr(config, "layer_types", None) or [])
     others = sorted(kinds - {"full_attention"})
@@ -103,6 +110,11 @@ def _refuse_other_layers(ref: str, config: Any, name: str) -> None:
         raise Infeasible(
             f"model {ref}: {name} caps its attention logits at {softcap}; allowed: plain softmax attention"
         )
+    if any(rope.get("rope_type") == "dynamic" for rope in ropes_of(config)):
+        raise Infeasible(
+            f"model {ref}: {name} rotates a text of another length in another way (rope_type = dynamic), so that a step is not what one "
+            "pass gives; allowed: rotations that depend on positions alone (default, linear, yarn, llama3, …)"
+        )
     if getattr(config, "attn_temperature_tuning", False):
         raise Infeasible(
             f"model {ref}: {name} scales queries by how much transformers' own cache holds (attn_temperature_tuning); allowed: "
@@ -111,8 +123,8 @@ def _refuse_other_layers(ref: str, config: Any, name: str) -> None:
     shared = getattr(config, "num_kv_shared_layers", 0)
     if shared:
         raise Infeasible(
-            f"model {ref}: the last {shared} layers of {name} share keys and values with layers before them, whose bytes would count "
-            "twice; allowed: keys and values of its own in every layer"
+            f"model {ref}: {name} takes keys and values of its last {shared} layers from layers before them (num_kv_shared_layers), whose "
+            "bytes would count twice; allowed: keys and values of its own in every layer"
         )
 
 

@@ -12,7 +12,7 @@ from isoflop.core.hook import Hook
 from isoflop.core.stage import StageContext
 from isoflop.models.base import ModelInfo
 from isoflop.models.byte_trees.vocabulary import not_byte_level
-from isoflop.models.checkpoints.decoder import decoder_geometry, without_weights
+from isoflop.models.checkpoints.decoder import decoder_geometry, ropes_of, without_weights
 from isoflop.models.checkpoints.source import (
     FAMILY,
     Content,
@@ -142,9 +142,9 @@ def _positions(ref: str, config: Any) -> int:
     """
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
-    rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope" and isinstance(positions, int):
-        positions = min(positions, int(rope.get("original_max_position_embeddings", positions)))
+    for rope in ropes_of(text):
+        if rope.get("rope_type") == "longrope" and isinstance(positions, int):
+            positions = min(positions, int(rope.get("original_max_position_embeddings", positions)))
     if not isinstance(positions, int):
         raise Infeasible(
             f"model {ref}: its config, of the type {config.model_type!r}, does not say how long a text may be; allowed: configs with "
