@@ -39,7 +39,7 @@ def _curve_panel(task: str, model: str, configs: Sequence[Config], palette: Mapp
         content.append(charts.series(variant, palette[variant], points, line=single))
     chart = charts.xy(
         f"{task} on {model}: error against compression ratio",
-        charts.axis("compression ratio, uncompressed over compressed", "×", log=True),
+        charts.axis(f"uncompressed over compressed: {_meaning(configs)}", "×", log=True),
         charts.axis("error", log=charts.spread([c.error for c in configs])),
         content,
     )

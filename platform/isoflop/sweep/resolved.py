@@ -121,6 +121,13 @@ class Sweep:
         then = job if config == written else replace(job, methods=self._spelled(job.methods, job.method_label, config))
         return now if now.id == then.id else None
 
+    def job_of(self, text: str) -> Job:
+        """The job of this sweep that a row of :meth:`current` stands for, from the row's ``spec``."""
+        job = Job.from_dict(json.loads(text))
+        written = self.config_of(job)
+        now = job if self.space.spelled(written) == written else self.job_now(job)  # hashing each again would take long
+        return now or job
+
     def _spelled(self, methods: tuple[MethodSpec, ...], label: str, config: Config) -> tuple[MethodSpec, ...]:
         """The methods with the values that a point gives their knobs."""
         prefixes = [knob_prefix(label, position) for position in range(len(methods))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,9 +76,8 @@ class TrialBook:
         by_trial: dict[str, list[tuple[Job, Row]]] = {}
         columns = _COLUMNS if self._sweep.spec.search.pruner == "none" else [*_COLUMNS, "scores", "shard_sizes"]
         for row in table.select(columns).to_pylist():
-            job = self._sweep.job_now(Job.from_dict(json.loads(row["spec"])))
-            if job is not None:
-                by_trial.setdefault(job.trial_id, []).append((job, row))
+            job = self._sweep.job_of(row["spec"])
+            by_trial.setdefault(job.trial_id, []).append((job, row))
         unfinished = []
         for found in sorted(by_trial.values(), key=lambda pairs: pairs[0][1]["trial_number"]):
             config = self._sweep.config_of(found[0][0])
