@@ -46,7 +46,11 @@ def _charts() -> list[dict[str, Any]]:
     """Error against compute, size and ratio, and parallel coordinates."""
     found = [
         _chart("SCATTER", f"error against {what}", xaxis=_metric(key), yaxis=_metric("error"))
-        for key, what in (("flops", "FLOPs per answer"), ("N", "size N"), ("ratio", "the ratio that the method's family counts"))
+        for key, what in (
+            ("flops", "FLOPs per answer"),
+            ("N", "size N"),
+            ("ratio", "the ratio that the method's family counts"),
+        )
     ]
     axes = {"selectedParams": list(_PARAMS[:2]), "selectedMetrics": ["N", "V", "ratio", "flops", "error"]}
     return [*found, _chart("PARALLEL", "settings, costs and error", showAllRuns=False, **axes)]
