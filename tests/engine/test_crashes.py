@@ -42,6 +42,9 @@ def no_child_survives(children: Callable[[], set[int]]) -> Iterator[None]:
     assert not left, [Path(f"/proc/{pid}/cmdline").read_text()[:200] for pid in left if Path(f"/proc/{pid}").exists()]
 
 
+_WITH_TOYS = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 class Place:
     """A store, a cache and a YAML file in one folder, and the command line on them."""
 
@@ -80,7 +83,7 @@ class Place:
                 *self.tracking,
                 *arguments,
             ],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": _WITH_TOYS, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
