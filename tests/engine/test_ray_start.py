@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import ray
+from helpers import toy
 
-from isoflop.core.errors import Unavailable
+from isoflop.core.errors import Unavailable, UserError
 from isoflop.execute import ray_node
 from isoflop.execute.ray_node import start_private_ray
 
@@ -124,6 +125,16 @@ def test_other_failures_are_not_tried_again(monkeypatch: pytest.MonkeyPatch, sta
     monkeypatch.setattr(ray_node.ray, "init", refuse)
     with pytest.raises(ValueError, match="num_cpus must not be negative"):
         start(num_cpus=-1)
+
+
+def test_the_option_says_how_long_a_start_may_take(toy_parts: object) -> None:
+    from isoflop.sweep.api import RunOptions, make_executor
+    from isoflop.sweep.resolve import resolve
+
+    executor: Any = make_executor(resolve(toy()), RunOptions(ray_start_timeout=7))
+    assert executor._cluster.start_timeout == 7
+    with pytest.raises(UserError, match="ray_start_timeout = -1; allowed: seconds from 0"):
+        RunOptions(ray_start_timeout=-1)
 
 
 def test_a_real_start_that_is_given_up_leaves_no_process(children: Callable[[], set[int]]) -> None:
