@@ -42,12 +42,14 @@ class Probe(ABC):
         ctx: the stage context that is handed to ``footprint``.
         examples: how many examples ``outputs`` knows.
         exact: at ratio 1 the outputs must be bit-equal; False where the hook itself adds up in another order.
+        tolerance: by how much outputs may differ that are equal but for the order of additions, relative to the largest.
     """
 
     model: Model
     ctx: StageContext
     examples: int
     exact: bool = True
+    tolerance: float = 1e-5
 
     @abstractmethod
     def prepared(self, method: Method, seed: int) -> Any:

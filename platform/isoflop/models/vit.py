@@ -41,6 +41,9 @@ class VitInfo(ModelInfo):
         data: the built-in images it classifies (``digits``, ``sprites``), or None.
         pixel_mean, pixel_std: normalisation of pixel values in [0, 1], one number per channel.
         options: the sweep's options for this model, checked, as (name, value) pairs.
+        labels: what the model calls its classes, in order; empty where it does not say.
+        resize: side that the shorter side of an image gets before the middle of it is cut out; None where whole images are
+            squeezed into a square.
 
     ``geometry`` holds ``layers``, ``width``, ``heads``, ``mlp``, ``patches``, ``prefix`` (CLS and distillation tokens),
     ``patch_inputs`` (numbers per patch), ``image_side``, ``channels``, ``classes``, ``heads_out`` (classifiers).
@@ -50,6 +53,8 @@ class VitInfo(ModelInfo):
     pixel_mean: tuple[float, ...]
     pixel_std: tuple[float, ...]
     options: tuple[tuple[str, Any], ...] = ()
+    labels: tuple[str, ...] = ()
+    resize: int | None = None
 
 
 @dataclass(frozen=True)

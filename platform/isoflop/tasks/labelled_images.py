@@ -18,14 +18,11 @@ from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.models.base import Model, ModelInfo
-from isoflop.models.counting import flops_of
-from isoflop.models.hooks.pixels import PIXELS
-from isoflop.models.metering import meter
 from isoflop.models.vit import LABELLED_IMAGES, VitBatch, VitInfo, VitModel
 from isoflop.models.worlds import sprite_world as world
 from isoflop.tasks.base import Task
+from isoflop.tasks.image_costs import costs_of_image
 from isoflop.tasks.distortion import mse, psnr, ssim
-from isoflop.tasks.footprint import peak_bytes_of, seconds_of
 
 BATCH = 128
 
@@ -86,39 +83,10 @@ class LabelledImages(Task):
     def measure(self, model: Model, ctx: StageContext) -> dict[str, float]:
         """Footprint of classifying example 0 from its pixels, batch of one.
 
-        ``flops`` is counted on the live model, scoring of the method and networks of a codec included; ``flops_codec`` are
-        those of the latter; ``flops_dense`` is the model's without token reduction or codec. ``weight_bytes`` and
-        ``peak_bytes`` include the weights that a codec must hold, ``codec_weight_bytes``; ``bytes_dense`` does not.
-        ``tokens_left`` are the patches behind the last block, ``tokens_mean`` those that the blocks' attention sees on average.
+        See ``costs_of_image``.
         """
         vit = vit_model(model, self.name)
-        batch = self.batch(vit.info, np.zeros(1, dtype=np.int64), 0)
-        with meter(vit) as reading:
-            flops, _ = flops_of(lambda: vit.supervised(batch))
-        patches = vit.info.geometry["patches"]
-        left, seen, codec = float(patches), [patches], vit.occupant(PIXELS)
-        if reading.block_tokens is not None:
-            left = float(reading.block_tokens.left)
-            seen = [tokens - vit.info.geometry["prefix"] for tokens, _ in reading.block_tokens.seen]
-        with vit.unreduced():
-            dense, _ = flops_of(lambda: vit.classify(batch.images_BCHW, batch.ids_B))
-        coding, held = {}, vit.served_bytes()
-        if codec is not None:
-            coding["flops_codec"] = float(flops_of(lambda: vit.seen(batch.images_BCHW))[0])
-            coding["codec_weight_bytes"] = float(codec.held_bytes(vit.info.dense_bits))
-        return {
-            "tokens_left": left,
-            "tokens_mean": float(np.mean(seen)),
-            "flops": float(flops),
-            "flops_dense": float(dense),
-            **coding,
-            "weight_bytes": held,
-            "weight_bytes_dense": vit.dense_weight_bytes(),
-            "bytes": held,
-            "bytes_dense": vit.dense_weight_bytes(),
-            "seconds": seconds_of(lambda: vit.supervised(batch), vit.device),
-            "peak_bytes": float(vit.resident_bytes() + peak_bytes_of(lambda: vit.supervised(batch), vit.device)),
-        }
+        return costs_of_image(vit, self.batch(vit.info, np.zeros(1, dtype=np.int64), 0))
 
 
 def distortions(seen_BCHW: Tensor, images_BCHW: Tensor) -> dict[str, np.ndarray]:

@@ -42,9 +42,6 @@ from isoflop.testing.refusals import refused
 from isoflop.testing.snapshot import Snapshot, fingerprint
 from isoflop.testing.suites import Case, Shared, cases_of, run_all
 
-TOLERANCE = 1e-5
-"""Batches of different sizes may differ by this much, relative to the largest output."""
-
 Check = Callable[[type[Method], Probe], None]
 
 
@@ -118,7 +115,7 @@ def check_impossible_knobs(cls: type[Method], probe: Probe) -> None:
 def check_identity(cls: type[Method], probe: Probe) -> None:
     """At ratio 1, and where a method has nothing to do (``Probe.untouched``), the outputs are those of the bare model.
 
-    Bit for bit, or within ``TOLERANCE`` where the family replaces an operator by one that adds up in another order.
+    Bit for bit, or within ``Probe.tolerance`` where the family replaces an operator by one that adds up in another order.
     """
     method, default = cls.identity(probe.model.info), at_default(cls, probe)
     cases = [(method, range(probe.examples))] if method is not None else []
@@ -131,7 +128,7 @@ def check_identity(cls: type[Method], probe: Probe) -> None:
             assert torch.equal(outputs, bare), f"{case} changes the outputs"
         else:
             difference = float((outputs - bare).abs().max() / bare.abs().max())
-            assert difference <= TOLERANCE, f"{case} changes the outputs by {difference:.1e} of the largest"
+            assert difference <= probe.tolerance, f"{case} changes the outputs by {difference:.1e} of the largest"
 
 
 def check_monotone_cost(cls: type[Method], probe: Probe) -> None:
@@ -235,7 +232,7 @@ def check_batching(cls: type[Method], probe: Probe) -> None:
     scale = float(together.abs().max())
     for name, other in (("alone", alone), ("in reverse order", reverse)):
         difference = float((together - other).abs().max()) / scale
-        assert difference <= TOLERANCE, f"examples run {name} differ by {difference:.1e} of the largest output"
+        assert difference <= probe.tolerance, f"examples run {name} differ by {difference:.1e} of the largest output"
 
 
 def check_knobs_honoured(cls: type[Method], probe: Probe) -> None:

@@ -29,6 +29,7 @@ from isoflop.tasks.byte_completion import ByteTask
 from isoflop.tasks.data.choice import Choice
 from isoflop.tasks.data.generate import Generate
 from isoflop.tasks.data.needle import Needle
+from isoflop.tasks.data.retrieval import Retrieval
 from isoflop.tasks.data.text import Text
 from isoflop.tasks.digit_scenes import DigitSceneTask
 from isoflop.tasks.find_digit import FindDigit
@@ -153,6 +154,13 @@ def _harness() -> TaskProbe:
     return TaskProbe(model, ctx, {"task": "own_questions", "include_path": str(folder), "limit": 8, "shard": 3})
 
 
+def _retrieval() -> TaskProbe:
+    model, ctx = reader_of_text()
+    return TaskProbe(
+        model, ctx, {"corpus": own("corpus.jsonl"), "queries": own("queries.jsonl"), "limit": 8, "shard": 3}
+    )
+
+
 def _needle() -> TaskProbe:
     model, ctx = reader_of_text()
     kinds = ("single", "multi-query", "variable-tracking")
@@ -190,6 +198,7 @@ PROBES: dict[Any, Callable[[], TaskProbe]] = {
     ),
     Text: lambda: _own("notes.txt", tokens=48),
     Needle: _needle,
+    Retrieval: _retrieval,
     LmEval: _harness,
     GenerationLatency: _generation,
 }

@@ -93,6 +93,8 @@ def describe(
         pixel_mean=mean,
         pixel_std=std,
         options=options,
+        labels=_labels(settings),
+        resize=_resize(source, side),
     )
 
 
@@ -138,9 +140,31 @@ def skeleton(architecture: str, config: PretrainedConfig) -> Any:
         return getattr(transformers, architecture)(config)
 
 
+def _preprocessor(source: Path | None) -> dict[str, Any]:
+    if source is None or not (source / "preprocessor_config.json").exists():
+        return {}
+    stored: dict[str, Any] = json.loads((source / "preprocessor_config.json").read_text())
+    return stored
+
+
+def _labels(config: Any) -> tuple[str, ...]:
+    names = {int(number): str(name) for number, name in (config.id2label or {}).items()}
+    listed = tuple(names.get(number, "") for number in range(int(config.num_labels)))
+    return () if all(name == f"LABEL_{number}" for number, name in enumerate(listed)) else listed
+
+
+def _resize(source: Path | None, side: int) -> int | None:
+    """What Hugging Face's processors do: the shorter side, then a crop; or the whole image into a square."""
+    stored = _preprocessor(source)
+    size = stored.get("size")
+    if isinstance(size, dict) and "shortest_edge" in size:
+        return int(size["shortest_edge"])
+    if stored.get("do_center_crop"):
+        return int(size["height"]) if isinstance(size, dict) else int(size or side)
+    return None
+
+
 def _normalisation(source: Path | None, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    stored: dict[str, Any] = {}
-    if source is not None and (source / "preprocessor_config.json").exists():
-        stored = json.loads((source / "preprocessor_config.json").read_text())
+    stored = _preprocessor(source)
     half = (0.5,) * channels
     return tuple(stored.get("image_mean", half)), tuple(stored.get("image_std", half))

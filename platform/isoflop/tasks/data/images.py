@@ -1,0 +1,120 @@
+"""Image files: what is read of them, and how they become a model's pixels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isoflop.core.errors import UserError
+from isoflop.tasks.data.rows import HUB, Rows, named, read, suffix_of
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+def image_rows(data: str, split: str, image: str) -> Rows:
+    """Rows with images: of a table with a field of paths (or of images, in Parquet and hub data), or of a folder per class.
+
+    A row of a folder has the fields ``image`` (path) and ``label`` (the folder's name). Rows are named by the content of their
+    images, so that files may be renamed and moved.
+
+    Args:
+        image: the field of a table that holds paths, relative to the table.
+
+    Raises:
+        UserError: no images, a table without the field, a path that leads nowhere.
+    """
+    path = Path(data).expanduser()
+    if not data.startswith(HUB) and path.is_dir() and (files := _pictures(path, split)):
+        return _of_folder(tuple((f, f.stat().st_size, f.stat().st_mtime_ns) for f in files), data, path)
+    rows = read(data, split)
+    rows.require(image, "image", "on images")
+    base = path if path.is_dir() else path.parent
+    found, keys = [], []
+    for row in rows.rows:
+        value = row.get(image)
+        placed = {**row, image: str(base / value)} if isinstance(value, str) else dict(row)
+        rest = {name: field for name, field in row.items() if name != image}
+        found.append(placed)
+        keys.append(f"{_digest(placed[image], data)}:{sorted(rest.items(), key=lambda kv: kv[0])!r}")
+    return named(found, data, keys)
+
+
+def opened(value: Any) -> Any:
+    """A PIL image in RGB of a path, of bytes, of what Parquet and hubs hold, or of an image.
+
+    Raises:
+        UserError: it cannot be read as an image.
+    """
+    import io
+
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    try:
+        picture = (
+            value
+            if isinstance(value, Image.Image)
+            else Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+        )
+        return picture.convert("RGB")
+    except (OSError, UnidentifiedImageError, ValueError, AttributeError) as error:
+        shown = value if isinstance(value, str) else type(value).__name__
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"image {shown}: cannot be read ({reason})") from None
+
+
+def pixels_of(picture: Any, side: int, resize: int | None, channels: int = 3) -> Tensor:
+    """An image as values in [0, 1], (C, side, side), resized as Hugging Face's processors do (bicubic).
+
+    Args:
+        resize: side that the shorter side gets before the middle is cut out; None squeezes the whole image.
+        channels: 3, or 1 for grey.
+    """
+    from PIL import Image
+
+    picture = picture.convert("L") if channels == 1 else picture
+    if resize is None:
+        picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+    else:
+        scale = resize / min(picture.size)
+        width, height = (
+            max(side, int(n * scale)) if n != min(picture.size) else max(side, resize) for n in picture.size
+        )
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - side) // 2, (height - side) // 2
+        picture = picture.crop((left, top, left + side, top + side))
+    values = np.asarray(picture, dtype=np.float32) / 255.0
+    return torch.from_numpy(values.reshape(side, side, channels)).permute(2, 0, 1).contiguous()
+
+
+def _pictures(folder: Path, split: str) -> list[Path]:
+    root = folder / split if split and (folder / split).is_dir() else folder
+    found = [
+        p for p in sorted(root.glob("*/*")) if p.is_file() and suffix_of(p) in PICTURES and not p.name.startswith(".")
+    ]
+    return [p for p in found if not p.parent.name.startswith(".")]
+
+
+@lru_cache(maxsize=8)  # by size and time of change
+def _of_folder(files: tuple[tuple[Path, int, int], ...], name: str, root: Path) -> Rows:
+    rows = [{"image": str(path), "label": path.parent.name} for path, _, _ in files]
+    return named(rows, name, [f"{_digest(row['image'], name)}:{row['label']}" for row in rows])
+
+
+def _digest(value: Any, data: str) -> str:
+    if isinstance(value, str):
+        try:
+            return hashlib.sha256(Path(value).read_bytes()).hexdigest()
+        except OSError as error:
+            raise UserError(f"data {data}: image {value}: {error.strerror or error}") from None
+    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
+        return hashlib.sha256(value["bytes"]).hexdigest()
+    return hashlib.sha256(opened(value).tobytes()).hexdigest()
