@@ -21,8 +21,8 @@ from isoflop.models.base import Model, ModelInfo
 from isoflop.models.vit import LABELLED_IMAGES, VitBatch, VitInfo, VitModel
 from isoflop.models.worlds import sprite_world as world
 from isoflop.tasks.base import Task
-from isoflop.tasks.image_costs import costs_of_image
 from isoflop.tasks.distortion import mse, psnr, ssim
+from isoflop.tasks.image_costs import costs_of_image
 
 BATCH = 128
 
