@@ -30,6 +30,21 @@ LABELLED_IMAGES = "labelled-images"
 """Offered by models that classify one of the built-in kinds of images (``VitInfo.data``)."""
 
 
+@dataclass(frozen=True)
+class Resizing:
+    """What a checkpoint's processor does with an image before the middle of it, as large as the model's images, is cut out.
+
+    Attributes:
+        side: that an image gets; None for the model's own.
+        keeps_shape: the shorter side gets it, and not both.
+        resample: Pillow's number of the filter (2 bilinear, 3 bicubic).
+    """
+
+    side: int | None = None
+    keeps_shape: bool = False
+    resample: int = 3
+
+
 @dataclass(frozen=True, kw_only=True)
 class VitInfo(ModelInfo):
     """What is known of a vision transformer for classification without loading its weights.
@@ -42,8 +57,7 @@ class VitInfo(ModelInfo):
         pixel_mean, pixel_std: normalisation of pixel values in [0, 1], one number per channel.
         options: the sweep's options for this model, checked, as (name, value) pairs.
         labels: what the model calls its classes, in order; empty where it does not say.
-        resize: side that the shorter side of an image gets before the middle of it is cut out; None where whole images are
-            squeezed into a square.
+        resizing: how images of other sizes become the model's.
 
     ``geometry`` holds ``layers``, ``width``, ``heads``, ``mlp``, ``patches``, ``prefix`` (CLS and distillation tokens),
     ``patch_inputs`` (numbers per patch), ``image_side``, ``channels``, ``classes``, ``heads_out`` (classifiers).
@@ -54,7 +68,7 @@ class VitInfo(ModelInfo):
     pixel_std: tuple[float, ...]
     options: tuple[tuple[str, Any], ...] = ()
     labels: tuple[str, ...] = ()
-    resize: int | None = None
+    resizing: Resizing = Resizing()
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,12 @@ from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.feed_forward import FEED_FORWARD
 from isoflop.models.hooks.prompt_text import PROMPT_TEXT
 from isoflop.models.lm import LmModel, tokenizer_of
+from isoflop.models.worlds.sprite_world import ImageSet
 from isoflop.tasks.base import Task
 from isoflop.tasks.byte_completion import ByteTask
 from isoflop.tasks.data.choice import Choice
 from isoflop.tasks.data.generate import Generate
+from isoflop.tasks.data.image_classes import ImageClasses
 from isoflop.tasks.data.needle import Needle
 from isoflop.tasks.data.retrieval import Retrieval
 from isoflop.tasks.data.text import Text
@@ -161,6 +163,18 @@ def _retrieval() -> TaskProbe:
     )
 
 
+def _pictures() -> TaskProbe:
+    from PIL import Image
+
+    ctx, images = GivenContext({}), ImageSet("sprites", "test", 14, 0.0, seed=1)
+    folder = ctx.root / "pictures"
+    for number, (image_CHW, label) in enumerate(zip(next(images.images()), images.labels(), strict=True)):
+        place = folder / str(label)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image_CHW.transpose(1, 2, 0) * 255).round().astype("uint8")).save(place / f"{number}.png")
+    return TaskProbe(untrained_vit("c48"), ctx, {"data": str(folder), "shard": 6})
+
+
 def _needle() -> TaskProbe:
     model, ctx = reader_of_text()
     kinds = ("single", "multi-query", "variable-tracking")
@@ -198,6 +212,7 @@ PROBES: dict[Any, Callable[[], TaskProbe]] = {
     ),
     Text: lambda: _own("notes.txt", tokens=48),
     Needle: _needle,
+    ImageClasses: _pictures,
     Retrieval: _retrieval,
     LmEval: _harness,
     GenerationLatency: _generation,

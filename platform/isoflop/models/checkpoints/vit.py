@@ -17,7 +17,7 @@ from isoflop.models.hooks.matrices import MATRICES, matrix_shapes
 from isoflop.models.hooks.pixels import PIXELS
 from isoflop.models.hooks.vision_blocks import VISION_BLOCKS, blocks_of
 from isoflop.models.quiet import no_progress_bars
-from isoflop.models.vit import LABELLED_IMAGES, VitInfo, VitModel
+from isoflop.models.vit import LABELLED_IMAGES, Resizing, VitInfo, VitModel
 from isoflop.models.worlds.sprite_world import DATA
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def describe(
         pixel_std=std,
         options=options,
         labels=_labels(settings),
-        resize=_resize(source, side),
+        resizing=_resizing(source),
     )
 
 
@@ -153,15 +153,15 @@ def _labels(config: Any) -> tuple[str, ...]:
     return () if all(name == f"LABEL_{number}" for number, name in enumerate(listed)) else listed
 
 
-def _resize(source: Path | None, side: int) -> int | None:
-    """What Hugging Face's processors do: the shorter side, then a crop; or the whole image into a square."""
+def _resizing(source: Path | None) -> Resizing:
+    """As Hugging Face's processors read their ``size``."""
     stored = _preprocessor(source)
-    size = stored.get("size")
+    size, resample = stored.get("size"), int(stored.get("resample", Resizing.resample))
     if isinstance(size, dict) and "shortest_edge" in size:
-        return int(size["shortest_edge"])
-    if stored.get("do_center_crop"):
-        return int(size["height"]) if isinstance(size, dict) else int(size or side)
-    return None
+        return Resizing(int(size["shortest_edge"]), True, resample)
+    if isinstance(size, dict) and "height" in size:
+        return Resizing(int(size["height"]), False, resample)
+    return Resizing(size if isinstance(size, int) else None, False, resample)
 
 
 def _normalisation(source: Path | None, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

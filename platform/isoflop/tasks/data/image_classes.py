@@ -111,7 +111,7 @@ class ImageClasses(DataTask):
 
     def _batch(self, info: VitInfo, examples: Sequence[Example]) -> VitBatch:
         side, channels = info.geometry["image_side"], info.geometry["channels"]
-        images = [pixels_of(opened(example.row[self.image]), side, info.resize, channels) for example in examples]
+        images = [pixels_of(opened(example.row[self.image]), side, info.resizing, channels) for example in examples]
         labels = [self.class_of(example, info) for example in examples]
         return VitBatch(torch.stack(images), torch.tensor(labels), torch.tensor([example.id for example in examples]))
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from isoflop.core.errors import UserError
+from isoflop.models.vit import Resizing
 from isoflop.tasks.data.rows import HUB, Rows, named, read, suffix_of
 
+_SQUEEZED = Resizing()
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
@@ -71,26 +73,23 @@ def opened(value: Any) -> Any:
         raise UserError(f"image {shown}: cannot be read ({reason})") from None
 
 
-def pixels_of(picture: Any, side: int, resize: int | None, channels: int = 3) -> Tensor:
-    """An image as values in [0, 1], (C, side, side), resized as Hugging Face's processors do (bicubic).
+def pixels_of(picture: Any, side: int, resizing: Resizing = _SQUEEZED, channels: int = 3) -> Tensor:
+    """An image as values in [0, 1], (C, side, side), resized and cut as Hugging Face's processors do.
 
     Args:
-        resize: side that the shorter side gets before the middle is cut out; None squeezes the whole image.
         channels: 3, or 1 for grey.
     """
-    from PIL import Image
-
     picture = picture.convert("L") if channels == 1 else picture
-    if resize is None:
-        picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+    wanted = resizing.side or side
+    if resizing.keeps_shape:
+        short = min(picture.size)
+        size = tuple(wanted if n == short else int(n * wanted / short) for n in picture.size)
     else:
-        scale = resize / min(picture.size)
-        width, height = (
-            max(side, int(n * scale)) if n != min(picture.size) else max(side, resize) for n in picture.size
-        )
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = (width - side) // 2, (height - side) // 2
-        picture = picture.crop((left, top, left + side, top + side))
+        size = (wanted, wanted)
+    picture = picture.resize(size, resizing.resample)
+    width, height = picture.size
+    left, top = (width - side) // 2, (height - side) // 2
+    picture = picture.crop((left, top, left + side, top + side))  # black where it is smaller
     values = np.asarray(picture, dtype=np.float32) / 255.0
     return torch.from_numpy(values.reshape(side, side, channels)).permute(2, 0, 1).contiguous()
 
