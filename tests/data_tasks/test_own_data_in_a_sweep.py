@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+import isoflop
 from isoflop.core.errors import UserError
+from isoflop.core.yaml_source import load_yaml
 from isoflop.jobs.job import Job, ResolvedJob
 from isoflop.sweep.resolve import resolve
 from isoflop.testing.task_probes import own
 
 MODEL = "hf:reader"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +30,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("own") / "reader"
     model, _ = reader_of_text()
     assert isinstance(model.module, LlamaForCausalLM)
+    model.module.config.max_position_embeddings = 2048
     model.module.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
     return folder
@@ -79,6 +84,31 @@ def test_a_label_tells_two_tasks_of_a_kind_apart(folder: Path) -> None:
     assert ResolvedJob.of(found["choice:hard"]).task.name == "choice"
 
 
+def test_the_readmes_example_is_the_packaged_one_and_runs(folder: Path, checkpoint: Path) -> None:
+    """With another model and other lengths: the tokenizer of the small checkpoint knows bytes and little more."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    (block,) = (b for b in blocks if b.startswith("name: own"))
+    packaged = load_yaml(ROOT / "sweeps" / "own.yaml").data
+    (folder / "readme.yaml").write_text(block)
+    assert load_yaml(folder / "readme.yaml").data == packaged
+    shutil.copytree(ROOT / "sweeps" / "own", folder / "own")
+    choice, generate, text, needle = packaged["tasks"]
+    choice["choice"]["limit"] = generate["generate"]["limit"] = 3
+    text["text"].update(limit=2, tokens=64)
+    needle["needle"].update(lengths=[1024], kinds=["single"], depths=[0.5], repeats=1)
+    packaged.update(
+        models=[MODEL], methods=["none", {"snapkv": {"keep": 0.5, "window": 4}}], store=str(folder / "store")
+    )
+    path = folder / "own.yaml"
+    path.write_text(json.dumps(packaged))
+    done = isoflop.run(path, executor="local", cache_dir=folder / "cache", tracking_uri="none")
+    rows = done.results().to_pylist()
+    assert [row["status"] for row in rows] == ["ok"] * 8
+    assert {row["task"] for row in rows} == {"choice", "generate", "text", "needle"}
+    assert {row["ratio"] for row in rows if row["method"] == "none"} == {1.0}
+    assert all(row["ratio"] > 1.5 for row in rows if row["method"] == "snapkv")
+
+
 @pytest.mark.parametrize(
     ("task", "message"),
     [
@@ -88,7 +118,7 @@ def test_a_label_tells_two_tasks_of_a_kind_apart(folder: Path) -> None:
         ({"choice": {}}, "needs a value for data"),
         (choice(normalise="byte"), "did you mean 'bytes'"),
         ({"choise:x": {"data": "my.jsonl"}}, "did you mean 'choice'"),
-        ({"generate": {"data": "my.jsonl", "prompt": "{question}", "references": "answers", "metric": "f2"}}, "did you mean 'f1'"),
+        ({"generate": {"data": "my.jsonl", "prompt": "{question}", "references": "answers", "metric": "exat"}}, "did you mean 'exact'"),
         ({"text": {"data": "my.jsonl"}}, "'text'.*allowed: answer, answers"),
     ],
 )  # fmt: skip
