@@ -17,6 +17,9 @@ from isoflop.sweep.progress import Snapshot
 _REFRESH_SECONDS = 0.25
 _PLAIN_SECONDS = 30.0
 _MAX_WORKERS = 8
+_STAYS = (  # in a line that is not only the latest event
+    " failed", "lost:", "died", "SIG", "stopped at once", "MLflow", "budget:", "Ray is not up", "Ray's start", "no node of",
+)  # fmt: skip
 
 
 class LiveProgress:
@@ -46,7 +49,7 @@ class LiveProgress:
     def line(self, text: str) -> None:
         """Remember the latest event; failures stay on the screen."""
         self._last = text
-        if any(word in text for word in (" failed", "lost:", "SIG", "MLflow", "budget:")):
+        if any(word in text for word in _STAYS):
             self._live.console.print(Text(text, style="yellow", overflow="ellipsis", no_wrap=True))
 
     def _render(self, s: Snapshot) -> RenderableType:
