@@ -17,7 +17,8 @@ import pytest
 from helpers import Lines, one_bad, run_local, scores, toy
 
 import isoflop
-from isoflop.core.errors import UserError
+from isoflop.core.errors import Unavailable, UserError
+from isoflop.execute import LocalExecutor
 from isoflop.jobs.runner import Runner, VersionMismatch
 from isoflop.sweep.api import RunOptions
 from isoflop.sweep.driver import Driver
@@ -416,6 +417,24 @@ def test_a_pruner_knows_the_trials_of_earlier_sessions(told_at_once: None, tmp_p
 def test_a_random_search_can_be_pruned(told_at_once: None, tmp_path: Path) -> None:
     opened = run_local(_pruned_sweep("median", "random", n_startup_trials=1), tmp_path)
     assert opened.summary.ran == 7
+
+
+def test_rows_are_kept_when_what_runs_the_jobs_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    polls = iter(range(99))
+
+    def dying(self: LocalExecutor, timeout: float, poll: Any = LocalExecutor.poll) -> Any:
+        if next(polls) > 8:
+            raise Unavailable("it has died")
+        return poll(self, timeout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalExecutor, "poll", dying)
+        with pytest.raises(Unavailable, match="it has died"):
+            run_local(toy(), tmp_path)
+    kept = isoflop.open("toy", str(tmp_path / "store")).results().num_rows
+    assert 0 < kept < 12
+    again = run_local(toy(), tmp_path)
+    assert (again.summary.cached, again.summary.ok) == (kept, 12 - kept)
 
 
 # what a worker keeps
