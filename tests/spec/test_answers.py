@@ -54,6 +54,10 @@ def answer(text: str, tmp_path: Path) -> str:
         ("tasks: [toy-task]", "tasks: [toy-task]\nlimits: {timeout: soon}", "sweep.yaml:6: limits.timeout: 'soon' must be a time"),
         ("tasks: [toy-task]", "tasks: [toy-task]\nbudget: {trials: x}", "sweep.yaml:6: budget.trials: 'x' must be a number"),
         ("models: [toy/s]", "models: [{toy/s: 3}]", "sweep.yaml:2: models[0]"),
+        ("tasks: [toy-task]", "tasks: [toy-task]\nsearch:", "sweep.yaml:6: search: has no value; must be a block of keys"),
+        ("tasks: [toy-task]", "tasks: [toy-task]\nlaws: 3", "sweep.yaml:6: laws: 3 must be a list"),
+        ("tasks: [toy-task]", "tasks: [toy-task]\nsearch: {sampler: 3}", "sweep.yaml:6: search.sampler: 3 must be text"),
+        ("tasks: [toy-task]", "tasks: [toy-task]\nrepeats: 1.5", "sweep.yaml:6: repeats: 1.5 must be a whole number"),
     ],
 )  # fmt: skip
 def test_one_mistake_counts_once(old: str, new: str, said: str, tmp_path: Path) -> None:

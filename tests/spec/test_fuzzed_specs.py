@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import random
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from isoflop.cli import main
 from isoflop.core.errors import UserError
 from isoflop.sweep.plan import make_plan
 from isoflop.sweep.resolve import resolve
@@ -202,6 +204,17 @@ def outcome(path: Path, folder: Path) -> str:
     return "planned"
 
 
+def exit_code(path: Path, folder: Path) -> tuple[int, int]:
+    """Of the command line on the same file, and how many lines it says on standard error."""
+    said = io.StringIO()
+    arguments = ["isoflop", "plan", str(path), "--store", str(folder / "store"), "--cache-dir", str(folder / "cache")]
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said), redirect_stdout(io.StringIO()):
+        patch.setattr("sys.argv", arguments)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return int(ended.value.code or 0), said.getvalue().count("\n")
+
+
 def check(seeds: range, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     path, seen, broken = folder / "fuzzed.yaml", {"planned": 0, "refused": 0}, {}
@@ -212,6 +225,8 @@ def check(seeds: range, folder: Path) -> None:
             seen[ended] += 1
         else:
             broken[seed] = ended
+        if seed % 25 == 0 and exit_code(path, folder) != {"planned": (0, 0), "refused": (2, 1)}.get(ended):
+            broken[seed] = f"{ended}, and the command line ends with (exit code, lines) {exit_code(path, folder)}"
     assert not broken, "\n".join(f"seed {seed}: {ended}" for seed, ended in broken.items())
     assert min(seen.values()) > len(seeds) / 20, seen  # both kinds were tried
     assert not (folder / "store").exists()  # planning writes nothing

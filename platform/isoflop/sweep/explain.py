@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ def explain(error: ValidationError, source: Source, whole: type[blocks.Block]) -
     if kind == "missing":
         return f"{source.where(path[:-1])}: the key {first['loc'][-1]!r} is missing{more}"
     shown = "" if isinstance(value, (Mapping, list, tuple, BaseModel)) else f" {value!r}"
+    shown = " has no value;" if value is None else shown
     if kind == "literal_error":
         options = [o.strip(" '") for o in first["ctx"]["expected"].replace(" or ", ", ").split(",")]
         hint = nearest(str(value), options)
@@ -38,8 +40,24 @@ def explain(error: ValidationError, source: Source, whole: type[blocks.Block]) -
     if kind == "too_short":
         return f"{where}: is empty; at least one entry is needed{more}"
     text = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    text = text[0].lower() + text[1:]
+    text = _plainly(text[0].lower() + text[1:])
     return f"{where}:{shown} {text}{more}" if shown else f"{where}: {text}{more}"
+
+
+_WORDS = {
+    r"a valid dictionary( or instance of \w+)?": "a block of keys",
+    r"a valid (tuple|list)": "a list",
+    r"a valid string": "text",
+    r"a valid integer": "a whole number",
+    r"a valid (number|boolean)": r"a \1",
+}
+"""What Pydantic calls the kinds of values, as people who write YAML do."""
+
+
+def _plainly(text: str) -> str:
+    for pattern, words in _WORDS.items():
+        text = re.sub(pattern, words, text)
+    return text
 
 
 def _mistakes(problems: list[Any], source: Source, whole: type[blocks.Block]) -> list[Any]:

@@ -147,7 +147,8 @@ class Sweep:
             if now is not None and now.id not in exact:
                 chosen[now.id] = index
                 exact.update({job_id} & {now.id})
-        return table.take(pa.array(sorted(chosen.values()), pa.int64()))
+        keep = set(chosen.values())
+        return table.filter(pa.array([index in keep for index in range(table.num_rows)], pa.bool_()))
 
 
 def knob_prefix(label: str, position: int) -> str:
