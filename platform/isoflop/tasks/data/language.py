@@ -221,7 +221,7 @@ def score_tails(contexts: Contexts, rows: Sequence[tuple[Sequence[Ids], int]]) -
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageDataTask(DataTask, ContextTask):
+class LanguageDataTask(ContextTask, DataTask):
     """Base class of tasks whose prompts are made of a user's rows by a template."""
 
     @abstractmethod

@@ -27,7 +27,7 @@ from isoflop.tasks.data.rows import HUB, READERS, TEXT, Rows, named, read, suffi
 
 @TASKS.register("text")
 @dataclass(frozen=True, kw_only=True)
-class Text(DataTask, ContextTask):
+class Text(ContextTask, DataTask):
     """Bits that a model spends per byte of a user's documents; an example is a window of a document.
 
     Windows of ``tokens`` slide over each document. The first ``prefix`` of a window is the context, which methods on the cache
