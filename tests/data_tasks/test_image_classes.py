@@ -15,7 +15,8 @@ from isoflop.core.errors import UserError
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import build
 from isoflop.models.family import family_of
-from isoflop.models.vit import Resizing, VitModel
+from isoflop.models.resizing import Resizing
+from isoflop.models.vit import VitModel
 from isoflop.tasks.data.image_classes import ImageClasses
 from isoflop.tasks.data.images import opened, pixels_of
 

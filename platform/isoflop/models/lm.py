@@ -197,8 +197,8 @@ class LmModel(DecoderModel):
             yield LmBatch(ids_BT, targets_BT).to(self.device)
 
 
-def tokenizer_of(info: LmInfo, ctx: StageContext) -> Callable[[], Any] | None:
-    """What ``LmModel`` wants of the stage that holds a model's tokenizer."""
+def tokenizer_of(info: Any, ctx: StageContext) -> Callable[[], Any] | None:
+    """What a loaded model wants of the stage that holds its tokenizer (``info.tokenizer``)."""
     return None if info.tokenizer is None else partial(ctx.get, info.tokenizer)
 
 

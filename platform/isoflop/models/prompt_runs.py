@@ -10,7 +10,7 @@ places, W vocabulary, d width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -45,26 +45,46 @@ def run(model: VlmModel, prompt: SegmentedPrompt, asked_BL: Tensor | None = None
     return model.head(hidden_BLd[asked_BL])
 
 
-@torch.no_grad()
 def stepwise(model: VlmModel, prompt: SegmentedPrompt, ids_BS: Tensor) -> Tensor:
     """Logits behind the prompt and behind each token of a given answer, (B, 1 + S, W), as in serving.
 
     The prompt runs first; then each token takes a pass of its own, over what every layer keeps of those before.
     """
+    found: list[Tensor] = []
+
+    def given(logits_BW: Tensor, place: int) -> Tensor | None:
+        found.append(logits_BW)
+        return ids_BS[:, place] if place < ids_BS.shape[1] else None
+
+    for _ in _steps(model, prompt, given):
+        pass
+    return torch.stack(found, dim=1)
+
+
+def generated(model: VlmModel, prompt: SegmentedPrompt, most: int) -> Iterator[Tensor]:
+    """At most ``most`` tokens of greedy decoding, (B,) each; whoever has enough asks for no more."""
+    return _steps(model, prompt, lambda logits_BW, place: logits_BW.argmax(-1) if place < most else None)
+
+
+@torch.no_grad()
+def _steps(
+    model: VlmModel, prompt: SegmentedPrompt, choose: Callable[[Tensor, int], Tensor | None]
+) -> Iterator[Tensor]:
+    """The prompt, and then a pass for every token (B,) that ``choose`` gives for logits (B, W), until it gives none."""
     own, _ = prompt.aligned()
-    found = []
     with ExitStack() as stack:
         policy = model.occupant(ATTENTION)
         if policy is None:
             policy = stack.enter_context(model.occupy(ATTENTION, WholeCache(model.info.dense_bits)))
         stack.enter_context(policy.session())
         prompt_BLd, here_BL = _prompt_states(model, own, policy)
-        found.append(model.head(_last(prompt_BLd, here_BL)))
-        for place in range(ids_BS.shape[1]):
-            embeds_B1d = model.embed_text(ids_BS[:, place : place + 1])
-            hidden_B1d = _pass(model, embeds_B1d, (own.next_B + place)[:, None], None)
-            found.append(model.head(hidden_B1d[:, -1]))
-    return torch.stack(found, dim=1)
+        logits_BW = model.head(_last(prompt_BLd, here_BL))
+        place = 0
+        while (ids_B := choose(logits_BW, place)) is not None:
+            yield ids_B
+            hidden_B1d = _pass(model, model.embed_text(ids_B[:, None]), (own.next_B + place)[:, None], None)
+            logits_BW = model.head(hidden_B1d[:, -1])
+            place += 1
 
 
 def _last(hidden_BLd: Tensor, here_BL: Tensor) -> Tensor:

@@ -24,25 +24,11 @@ from isoflop.core.stage import StageContext
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.hooks.pixels import PIXELS
 from isoflop.models.hooks.vision_blocks import VISION_BLOCKS, TokenReduction
+from isoflop.models.resizing import SQUEEZED, Resizing
 from isoflop.models.worlds.sprite_world import CHUNK, ImageSet
 
 LABELLED_IMAGES = "labelled-images"
 """Offered by models that classify one of the built-in kinds of images (``VitInfo.data``)."""
-
-
-@dataclass(frozen=True)
-class Resizing:
-    """What a checkpoint's processor does with an image before the middle of it, as large as the model's images, is cut out.
-
-    Attributes:
-        side: that an image gets; None for the model's own.
-        keeps_shape: the shorter side gets it, and not both.
-        resample: Pillow's number of the filter (2 bilinear, 3 bicubic).
-    """
-
-    side: int | None = None
-    keeps_shape: bool = False
-    resample: int = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +54,7 @@ class VitInfo(ModelInfo):
     pixel_std: tuple[float, ...]
     options: tuple[tuple[str, Any], ...] = ()
     labels: tuple[str, ...] = ()
-    resizing: Resizing = Resizing()
+    resizing: Resizing = SQUEEZED
 
 
 @dataclass(frozen=True)

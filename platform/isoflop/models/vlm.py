@@ -8,7 +8,7 @@ Shape suffixes: B batch, P patches, V visual tokens that enter the language mode
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -38,9 +38,11 @@ from isoflop.models.prefix import (
     places_kept,
     replace_question,
 )
-from isoflop.models.prompt_runs import run, states, stepwise
+from isoflop.models.prompt_runs import generated, run, states, stepwise
+from isoflop.models.resizing import SQUEEZED, Resizing
 from isoflop.models.worlds.digit_world import VOCABULARY
 from isoflop.models.worlds.lessons import Lesson, Lessons, table_rows
+from isoflop.models.worlds.lm_text import TokenizerSource
 
 CALIBRATION_BATCH = 32
 HOOKS: frozenset[Hook[Any]] = frozenset(
@@ -59,6 +61,8 @@ class VlmInfo(ModelInfo):
         vocabulary: name of the raw vocabulary the checkpoint declares, or None for one with a tokenizer.
         lessons: what the model was trained on, where it was trained here.
         joint: a model that is trained here is trained with its visual-token method in place.
+        tokenizer: the stage whose value is its tokenizer, or None.
+        resizing: how images of other sizes become the tower's.
 
     ``geometry`` holds ``grid`` (patches per side), ``visual_tokens`` (P), ``vision_width``, ``vision_layers``,
     ``width``, ``layers``, ``heads``, ``kv_heads``, ``vocab_size``, ``image_token``.
@@ -69,6 +73,8 @@ class VlmInfo(ModelInfo):
     vocabulary: str | None = None
     lessons: Lessons | None = None
     joint: bool = True
+    tokenizer: TokenizerSource | None = None
+    resizing: Resizing = SQUEEZED
 
     @property
     def known_lessons(self) -> Lessons | None:
@@ -119,10 +125,24 @@ class VlmModel(DecoderModel):
 
     info: VlmInfo
 
-    def __init__(self, info: VlmInfo, module: nn.Module, vision: Vision) -> None:
+    def __init__(
+        self, info: VlmInfo, module: nn.Module, vision: Vision, tokenizer: Callable[[], Any] | None = None
+    ) -> None:
         self.info = info
         self.module: Any = module
         self.vision = vision
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face fast tokenizer.
+
+        Raises:
+            Infeasible: the model has none.
+        """
+        if self._tokenizer is None:
+            raise Infeasible(f"model {self.info.ref} has no tokenizer, so that text cannot be handed to it")
+        return self._tokenizer()
 
     @property
     def vision_encoder(self) -> nn.Module:
@@ -258,6 +278,10 @@ class VlmModel(DecoderModel):
     def stepwise(self, prompt: SegmentedPrompt, ids_BS: Tensor) -> Tensor:
         """The same step by step, over a given answer; see ``isoflop.models.prompt_runs``."""
         return stepwise(self, prompt, ids_BS)
+
+    def generated(self, prompt: SegmentedPrompt, most: int) -> Iterator[Tensor]:
+        """The most likely tokens behind every prompt, (B,) each; see ``isoflop.models.prompt_runs``."""
+        return generated(self, prompt, most)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (…, vocabulary) of the decoder's last hidden states (…, d)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from isoflop.core.errors import UserError
+from isoflop.core.folder_context import FolderContext
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import KnobValue, check_knobs
 from isoflop.core.stage import StageContext
@@ -20,6 +22,7 @@ from isoflop.methods.tokenization.probe import untrained_reader as untrained_byt
 from isoflop.methods.visual_tokens.probe import untrained_model as untrained_vlm
 from isoflop.methods.vit_tokens.probe import untrained_model as untrained_vit
 from isoflop.models.base import Model
+from isoflop.models.family import family_of
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.feed_forward import FEED_FORWARD
 from isoflop.models.hooks.prompt_text import PROMPT_TEXT
@@ -33,6 +36,7 @@ from isoflop.tasks.data.image_classes import ImageClasses
 from isoflop.tasks.data.needle import Needle
 from isoflop.tasks.data.retrieval import Retrieval
 from isoflop.tasks.data.text import Text
+from isoflop.tasks.data.vqa import Vqa
 from isoflop.tasks.digit_scenes import DigitSceneTask
 from isoflop.tasks.find_digit import FindDigit
 from isoflop.tasks.harness.lm_eval_task import LmEval
@@ -44,6 +48,7 @@ from isoflop.tasks.reconstruction import Reconstruction
 from isoflop.tasks.symbols import SymbolTask
 from isoflop.testing.given import GivenContext, made_up_documents
 from isoflop.testing.model_probes import untrained
+from isoflop.testing.small_llava import save_small_llava
 
 VOCABULARY = 290
 """Tokens of the reader of bytes."""
@@ -163,16 +168,38 @@ def _retrieval() -> TaskProbe:
     )
 
 
-def _pictures() -> TaskProbe:
+def _drawn(folder: Path) -> list[Path]:
+    """A folder of pictures, one for each of a few classes."""
     from PIL import Image
 
-    ctx, images = GivenContext({}), ImageSet("sprites", "test", 14, 0.0, seed=1)
-    folder = ctx.root / "pictures"
+    images, found = ImageSet("sprites", "test", 14, 0.0, seed=1), []
     for number, (image_CHW, label) in enumerate(zip(next(images.images()), images.labels(), strict=True)):
         place = folder / str(label)
         place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((image_CHW.transpose(1, 2, 0) * 255).round().astype("uint8")).save(place / f"{number}.png")
-    return TaskProbe(untrained_vit("c48"), ctx, {"data": str(folder), "shard": 6})
+        found.append(place / f"{number}.png")
+        Image.fromarray((image_CHW.transpose(1, 2, 0) * 255).round().astype("uint8")).save(found[-1])
+    return found
+
+
+def _pictures() -> TaskProbe:
+    ctx = GivenContext({})
+    _drawn(ctx.root / "pictures")
+    return TaskProbe(untrained_vit("c48"), ctx, {"data": str(ctx.root / "pictures"), "shard": 6})
+
+
+def _questions_about_pictures() -> TaskProbe:
+    reader, ctx = reader_of_text()
+    asked = ("what is it", "which colour has it")
+    rows = [
+        {"image": str(path), "question": asked[number % 2], "answers": ["the", "same"]}
+        for number, path in enumerate(_drawn(ctx.root / "pictures")[:8])
+    ]
+    table = ctx.root / "questions.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_small_llava(ctx.root / "llava", reader.tokenizer)
+    ref = f"hf:{ctx.root / 'llava'}"
+    model = family_of(ref).load(family_of(ref).info(ref, {}), None, FolderContext(ctx.root / "cache"))
+    return TaskProbe(model, ctx, {"data": str(table), "max_tokens": 4, "shard": 3, "metric": "contains"})
 
 
 def _needle() -> TaskProbe:
@@ -212,6 +239,7 @@ PROBES: dict[Any, Callable[[], TaskProbe]] = {
     ),
     Text: lambda: _own("notes.txt", tokens=48),
     Needle: _needle,
+    Vqa: _questions_about_pictures,
     ImageClasses: _pictures,
     Retrieval: _retrieval,
     LmEval: _harness,

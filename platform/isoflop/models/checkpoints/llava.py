@@ -11,9 +11,12 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.stage import StageContext
 from isoflop.models.base import ModelInfo
 from isoflop.models.checkpoints.decoder import decoder_geometry, without_weights
+from isoflop.models.checkpoints.preprocessor import resizing_of
 from isoflop.models.checkpoints.source import FAMILY, Options, locate, read_config, require_safetensors
+from isoflop.models.checkpoints.tokenizer import tokenizer_in
 from isoflop.models.decoder_model import layers_of
 from isoflop.models.features import PREFIX_TOKENS, TowerSource, Vision, vision_of
+from isoflop.models.lm import tokenizer_of
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.vlm import HOOKS, VlmInfo, VlmModel
 
@@ -98,6 +101,8 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
         feature_layer=config.vision_feature_layer % (layers + 1),
         vocabulary=vocabulary,
         options=options,
+        tokenizer=tokenizer_in(ref, source, chosen),
+        resizing=resizing_of(source),
     )
 
 
@@ -106,7 +111,7 @@ def load(info: ModelInfo, source: Path, options: Options, ctx: StageContext) -> 
     if not isinstance(info, VlmInfo):
         raise TypeError(f"{info.ref} was not described as a vision-language model")
     module = _read(source, options).to(ctx.device).eval().requires_grad_(False)
-    return VlmModel(info, module, vision_of(module.model.vision_tower, source))
+    return VlmModel(info, module, vision_of(module.model.vision_tower, source), tokenizer_of(info, ctx))
 
 
 def decoder_skeleton(config: Any, ref: str) -> Any:

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.hook import Hook
 from isoflop.core.stage import StageContext
 from isoflop.models.base import ModelInfo
-from isoflop.models.byte_trees.vocabulary import not_byte_level
 from isoflop.models.checkpoints.decoder import decoder_geometry, ropes_of, without_weights
-from isoflop.models.checkpoints.source import (
-    FAMILY,
-    Content,
-    Options,
-    content_of,
-    locate,
-    read_config,
-    require_safetensors,
-)
+from isoflop.models.checkpoints.source import FAMILY, Options, read_config, require_safetensors
+from isoflop.models.checkpoints.tokenizer import tokenizer_in
 from isoflop.models.decoder_model import decoder_of, layers_of
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.byte_view import BYTE_VIEW
@@ -35,41 +25,10 @@ from isoflop.models.quiet import no_progress_bars
 from isoflop.models.worlds import recall_world
 from isoflop.models.worlds.calibration import CalibrationText
 from isoflop.models.worlds.english import EnglishStage
-from isoflop.models.worlds.lm_text import EnglishText, TokenizerSource, TokensStage, has_tokenizer, read_tokenizer
+from isoflop.models.worlds.lm_text import EnglishText, TokenizerSource, TokensStage
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CALIBRATION_LENGTH = 512
 CALIBRATION_PAIRS = 16
-
-
-@dataclass(frozen=True)
-class CheckpointTokenizer(TokenizerSource):
-    """The tokenizer of a checkpoint; nothing is computed, the files are read where they lie.
-
-    Args:
-        ref: ``hf:…``.
-        revision: see ``Options``.
-        files: what names the tokenizer's files.
-    """
-
-    kind: ClassVar[str] = "hf-tokenizer"
-
-    ref: str
-    revision: str
-    files: Content
-
-    def compute(self, ctx: StageContext, folder: Path) -> None:
-        """Write down which checkpoint it is."""
-        (folder / "source.json").write_text(json.dumps({"ref": self.ref, "revision": self.revision}) + "\n")
-
-    def load(self, ctx: StageContext, folder: Path) -> Any:
-        """The tokenizer, read from the checkpoint."""
-        return read_tokenizer(locate(self.ref, self.revision, weights=False))
-
-    def not_byte_level(self) -> str:
-        """Read off ``tokenizer.json``."""
-        stored = locate(self.ref, self.revision, weights=False) / "tokenizer.json"
-        return not_byte_level(json.loads(stored.read_text()))
 
 
 def handles(architecture: str) -> bool:
@@ -89,7 +48,7 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
     decoder = decoder_of(skeleton)
     geometry = decoder_geometry(ref, decoder, type(skeleton).__name__)
     vocabulary = (getattr(config, "isoflop", None) or {}).get("vocabulary")
-    tokenizer = _tokenizer(ref, source, chosen)
+    tokenizer = tokenizer_in(ref, source, chosen)
     positions = _positions(ref, config)
     named = {f"vocabulary:{vocabulary}"} if vocabulary else set()
     return LmInfo(
@@ -161,12 +120,6 @@ def _skeleton(ref: str, config: Any, options: Options) -> Any:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
 
     return without_weights(ref, config, "causal language model", make)
-
-
-def _tokenizer(ref: str, source: Path, options: Options) -> CheckpointTokenizer | None:
-    if not has_tokenizer(source):
-        return None
-    return CheckpointTokenizer(ref, options.revision, content_of(source, TOKENIZER_FILES, weights=False))
 
 
 def _calibration_text(

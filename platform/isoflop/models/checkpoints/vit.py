@@ -13,11 +13,12 @@ import torch
 
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.hook import Hook
+from isoflop.models.checkpoints.preprocessor import read_preprocessor, resizing_of
 from isoflop.models.hooks.matrices import MATRICES, matrix_shapes
 from isoflop.models.hooks.pixels import PIXELS
 from isoflop.models.hooks.vision_blocks import VISION_BLOCKS, blocks_of
 from isoflop.models.quiet import no_progress_bars
-from isoflop.models.vit import LABELLED_IMAGES, Resizing, VitInfo, VitModel
+from isoflop.models.vit import LABELLED_IMAGES, VitInfo, VitModel
 from isoflop.models.worlds.sprite_world import DATA
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def describe(
         pixel_std=std,
         options=options,
         labels=_labels(settings),
-        resizing=_resizing(source),
+        resizing=resizing_of(source),
     )
 
 
@@ -140,31 +141,13 @@ def skeleton(architecture: str, config: PretrainedConfig) -> Any:
         return getattr(transformers, architecture)(config)
 
 
-def _preprocessor(source: Path | None) -> dict[str, Any]:
-    if source is None or not (source / "preprocessor_config.json").exists():
-        return {}
-    stored: dict[str, Any] = json.loads((source / "preprocessor_config.json").read_text())
-    return stored
-
-
 def _labels(config: Any) -> tuple[str, ...]:
     names = {int(number): str(name) for number, name in (config.id2label or {}).items()}
     listed = tuple(names.get(number, "") for number in range(int(config.num_labels)))
     return () if all(name == f"LABEL_{number}" for number, name in enumerate(listed)) else listed
 
 
-def _resizing(source: Path | None) -> Resizing:
-    """As Hugging Face's processors read their ``size``."""
-    stored = _preprocessor(source)
-    size, resample = stored.get("size"), int(stored.get("resample", Resizing.resample))
-    if isinstance(size, dict) and "shortest_edge" in size:
-        return Resizing(int(size["shortest_edge"]), True, resample)
-    if isinstance(size, dict) and "height" in size:
-        return Resizing(int(size["height"]), False, resample)
-    return Resizing(size if isinstance(size, int) else None, False, resample)
-
-
 def _normalisation(source: Path | None, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    stored = _preprocessor(source)
+    stored = read_preprocessor(source)
     half = (0.5,) * channels
     return tuple(stored.get("image_mean", half)), tuple(stored.get("image_std", half))

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from isoflop.core.errors import UserError
-from isoflop.models.vit import Resizing
+from isoflop.models.resizing import SQUEEZED, Resizing
 from isoflop.tasks.data.rows import HUB, Rows, named, read, suffix_of
 
-_SQUEEZED = Resizing()
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
@@ -73,7 +72,7 @@ def opened(value: Any) -> Any:
         raise UserError(f"image {shown}: cannot be read ({reason})") from None
 
 
-def pixels_of(picture: Any, side: int, resizing: Resizing = _SQUEEZED, channels: int = 3) -> Tensor:
+def pixels_of(picture: Any, side: int, resizing: Resizing = SQUEEZED, channels: int = 3) -> Tensor:
     """An image as values in [0, 1], (C, side, side), resized and cut as Hugging Face's processors do.
 
     Args:

@@ -43,6 +43,18 @@ def contains(answer: str, references: Sequence[str], pattern: str = "") -> float
     return float(any(reference.lower() in answer.lower() for reference in references))
 
 
+@METRICS.register("vqa")
+def vqa(answer: str, references: Sequence[str], pattern: str = "") -> float:
+    """VQA accuracy (arXiv 1505.00468): the mean, over leaving out one person, of min(1, others who gave the answer / 3).
+
+    With fewer than four references it is ``exact``, since nobody could reach 1.
+    """
+    if len(references) < 4:
+        return exact(answer, references)
+    same = [plain(answer) == plain(reference) for reference in references]
+    return sum(min(1.0, (sum(same) - mine) / 3) for mine in same) / len(same)
+
+
 @METRICS.register("f1")
 def f1(answer: str, references: Sequence[str], pattern: str = "") -> float:
     """F1 of the words of answer and reference, compared as in ``exact`` (SQuAD's F1)."""

@@ -195,16 +195,26 @@ class PromptTokenizer:
         Spaces at the end of the prompt are read as the beginning of the answer, so that words keep their tokens.
         """
         if self._chat:
-            return tuple(self._plain(answer))
+            return tuple(self.plain(answer))
         before = text.text.rstrip() if text.text.strip() else text.text
         space = text.text[len(before) :]
-        alone, both = self._plain(before), self._plain(before + space + answer)
-        return tuple(both[len(alone) :]) or tuple(self._plain(answer))
+        alone, both = self.plain(before), self.plain(before + space + answer)
+        return tuple(both[len(alone) :]) or tuple(self.plain(answer))
 
     @property
     def first_id(self) -> int:
         """What stands before a text that has nothing before it: the token of beginning, or else of end."""
         return self._empty or 0
+
+    @property
+    def first_ids(self) -> tuple[int, ...]:
+        """What the model wants at the beginning of every text, if anything."""
+        return self._first
+
+    def plain(self, text: str) -> list[int]:
+        """Tokens of a text, without special ones."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
 
     def with_ends(self, text: str, special: bool = True) -> tuple[list[int], list[int]]:
         """A document's tokens, with the UTF-8 bytes up to the end of each.
@@ -221,10 +231,6 @@ class PromptTokenizer:
         """Tokens as text, without special ones."""
         decoded: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return decoded
-
-    def _plain(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
 
     def _in_chat(self, text: PromptText) -> tuple[str, int]:
         content = text.before + text.context + _MARK + text.behind

@@ -1,0 +1,52 @@
+"""The tokenizer of a checkpoint, read where its files lie."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from isoflop.core.stage import StageContext
+from isoflop.models.byte_trees.vocabulary import not_byte_level
+from isoflop.models.checkpoints.source import Content, Options, content_of, locate
+from isoflop.models.worlds.lm_text import TokenizerSource, has_tokenizer, read_tokenizer
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class CheckpointTokenizer(TokenizerSource):
+    """The tokenizer of a checkpoint; nothing is computed, the files are read where they lie.
+
+    Args:
+        ref: ``hf:…``.
+        revision: see ``Options``.
+        files: what names the tokenizer's files.
+    """
+
+    kind: ClassVar[str] = "hf-tokenizer"
+
+    ref: str
+    revision: str
+    files: Content
+
+    def compute(self, ctx: StageContext, folder: Path) -> None:
+        """Write down which checkpoint it is."""
+        (folder / "source.json").write_text(json.dumps({"ref": self.ref, "revision": self.revision}) + "\n")
+
+    def load(self, ctx: StageContext, folder: Path) -> Any:
+        """The tokenizer, read from the checkpoint."""
+        return read_tokenizer(locate(self.ref, self.revision, weights=False))
+
+    def not_byte_level(self) -> str:
+        """Read off ``tokenizer.json``."""
+        stored = locate(self.ref, self.revision, weights=False) / "tokenizer.json"
+        return not_byte_level(json.loads(stored.read_text()))
+
+
+def tokenizer_in(ref: str, source: Path, options: Options) -> CheckpointTokenizer | None:
+    """That of a checkpoint in a folder; None where it has no fast one."""
+    if not has_tokenizer(source):
+        return None
+    return CheckpointTokenizer(ref, options.revision, content_of(source, TOKENIZER_FILES, weights=False))
