@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,13 @@ def run_local(given: Any, tmp_path: Path, progress: Any = None, **options: Any) 
         **options,
     }
     return isoflop.run(given, progress=progress, **chosen)
+
+
+def within(seconds: float, action: Any) -> Any:
+    """What an action gives, in a thread of its own; fails where it does not end in time."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(action()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert found, f"did not end within {seconds} s"
+    return found[0]

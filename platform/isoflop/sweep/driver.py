@@ -98,12 +98,12 @@ class Driver:
             self._executor.watch(self._on_shard)
         summary = self._summary
         try:
-            with self._interrupts.watched(self._running, self._progress.line):
+            with self._interrupts.watched(self._queue.in_hand, self._progress.line):
                 while self._step():
                     pass
         except KeyboardInterrupt:
             summary.interrupted = True
-            dropped = "; what runs is dropped and will run again" if self._running() else ""
+            dropped = "; what runs is dropped and will run again" if self._queue.in_hand() else ""
             self._progress.line(f"stopped at once{dropped}")
         finally:
             self._commit(force=True)
@@ -170,11 +170,6 @@ class Driver:
         self._ledger.keep_lease()
         self._show()
         return True
-
-    def _running(self) -> str:
-        """What workers are busy with, in words; empty when it is nothing."""
-        counts = ((self._queue.running, "job"), (self._queue.stages_running, "stage"))
-        return " and ".join(f"{n} running {word}{'s' if n > 1 else ''}" for n, word in counts if n)
 
     def _busy(self) -> bool:
         return any(slot.items for slot in self._slots.values())

@@ -144,6 +144,11 @@ class WorkQueue:
         """Stages that a worker computes."""
         return sum(state.running for state in list(self._stages.values()))  # a copy: other threads ask, too
 
+    def in_hand(self) -> str:
+        """What workers are busy with, in words; empty when it is nothing."""
+        counts = ((self.running, "job"), (self.stages_running, "stage"))
+        return " and ".join(f"{n} running {word}{'s' if n > 1 else ''}" for n, word in counts if n)
+
     @property
     def stages_left(self) -> int:
         """Stages that are not there yet."""
