@@ -151,7 +151,9 @@ class Limits(Block):
 
     timeout: Seconds = Field(3600.0, description="Per job; seconds, or 10m, 2h.")
     stage_timeout: Seconds = Field(4 * 3600.0, description="Per shared stage (training, features).")
-    retries: Whole = Field(1, ge=0, le=100, description="How often a failed job is tried again; a mistake in code (TypeError …) is not.")
+    retries: Whole = Field(
+        1, ge=0, le=100, description="How often a failed job is tried again; a mistake in code (TypeError …) is not."
+    )
 
 
 class LawBlock(Block):
