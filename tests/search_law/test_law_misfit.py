@@ -142,7 +142,7 @@ def test_what_waves_leave_out_counts_as_scatter_of_rows_candidates_and_the_check
     precision = (j.T / (sigma2 * cells.q + rest)) @ j + np.diag(h.prior_sd**-2.0)
     np.testing.assert_allclose(h.cov @ precision, np.eye(len(h.u)), atol=1e-6)
     x, group = pool.x[:, 0], pool.group[:, 0]
-    np.testing.assert_allclose(planner._noise(pool)[:, 0], sigma2 + waves.rest(x, group), rtol=1e-9)
+    np.testing.assert_allclose(planner.noise(pool)[:, 0], sigma2 + waves.rest(x, group), rtol=1e-9)
     planner.check = Row(tuple(x[0]), int(group[0]), 0.7, math.nan, 1.0)
     check = make_check(planner, Setting(("N", "V", "W"), (1.0,) * 3, (55.0,) * 3, ("a",) * groups))
     at = h.jacobian(x[:1], group[:1])[0]

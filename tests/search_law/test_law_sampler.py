@@ -132,7 +132,7 @@ def test_a_batch_repeats_a_place_only_where_a_repeat_is_worth_more() -> None:
         views = planner.views(pool)
         for x, group, cost in waiting:
             planner._imagine(views, x, group, cost)
-        score = planner.score(views, pool, planner._noise(pool))
+        score = planner.score(views, pool, planner.noise(pool))
         i = keys.index(tuple(config.values()))
         assert score[i] == pytest.approx(score.max(), rel=1e-9)
         waiting.append((pool.x[i], pool.group[i], float(pool.cost[i])))

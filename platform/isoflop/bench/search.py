@@ -2,7 +2,7 @@
 
 All strategies of a case draw on the same simulated study (:mod:`isoflop.bench.search_worlds`): the same candidates, budgets
 and noise, repeats allowed to all. Their rows are judged by one estimator, the belief that ``LawSampler`` itself uses. The
-law sampler pays for its check run, which is never fitted.
+law sampler pays for its check run, which is kept out of its fits.
 
 * ``grid``: every candidate once. ``random``, ``qmc``, ``tpe``, ``gp``: Optuna's samplers, TPE and GP minimising the error;
   what exceeds the money left is skipped. ``halving``: successive halving over sizes. ``d-optimal``: the planner with the

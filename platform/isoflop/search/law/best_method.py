@@ -14,7 +14,7 @@ from scipy.special import ndtr
 
 from isoflop.core.errors import UserError
 from isoflop.core.expressions import Array
-from isoflop.search.law.targets import BoundTarget, Budgeted, Curve, Predictor, Setting, log, suffix
+from isoflop.search.law.targets import NO_ENDS, BoundTarget, Budgeted, Curve, Predictor, Setting, log, suffix
 
 _EVEN = math.sqrt(2 * math.pi)
 
@@ -44,6 +44,7 @@ class BestMethod(Budgeted):
 
 class _Best:
     log = True
+    ends = NO_ENDS
 
     def __init__(self, target: BestMethod, setting: Setting, curves: list[Curve]) -> None:
         self._curves, self._setting = curves, setting

@@ -27,13 +27,11 @@ import numpy as np
 
 from isoflop.core.expressions import Array, Mask
 from isoflop.search.law.belief import Belief, inverse
-from isoflop.search.law.best_method import BestMethod
 from isoflop.search.law.design import Linear, best_counts
 from isoflop.search.law.gains import d_gains, fantasise, normal_draws, v_gains
 from isoflop.search.law.hypotheses import Hypothesis
 from isoflop.search.law.policy import CHECK, Choice, Policy, Pool, TargetState
 from isoflop.search.law.rows import Row, RowTable
-from isoflop.search.law.targets import Target
 from isoflop.search.law.views import (
     View,
     between,
@@ -47,10 +45,8 @@ from isoflop.search.law.views import (
 
 _PRIOR_DRAWS = 4
 _PILOT_NOISE = 0.02**2  # relative variance that a pilot assumes
-_HELPS = 0.01
 _RULED_OUT = 0.0025
 _WANTED = 0.5  # runs of a candidate in the design from which it may be the next
-_NO_WIDTH = 1e-9
 _COUNTS = 0.02  # weight from which a hypothesis has a say in the design
 
 
@@ -126,6 +122,16 @@ class Planner:
         """The run that was to be the check has failed: the next largest takes its place."""
         self.check_key = None
 
+    @property
+    def enough(self) -> bool:
+        """Whether the rows can tell anything: two more than the law has parameters. Fewer repeat what was assumed."""
+        return len(self.table) >= self.least_rows
+
+    @property
+    def least_rows(self) -> int:
+        """Rows from which something is known."""
+        return self.belief.parameters + 2
+
     def refresh(self) -> bool:
         """Refit if rows are new; False while there are too few for a fit."""
         if len(self.table) < 2:
@@ -147,7 +153,7 @@ class Planner:
             aside: cost of a check under way.
         """
         waiting = list(pending)
-        left = self._left(aside + sum(c for _, _, c in waiting), len(waiting) + (aside > 0))
+        left = self.left(aside + sum(c for _, _, c in waiting), len(waiting) + (aside > 0))
         out: list[Choice] = []
         while len(out) < count and left.runs >= 1:
             possible = pool.room & (pool.cost <= left.money * (1 + 1e-9))
@@ -166,12 +172,12 @@ class Planner:
                 waiting.append((pool.x[i], pool.group[i], float(pool.cost[i])))
         return out
 
-    def _left(self, committed: float = 0.0, under_way: int = 0) -> _Left:
+    def left(self, committed: float = 0.0, under_way: int = 0) -> _Left:
         money = math.inf if self.budget is None else self.budget - self.spent - committed
         return _Left(money, math.inf if self.max_runs is None else self.max_runs - self.runs - under_way)
 
-    def _affordable(self, pool: Pool) -> Mask:
-        left = self._left()
+    def affordable(self, pool: Pool) -> Mask:
+        left = self.left()
         return pool.room & (pool.cost <= left.money * (1 + 1e-9)) & (left.runs >= 1)
 
     def _next(
@@ -195,7 +201,7 @@ class Planner:
         views = self.views(pool)
         for x, group, cost in waiting:
             self._imagine(views, x, group, cost)
-        noise = self._noise(pool)
+        noise = self.noise(pool)
         if self._explores():
             score = self._disagreement_score(views, pool, noise)
             if np.max(np.where(possible, score, 0.0)) > 0:
@@ -282,14 +288,14 @@ class Planner:
 
     def _check(self, pool: Pool, possible: Mask) -> Choice | None:
         """The largest affordable run, once."""
-        affordable = self._check_candidates(pool, possible)
+        affordable = self.check_candidates(pool, possible)
         if not affordable.any():
             return None
         best = int(np.argmax(np.where(affordable, pool.cost, -np.inf)))
         self.check_key = pool.keys[best]
         return Choice(best, CHECK)
 
-    def _check_candidates(self, pool: Pool, possible: Mask) -> Mask:
+    def check_candidates(self, pool: Pool, possible: Mask) -> Mask:
         """What could be the check; nothing when there has been one, or none is wanted."""
         unlimited = self.budget is None and self.max_runs is None
         if unlimited or not self.policy.check_share or self.check is not None or self.check_key is not None:
@@ -324,7 +330,7 @@ class Planner:
         gain = between(chosen, noise_MO, importance_of(views, self.target), weight)
         return np.nan_to_num(gain) / pool.price**self.policy.gamma
 
-    def _noise(self, pool: Pool) -> Array:
+    def noise(self, pool: Pool) -> Array:
         """Variance R of each candidate's observations (M, O): scatter, and what the misfit's waves cannot express."""
         m, o, k = pool.x.shape
         noise = self.belief.noise
@@ -342,59 +348,6 @@ class Planner:
             v.cov, v.cross = fantasise(v.cov, v.cross, v.hypothesis.jacobian(x, group), r)
 
     # stopping
-
-    def stop_reason(self, pool: Pool, target: Target) -> str | None:
-        """Why no further run should be made, or None."""
-        if len(self.table) < self.pilot_runs or not self.refresh():
-            return None if self._affordable(pool).any() else self._used_up
-        affordable = self._affordable(pool)
-        state = self.state()
-        assert state is not None
-        if self._check_candidates(pool, affordable).any():
-            return None
-        if isinstance(target, BestMethod):
-            draws, weight = self.draws()
-            choices = self.target.choice(draws, weight)
-            if all(p >= target.confidence for _, p in choices.values()) and self._believed:
-                return "known: " + ", ".join(f"{g} at {b} ({p:.1%})" for b, (g, p) in choices.items())
-        elif target.width is not None and state.half_width <= target.width and self._believed:
-            end = " (all draws lie on the end of the allowed range)" if state.half_width < _NO_WIDTH else ""
-            return f"known: half-width {state.half_width:.3g} of at most {target.width:g}{end}"
-        if not affordable.any():
-            return self._used_up
-        if self.budget is not None and self._hopeless(pool, affordable):
-            return f"nothing affordable helps: less than {_HELPS:.0%} of the target's variance with all that is left"
-        return None
-
-    @property
-    def _used_up(self) -> str:
-        if self._left().runs < 1:
-            return f"runs: {self.runs} of {self.max_runs} made"
-        if self.budget is None:
-            return "every candidate has run"
-        return f"budget: {self.spent:.4g} of {self.budget:.4g} spent, nothing affordable is left"
-
-    @property
-    def _believed(self) -> bool:
-        """A narrow interval of a form that does not fit, or was never put to the test, is no knowledge."""
-        test = self.belief.lack_of_fit
-        return test.tested and not test.rejected
-
-    def _hopeless(self, pool: Pool, affordable: Mask) -> bool:
-        """Even the best run, repeated until the budget ends, would take nearly nothing off the target's variance."""
-        if self.policy.criterion != "V":
-            return False
-        views = self.views(pool)
-        importance = importance_of(views, self.target)
-        gain = np.zeros(len(pool))
-        for v in views:
-            gain += v.hypothesis.weight * v_gains(v.cov, v.cross, v.h_MOP, self._noise(pool), importance)
-        weights = np.array([v.hypothesis.weight for v in views])
-        gain += between(views, self._noise(pool), importance, weights)
-        variance = float(sum(v.hypothesis.weight * v.target_variance for v in views) @ importance)
-        left = self._left()
-        times = np.where(affordable, np.minimum(left.money / pool.cost, left.runs), 0.0)
-        return float(np.max(np.where(affordable, gain * times, 0.0))) < _HELPS * variance
 
     # knowledge
 

@@ -49,7 +49,7 @@ class Policy:
             the same for the pilot.
         pilot_factor: pilot runs per parameter; pilot_share: of the budget, at most.
         explore: share of runs where forms disagree, when several compete.
-        check_share: of the budget for the never-fitted check; 0: none.
+        check_share: of the budget for the check, which the search fits no law with; 0: none.
         replicates: the same place may be run again.
         criterion: ``V`` narrows the target; ``D`` the parameters' volume (a baseline).
     """
@@ -65,7 +65,9 @@ class Policy:
 
 
 CHECK = "check"
-"""Role of the run that is never fitted."""
+"""Role of the run that no law of the search is fitted with."""
+NO_WIDTH = 1e-9
+"""Below this an interval is a point: every draw lies on the end of the range."""
 
 
 @dataclass
@@ -84,6 +86,8 @@ class TargetState:
     Attributes:
         labels, mean, sd: per quantity; low, high: 95 % interval; between: share of the variance between hypotheses.
         log: quantities are logarithms.
+        at_low, at_high: boolean (T,), the interval reaches the end of the range in which an optimum was looked for: beyond
+            it nothing is known, and the interval has one side only.
     """
 
     labels: list[str]
@@ -93,8 +97,21 @@ class TargetState:
     high: Array
     between: Array
     log: bool
+    at_low: Mask
+    at_high: Mask
 
     @property
     def half_width(self) -> float:
-        """The widest half interval."""
+        """The widest half interval, as far as the range goes."""
         return float(np.max(0.5 * (self.high - self.low)))
+
+    @property
+    def two_sided_half_width(self) -> float:
+        """The same over quantities that have an interval; inf where every one of them lies on the end of its range."""
+        inside = ~(self.one_sided & (self.high - self.low < NO_WIDTH))
+        return float(np.max(0.5 * (self.high - self.low)[inside])) if inside.any() else math.inf
+
+    @property
+    def one_sided(self) -> Mask:
+        """Boolean (T,): an interval that ends where the range does."""
+        return self.at_low | self.at_high

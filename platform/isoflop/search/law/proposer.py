@@ -25,7 +25,7 @@ class LawProposer(OptunaProposer):
     A point is proposed once (a sweep's jobs are named by their content; noise is met with ``repeats``).
 
     Attributes:
-        check: the run that is never fitted, once there is one. A ledger does not hold it: who resumes a sweep gives it back
+        check: the run that is kept out of the fits, once there is one. A ledger does not hold it: who resumes a sweep gives it back
             before the first ``tell`` (:meth:`keep_check`).
         on_check: called with the check when it is chosen.
     """

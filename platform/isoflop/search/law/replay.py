@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,6 @@ def replay(sampler: LawSampler, outcomes: Sequence[tuple[Mapping[str, Any], floa
         study.tell(trial, value)
         report = sampler.report(study)
         row = {**trial.params, "value": value, "role": stored.system_attrs[ROLE], "spent": report.spent}
-        rows.append({**row, "half_width": report.half_width if report.rows >= sampler.pilot_runs else None})
+        rows.append({**row, "half_width": report.half_width if math.isfinite(report.half_width) else None})
     everything = sum(sampler.cost_of(config) for config, _ in outcomes)
     return Replay(pa.Table.from_pylist(rows), sampler.report(study), everything)

@@ -42,6 +42,7 @@ from isoflop.search.law.planner import Planner
 from isoflop.search.law.policy import CHECK, Choice, Policy, Pool
 from isoflop.search.law.reading import ROLE, Attributes, Pending, Reader
 from isoflop.search.law.report import Milestone, Report, make_report, make_steps
+from isoflop.search.law.stopping import stop_reason
 from isoflop.search.law.targets import BoundTarget, Exponents, Setting, Target
 from isoflop.search.space import SearchSpace
 
@@ -215,7 +216,7 @@ class LawSampler(BaseSampler):
             if self._source is None:
                 return None
             self._sync(study)
-            return self._planner.stop_reason(self._look(), self._target)
+            return stop_reason(self._planner, self._look(), self._target)
 
     def report(self, study: Study) -> Report:
         """What is known: the target with its interval, forms with weights, verdict, check, spending.

@@ -18,6 +18,7 @@ from isoflop.search.law.contenders import LawChoice
 from isoflop.search.law.forecast import Forecast
 from isoflop.search.law.policy import Policy
 from isoflop.search.law.proposer import LawProposer
+from isoflop.search.law.report import in_words, shown
 from isoflop.search.law.sampler import LawSampler
 from isoflop.search.law.targets import Budgeted, Exponents, Frontier, OptimalAllocation, PredictionAt, Target
 from isoflop.search.proposer import Proposer
@@ -60,7 +61,7 @@ class LawSearch(Strategy):
         Policy.explore
     )
     check_share: Annotated[
-        float, Knob(low=0.0, high=1.0, doc="of the budget for the run that is never fitted; 0: none")
+        float, Knob(low=0.0, high=1.0, doc="of the budget for the run that the search fits no law with; 0: none")
     ] = Policy.check_share
 
     def check(self, problem: Problem) -> None:
@@ -236,30 +237,27 @@ def about(problem: Problem) -> str:
 def describe(data: Mapping[str, Any]) -> list[str]:
     """Lines for people."""
     lines = [data["about"]] if data.get("about") else []
-    lines += [
-        f"{q['label']} = {show(q['value'])}  95 % [{show(q['low'])}, {show(q['high'])}]"
-        for q in data["target"][:_MOST_SHOWN]
-    ]
+    lines += [in_words(q) for q in data["target"][:_MOST_SHOWN]]
     if len(data["target"]) > _MOST_SHOWN:
         lines.append(f"… and {len(data['target']) - _MOST_SHOWN} more quantities (--json)")
     for budget, best in data["best_method"].items():
         lines.append(f"best at {budget}: {best['method']} (probability {best['probability']:.3f})")
-    lines.append("forms: " + ", ".join(f"{f} {w:.3f}" for f, w in data["forms"].items()))
+    if data["forms"]:
+        lines.append("forms: " + ", ".join(f"{f} {w:.3f}" for f, w in data["forms"].items()))
     lines.append(data["verdict"])
     if data["check"]:
         c = data["check"]
         place = ", ".join(f"{a}={v:g}" for a, v in c["place"].items())
+        half = c.get("half", 1.96 * c["sd"])  # kept by an earlier version
+        outside = ": outside" if abs(c["observed"] - c["predicted"]) > half else ""
         lines.append(
-            f"check at {place}, never fitted: predicted {show(c['predicted'])} ± {show(1.96 * c['sd'])}, "
-            f"observed {show(c['observed'])}"
+            f"check at {place}, kept out of the search's fits: predicted {shown(c['predicted'])} ± {shown(half)}, "
+            f"observed {shown(c['observed'])}{outside}"
         )
     for step in data["steps"]:
-        lines.append(f"half-width {show(step['half_width'])} after {step['rows']} rows and {step['spent']:.3g} FLOPs")
+        width = step["half_width"]
+        told = "one side known" if width is None or not math.isfinite(width) else f"half-width {shown(width)}"
+        lines.append(f"{told} after {step['rows']} rows and {step['spent']:.3g} FLOPs")
     if data["stop"]:
         lines.append(f"the search ends: {data['stop']}")
     return lines
-
-
-def show(value: float | None) -> str:
-    """Four digits."""
-    return "?" if value is None else f"{value:.4g}"

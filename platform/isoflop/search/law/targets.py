@@ -91,6 +91,14 @@ class BoundTarget(Protocol):
         """How much variance of each quantity counts (T,)."""
         ...
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Ends of the range in which an optimum is looked for, in the unit of the quantities; infinite for all others."""
+        ...
+
+
+NO_ENDS = (-math.inf, math.inf)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budgeted(Target):
@@ -203,6 +211,10 @@ class _Even:
     groups: list[int]
     log: ClassVar[bool] = True
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        return NO_ENDS
+
     def weights(self, mean_T: Array, sd_T: Array) -> Array:
         return np.full(len(mean_T), 1.0 / len(mean_T))
 
@@ -215,6 +227,11 @@ class _Allocations(_Even):
     def values(self, hypothesis: Predictor, u_RP: Array) -> Array:
         z = [self.curve.optimum(hypothesis, u_RP, g)[0] for g in self.groups]
         return np.stack([self.curve.spent(c) for c in z] if self.spender else z, axis=1)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        reach = self.curve.spent(self.curve.z) if self.spender else self.curve.z
+        return float(np.min(reach)), float(np.max(reach))
 
 
 @dataclass
@@ -334,6 +351,7 @@ class _Exponents:
     """Exponents live in hypotheses, which differ in what parameters they have; absent ones do not count."""
 
     log = False
+    ends = NO_ENDS
 
     def __init__(self, target: Exponents, setting: Setting) -> None:
         self._names = target.names or ("alpha", "beta")

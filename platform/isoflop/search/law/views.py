@@ -21,6 +21,7 @@ from isoflop.search.law.policy import Pool, TargetState
 
 _DRAWS = 64
 _FEWEST = 8  # at least an eighth of the draws carries the weight
+_END = 1e-9  # of a logarithm: rounding
 
 
 @dataclass
@@ -140,6 +141,7 @@ def target_state(belief: Belief, target: Any) -> TargetState:
     centre = (p * np.nan_to_num(modes)).sum(0) / np.maximum(p.sum(0), 1e-300)
     spread = (p * (np.nan_to_num(modes) - centre) ** 2).sum(0)
     variance = (np.where(ok, draws - mean, 0.0) ** 2 * weight[:, None]).sum(0) / total
+    first, last = target.ends
     return TargetState(
         list(target.labels),
         centre,
@@ -148,6 +150,8 @@ def target_state(belief: Belief, target: Any) -> TargetState:
         high,
         spread / np.maximum(variance, 1e-300),
         bool(target.log),
+        low <= first + _END,
+        high >= last - _END,
     )
 
 
