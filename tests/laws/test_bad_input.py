@@ -44,6 +44,7 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
         ({"weights": "w"}, ["weights: unknown column 'w'"]),
         ({"where": "params_b > 100"}, ["no rows to fit after where 'params_b > 100'"]),
         ({"where": "nonsense("}, ["where:"]),
+        ({"where": "nosuch > 1"}, ["where:", "nosuch"]),
         ({"where": "1=1; copy results to '/tmp/x.csv'"}, ["where:"]),
         ({"scheme": "jackknife", "bootstrap": 10}, ["unknown bootstrap scheme 'jackknife'"]),
         ({"scheme": "cluster", "bootstrap": 10}, ["needs cluster=<column>"]),
@@ -117,6 +118,9 @@ def test_pandas_dicts_and_arrow_give_the_same_fit() -> None:
         ({"limits": {"V": (10, 1)}}, "limits of V"),
         ({"limits": {"W": (1, 10)}}, "unknown variable of law 'product' 'W'"),
         ({"sizes": []}, "menu of N"),
+        ({"tokens": []}, "menu of V"),
+        ({"tokens": [4, math.inf]}, "menu of V"),
+        ({"sizes": [math.nan]}, "menu of N"),
     ],
 )
 def test_frontier_refuses_in_one_line(options: dict, words: str) -> None:

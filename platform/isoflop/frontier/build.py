@@ -101,6 +101,9 @@ def _frontier(
     constants: Mapping[str, float] | None,
 ) -> Frontier:
     model = CostModel.with_text(cost, fit.form.variable_names, q, constants)
+    for name, values in zip(fit.form.variable_names, (sizes, tokens), strict=False):
+        if values is not None and not (len(values) and all(0 < float(v) < math.inf for v in values)):
+            raise UserError(f"menu of {name}: {list(values)!r}; allowed: positive numbers")
     if tokens is not None and limits is None and len(fit.form.variable_names) > 1:
         limits = {fit.form.variable_names[1]: (float(min(tokens)), float(max(tokens)))}
     space = make_space(fit, model, limits, held)
@@ -142,10 +145,7 @@ def _menu(
         if name in space.held:
             levels.append(np.array([space.held[name]]))
         elif given is not None:
-            values = np.asarray(list(given), dtype=np.float64)
-            if not len(values) or np.any(~(values > 0)):
-                raise UserError(f"menu of {name}: {list(given)!r}; allowed: positive numbers")
-            levels.append(values)
+            levels.append(np.asarray(list(given), dtype=np.float64))
         elif fit.data is not None:
             levels.append(np.unique(fit.data.x[name]))
         else:

@@ -37,11 +37,14 @@ def as_table(data: Tabular) -> pa.Table:
     return table
 
 
-def query(sql: str, table: pa.Table, name: str = "results") -> pa.Table:
-    """Run one SQL statement (DuckDB) on an Arrow table, without copying it; it sees that one table and no files."""
+def query(sql: str, table: pa.Table, name: str = "results", what: str = "sql") -> pa.Table:
+    """Run one SQL statement (DuckDB) on an Arrow table, without copying it; it sees that one table and no files.
+
+    ``what``: what the text is, for the error's line.
+    """
     import duckdb
 
-    _check_text(sql, "sql")
+    _check_text(sql, what)
     connection = duckdb.connect(config={"enable_external_access": "false"})
     try:
         connection.register(name, table)
@@ -49,11 +52,11 @@ def query(sql: str, table: pa.Table, name: str = "results") -> pa.Table:
         statements = len(duckdb.extract_statements(sql))
         found = connection.sql(sql) if statements == 1 else None
         if found is None:
-            raise UserError(f"sql: {statements} statements in {sql!r}; allowed: one query that returns rows")
+            raise UserError(f"{what}: {statements} statements in {sql!r}; allowed: one query that returns rows")
         return found.to_arrow_table()
     except (duckdb.Error, RuntimeError, ValueError, TypeError, pa.ArrowException) as error:
         # beside its own errors, it lets through what it meets in columns of types that it does not know
-        raise UserError(f"sql: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
+        raise UserError(f"{what}: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
     finally:
         connection.close()
 
@@ -69,7 +72,7 @@ def where(table: pa.Table, condition: str | None) -> pa.Table:
         duckdb.SQLExpression(condition)  # one expression: nothing that could end the condition and add rows
     except duckdb.Error as error:
         raise UserError(f"where: {str(error).splitlines()[0]}; allowed: one condition on a row") from None
-    return query(f"select * from results where ({condition}\n)", table)
+    return query(f"select * from results where ({condition}\n)", table, what="where")
 
 
 def _check_text(text: str, what: str) -> None:

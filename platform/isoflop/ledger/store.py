@@ -38,6 +38,10 @@ class Store:
     def open(cls, uri: str | None = None) -> Store:
         """Open a store; UserError when the URI cannot be used."""
         given = str(uri or default_store())
+        try:
+            given.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"store {given!r}: not UTF-8") from None
         scheme = urlparse(given).scheme
         try:
             if not scheme or len(scheme) == 1:
