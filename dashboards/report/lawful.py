@@ -283,7 +283,7 @@ def _curve_panel(fit: Fit, variable: str) -> Json:
     for k, i in enumerate(np.unique(np.linspace(0, len(levels) - 1, min(len(levels), _LEVELS)).round().astype(int))):
         values = dict(zip(others, levels[i].tolist(), strict=True))
         at = {variable: grid, **{v: np.full_like(grid, a) for v, a in values.items()}}
-        low, high = fit.predict_interval(at) if fit.samples is not None else (None, None)
+        low, high = fit.predict_interval(at) if fit.resampled else (None, None)
         text = ", ".join(f"{v} = {short(a)}" for v, a in values.items())
         y = fit.predict(**at)
         line = [

@@ -69,7 +69,8 @@ def enough_resamples(count: int, level: float) -> bool:
 
 def too_few(count: int, level: float) -> str:
     """The sentence for a number that is not enough."""
-    return f"{count} resamples have no {100 * level:g}% interval; it takes at least {fewest_resamples(level)}"
+    drawn = "1 resample has" if count == 1 else f"{count} resamples have"
+    return f"{drawn} no {100 * level:g}% interval; it takes at least {fewest_resamples(level)}"
 
 
 def bootstrap(

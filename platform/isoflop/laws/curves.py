@@ -56,7 +56,7 @@ def curves(fit: Fit, most: int = MOST_CURVES, points: int = POINTS) -> list[Curv
     for i in np.unique(np.linspace(0, len(levels) - 1, min(len(levels), most)).round().astype(int)):
         level = dict(zip(others, levels[i].tolist(), strict=True))
         at = {first: grid, **{v: np.full_like(grid, a) for v, a in level.items()}}
-        below, above = (None, None) if fit.samples is None else fit.predict_interval(at)
+        below, above = fit.predict_interval(at) if fit.resampled else (None, None)
         mine = label == i
         found.append(Curve(level, grid, fit.predict(**at), below, above, x[first][mine], fit.data.y[mine]))
     return found

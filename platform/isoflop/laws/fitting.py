@@ -96,6 +96,10 @@ def check_count(name: str, value: object) -> None:
         raise UserError(f"{name} = {value!r}; allowed: whole numbers from 0")
 
 
+_FAR_OFF = 1.5  # scatter of rows with much leverage over that of the others
+_FEW_COPIES = 0.1  # share of the rows
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything about a fit that is not data; the fields are as in ``fit``."""
@@ -173,6 +177,7 @@ def _assemble(
         samples=draws,
         data=data,
     )
+    fitted.record["covariance"] = _covariance_kind(data, goal, wald.widening(form, data, best.p, goal, free))
     fitted.derived = derived_estimates(fitted)
     fitted.diagnostics = residual_diagnostics(form, data, goal.residual(data.y, f) if goal.log else residual)
     if settings.profile:
@@ -191,6 +196,15 @@ def _warnings(form: LawForm, best: Optimum, data: GroupData, draws: Resamples | 
         words.append(f"only {best.at_best} of {best.starts} starts reached the best loss")
     if best.minima:
         words.append(f"{len(best.minima)} other minima within 5% of the best loss: extrapolations differ between them")
+    words += _copies(data)
+    if settings.objective.robust and (draws is None or not draws.enough(settings.level)):
+        free = settings.box.free & ~np.isin(form.names, best.at_bound)
+        times = wald.far_scatter(form, data, best.p, settings.objective, free)
+        if times > _FAR_OFF:
+            words.append(
+                f"rows far out, which decide most, scatter {times:.2g} times as much as the others: under Huber terms only a "
+                "bootstrap (--bootstrap) gives their intervals, those here are too narrow"
+            )
     if data.dropped:
         words.append("left out: " + ", ".join(f"{n} rows {why}" for why, n in data.dropped.items()))
     for variable in form.variable_names:
@@ -208,6 +222,34 @@ def _warnings(form: LawForm, best: Optimum, data: GroupData, draws: Resamples | 
     if settings.scheme == "cases" and data.n < 15 and draws is not None:
         words.append(f"n = {data.n}: prefer scheme='parametric' for intervals from so few rows")
     return words
+
+
+def _covariance_kind(data: GroupData, goal: Objective, widen_P: Array) -> str:
+    if data.cluster is not None:
+        return "sandwich, jackknife by cluster (CR3)"
+    if goal.robust or np.any(widen_P > 1):
+        return "sandwich, jackknife by row (HC3)"
+    return "SSE/(n - p) (J^T J)^-1: no sign of unequal noise"
+
+
+def _copies(data: GroupData) -> list[str]:
+    """A sentence where rows repeat others exactly: copies count as evidence, and narrow every interval.
+
+    Copies within a cluster do no harm. A few equal rows are what scores of few examples give by chance.
+    """
+    columns = [*data.x.values(), data.y, data.w]
+    different = len(np.unique(np.stack(columns, axis=1), axis=0))
+    if data.cluster is not None:
+        seen = np.unique(np.stack([*columns, data.cluster], axis=1), axis=0)[:, :-1]
+        copies = len(seen) - different
+    else:
+        copies = data.n - different
+    if copies < max(2, _FEW_COPIES * data.n):
+        return []
+    return [
+        f"{copies} of {data.n} rows repeat others exactly, and narrow the intervals as if they were new: leave copies out, or "
+        "name the column that copies share (--cluster)"
+    ]
 
 
 def _record(

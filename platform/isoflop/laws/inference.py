@@ -1,4 +1,7 @@
-"""From an optimum to statements: intervals, and a verdict in words for every parameter and every quantity that matters."""
+"""From an optimum to statements: intervals, and a verdict in words for every parameter and every quantity that matters.
+
+One rule decides what is identified, for parameters, derived quantities, optima and predictions alike: see :func:`judge`.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +39,10 @@ def parameter_estimates(
     The interval is the bootstrap's if drawn and no parameter sits on its bound, else the profile's, else Wald's.
     """
     steps = np.sqrt(np.maximum(np.diag(cov), 0.0))
-    ranges = profile(form, data, best.p, best.loss, box, objective, steps, level) if with_profile else {}
-    dof = data.n - int(box.free.sum())
+    free = box.free & ~np.isin(form.names, best.at_bound)
+    widen = wald.widening(form, data, best.p, objective, free)
+    ranges = profile(form, data, best.p, best.loss, box, objective, steps, level, widen) if with_profile else {}
+    dof = wald.degrees(data, int(box.free.sum()))
     bound = _bounding(best, samples)
     estimates = {}
     for i, name in enumerate(form.names):
@@ -49,16 +54,42 @@ def parameter_estimates(
         if (
             bound and name in ranges
         ):  # resamples that sit on one bound know nothing of the room that it leaves the others
-            ends, method = (ranges[name].low, ranges[name].high), f"profile (resamples sit on the bound of {bound})"
+            ends, method = (
+                (ranges[name].low, ranges[name].high),
+                f"{_profile(widen[i], data)} (resamples sit on the bound of {bound})",
+            )
         elif samples is not None and samples.enough(level):
             ends, method = samples.interval(samples.p[:, i], level), f"bootstrap ({samples.scheme})"
         elif name in ranges:
-            ends, method = (ranges[name].low, ranges[name].high), "profile"
+            ends, method = (ranges[name].low, ranges[name].high), _profile(widen[i], data)
         else:
             ends, method = wald.interval(form, i, best.p, cov, dof, level), "Wald"
-        identified, words = _verdict(form, i, best, box, ranges.get(name), data, level, samples)
+        identified, words = _verdict(form, i, best, box, ranges.get(name), data, level, samples, ends)
         estimates[name] = Estimate(value, unit, ends, method, identified, words)
     return estimates
+
+
+def _profile(widen: float, data: GroupData) -> str:
+    """What to call a profile interval, which makes up for noise that is not equal and independent."""
+    if data.cluster is not None:
+        return "profile, as clusters scatter"
+    return "profile" if widen == 1 else f"profile, {math.sqrt(widen):.2g} times wider for unequal noise"
+
+
+def judge(value: float, ends: tuple[float, float], scale: float | None = None) -> str:
+    """Why a number is not identified, or "" where it is.
+
+    The rule: both ends of its interval are finite, and they lie no further apart than twice the number itself. A floor may be
+    close to 0 and yet be known: it is held against ``scale``, the observed range of y, where that is larger.
+    """
+    if not (math.isfinite(value) and all(map(math.isfinite, ends))):
+        return "its interval runs off to infinity"
+    width = ends[1] - ends[0]
+    if width <= 2 * abs(value) or width == 0 or (scale is not None and width <= scale):
+        return ""
+    if scale is not None and scale > 2 * abs(value):
+        return f"its interval is {width / max(scale, 1e-300):.3g} times the observed range of y"
+    return f"its interval is {width / max(abs(value), 1e-300):.3g} times its value"
 
 
 def _bounding(best: Optimum, samples: Resamples | None) -> str:
@@ -76,6 +107,7 @@ def _verdict(
     data: GroupData,
     level: float,
     samples: Resamples | None,
+    ends: tuple[float, float],
 ) -> tuple[bool | None, str]:
     """What the data say about one parameter: identified or not, and why."""
     name, percent = form.names[i], f"{100 * level:g}%"
@@ -84,23 +116,17 @@ def _verdict(
     given = f" (given {words})" if words else ""
     if name in best.at_bound:
         return False, f"not identified: on its bound {_nearest_bound(box, i, best.p[i]):g}{_limit(found, percent)}"
-    if found is None:
-        return None, "not examined (no profile)"
-    walls = [w for w, closed in ((box.low[i], found.low_closed), (box.high[i], found.high_closed)) if not closed]
-    if walls and math.isfinite(walls[0]):
-        return False, f"not identified: cannot be told from its bound {walls[0]:g}{_limit(found, percent)}{given}"
-    if walls:
+    walls = () if found is None else ((box.low[i], found.low_closed), (box.high[i], found.high_closed))
+    open_ends = [wall for wall, closed in walls if not closed]
+    if found is not None and open_ends and math.isfinite(open_ends[0]):
+        return False, f"not identified: cannot be told from its bound {open_ends[0]:g}{_limit(found, percent)}{given}"
+    if found is not None and open_ends:
         return False, f"not identified: the data set no {'lower' if not found.low_closed else 'upper'} limit{given}"
     stuck = 0 if samples is None else samples.at_bound.get(name, 0)
     if samples is not None and stuck > 0.5 * (1 - level) * len(samples.p):
         return False, f"not identified: on its bound in {stuck} of {len(samples.p)} resamples{given}"
-    spread = float(np.ptp(data.y))
-    if _is_floor(form, name) and found.high - found.low > spread:
-        width = f"{found.high - found.low:.3g}"
-        return False, f"not identified: its {percent} range {width} exceeds the observed range of y, {spread:.3g}"
-    if form.parameters[i].linear and form.parameters[i].low >= 0 and found.low > 0 and found.high / found.low > 100:
-        return False, f"not identified: known only to a factor of {found.high / found.low:.3g}{given}"
-    return True, f"identified{given}"
+    why = judge(float(best.p[i]), ends, float(np.ptp(data.y)) if _is_floor(form, name) else None)
+    return (False, f"not identified: {why}{given}") if why else (True, f"identified{given}")
 
 
 def _nearest_bound(box: Box, i: int, value: float) -> float:
@@ -127,24 +153,20 @@ def derived_estimates(fit: Fit) -> dict[str, Estimate]:
 def quantity(fit: Fit, text: str) -> Estimate:
     """An expression in the parameters, with an interval from the bootstrap, else by the delta method."""
     value = float(fit.form.quantity(text, fit.p[None])[0])
-    if fit.samples is not None and fit.samples.enough(fit.level):
+    if fit.samples is not None and fit.resampled:
         draws = fit.form.quantity(text, fit.samples.p)
         return estimate_from_draws(value, draws, fit.samples, fit.level)
-    ends = delta_interval(fit.form, text, fit.p, fit.cov, fit.n - int(fit.box.free.sum()), fit.level)
-    wide = not all(map(math.isfinite, ends))
-    return Estimate(
-        value,
-        "",
-        ends,
-        "delta method",
-        False if wide else None,
-        "not identified" if wide else "not examined (no bootstrap)",
-    )
+    free = int(fit.box.free.sum())
+    dof = max(1, fit.n - free) if fit.data is None else wald.degrees(fit.data, free)
+    ends = delta_interval(fit.form, text, fit.p, fit.cov, dof, fit.level)
+    return _judged(value, ends, "delta method")
 
 
 def parameter_rows(fit: Fit) -> Array:
-    """(1 + R, P): the estimate, then the bootstrap samples when there are any."""
-    return fit.p[None] if fit.samples is None else np.concatenate([fit.p[None], fit.samples.p])
+    """(1 + R, P): the estimate, then the bootstrap samples where there are enough of them for an interval."""
+    if fit.samples is None or not fit.resampled:
+        return fit.p[None]
+    return np.concatenate([fit.p[None], fit.samples.p])
 
 
 def estimate_from_rows(fit: Fit, values: Array) -> Estimate:
@@ -160,19 +182,12 @@ def estimate_from_draws(value: float, draws: Array, samples: Resamples, level: f
         return Estimate(value, unit, verdict=f"no interval: {too_few(len(samples.p), level)}")
     ends = samples.interval(draws, level)
     method = f"bootstrap ({samples.scheme})"
-    if not (math.isfinite(value) and all(map(math.isfinite, ends))):
-        return Estimate(value, unit, ends, method, False, "not identified: runs off to infinity in some resamples")
-    width = ends[1] - ends[0]
-    if width > 2 * abs(value) and width > 0:
-        return Estimate(
-            value,
-            unit,
-            ends,
-            method,
-            False,
-            f"not identified: its interval is {width / max(abs(value), 1e-300):.3g} times its value",
-        )
-    return Estimate(value, unit, ends, method, True, "identified")
+    return _judged(value, ends, method, unit)
+
+
+def _judged(value: float, ends: tuple[float, float], method: str, unit: str = "") -> Estimate:
+    why = judge(value, ends)
+    return Estimate(value, unit, ends, method, not why, f"not identified: {why}" if why else "identified")
 
 
 def delta_interval(form: LawForm, text: str, p: Array, cov: Array, dof: int, level: float) -> tuple[float, float]:

@@ -1,8 +1,9 @@
 """Profile likelihood: hold one parameter, refit the others, and see how far the data let it go.
 
 All parameters and both sides are bracketed and bisected together, each step one batch of fits. The 95 % set is
-{SSE <= SSE_min (1 + F_{1,n-p}/(n-p))}; for Huber terms the likelihood that matches (Laplace when most residuals lie
-beyond delta, Gaussian otherwise) with the chi-square threshold.
+{SSE <= SSE_min (1 + c F_{1,n-p}/(n-p))}; for Huber terms the likelihood that matches (Laplace when most residuals lie
+beyond delta, Gaussian otherwise) with the chi-square threshold. The factor c of each parameter makes up for noise that is not
+equal and independent: see :func:`isoflop.laws.wald.widening`.
 
 An end that is never reached before the parameter's bound, or before it has moved by 1e6 standard errors, is open.
 """
@@ -20,6 +21,7 @@ from isoflop.laws.engine import Box
 from isoflop.laws.objective import Objective
 from isoflop.laws.solver import Batch, Index, solve
 from isoflop.laws.table import GroupData
+from isoflop.laws.wald import degrees
 
 _EXPAND, _BISECT = 14, 18
 
@@ -39,12 +41,20 @@ class ProfileInterval:
         return self.low_closed and self.high_closed
 
 
-def threshold(loss: float, n: int, p: int, objective: Objective, r: Array, level: float) -> float:
-    """The largest loss that the confidence set admits."""
+def threshold(
+    loss: float, n: int, p: int, objective: Objective, r: Array, level: float, widen_P: Array, dof: int
+) -> Array:
+    """The largest loss that each parameter's confidence set admits (P,).
+
+    Args:
+        n, p: rows and free parameters; ``dof``: degrees of freedom of the noise, fewer where rows come in clusters.
+        r: residuals.
+        widen_P: factors on the likelihood ratio.
+    """
     if not objective.robust:
-        return loss * (1 + float(stats.f.ppf(level, 1, n - p)) / (n - p))
+        return np.asarray(loss * (1 + widen_P * float(stats.f.ppf(level, 1, dof)) / (n - p)))
     power = 2.0 if float(np.median(np.abs(r))) > objective.delta else 1.0
-    return float(loss * np.exp(stats.chi2.ppf(level, 1) / (power * n)))
+    return np.asarray(loss * np.exp(widen_P * stats.chi2.ppf(level, 1) / (power * n)))
 
 
 def profile(
@@ -56,17 +66,22 @@ def profile(
     objective: Objective,
     steps: Array,
     level: float = 0.95,
+    widen: Array | None = None,
 ) -> dict[str, ProfileInterval]:
     """Profile intervals of all free parameters.
 
     Args:
         p: natural parameters at the optimum; loss: their ``Objective.loss``.
         steps: a first step per parameter (P,), e.g. its standard error.
+        widen: factor on each parameter's likelihood ratio (P,); 1 for noise that is equal and independent.
     """
     which = np.flatnonzero(box.free)
     if not len(which) or data.n <= len(which):
         return {}
-    limit = threshold(loss, data.n, len(which), objective, objective.residual(form.evaluate(data.x, p), data.y), level)
+    residual = objective.residual(form.evaluate(data.x, p), data.y)
+    factor = np.ones(len(p)) if widen is None else widen
+    dof = degrees(data, len(which))
+    limit = threshold(loss, data.n, len(which), objective, residual, level, factor, dof)[np.repeat(which, 2)]
     walk = _Walk(form, data, p, box, objective, np.repeat(which, 2), np.tile([-1.0, 1.0], len(which)), limit)
     ends, closed = walk.ends(np.repeat(_first_steps(form, p, steps), 2)[np.repeat(which, 2) * 2])
     return {
@@ -104,7 +119,7 @@ class _Walk:
         objective: Objective,
         which: Index,
         side: Array,
-        limit: float,
+        limit: Array | float,
     ) -> None:
         self.form, self.data, self.p, self.box, self.objective = form, data, p, box, objective
         self.which, self.side, self.limit = which, side, limit

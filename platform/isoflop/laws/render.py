@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from isoflop.laws.result import Estimate, Fit
 
 WIDTH = 80
+RULE = "ident.: both ends known, and no further apart than 2 × value (floor: range of y)"
 
 
 def number(value: float) -> str:
@@ -58,6 +59,8 @@ def fit_text(fit: Fit) -> str:
         lines.append(f"{name:12}{value(e):>13}  {span(e):24} {mark(e)}")
         if e.identified is False:
             lines += [f"{'':14}{part}" for part in _wrap(e.verdict, WIDTH - 14)]
+    if any(e.identified is not None for e in [*fit.params.values(), *fit.derived.values()]):
+        lines += _wrap(RULE)
     lines += _wrap(in_words(fit.record.get("validation"))) if fit.record.get("validation") else []
     for warning in fit.warnings:
         lines += [("! " if k == 0 else "  ") + part for k, part in enumerate(_wrap(warning, WIDTH - 2))]

@@ -103,6 +103,11 @@ class Fit:
     data: GroupData | None = None
 
     @property
+    def resampled(self) -> bool:
+        """Whether there are bootstrap samples, and enough of them for intervals."""
+        return self.samples is not None and self.samples.enough(self.level)
+
+    @property
     def law(self) -> str:
         """The law's name, or the user's expression."""
         return self.form.name if self.form.name in LAWS else self.form.formula
