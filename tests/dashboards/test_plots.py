@@ -20,7 +20,7 @@ DATA = {
 
 
 def test_a_fit_is_drawn_with_a_line_a_band_and_dots_per_level_in_the_palettes_colours() -> None:
-    figure = isoflop.plot(isoflop.fit(DATA, "product", y="error", map={"N": "N", "V": "V"}, bootstrap=20))
+    figure = isoflop.plot(isoflop.fit(DATA, "product", y="error", map={"N": "N", "V": "V"}, bootstrap=40))
     lines = [t for t in figure.data if t.mode == "lines" and t.fill is None]
     assert [(t.name, t.line.color) for t in lines] == [("V = 1", palette.series(0)), ("V = 4", palette.series(1))]
     assert [t.fillcolor for t in figure.data if t.fill] == [palette.faded(palette.series(k)) for k in (0, 1)]

@@ -25,7 +25,7 @@ from isoflop.track.attach import attach
 from isoflop.track.links import MOST, with_addresses
 
 pytestmark = pytest.mark.usefixtures("toy_parts")
-LAW = {"law": "product", "bootstrap": 20}
+LAW = {"law": "product", "bootstrap": 40}
 FRONTIER = {"law": "product", "cost": "2*N*(Q+V)"}
 
 
