@@ -95,7 +95,7 @@ def test_scores_are_those_of_the_harness_own_model(tasks: str, harness: object, 
 
 def test_likelihoods_and_answers_are_those_of_the_harness_own_model(tasks: str, harness: object) -> None:
     from isoflop.tasks.data.prompts import PromptTokenizer
-    from isoflop.tasks.harness.lm_eval_model import HarnessModel
+    from isoflop.tasks.harness._lm_eval_model import HarnessModel
 
     ours = HarnessModel(LM, PromptTokenizer(LM.tokenizer, False, "here"), "\nQuestion:", "here")
     for name, kind in (

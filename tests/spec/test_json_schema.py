@@ -37,7 +37,10 @@ def test_the_schema_is_a_schema(schema: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_every_shipped_sweep_validates_and_resolves(path: Path, schema: dict[str, Any]) -> None:
-    jsonschema.Draft202012Validator(schema).validate(load_yaml(path).data)
+    data = load_yaml(path).data
+    jsonschema.Draft202012Validator(schema).validate(data)
+    if any(str(model).startswith("hf:") for model in data["models"]):
+        return  # wants a checkpoint: tests/data_tasks runs it with a small one
     sweep = resolve(path)
     assert sweep.spec.name == path.stem
 

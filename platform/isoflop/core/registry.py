@@ -106,9 +106,12 @@ def _origin(entry: object) -> str:
 def import_all(package: str, path: Iterable[str]) -> None:
     """Import every module below a package, so that a file put there registers itself.
 
+    Modules whose names begin with an underscore are left to those who need them: they may want packages that are not there.
+
     Args:
         package: the package's ``__name__``.
         path: the package's ``__path__``.
     """
     for module in pkgutil.walk_packages(path, prefix=f"{package}."):
-        importlib.import_module(module.name)
+        if not module.name.rpartition(".")[2].startswith("_"):
+            importlib.import_module(module.name)

@@ -124,7 +124,7 @@ class LmEval(Task):
         return costs_of(lm, examples)
 
     def _harness(self, lm: LmModel) -> Any:
-        from isoflop.tasks.harness.lm_eval_model import HarnessModel
+        from isoflop.tasks.harness._lm_eval_model import HarnessModel
 
         where = f"task {self.name}: {self.task}"
         # the harness lays the chat template itself, so that prompts come as they are

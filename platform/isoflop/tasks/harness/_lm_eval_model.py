@@ -1,6 +1,6 @@
 """A model of this platform as EleutherAI's harness sees it: the harness asks in text, methods compress its contexts.
 
-Needs the package lm-eval, so that nothing but the task imports this module, and only when it runs.
+Needs the package lm-eval: nothing but the task imports this module, and only when it runs.
 """
 
 from __future__ import annotations
