@@ -117,7 +117,7 @@ def _experiment(sweep: SweepResults) -> str:
     uri = own_tracking_uri(sweep.store)
     found = experiment_id(uri, sweep.name) if uri else None
     if found is None:
-        raise UserError(f"MLflow has nothing of sweep {sweep.name!r} in store {sweep.store.uri}")
+        raise UserError(f"MLflow has nothing of sweep {sweep.name!r} in store {sweep.store.shown}")
     return found
 
 

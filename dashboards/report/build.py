@@ -169,5 +169,5 @@ _IMPORTANCE = "Optuna's fANOVA on a study rebuilt from the rows, inside the sett
 def _provenance(sweep: SweepResults, table: Any, findings: Findings) -> Json:
     everything = sweep.results(["job_id"], everything=True).num_rows
     source = stored_source(sweep.store, sweep.name)
-    groups = record.provenance(table, everything, source, findings, sweep.store.uri)
+    groups = record.provenance(table, everything, source, findings, sweep.store.shown)
     return charts.section("provenance", "Where the numbers come from", groups, notes=sweep.search_lines())

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from isoflop.core.text import safe_line
 from isoflop.dashboards.report import charts
 from isoflop.dashboards.report.charts import Json
 from isoflop.dashboards.report.configs import COSTS, Config, Cost, by_scene, varying_costs
@@ -66,7 +67,7 @@ def _trials(spec: SweepSpec, table: pa.Table) -> tuple[list[str], list[tuple[flo
 
 def _title(row: Mapping[str, Any]) -> str:
     knobs = ", ".join(f"{k} {v}" for k, v in json.loads(row["knobs"] or "{}").items())
-    return f"trial {row['trial_number']}: {row['method']}{f' ({knobs})' if knobs else ''} on {row['model']}"
+    return safe_line(f"trial {row['trial_number']}: {row['method']}{f' ({knobs})' if knobs else ''} on {row['model']}")
 
 
 def _objectives(

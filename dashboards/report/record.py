@@ -10,12 +10,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from isoflop.core.secrets import redacted
 from isoflop.core.yaml_source import Source
 from isoflop.dashboards.report import charts
 from isoflop.dashboards.report.charts import Json
 from isoflop.dashboards.report.numbers import between, quantity
 from isoflop.laws.render import numbers_line, title, value
 from isoflop.sweep.results import Findings
+from isoflop.sweep.titles import knobs_title
 
 BAD = ("failed", "infeasible")
 _MOST_FAILURES = 200
@@ -35,7 +37,7 @@ def failures(table: pa.Table) -> list[Json]:
         [
             r["model"],
             r["method"],
-            _knobs(r["knobs"]),
+            knobs_title(r["knobs"]),
             r["task"],
             r["repeat"],
             r["status"],
@@ -57,10 +59,6 @@ def failures(table: pa.Table) -> list[Json]:
 def _first_line(text: str | None) -> str:
     lines = (text or "").strip().splitlines()
     return lines[0][:300] if lines else "–"
-
-
-def _knobs(text: str | None) -> str:
-    return " ".join(f"{k}={v}" for k, v in json.loads(text or "{}").items())
 
 
 def laws(findings: Findings) -> list[Json]:
@@ -111,7 +109,9 @@ def provenance(table: pa.Table, everything: int, source: Source, findings: Findi
         charts.panel("versions", table=charts.table(["part", "version"], shown), folded=True),
         charts.panel("where it ran", table=charts.table(["host", "device", "jobs"], hosts), folded=True),
         charts.panel(
-            "the sweep as it was run (YAML)", pre=source.text or json.dumps(source.data, indent=1), folded=True
+            "the sweep as it was run (YAML)",
+            pre=redacted(source.text or json.dumps(source.data, indent=1)),
+            folded=True,
         ),
     ]
     return [charts.group("provenance", panels)]

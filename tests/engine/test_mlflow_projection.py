@@ -146,9 +146,9 @@ def test_odd_values_and_names_do_not_stop_the_projection(uri: str) -> None:
     _, _, nested = runs_of(uri, "s")
     found = {r.data.tags["isoflop.job_id"]: r for r in nested}
     assert set(found) == {"a", "b"}
-    assert found["a"].data.metrics["a_b"] == 1.0
+    assert found["a"].data.metrics["a_at_b"] == 1.0
     assert "inf" not in found["a"].data.metrics
-    assert len(found["a"].data.params["weird_name_"]) == 6000
+    assert len(found["a"].data.params["weird_at_name_eq_"]) == 6000
 
 
 def test_a_row_that_cannot_be_shown_does_not_hold_up_the_others(uri: str) -> None:

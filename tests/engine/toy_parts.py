@@ -298,7 +298,7 @@ class ToyTask(Task):
             errors = mean * (1 + self.noise * rng.standard_normal(self.examples))
             if model.bad == "nan":
                 errors[0] = np.nan
-            yield Shard(ids, errors, {"loss": errors * 2})
+            yield Shard(ids, errors, {"loss": errors * 2, **dict.fromkeys(odd_names(model.bad), errors)})
 
     def measure(self, model: Model, ctx: StageContext) -> dict[str, float]:
         assert isinstance(model, ToyModel)
@@ -350,6 +350,15 @@ class Unprintable(Exception):
         raise RuntimeError("no words")
 
 
+def odd_names(how: str) -> list[str]:
+    """Two names for metrics, for ``how="names KEY"``."""
+    if not how.startswith("names "):
+        return []
+    from outside_texts import TEXTS
+
+    return [TEXTS[how[6:]], f"{TEXTS[how[6:]]}!"]
+
+
 def misbehave(how: str, place: Path, key: str) -> None:
     """Do what ``how`` says. ``once-X`` does X the first time only."""
     if how.startswith("once-"):
@@ -360,6 +369,11 @@ def misbehave(how: str, place: Path, key: str) -> None:
         how = how.removeprefix("once-")
     if how in MISTAKES or how in OTHERS:
         raise {**MISTAKES, **OTHERS}[how]("toy failure\nof two lines")
+    if how.startswith("says "):
+        from outside_texts import TEXTS
+
+        name = TEXTS[how[5:]][:99].replace("\0", "").encode(errors="replace").decode()
+        raise type(f"Error {name}", (ValueError,), {})(TEXTS[how[5:]])
     if how == "unpicklable":
         raise Unpicklable
     if how == "unprintable":

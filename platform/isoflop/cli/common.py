@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from isoflop.core.text import safe_text
+
 store_option = click.option(
     "--store", metavar="PATH|URI", help="Where sweeps are kept (default: $ISOFLOP_STORE or ~/.local/share/isoflop)."
 )
@@ -72,7 +74,7 @@ def show(value: Any) -> str:
         if value == int(value) and abs(value) < 1e6:
             return f"{int(value):,}"
         return f"{value:.4g}"
-    return str(value)
+    return safe_text(value)
 
 
 def duration(seconds: float | None) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from isoflop.core.errors import UserError
+from isoflop.core.text import safe_line, safe_text
 
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h: no wrong input (2), no failed job (1)
 VARIABLE = "ISOFLOP_TRACEBACK"
@@ -51,7 +52,7 @@ def end_with(error: BaseException, shown: Shown) -> int:
     else is nobody's input: the line says so, and how to report it.
     """
     if shown.traceback:
-        click.echo(_text("".join(traceback.format_exception(error)).rstrip()), err=True)
+        click.echo(safe_text("".join(traceback.format_exception(error)).rstrip(), None), err=True)
     if isinstance(error, UserError):
         return _say(str(error), error.exit_code)
     if isinstance(error, click.ClickException):
@@ -73,13 +74,8 @@ def end_with(error: BaseException, shown: Shown) -> int:
 
 
 def _say(text: str, code: int) -> int:
-    click.echo(f"isoflop: {' '.join(_text(text).split())}", err=True)
+    click.echo(f"isoflop: {safe_line(text, None)}", err=True)
     return code
-
-
-def _text(text: str) -> str:
-    """What any terminal can take: bytes that were no UTF-8 are spelled out."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 def _short(text: str) -> str:

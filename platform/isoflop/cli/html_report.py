@@ -8,6 +8,8 @@ import click
 
 from isoflop.cli.common import emit, json_option, store_option
 from isoflop.core.errors import UserError
+from isoflop.core.secrets import redacted
+from isoflop.core.text import safe_line
 from isoflop.dashboards.session import REPORT
 from isoflop.sweep.api import open_sweep, own_tracking_uri
 from isoflop.track import Artifact
@@ -77,5 +79,5 @@ def _log(uri: str | None, name: str, page: str) -> tuple[str | None, str]:
     try:
         run_id = attach(uri, name, [Artifact(REPORT, page)])
     except Exception as error:  # of a server: anything can come back
-        return None, " ".join(str(error).split())[:200]
-    return run_id, "" if run_id else f"{uri} has no run of sweep {name!r}"
+        return None, safe_line(error, 200)
+    return run_id, "" if run_id else f"{redacted(uri)} has no run of sweep {name!r}"

@@ -98,7 +98,7 @@ def resume_command(name: str, as_json: bool, report: bool, store: str | None, **
     if name not in opened.sweeps():
         from isoflop.core.errors import unknown
 
-        raise unknown("sweep", name, opened.sweeps(), within=f" in store {opened.uri}")
+        raise unknown("sweep", name, opened.sweeps(), within=f" in store {opened.shown}")
     from isoflop.sweep.api import resolve_stored
 
     return _run(resolve_stored(opened, name), as_json, report, RunOptions(store=opened.uri, **options))
@@ -115,7 +115,7 @@ def _run(sweep: Sweep, as_json: bool, report: bool, options: RunOptions) -> int:
     findings = opened.findings_of_run
     data = {
         "name": opened.name,
-        "store": opened.store.uri,
+        "store": opened.store.shown,
         "summary": vars(summary) | {"ran": summary.ran},
         "report": opened.conclusion.path or None,
         **findings.to_dict(),
@@ -157,7 +157,7 @@ def _print_end(opened: SweepResults, options: RunOptions) -> None:
     where = (
         ""
         if options.store is None and "ISOFLOP_STORE" not in os.environ and opened.spec.store is None
-        else f" --store {opened.store.uri}"
+        else f" --store {opened.store.shown}"
     )
     hints = [("go on", f"{program} resume {opened.name}{where}")] if summary.interrupted or summary.left else []
     if summary.failed:
@@ -167,7 +167,7 @@ def _print_end(opened: SweepResults, options: RunOptions) -> None:
     if options.tracking_uri != "none":
         hints.append(("browse", f"{program} ui{where}"))
     if opened.spec.frontiers:
-        argument = f", store={opened.store.uri!r}" if where else ""
+        argument = f", store={opened.store.shown!r}" if where else ""
         asked = f"import isoflop; print(isoflop.open('{opened.name}'{argument}).frontier())"
         hints.append(("ask", f'{python} -c "{asked}"'))
     for what, how in hints:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections import Counter
 from typing import Any
@@ -18,6 +17,7 @@ from isoflop.ledger import Ledger, Store
 from isoflop.sweep.api import open_sweep
 from isoflop.sweep.compression import COLUMNS as COMPRESSION_COLUMNS
 from isoflop.sweep.compression import compression, definitions
+from isoflop.sweep.titles import knobs_title
 
 _STATUSES = ("ok", "failed", "infeasible", "pruned")
 _COLUMNS = (
@@ -67,7 +67,7 @@ def ls_command(store: str | None, as_json: bool) -> None:
     def human() -> None:
         out = console()
         if not data:
-            out.print(Text(f"no sweeps in {opened.uri} yet; begin with: isoflop run SWEEP.yaml"))
+            out.print(Text(f"no sweeps in {opened.shown} yet; begin with: isoflop run SWEEP.yaml"))
             return
         rows = [
             (d["name"], d["jobs"], *(d[s] for s in _STATUSES), f"{d['last']:%Y-%m-%d %H:%M}" if d["last"] else "-")
@@ -75,7 +75,7 @@ def ls_command(store: str | None, as_json: bool) -> None:
         ]
         out.print(grid(("sweep", "jobs", *_STATUSES, "last result (UTC)"), rows, right=("jobs", *_STATUSES)))
 
-    emit({"store": opened.uri, "sweeps": data}, as_json, human)
+    emit({"store": opened.shown, "sweeps": data}, as_json, human)
 
 
 @click.command("show")
@@ -101,7 +101,7 @@ def show_command(name: str, store: str | None, rows: bool, failed: bool, as_json
     searched = opened.search_findings()
     data: dict[str, Any] = {
         "name": name,
-        "store": opened.store.uri,
+        "store": opened.store.shown,
         "counts": {s: counts.get(s, 0) for s in _STATUSES},
         "workers": _placement(table),
         "stale_rows": stale,
@@ -129,7 +129,7 @@ def show_command(name: str, store: str | None, rows: bool, failed: bool, as_json
         out.print(
             f"[bold]{name}[/bold]: "
             + ", ".join(f"{counts[s]} {s}" for s in _STATUSES if counts.get(s))
-            + f"; store {opened.store.uri}"
+            + f"; store {opened.store.shown}"
         )
         if stale:
             out.print(
@@ -151,7 +151,7 @@ def _print_rows(out: Console, table: pa.Table) -> None:
     found = [compression(row) for row in rows]
     cells = [
         {c: show(row[c]) for c in _COLUMNS}
-        | {"knobs": _knobs(row["knobs"]), "ratio": "-" if one is None else f"{one.times:.3g} ×"}
+        | {"knobs": knobs_title(row["knobs"]), "ratio": "-" if one is None else f"{one.times:.3g} ×"}
         for row, one in zip(rows, found, strict=True)
     ]
     for columns in (_COLUMNS, _NARROW, _NARROWEST):
@@ -186,10 +186,6 @@ def _rows(table: pa.Table) -> list[dict[str, Any]]:
     return found
 
 
-def _knobs(text: str) -> str:
-    return " ".join(f"{k}={v}" for k, v in json.loads(text or "{}").items())
-
-
 def _placement(table: pa.Table) -> list[dict[str, Any]]:
     """Jobs and seconds per host, worker and device."""
     found: dict[tuple[str, str, str], list[float]] = {}
@@ -212,6 +208,6 @@ def _print_placement(table: pa.Table) -> None:
 def _print_failures(bad: list[dict[str, Any]]) -> None:
     for row in bad:
         text = Text(
-            f"{row['status']}: {row['model']} {row['method']} {_knobs(row['knobs'])} {row['task']}: {row['error_type']}: {row['error_text']}"
+            f"{row['status']}: {row['model']} {row['method']} {knobs_title(row['knobs'])} {row['task']}: {row['error_type']}: {row['error_text']}"
         )
         console().print(text)

@@ -15,6 +15,7 @@ import click
 from isoflop.cli.common import emit, json_option
 from isoflop.cli.run import find_spec
 from isoflop.core.errors import UserError
+from isoflop.core.secrets import has_secret
 from isoflop.core.version import __version__
 from isoflop.sweep.spec import SweepSpec, load_spec
 
@@ -107,6 +108,12 @@ def _submit(cluster: ClusterJobs, path: Path, spec: SweepSpec, options: dict[str
 
 
 def _entrypoint(name: str, options: dict[str, Any]) -> str:
+    for key, instead in (
+        ("tracking_uri", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the head node"),
+        ("store", "give the head node its keys in the environment or in a file"),
+    ):
+        if has_secret(str(options[key])):
+            raise UserError(f"--{key.replace('_', '-')} holds a password, which Ray's dashboard would show; {instead}")
     command = [options["python"], "-m", "isoflop", "run", name, "--ray-address", "auto"]
     for key in ("store", "tracking_uri", "workers"):
         if options[key] is not None:

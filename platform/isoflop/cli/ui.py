@@ -36,13 +36,15 @@ def ui_command(store: str | None, host: str, port: int, tracking_uri: str | None
     opened = Store.open(store)
     uri = tracking_uri or own_tracking_uri(opened)
     if uri is None:
-        raise UserError(f"store {opened.uri} holds no MLflow database; give --tracking-uri")
+        raise UserError(f"store {opened.shown} holds no MLflow database; give --tracking-uri")
     if tracking_uri is None and opened.local is not None and not (opened.local / "mlflow.db").is_file():
-        raise UserError(f"store {opened.uri} holds no MLflow database yet; run a sweep first, or name another --store")
+        raise UserError(
+            f"store {opened.shown} holds no MLflow database yet; run a sweep first, or name another --store"
+        )
     prepare(uri)  # one that somebody was killed over would keep the server from starting
     chosen = _free_port(host, port)
     environment = {**os.environ, **_ENVIRONMENT}
-    click.echo(f"MLflow over {opened.uri}: http://{host}:{chosen} in some ten seconds  (Ctrl-C ends it)", err=True)
+    click.echo(f"MLflow over {opened.shown}: http://{host}:{chosen} in some ten seconds  (Ctrl-C ends it)", err=True)
     arguments = [
         sys.executable,
         "-m",

@@ -28,7 +28,7 @@ def watch_command(name: str, once: bool, every: float, store: str | None, as_jso
     """
     opened = Store.open(store)
     if name not in opened.sweeps():
-        raise unknown("sweep", name, opened.sweeps(), within=f" in store {opened.uri}")
+        raise unknown("sweep", name, opened.sweeps(), within=f" in store {opened.shown}")
     state = read_state(opened, name)
     if state is None:
         raise UserError(f"sweep {name} has not told what it does (run by an older version?); isoflop show {name}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from isoflop.core.errors import Infeasible, StopNow
+from isoflop.core.text import MOST, safe_text
 
 Status = Literal["failed", "infeasible"]
 
@@ -58,7 +59,7 @@ def describe(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)[-3:]
     places = " < ".join(f"{Path(f.filename).name}:{f.lineno} in {f.name}" for f in reversed(frames))
     try:
-        message = str(error)
+        message = safe_text(error, MOST - 500)
     except BaseException:  # an exception of somebody's own may fail at this, too
         message = "(no message)"
-    return f"{message} [{places}]"[:4000]
+    return f"{message} [{safe_text(places, 490)}]"

@@ -18,6 +18,7 @@ import numpy as np
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.stage import Stage
+from isoflop.core.text import safe_name, safe_text
 from isoflop.jobs.faults import describe, is_interrupt, is_transient, status_of
 from isoflop.jobs.job import Job, ResolvedJob, versions_of
 from isoflop.jobs.traces import Trace, traces_of
@@ -102,7 +103,7 @@ class Runner:
         try:
             self._run(_resolve(job), out, on_shard)
         except Infeasible as error:
-            out.status, out.error_type, out.error_text = "infeasible", "Infeasible", str(error)
+            out.status, out.error_type, out.error_text = "infeasible", "Infeasible", safe_text(error)
         except BaseException as error:  # also SystemExit, GeneratorExit and the panics of libraries in Rust
             if is_interrupt(error):
                 raise
@@ -152,7 +153,7 @@ class Runner:
             for index, shard in enumerate(resolved.task.evaluate(model, self.cache, resolved.job.seed)):
                 errors.append(np.asarray(shard.errors, dtype=np.float64))
                 for name, values in shard.metrics.items():
-                    metrics.setdefault(name, []).append(np.asarray(values, dtype=np.float64))
+                    metrics.setdefault(safe_name(name), []).append(np.asarray(values, dtype=np.float64))
                 so_far = np.concatenate(errors)
                 if on_shard is not None and on_shard(index, float(so_far.mean()), len(so_far)):
                     stopped = True
@@ -165,7 +166,7 @@ class Runner:
             footprint = merge_footprints(measured, reports)
         if not errors:
             raise ValueError(f"task {resolved.job.task} yielded no examples")
-        out.footprint = {name: float(value) for name, value in footprint.items()}
+        out.footprint = {safe_name(name): float(value) for name, value in footprint.items()}
         scores = np.concatenate(errors)
         if not np.isfinite(scores).all():
             raise ArithmeticError(f"{int((~np.isfinite(scores)).sum())} of {len(scores)} scores are not finite")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from isoflop.core.text import safe_line, safe_name
 from isoflop.methods.base import Method
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def traces_of(methods: Sequence[tuple[Method, Any]]) -> dict[str, Trace]:
         prefix = f"{method.name}." if len(methods) > 1 else ""
         try:
             series: Mapping[str, Sequence[float]] = method.trace(prepared)
-            found |= {f"{prefix}{name}": thinned(values) for name, values in series.items() if len(values)}
+            found |= {f"{prefix}{safe_name(name)}": thinned(values) for name, values in series.items() if len(values)}
         except Exception as error:  # what a job measured must not be lost for something to look at
-            log.warning("method %s: its trace is left out: %s: %s", method.name, type(error).__name__, error)
+            log.warning("method %s: its trace is left out: %s: %s", method.name, type(error).__name__, safe_line(error))
     return found

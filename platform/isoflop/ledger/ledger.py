@@ -8,7 +8,6 @@ the others doubles nothing.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import io
 import json
@@ -24,7 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from isoflop.core.errors import UserError
-from isoflop.ledger.schema import SCHEMA, VERSION, completed, empty, latest, to_table
+from isoflop.core.text import safe_line
+from isoflop.ledger.schema import SCHEMA, VERSION, check, completed, empty, latest, to_table
 from isoflop.ledger.store import Store, StoreError
 
 log = logging.getLogger(__name__)
@@ -93,51 +93,45 @@ class Ledger:
             loaded = self._read_file(name, columns)
             if loaded is None:
                 continue
-            tables[name] = completed(loaded, columns)
-            listed = (loaded.schema.metadata or {}).get(_REPLACES)
-            if listed:
-                replaced.update(json.loads(listed))
+            tables[name], named = loaded
+            replaced |= named
         return tables, replaced
 
-    def _read_file(self, name: str, columns: list[str] | None) -> pa.Table | None:
+    def _read_file(self, name: str, columns: list[str] | None) -> tuple[pa.Table, set[str]] | None:
+        """A file's rows, and the names of the files that it replaces; None for one that is not what a ledger wrote."""
         path = f"{self.folder}/{name}"
-        try:
-            file = self.store.fs.open_input_file(path)
-            # From a remote store the whole file first: a network that fails must not look like a torn file.
-            source = file if self.store.local is not None else pa.BufferReader(file.read_buffer())
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
-        with file:
+        with self.store.input(path) as source:
             try:
                 parquet = pq.ParquetFile(source, page_checksum_verification=True)
                 metadata = parquet.schema_arrow.metadata or {}
                 version = metadata.get(b"isoflop.ledger", b"").decode()
                 if not version:
                     raise pa.ArrowInvalid("not a file of a ledger")
-                table = parquet.read(columns=columns) if version == VERSION else None
-            except MemoryError:  # also Arrow's own: says nothing about the file
+                if version != VERSION:
+                    raise UserError(f"{path}: ledger version {version}; this isoflop reads version {VERSION}")
+                unknown = [name for name in parquet.schema_arrow.names if name not in SCHEMA.names]
+                if unknown:  # folding would lose them
+                    raise UserError(
+                        f"{path}: columns {', '.join(unknown)} were added by a later isoflop; update this one"
+                    )
+                table = parquet.read(columns=columns)
+                table.validate(full=True)  # texts that are no UTF-8, maps without keys
+                found = completed(table, columns)
+                check(found)
+                return found, _replaced(metadata)
+            except (MemoryError, UserError):  # also Arrow's own: says nothing about the file
                 raise
-            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            except (pa.ArrowException, OSError, ValueError) as error:
                 self._set_aside(name, error)
                 return None
-        if table is None:
-            raise UserError(f"{path}: ledger version {version}; this isoflop reads version {VERSION}")
-        unknown = [name for name in parquet.schema_arrow.names if name not in SCHEMA.names]
-        if unknown:  # folding would lose them
-            raise UserError(f"{path}: columns {', '.join(unknown)} were added by a later isoflop; update this one")
-        return table.replace_schema_metadata(metadata)
 
     def _set_aside(self, name: str, error: Exception) -> None:
         """A torn or foreign file: keep it for inspection, out of the way. Only the writer moves files."""
         if name not in self.set_aside:
-            log.warning("%s/%s cannot be read (%s); its jobs will run again", self.folder, name, error)
+            log.warning("%s", safe_line(f"{self.folder}/{name} cannot be read ({error}); its jobs will run again"))
             self.set_aside.append(name)
         if self.locked:
-            target = self.store.path("sweeps", self.sweep, "torn")
-            self.store.fs.create_dir(target, recursive=True)
-            self.store.fs.move(f"{self.folder}/{name}", f"{target}/{name}")
+            self.store.move(f"{self.folder}/{name}", self.store.path("sweeps", self.sweep, "torn"))
 
     # writing
 
@@ -185,8 +179,7 @@ class Ledger:
 
     def _delete(self, names: Iterable[str]) -> None:
         for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                self.store.fs.delete_file(f"{self.folder}/{name}")
+            self.store.delete(f"{self.folder}/{name}")
 
     def _write(self, table: pa.Table, name: str) -> None:
         buffer = io.BytesIO()
@@ -216,18 +209,12 @@ class Ledger:
         path = self.store.path("sweeps", self.sweep, "lock")
         me = f"process {os.getpid()} on {socket.gethostname()}"
         if self.store.local is not None:
-            try:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                file = open(path, "a+")  # noqa: SIM115 - held for the life of the driver
-            except OSError as error:
-                raise StoreError(
-                    f"store {self.store.uri} cannot be written: {error.strerror}: {error.filename}"
-                ) from None
+            self.store.no_links("sweeps", self.sweep, "ledger")
+            file = os.fdopen(self.store.open_plain(path, os.O_RDWR | os.O_CREAT), "r+", errors="replace")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
+                holder = safe_line(file.read(), 200) or "another process"
                 file.close()
                 raise LedgerBusy(
                     f"sweep {self.sweep!r} is being written by {holder}; wait for it, stop it, or give this run another name"
@@ -237,7 +224,7 @@ class Ledger:
                 os.write(file.fileno(), me.encode())  # not buffered: closing must not try once more on a full disk
             except OSError as error:
                 file.close()
-                raise StoreError(f"store {self.store.uri} cannot be written: {error.strerror}: {path}") from None
+                raise StoreError(f"store {self.store.shown} cannot be written: {error.strerror}: {path}") from None
             self._lock_file = file
         else:
             self._take_lease(path, me)
@@ -279,16 +266,15 @@ class Ledger:
         if self._lease is not None:
             path = self.store.path("sweeps", self.sweep, "lock")
             if _lease_of(self.store.read(path)).get("holder") == self._lease:
-                with contextlib.suppress(FileNotFoundError):
-                    self.store.fs.delete_file(path)
+                self.store.delete(path)
             self._lease = None
 
     def _take_lease(self, path: str, me: str) -> None:
         held = _lease_of(self.store.read(path))
-        age = time.time() - float(held.get("time", 0))
-        if age < _LEASE_SECONDS:
+        age = time.time() - held.get("time", 0)
+        if abs(age) < _LEASE_SECONDS:  # one from the future is of a wrong clock, and would bar the way for ever
             raise LedgerBusy(
-                f"sweep {self.sweep!r} is being written by {held.get('holder')} (seen {age:.0f} s ago); wait for it or stop it"
+                f"sweep {self.sweep!r} is being written by {safe_line(held.get('holder'), 200)} (seen {age:.0f} s ago); wait for it or stop it"
             )
         self._lease = f"{me} {uuid.uuid4().hex[:6]}"
         self._renew(path)
@@ -307,6 +293,14 @@ def _lease_of(content: bytes | None) -> dict[str, Any]:
     """What a lock file says; nothing when there is none or it is damaged."""
     try:
         found = json.loads(content or b"{}")
-    except ValueError:
+        return {**found, "time": float(found.get("time", 0))}
+    except (ValueError, TypeError, AttributeError, OverflowError):
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+def _replaced(metadata: Mapping[bytes, bytes]) -> set[str]:
+    """The names of the files that a fold took in. ValueError for what no fold wrote."""
+    names = json.loads(metadata.get(_REPLACES, b"[]"))
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("what it replaces is no list of names")
+    return set(names)

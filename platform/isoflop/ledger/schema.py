@@ -16,13 +16,18 @@ Columns are only ever added, and a file without one reads as if it were null the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from isoflop.core.text import STORED, safe_text
+
 VERSION = "1"
+STATUSES = ("ok", "failed", "infeasible", "pruned")
+_REQUIRED = ("job_id", "sequence", "status", "started", "finished")
 
 _IDENTITY = [
     ("job_id", pa.string()),
@@ -97,10 +102,53 @@ def completed(table: pa.Table, columns: Iterable[str] | None = None) -> pa.Table
     fields = [field for field in SCHEMA if field.name in wanted]
     known = set(table.column_names)
     arrays = [
-        table[field.name].cast(field.type) if field.name in known else pa.nulls(table.num_rows, field.type)
+        _safe(table[field.name].cast(field.type)) if field.name in known else pa.nulls(table.num_rows, field.type)
         for field in fields
     ]
     return pa.table(arrays, schema=pa.schema(fields))
+
+
+def check(table: pa.Table) -> None:
+    """Raise ValueError for rows that no ledger wrote: another program's, or another's idea of them.
+
+    Args:
+        table: some or all columns, as :func:`completed` gives them.
+    """
+    for name in _REQUIRED:
+        if name in table.column_names and table[name].null_count:
+            raise ValueError(f"column {name} is null in some rows")
+    if "status" in table.column_names:
+        wrong = pc.filter(table["status"], pc.invert(pc.is_in(table["status"], pa.array(STATUSES))))
+        if len(wrong):
+            raise ValueError(f"status {wrong[0].as_py()!r} is none of {', '.join(STATUSES)}")
+    for name in ("spec", "knobs"):
+        if name in table.column_names:
+            for text in table[name].to_pylist():
+                if text is not None and not isinstance(json.loads(text), dict):
+                    raise ValueError(f"column {name} holds what is no block of JSON: {text[:40]!r}")
+
+
+def _safe(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column whose texts, names in maps among them, are safe to show: another program may have written the file."""
+    if not any(_unsafe(chunk) for chunk in column.chunks):
+        return column
+    values: list[Any]
+    if pa.types.is_map(column.type):
+        values = [
+            None
+            if v is None
+            else [(safe_text(k, None), x if not isinstance(x, str) else safe_text(x, None)) for k, x in v]
+            for v in column.to_pylist()
+        ]
+    else:
+        values = [None if v is None else safe_text(v, None) for v in column.to_pylist()]
+    return pa.chunked_array([pa.array(values, column.type)])
+
+
+def _unsafe(array: pa.Array) -> bool:
+    if pa.types.is_map(array.type):
+        return _unsafe(array.keys) or _unsafe(array.items)
+    return pa.types.is_string(array.type) and bool(pc.any(pc.match_substring_regex(array, STORED)).as_py())
 
 
 def empty() -> pa.Table:

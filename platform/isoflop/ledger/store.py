@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
-import uuid
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlparse
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from isoflop.core.errors import UserError
+from isoflop.core.secrets import redacted
+from isoflop.core.text import safe_line, safe_text
+from isoflop.ledger.files import open_plain, read_plain, refuse_links, write_whole
+
+_PAST = {"read": "read", "write": "written", "delete": "deleted from", "move": "tidied", "list": "listed"}
+_NATIVE = ("s3", "gs", "gcs", "hdfs", "abfs", "abfss")  # of which pyarrow knows better what is wrong
+_GS_SECONDS = 10
+_ALLOWED = "a path, s3, gs, hdfs, abfs and what fsspec can write to"
 
 
 def default_store() -> str:
@@ -26,12 +36,13 @@ class Store:
     """Where sweeps are kept.
 
     Attributes:
-        uri: as given: a path, ``file://``, ``s3://``, ``gs://``, ``hdfs://`` or any URI that fsspec knows.
+        uri: as given: a path, ``file://``, ``s3://``, ``gs://``, ``hdfs://`` or any URI that fsspec knows. It may hold a
+            password; people are shown :attr:`shown`.
         fs: file system; ``base`` is the root inside it.
     """
 
-    uri: str
-    fs: pafs.FileSystem
+    uri: str = field(repr=False)
+    fs: pafs.FileSystem = field(repr=False)
     base: str
 
     @classmethod
@@ -44,13 +55,8 @@ class Store:
             raise UserError(f"store {given!r}: not UTF-8") from None
         scheme = urlparse(given).scheme
         try:
-            if not scheme or len(scheme) == 1:
-                path = os.path.abspath(os.path.expanduser(given))
-                if odd := sorted(set(path) & set("?#%")):
-                    raise UserError(
-                        f"store {given!r}: a path with {odd[0]!r} cannot hold MLflow's database; name another"
-                    )
-                return cls(path, pafs.LocalFileSystem(), path)
+            if not scheme or (len(scheme) == 1 and "://" not in given):
+                return cls._at(given)
             if scheme == "file":
                 fs, path = pafs.FileSystem.from_uri(given)
                 return cls(path, fs, path)
@@ -58,7 +64,21 @@ class Store:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"store {given!r} cannot be opened: {' '.join(str(error).split())}") from None
+            raise UserError(f"store {redacted(given)!r} cannot be opened: {safe_line(error)}") from None
+
+    @classmethod
+    def _at(cls, given: str) -> Store:
+        path = os.path.abspath(os.path.expanduser(given))
+        if odd := sorted(set(path) & set("?#%")):
+            raise UserError(f"store {given!r}: a path with {odd[0]!r} cannot hold MLflow's database; name another")
+        if safe_text(path, None) != path:
+            raise UserError(f"store {given!r}: a path must be text in UTF-8, without control characters")
+        return cls(path, pafs.LocalFileSystem(), path)
+
+    @property
+    def shown(self) -> str:
+        """The URI without the secrets in it."""
+        return redacted(self.uri)
 
     @property
     def local(self) -> Path | None:
@@ -76,27 +96,88 @@ class Store:
 
     def read(self, path: str) -> bytes | None:
         """The content of a file, or None when there is none."""
-        try:
-            with self.fs.open_input_file(path) as file:
-                return bytes(file.read())
-        except FileNotFoundError:
-            return None
+        with self._told("read", path):
+            try:
+                if self.local is not None:
+                    return read_plain(Path(path))
+                with self.fs.open_input_file(path) as file:
+                    return bytes(file.read())
+            except FileNotFoundError:
+                return None
 
-    def write(self, path: str, data: bytes) -> None:
+    def input(self, path: str) -> pa.NativeFile:
+        """A file to be read in parts, from a remote store as a whole: a network that fails must not look like a torn file.
+
+        Raises:
+            FileNotFoundError: there is none (any more).
+        """
+        with self._told("read", path):
+            file = self.fs.open_input_file(path)
+            return file if self.local is not None else pa.BufferReader(file.read_buffer())
+
+    def write(self, path: str, data: bytes, durable: bool = True) -> None:
         """Replace a file atomically; durable when this returns.
 
         On a local disk: a temporary file, fsync, rename, fsync of the folder. Object stores show an object only once
         its upload is complete.
+
+        Args:
+            durable: False where losing it in a power cut costs nothing.
         """
-        try:
+        with self._told("write", path):
             if self.local is not None:
-                _write_local(Path(path), data)
+                write_whole(self.inside(path), data, durable)
                 return
             self.fs.create_dir(posixpath.dirname(path), recursive=True)
             with self.fs.open_output_stream(path) as stream:
                 stream.write(data)
-        except OSError as error:
-            raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+
+    def delete(self, path: str) -> None:
+        """Delete a file, if it is there."""
+        with self._told("delete", path), contextlib.suppress(FileNotFoundError):
+            self.inside(path)
+            self.fs.delete_file(path)
+
+    def move(self, path: str, folder: str) -> None:
+        """Move a file into a folder, which is made where there is none."""
+        target = f"{folder}/{posixpath.basename(path)}"
+        with self._told("move", path):
+            self.inside(path)
+            self.inside(target)
+            self.fs.create_dir(folder, recursive=True)
+            self.fs.move(path, target)
+
+    def open_plain(self, path: str, flags: int) -> int:
+        """A descriptor of a plain file of a store on this host, made with its folders where ``flags`` say so."""
+        with self._told("write", path):
+            file = self.inside(path)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            return open_plain(file, flags)
+
+    def inside(self, path: str) -> Path:
+        """The path, which no symbolic link leads out of the store. Raises OSError, or StoreError where the caller asks."""
+        if self.local is not None:
+            refuse_links(self.local, Path(path))
+        return Path(path)
+
+    def no_links(self, *parts: str) -> Path:
+        """A path of a store on this host that others are to write to. Raises StoreError where a link is on its way."""
+        with self._told("write", self.path(*parts)):
+            return self.inside(self.path(*parts))
+
+    @contextlib.contextmanager
+    def _told(self, what: str, path: str) -> Iterator[None]:
+        """Errors in one line: those of file systems far away are of every kind."""
+        try:
+            yield
+        except (FileNotFoundError, UserError, MemoryError):
+            raise
+        except Exception as error:
+            reason = (error.strerror if isinstance(error, OSError) else "") or str(error) or type(error).__name__
+            at = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else path
+            raise StoreError(
+                f"store {self.shown} cannot be {_PAST[what]}: {safe_line(reason, 400)}: {safe_line(at)}"
+            ) from error
 
     def names(self, folder: str, suffix: str) -> list[str]:
         """Base names of the files in ``folder`` that end with ``suffix``, sorted; hidden ones are left out."""
@@ -104,10 +185,8 @@ class Store:
         return sorted(n for n in found if n.endswith(suffix) and not n.startswith("."))
 
     def _list(self, folder: str) -> list[pafs.FileInfo]:
-        try:
+        with self._told("list", folder):
             return list(self.fs.get_file_info(pafs.FileSelector(folder, allow_not_found=True)))
-        except OSError as error:
-            raise StoreError(f"store {self.uri}: cannot list {folder}: {error.strerror or error}") from error
 
 
 class StoreError(UserError):
@@ -115,37 +194,28 @@ class StoreError(UserError):
 
 
 def _remote(uri: str, scheme: str) -> tuple[pafs.FileSystem, str]:
+    import fsspec
+
+    if scheme in ("http", "https"):
+        raise UserError(f"store {redacted(uri)!r}: nothing can be written to {scheme}; allowed: {_ALLOWED}")
     try:
-        fs, path = pafs.FileSystem.from_uri(uri)
+        fs, path = pafs.FileSystem.from_uri(_with_patience(uri, scheme))
         return fs, path
     except Exception as native_error:
-        import fsspec
-
-        if scheme not in fsspec.available_protocols():
+        if scheme not in {*fsspec.available_protocols(), *fsspec.registry}:
             raise UserError(
-                f"store {uri!r}: unknown scheme {scheme!r}; allowed: a path, s3, gs, hdfs, abfs and what fsspec knows"
+                f"store {redacted(uri)!r}: unknown scheme {scheme!r}; allowed: {_ALLOWED}"
             ) from native_error
         try:
             fs, path = fsspec.core.url_to_fs(uri)
         except ImportError as missing:
-            raise UserError(f"store {uri!r}: {missing}") from None
+            why = safe_line(native_error if scheme in _NATIVE else missing, 400)
+            raise UserError(f"store {redacted(uri)!r} cannot be opened: {why}") from None
         return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
 
 
-def _write_local(target: Path, data: bytes) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    fd = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _with_patience(uri: str, scheme: str) -> str:
+    """Google's client would try for a quarter of an hour where there is no network."""
+    if scheme not in ("gs", "gcs") or "retry_limit_seconds=" in uri:
+        return uri
+    return f"{uri}{'&' if '?' in uri else '?'}retry_limit_seconds={_GS_SECONDS}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
@@ -12,8 +13,10 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import TypeAdapter
 
 from isoflop.core.errors import UserError, unknown
+from isoflop.core.secrets import redacted
 from isoflop.core.yaml_source import Source, parse_yaml
 from isoflop.execute import Executor, LocalExecutor, Resources
 from isoflop.ledger import Ledger, Store
@@ -33,6 +36,7 @@ from isoflop.sweep.summary import Summary
 from isoflop.track import MlflowTracker, NullTracker, Tracker
 
 EXECUTORS = ("ray", "local")
+_JOBS = TypeAdapter(set[str])
 _MENU = ("sizes", "tokens", "limits", "held", "constants")  # options of a frontier rather than of a fit
 
 
@@ -133,11 +137,11 @@ def run_resolved(
         ledger.fold()
         save_spec(store, sweep, ledger)
         state = StateFile(store, spec.name, shown)
-        log = LogFile(store.local / "sweeps" / spec.name / "log.txt" if store.local else None, state)
+        log = LogFile(_log_file(store, spec.name), state)
         stack.callback(log.close)
         stack.callback(state.close)
-        log.line(f"sweep {spec.name}: store {store.uri}")
-        tracker.start(spec_text(sweep), {"spec": spec.digest, "store": store.uri}, opening(spec))
+        log.line(f"sweep {spec.name}: store {store.shown}")
+        tracker.start(spec_text(sweep), {"spec": spec.digest, "store": store.shown}, opening(spec))
         stack.push(partial(end_tracking, tracker))
         stack.callback(executor.close, now=True)
         proposer = make_proposer_for(sweep, apart=options.executor != "local")
@@ -172,15 +176,19 @@ def make_tracker(store: Store, name: str, uri: str | None) -> Tracker:
     chosen = uri or own
     if chosen is None:
         raise UserError(
-            f"store {store.uri} is not on this host, so it cannot hold MLflow's database; give --tracking-uri, or --tracking-uri none"
+            f"store {store.shown} is not on this host, so it cannot hold MLflow's database; give --tracking-uri, or --tracking-uri none"
         )
-    root = f"file://{store.local / 'mlartifacts' / name}" if store.local and not chosen.startswith("http") else None
+    root = f"file://{store.no_links('mlartifacts', name)}" if store.local and not chosen.startswith("http") else None
     return MlflowTracker(chosen, name, root)
 
 
 def own_tracking_uri(store: Store) -> str | None:
-    """The database beside the sweeps, for a store on this host."""
-    return f"sqlite:///{store.local / 'mlflow.db'}" if store.local else None
+    """The database beside the sweeps, for a store on this host. Raises StoreError where a link leads out of the store."""
+    if store.local is None:
+        return None
+    for companion in ("-journal", "-wal", "-shm"):
+        store.no_links(f"mlflow.db{companion}")
+    return f"sqlite:///{store.no_links('mlflow.db')}"
 
 
 def make_executor(sweep: Sweep, options: RunOptions, store: Store | None = None) -> Executor:
@@ -198,14 +206,21 @@ def make_executor(sweep: Sweep, options: RunOptions, store: Store | None = None)
         sweep.spec.imports,
         options.node_ip,
         str(sweep.source.folder) if sweep.source.folder else None,
-        store.local / "stages" if store is not None and store.local else None,
+        store.no_links("stages") if store is not None and store.local else None,
         start_timeout=options.ray_start_timeout,
     )
 
 
+def _log_file(store: Store, name: str) -> int | None:
+    """For appending, in a store on this host."""
+    if store.local is None:
+        return None
+    return store.open_plain(store.path("sweeps", name, "log.txt"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+
 def spec_text(sweep: Sweep) -> str:
-    """The YAML as written; a dict as JSON, which is YAML too."""
-    return sweep.source.text or json.dumps(sweep.source.data, indent=1)
+    """The YAML as written, without the passwords of addresses in it; a dict as JSON, which is YAML too."""
+    return redacted(sweep.source.text or json.dumps(sweep.source.data, indent=1))
 
 
 def save_spec(store: Store, sweep: Sweep, ledger: Ledger) -> None:
@@ -239,7 +254,7 @@ class SweepResults:
         self._spec = spec
 
     def __repr__(self) -> str:
-        return f"<isoflop sweep {self.name!r} in {self.store.uri}: {self.results(columns=['job_id']).num_rows} jobs>"
+        return f"<isoflop sweep {self.name!r} in {self.store.shown}: {self.results(columns=['job_id']).num_rows} jobs>"
 
     @property
     def spec(self) -> SweepSpec:
@@ -349,7 +364,7 @@ def open_sweep(name: str, store: str | None = None) -> SweepResults:
     opened = Store.open(store)
     names = opened.sweeps()
     if name not in names:
-        raise unknown("sweep", name, names, within=f" in store {opened.uri}")
+        raise unknown("sweep", name, names, within=f" in store {opened.shown}")
     return SweepResults(opened, name)
 
 
@@ -383,9 +398,18 @@ def stored_source(store: Store, name: str) -> Source:
     data = store.read(path)
     if data is None:
         raise UserError(f"{path}: no such file; the sweep has no spec")
-    origin = store.read(store.path("sweeps", name, "folder.txt"))
-    folder = Path(origin.decode()) if origin else Path.cwd()
-    return replace(parse_yaml(data.decode(), path), folder=folder if folder.is_dir() else Path.cwd())
+    origin = _text(
+        store.read(store.path("sweeps", name, "folder.txt")) or b"", store.path("sweeps", name, "folder.txt")
+    )
+    folder = Path(origin) if origin and "\0" not in origin else Path.cwd()
+    return replace(parse_yaml(_text(data, path), path), folder=folder if folder.is_dir() else Path.cwd())
+
+
+def _text(data: bytes, path: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start})") from None
 
 
 def resolve_stored(store: Store, name: str) -> Sweep:
@@ -395,5 +419,9 @@ def resolve_stored(store: Store, name: str) -> Sweep:
 
 def read_stale(store: Store, name: str) -> set[str]:
     """Ids of jobs whose rows the ledger keeps but the sweep, as last run, no longer contains."""
-    data = store.read(store.path("sweeps", name, "stale.json"))
-    return set(json.loads(data)) if data else set()
+    path = store.path("sweeps", name, "stale.json")
+    data = store.read(path)
+    try:
+        return _JOBS.validate_json(data) if data else set()
+    except ValueError:
+        raise UserError(f"{path}: is damaged, no list of job ids; run the sweep again, which writes it anew") from None

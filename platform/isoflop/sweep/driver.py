@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from isoflop.core.errors import Infeasible
+from isoflop.core.text import safe_text
 from isoflop.execute import Done, Executor, Lost, ShardReport, WorkerInfo, WorkItem
 from isoflop.jobs import Job, Outcome, ResolvedJob
 from isoflop.ledger import Ledger
@@ -77,7 +78,7 @@ class Driver:
         self._queue = WorkQueue(sweep.spec.limits.retries)
         self._slots: dict[str, Slot] = {}
         self._places = Places()
-        self._outbox = Outbox(ledger)
+        self._outbox = Outbox(ledger, self._on_spoilt)
         self._columns = ColumnWatch(sweep.spec, sweep.source)
         self._interrupts = Interrupts()
         self._started_workers = False
@@ -359,7 +360,11 @@ class Driver:
 
     def _record(self, job: Job, outcome: Outcome, attempt: int) -> None:
         number = self._trials.of(job.id).number
-        row = make_row(self._sweep.spec.name, number, job, outcome, attempt)
+        try:
+            row = make_row(self._sweep.spec.name, number, job, outcome, attempt)
+        except (ValueError, TypeError, OverflowError) as error:  # a report that no worker of ours gives
+            outcome = Outcome("failed", started=time.time(), error_type="SpoiltResult", error_text=safe_text(error))
+            row = make_row(self._sweep.spec.name, number, job, outcome, attempt)
         self._outbox.add({**row, "mlflow_run_id": self._tracker.run_id(job.id)})
         self._summary.count(outcome.status)
         self._summary.job_seconds += outcome.seconds
@@ -372,6 +377,11 @@ class Driver:
         self._progress.line(
             f"{job_title(job)} {outcome.status} on {outcome.worker or '-'} in {outcome.seconds:.1f} s: {result}"
         )
+
+    def _on_spoilt(self, was: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
+        """The ledger cannot take a result: its job has failed after all."""
+        self._summary.recount(was["status"], kept["status"])
+        self._progress.line(f"job {kept.get('job_id')} failed: {kept['error_text']}")
 
     def _commit(self, force: bool = False) -> None:
         """Write finished rows when it is time, and tell whoever waits for them that they are durable."""

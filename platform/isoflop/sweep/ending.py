@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from isoflop.core.text import safe_line
 from isoflop.sweep.note import Conclusion
 from isoflop.sweep.progress import LogFile
 from isoflop.track import Artifact, Tracker
@@ -29,7 +30,7 @@ def conclusion_of(conclude: Conclude, opened: SweepResults, log: LogFile) -> Con
     except KeyboardInterrupt:
         log.line(f"the report was left out; isoflop report {opened.name} writes it")
     except Exception as error:  # whatever is wrong with it, the sweep's results are safe and shown
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = safe_line(f"{type(error).__name__}: {error}", 300)
         log.line(f"the report was not written ({reason}); isoflop report {opened.name} tries again")
     return Conclusion()
 
@@ -41,14 +42,14 @@ def drawn(draw: Draw | None, findings: Findings, log: LogFile) -> Sequence[Artif
     except KeyboardInterrupt:
         log.line("figures were left out")
     except Exception as error:  # as above: a figure must not cost the results
-        log.line(f"figures were left out ({' '.join(f'{type(error).__name__}: {error}'.split())[:300]})")
+        log.line(f"figures were left out ({safe_line(f'{type(error).__name__}: {error}', 300)})")
     return ()
 
 
 def end_tracking(tracker: Tracker, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> bool:
     """Leave no parent run RUNNING when the session ends in an error; ``resume`` sets it running again."""
     if error is not None:
-        tracker.finish([], {}, f"stopped by {type(error).__name__}: {error}", "FAILED")
+        tracker.finish([], {}, safe_line(f"stopped by {type(error).__name__}: {error}"), "FAILED")
     tracker.close(_LAST_SECONDS if error is not None else 0.0)
     return False
 

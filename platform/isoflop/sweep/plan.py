@@ -117,7 +117,7 @@ def make_plan(sweep: Sweep, store_uri: str | None = None, cache_dir: Path | None
     return Plan(
         name=spec.name,
         sampler=spec.search.sampler,
-        store=store.uri,
+        store=store.shown,
         trials=trials,
         jobs=jobs,
         done=rows.num_rows,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Protocol
+
+from isoflop.core.text import safe_text
 
 
 @dataclass
@@ -72,19 +74,23 @@ class LogFile:
     """Plain lines with a time stamp, appended to a file, passed on to another progress.
 
     A file that cannot be written (disk full) loses lines and stops nothing.
+
+    Args:
+        descriptor: of the file, open for appending; None for no file.
     """
 
-    def __init__(self, path: Path | None, inner: Progress) -> None:
+    def __init__(self, descriptor: int | None, inner: Progress) -> None:
         self._inner = inner
         self._file: IO[str] | None = None
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a", buffering=1, encoding="utf-8")
+        if descriptor is not None:
+            self._file = os.fdopen(descriptor, "a", buffering=1, encoding="utf-8")
 
     def update(self, snapshot: Snapshot) -> None:
         self._inner.update(snapshot)
 
     def line(self, text: str) -> None:
+        """What a line tells may come from a method, a library or another host: it is made safe for all that follow."""
+        text = safe_text(text)
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.write(f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H:%M:%SZ} {text}\n")

@@ -17,6 +17,7 @@ from isoflop.sweep.blocks import FrontierBlock, LawBlock
 from isoflop.sweep.measured_cost import DefaultCost, default_cost
 from isoflop.sweep.spec import SweepSpec
 from isoflop.track import Artifact
+from isoflop.track.names import spelt_apart
 
 if TYPE_CHECKING:
     from isoflop.frontier.result import Frontier, Frontiers
@@ -101,7 +102,7 @@ class Findings:
         folder = store.path("sweeps", name, "laws")
         for old in store.names(folder, ".arrow"):  # of an earlier version of the YAML
             if old.removesuffix(".arrow") not in self.tables():
-                store.fs.delete_file(f"{folder}/{old}")
+                store.delete(f"{folder}/{old}")
         for stem, table in self.tables().items():
             store.write(f"{folder}/{stem}.arrow", _arrow_bytes(table))
         store.write(f"{folder}/record.json", json.dumps(self.to_dict(), indent=1).encode())
@@ -119,9 +120,13 @@ class Findings:
         for law in self.laws:
             for fit in law.fits:
                 label = "/".join(["law", law.block.law, *map(str, fit.key.values())])
-                out.update({f"{label}/{name}": float(fit[name]) for name in fit.form.names})
+                for name in fit.form.names:
+                    # a number that the data do not determine must not stand in a column beside numbers that they do
+                    known = fit.params[name].identified is not False
+                    out[f"{label}/{name}{'' if known else ' not identified'}"] = float(fit[name])
                 out[f"{label}/r2"] = float(fit.r2)
-        return {_metric_name(k): v for k, v in out.items() if np.isfinite(v)}
+        names = spelt_apart(out)
+        return {names[k]: v for k, v in out.items() if np.isfinite(v)}
 
 
 def find(spec: SweepSpec, table: pa.Table) -> Findings:
@@ -214,7 +219,3 @@ def _arrow_bytes(table: pa.Table) -> bytes:
 def file_stem(text: str) -> str:
     """The text as part of a file name."""
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in text)[:60] or "law"
-
-
-def _metric_name(text: str) -> str:
-    return "".join(c if c.isalnum() or c in "_-. :/" else "_" for c in text)[:250]

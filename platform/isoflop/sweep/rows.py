@@ -11,11 +11,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from isoflop.core.text import safe_line, safe_name, safe_text
 from isoflop.core.version import __version__
 from isoflop.jobs import Job, Outcome
 from isoflop.jobs.traces import Trace
-from isoflop.ledger.schema import FOOTPRINT_COLUMNS
+from isoflop.ledger.schema import FOOTPRINT_COLUMNS, SCHEMA
 from isoflop.methods.base import METHODS
 from isoflop.sweep.blocks import Objective
 
@@ -23,16 +25,16 @@ FINAL_OK = ("ok", "pruned")
 
 
 def make_row(sweep: str, trial_number: int, job: Job, outcome: Outcome, attempt: int) -> dict[str, Any]:
-    """A ledger row (``sequence`` and ``mlflow_run_id`` are set by those who know them)."""
+    """A ledger row (``sequence`` and ``mlflow_run_id`` are set by those who know them), its texts made safe."""
     scores = np.asarray(outcome.errors, dtype=np.float64)
     started = dt.datetime.fromtimestamp(outcome.started or dt.datetime.now().timestamp(), dt.UTC)
-    footprint = {k: float(v) for k, v in outcome.footprint.items()}
+    footprint = {safe_name(k): float(v) for k, v in outcome.footprint.items()}
     return {
         "job_id": job.id,
         "trial_id": job.trial_id,
         "trial_number": trial_number,
         "sweep": sweep,
-        "model": job.model,
+        "model": safe_text(job.model, None),
         "method": job.method_label,
         "family": "+".join(METHODS.get(m.name).family for m in job.methods),
         "knobs": json.dumps(job.knobs(), sort_keys=True),
@@ -45,25 +47,44 @@ def make_row(sweep: str, trial_number: int, job: Job, outcome: Outcome, attempt:
         "error": float(scores.mean()) if len(scores) else None,
         "error_se": float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else None,
         "n_examples": len(scores) or None,
-        "metrics": sorted(outcome.metrics.items()),
+        "metrics": sorted((safe_name(k), float(v)) for k, v in outcome.metrics.items()),
         "scores": outcome.errors or None,
         "shard_sizes": outcome.shard_sizes or None,
         **{name: footprint.get(name) for name in FOOTPRINT_COLUMNS},
         "footprint": sorted(footprint.items()),
-        "traces": [(name, _points(trace)) for name, trace in sorted(outcome.traces.items())] or None,
+        "traces": [(safe_name(name), _points(trace)) for name, trace in sorted(outcome.traces.items())] or None,
         "spec": json.dumps(job.to_dict(), sort_keys=True),
         "versions": sorted({**software(), **dict(job.versions)}.items()),
-        "host": outcome.host,
-        "device": outcome.device,
-        "worker": outcome.worker,
+        "host": safe_line(outcome.host),
+        "device": safe_line(outcome.device),
+        "worker": safe_line(outcome.worker),
         "attempt": attempt,
         "started": started,
         "finished": started + dt.timedelta(seconds=outcome.seconds),
         "wall_seconds": outcome.seconds,
         "model_was_warm": outcome.model_was_warm,
-        "error_type": outcome.error_type or None,
-        "error_text": outcome.error_text or None,
+        "error_type": safe_name(outcome.error_type) or None,
+        "error_text": safe_text(outcome.error_text) or None,
     }
+
+
+def spoilt_row(row: Mapping[str, Any], error: Exception) -> dict[str, Any]:
+    """A failed row in the place of one that the ledger cannot take: what fits its columns, and what was wrong."""
+    kept = {name: value for name, value in row.items() if name in SCHEMA.names and _fits(name, value)}
+    lost = sorted(set(row) - set(kept)) or ["the row"]
+    result = dict.fromkeys(
+        ("error", "error_se", "n_examples", "scores", "shard_sizes", "metrics", "footprint", "traces")
+    )
+    text = f"its result cannot be kept ({', '.join(lost)}): {safe_text(error)}"
+    return {**kept, **result, "status": "failed", "error_type": "SpoiltResult", "error_text": text}
+
+
+def _fits(name: str, value: Any) -> bool:
+    try:
+        pa.array([value], SCHEMA.field(name).type)
+    except (ValueError, TypeError, OverflowError):
+        return False
+    return True
 
 
 def _points(trace: Trace) -> list[dict[str, float]]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from isoflop.core.errors import UserError
 from isoflop.core.yaml_source import Source
 from isoflop.ledger import Store
@@ -16,6 +18,8 @@ from isoflop.sweep.blocks import COMMON_SEARCH_KEYS
 from isoflop.sweep.law_axes import planned_axes
 from isoflop.sweep.resolved import Sweep
 from isoflop.sweep.spec import SweepSpec
+
+_FINDINGS = TypeAdapter(dict[str, Any])
 
 
 def find_strategy(spec: SweepSpec, source: Source) -> Strategy:
@@ -103,13 +107,25 @@ def save_findings(store: Store, sweep: Sweep, proposer: Proposer) -> None:
 def read_findings(store: Store, spec: SweepSpec) -> dict[str, Any] | None:
     """What :func:`save_findings` kept, or None."""
     data = SweepShelf(store, spec.name).read(_file(spec))
-    return None if data is None else json.loads(data)
+    if data is None:
+        return None
+    try:
+        return _FINDINGS.validate_json(data)
+    except ValueError:
+        raise _damaged(store.path("sweeps", spec.name, _file(spec))) from None
 
 
 def findings_lines(spec: SweepSpec, findings: dict[str, Any]) -> list[str]:
     """What a search has found out, for people; plainly, where its strategy is not registered here."""
     name = spec.search.sampler
-    return (STRATEGIES.get(name) if name in STRATEGIES else Strategy).lines(findings)
+    try:
+        return (STRATEGIES.get(name) if name in STRATEGIES else Strategy).lines(findings)
+    except (LookupError, TypeError, ValueError, AttributeError):  # of a file that somebody else wrote
+        raise _damaged(_file(spec)) from None
+
+
+def _damaged(path: str) -> UserError:
+    return UserError(f"{path}: is damaged; delete it, and run the sweep again, which writes it anew")
 
 
 def _file(spec: SweepSpec) -> str:

@@ -8,6 +8,7 @@ are checked against the registered methods in :mod:`isoflop.sweep.resolve`.
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import sys
 from collections.abc import Mapping
@@ -18,7 +19,9 @@ from pydantic import Field, ValidationError, field_validator
 
 from isoflop.core.errors import UserError
 from isoflop.core.hashing import content_hash
-from isoflop.core.yaml_source import Source, load_yaml
+from isoflop.core.secrets import redacted
+from isoflop.core.text import storable
+from isoflop.core.yaml_source import KeyPath, Source, load_yaml
 from isoflop.sweep.blocks import (
     Block,
     Budget,
@@ -83,8 +86,8 @@ class SweepSpec(Block):
 
     @property
     def digest(self) -> str:
-        """Hash of the specification."""
-        return content_hash(self.model_dump(mode="json"))
+        """Hash of the specification; the same with the passwords of its addresses and without."""
+        return content_hash(json.loads(redacted(json.dumps(self.model_dump(mode="json")))))
 
 
 def load_spec(given: str | Path | Mapping[str, Any] | Source) -> tuple[SweepSpec, Source]:
@@ -100,6 +103,7 @@ def load_spec(given: str | Path | Mapping[str, Any] | Source) -> tuple[SweepSpec
         source = given
     else:
         source = Source(dict(given), "<dict>") if isinstance(given, Mapping) else load_yaml(given)
+    _check_texts(source.data, (), source)
     if source.data is None:
         raise UserError(f"{source.name}: is empty; a sweep needs name, models, methods and tasks")
     if not isinstance(source.data, Mapping):
@@ -128,6 +132,19 @@ def _check_blocks_together(spec: SweepSpec, source: Source) -> None:
             )
     if len(spec.objectives) > 1 and spec.search.pruner != "none":
         raise UserError(f"{source.where(('search', 'pruner'))}: pruning needs a single objective")
+
+
+def _check_texts(value: Any, path: KeyPath, source: Source) -> None:
+    """A dict may hold what no file can: YAML refuses half of a surrogate pair by itself."""
+    if isinstance(value, str) and not storable(value):
+        raise UserError(f"{source.where(path)}: {value!r} is no text: half of a surrogate pair is in it")
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_texts(key, path, source)
+            _check_texts(inner, (*path, key), source)
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            _check_texts(inner, (*path, index), source)
 
 
 def import_modules(spec: SweepSpec, source: Source) -> None:

@@ -11,10 +11,12 @@ import json
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
+
+from pydantic import TypeAdapter
 
 from isoflop.core.errors import UserError
+from isoflop.core.text import safe_tree
 from isoflop.ledger import Store
 from isoflop.sweep.progress import Progress, Snapshot
 
@@ -95,14 +97,7 @@ class StateFile:
         state = State(self._snapshot, self._line, time.time(), socket.gethostname(), os.getpid(), ended)
         data = json.dumps(asdict(state)).encode()
         with contextlib.suppress(OSError, UserError):
-            local = self._store.local
-            if local is None:
-                self._store.write(self._store.path("sweeps", self._sweep, NAME), data)
-                return
-            path = local / "sweeps" / self._sweep / NAME
-            fresh = path.with_suffix(".new")
-            fresh.write_bytes(data)
-            fresh.replace(path)
+            self._store.write(self._store.path("sweeps", self._sweep, NAME), data, durable=False)
 
 
 def read_state(store: Store, sweep: str) -> State | None:
@@ -111,18 +106,18 @@ def read_state(store: Store, sweep: str) -> State | None:
     if data is None:
         return None
     try:
-        found: dict[str, Any] = json.loads(data)
-        known = {f.name for f in fields(Snapshot)}
-        snapshot = Snapshot(**{k: v for k, v in found.pop("snapshot").items() if k in known})
-        return State(snapshot=snapshot, **{f.name: found[f.name] for f in fields(State) if f.name != "snapshot"})
-    except (ValueError, TypeError, KeyError):
+        return _STATE.validate_python(safe_tree(json.loads(data)))
+    except (ValueError, RecursionError):
         return None
+
+
+_STATE = TypeAdapter(State)
 
 
 def _exists(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True

@@ -43,6 +43,11 @@ class Summary:
         """Jobs that have a row."""
         return self.cached + self.ran
 
+    def recount(self, was: str, now: str) -> None:
+        """A job's status turned out to be another."""
+        setattr(self, was, getattr(self, was) - 1)
+        self.count(now)
+
     def count(self, status: str) -> None:
         """A job got a row with this status."""
         setattr(self, status, getattr(self, status) + 1)

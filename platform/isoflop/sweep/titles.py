@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from isoflop.core.knobs import shown
 from isoflop.core.stage import Stage, walk
+from isoflop.core.text import safe_line
 from isoflop.jobs import Job, ResolvedJob
 
 
 def job_title(job: Job) -> str:
     """Model, method, knobs and task of a job."""
     knobs = knob_text(job.knobs())
-    return " ".join(
-        p for p in (job.model, job.method_label, knobs, job.task, f"r{job.repeat}" if job.repeat else "") if p
-    )
+    parts = (job.model, job.method_label, knobs, job.task, f"r{job.repeat}" if job.repeat else "")
+    return safe_line(" ".join(p for p in parts if p))
+
+
+def knobs_title(text: str | None) -> str:
+    """``k=2 lr=0.001`` of a row's knobs, which are JSON."""
+    try:
+        knobs = dict(json.loads(text or "{}"))
+    except ValueError:  # of a ledger that somebody else wrote
+        return safe_line(text)
+    return safe_line(" ".join(f"{name}={value}" for name, value in knobs.items()))
 
 
 def knob_text(knobs: Mapping[str, Any]) -> str:
@@ -41,7 +51,7 @@ def stage_title(job: Job, key: str) -> str:
     owner = next(
         (owner for stage, owner in _roots(ResolvedJob.of(job)) if any(s.key == key for s in walk((stage,)))), ""
     )
-    return f"{kind} of {owner}" if owner else key
+    return safe_line(f"{kind} of {owner}" if owner else key)
 
 
 def _roots(resolved: ResolvedJob) -> Iterator[tuple[Stage, str]]:

@@ -33,7 +33,7 @@ def attach(uri: str, experiment: str, artifacts: Iterable[Artifact]) -> str | No
     from mlflow import MlflowClient
 
     from isoflop.track.links import MOST, run_artifact
-    from isoflop.track.projection import NOTE_TAG, PARENT_TAG
+    from isoflop.track.projection import NOTE_TAG, PARENT_TAG, refuse_links
 
     client = MlflowClient(tracking_uri=uri)
     found = client.get_experiment_by_name(experiment)
@@ -44,6 +44,7 @@ def attach(uri: str, experiment: str, artifacts: Iterable[Artifact]) -> str | No
         return None
     run_id = str(runs[0].info.run_id)
     files = list(artifacts)
+    refuse_links(runs[0].info.artifact_uri)
     with tempfile.TemporaryDirectory() as folder:
         for artifact in files:
             target = Path(folder) / artifact.path

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from isoflop.core.hashing import content_hash
 from isoflop.track.database import sqlite_path
-from isoflop.track.run_data import STAMP_TAG, RunData, TaskData
+from isoflop.track.run_data import STAMP_TAG, RunData, TaskData, stamp_in
 
 _COLUMNS = {
     "runs": {
@@ -80,12 +80,13 @@ class BulkWriter:
     def shown(self) -> Iterator[list[tuple[str, str, int]]]:
         """The experiment's runs of jobs: run id, job id, stamp of the row shown (0 while half written). A page of all."""
         query = """
-            SELECT r.run_uuid, job.value, CAST(coalesce(stamp.value, '0') AS INTEGER)
+            SELECT r.run_uuid, job.value, stamp.value
             FROM runs r JOIN tags job ON job.run_uuid = r.run_uuid AND job.key = 'isoflop.job_id' AND job.value != ''
             LEFT JOIN tags stamp ON stamp.run_uuid = r.run_uuid AND stamp.key = ?
             WHERE r.experiment_id = ? AND r.lifecycle_stage = 'active' ORDER BY r.start_time DESC, r.run_uuid"""
         with closing(sqlite3.connect(self._path, timeout=_BUSY_MS / 1000)) as connection:
-            yield connection.execute(query, (STAMP_TAG, self._experiment_id)).fetchall()
+            found = connection.execute(query, (STAMP_TAG, self._experiment_id)).fetchall()
+        yield [(run_id, job_id, stamp_in(tag)) for run_id, job_id, tag in found]
 
     def _write(self, batch: _Batch) -> None:
         """One transaction."""

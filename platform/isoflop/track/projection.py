@@ -12,16 +12,18 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
 import pyarrow as pa
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
+from isoflop.core.text import safe_text
 from isoflop.track.bulk import BulkWriter, run_id_of
-from isoflop.track.database import prepare
+from isoflop.track.database import Unusable, prepare
 from isoflop.track.links import with_addresses
-from isoflop.track.run_data import ERROR_TAGS, STAMP_TAG, RunData, TaskData, stamp_of
+from isoflop.track.run_data import ERROR_TAGS, STAMP_TAG, RunData, TaskData, stamp_in, stamp_of
 from isoflop.track.views import views
 
 log = logging.getLogger(__name__)
@@ -83,8 +85,9 @@ class Projection:
                 self._experiment_id, run_name=f"sweep {self._name}", tags={PARENT_TAG: "true", **_source_tags()}
             )
             self._parent_id = run.info.run_id
+        refuse_links(self._client.get_run(self._parent_id).info.artifact_uri)
         for key, value in params.items():
-            self._client.set_tag(self._parent_id, f"isoflop.{key}", value)
+            self._client.set_tag(self._parent_id, f"isoflop.{key}", safe_text(value))
         self._client.log_text(self._parent_id, spec_text, "sweep.yaml")
         for key, value in {
             **views(),
@@ -96,7 +99,7 @@ class Projection:
 
     def describe(self, note: str) -> None:
         """Set the parent run's description: Markdown, in which :mod:`isoflop.track.links` fills in addresses."""
-        text = with_addresses(note, self._experiment_id, self._parent_id)
+        text = with_addresses(safe_text(note, None), self._experiment_id, self._parent_id)
         self._client.set_tag(self._parent_id, NOTE_TAG, text)
 
     def show(self, batch: Sequence[RunData]) -> None:
@@ -164,6 +167,7 @@ class Projection:
 
     def end(self, artifacts: Sequence[Any], metrics: Mapping[str, float], note: str, status: str) -> None:
         """Attach laws, frontiers and plots to the parent run, describe it and end it."""
+        refuse_links(self._client.get_run(self._parent_id).info.artifact_uri)
         with tempfile.TemporaryDirectory() as folder:
             for artifact in artifacts:
                 path = Path(folder) / artifact.path
@@ -213,15 +217,22 @@ class Projection:
                 [self._experiment_id], "tags.`isoflop.job_id` != ''", ViewType.ACTIVE_ONLY, _PAGE, page_token=token
             )
             tags = [(run.info.run_id, run.data.tags) for run in page]
-            yield [(run_id, t["isoflop.job_id"], _stamp(t.get(STAMP_TAG))) for run_id, t in tags]
+            yield [(run_id, t["isoflop.job_id"], stamp_in(t.get(STAMP_TAG))) for run_id, t in tags]
             token = page.token
             if not token:
                 return
 
 
-def _stamp(text: str | None) -> int:
-    """0, that of a half-written run, where there is none that isoflop wrote."""
-    return int(text) if text is not None and text.isdecimal() else 0
+def refuse_links(artifact_uri: str) -> None:
+    """MLflow follows symbolic links where it keeps files; whoever made the store may have laid them."""
+    if not artifact_uri.startswith(("file:", "/")):
+        return
+    folder = Path(unquote(urlparse(artifact_uri).path))
+    for path in (folder.parent, folder, *folder.rglob("*")):
+        if path.is_symlink():
+            raise Unusable(
+                f"{path} is a symbolic link inside a store, through which nothing is written; remove it and resume"
+            )
 
 
 def _input(data: TaskData) -> DatasetInput:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from isoflop.core.hashing import content_hash
+from isoflop.core.text import safe_line, safe_text
+from isoflop.track.names import MOST, spelt_apart
 
 _MAX_PARAM = 6000
 _MAX_DIGEST = 36
 _MAX_TAG = 8000  # longer ones are cut silently
-_NAME = re.compile(r"[^A-Za-z0-9_\-. :/]")
 STAMP_TAG = "isoflop.row"  # of a run: which row it shows; absent while it is half written
 ERROR_TAGS = ("isoflop.error_type", "isoflop.error")
 _STATUS = {"ok": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "infeasible": "FAILED"}
@@ -23,6 +23,8 @@ _COLUMNS = (
     "error", "error_se", "N", "V", "Q", "ratio", "bits", "flops", "flops_llm", "flops_vision", "flops_method",
     "seconds", "peak_bytes", "weight_bytes", "kv_bytes", "wall_seconds", "n_examples",
 )  # fmt: skip
+_STEPS, _TRACE = ("shard_error", "running_error"), "trace/"  # metrics with a value per step
+_PARAMS = ("model", "method", "task", "repeat", "seed")
 
 
 @dataclass(frozen=True)
@@ -101,33 +103,50 @@ def stamp_of(sequence: int, finished: dt.datetime) -> int:
     return int(sequence) * 10**13 + int(finished.timestamp() * 1000)
 
 
+def stamp_in(tag: str | None) -> int:
+    """The stamp in a run's tag; 0, that of a half-written run, where there is none that isoflop wrote."""
+    return int(tag) if tag is not None and tag.isdecimal() else 0
+
+
 def _run_name(row: Mapping[str, Any]) -> str:
     knobs = json.loads(row["knobs"] or "{}")
     shown = " ".join(f"{k.rsplit('.', 1)[-1]} {v}" for k, v in list(knobs.items())[:3])
     repeat = f" r{row['repeat']}" if row["repeat"] else ""
-    return f"{row['model']} {row['method']}{' ' + shown if shown else ''} {row['task']}{repeat}"[:250]
+    return safe_line(f"{row['model']} {row['method']}{' ' + shown if shown else ''} {row['task']}{repeat}", 250)
 
 
 def _params(row: Mapping[str, Any]) -> dict[str, str]:
-    knobs = json.loads(row["knobs"] or "{}")
-    params = {
-        "model": row["model"],
-        "method": row["method"],
-        "task": row["task"],
-        "repeat": row["repeat"],
-        "seed": row["seed"],
-        **knobs,
-    }
+    """What names the job, and its knobs; a knob that is called like one of the former is ``knobs.NAME``."""
+    own = {name: row[name] for name in _PARAMS}
+    knobs = {f"knobs.{k}" if k in own else k: v for k, v in json.loads(row["knobs"] or "{}").items()}
+    names = spelt_apart(knobs, own)
+    params = own | {names[k]: v for k, v in knobs.items()}
     texts = {k: json.dumps(v) if isinstance(v, list) else str(v) for k, v in params.items() if v is not None}
-    return {_safe(k): text[:_MAX_PARAM] for k, text in texts.items()}
+    return {k: safe_text(text, _MAX_PARAM) for k, text in texts.items()}
 
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
-    values = {name: row.get(name) for name in _COLUMNS}
-    values.update(dict(row.get("metrics") or ()))
-    values.update({k: v for k, v in dict(row.get("footprint") or ()).items() if k not in values})
+    """The row's columns by their names, whatever a task calls its metrics; then those metrics, then other costs.
+
+    One that is called like a column, whether the row has a value there or not, is ``metrics.NAME`` or ``footprint.NAME``, as
+    laws call it; so is a cost that is called like a metric.
+    """
+    columns = {name: row.get(name) for name in _COLUMNS}
+    metrics = {_apart("metrics", k): v for k, v in dict(row.get("metrics") or ()).items()}
+    costs = {
+        f"footprint.{k}" if k in metrics else _apart("footprint", k): v
+        for k, v in dict(row.get("footprint") or ()).items()
+        if k not in _COLUMNS or v != columns[k]  # a cost that has a column stands there
+    }
+    names = spelt_apart([*metrics, *costs], columns)
+    values = columns | {names[k]: v for k, v in (metrics | costs).items()}
     # MLflow turns infinities into the largest float; leave them out
-    return {_safe(k): float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
+    return {k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
+
+
+def _apart(record: str, name: str) -> str:
+    taken = name in _COLUMNS or name in _STEPS or name.startswith(_TRACE)
+    return f"{record}.{name}" if taken else name
 
 
 def _steps(row: Mapping[str, Any]) -> tuple[tuple[str, int, float], ...]:
@@ -138,12 +157,14 @@ def _steps(row: Mapping[str, Any]) -> tuple[tuple[str, int, float], ...]:
         end = begin + size
         if not size:
             continue
-        out.append(("shard_error", step, sum(scores[begin:end]) / size))
-        out.append(("running_error", step, sum(scores[:end]) / end))
+        out.append((_STEPS[0], step, sum(scores[begin:end]) / size))
+        out.append((_STEPS[1], step, sum(scores[:end]) / end))
         begin = end
-    for name, points in row.get("traces") or ():
+    traces = dict(row.get("traces") or ())
+    names = spelt_apart(traces)
+    for name, points in traces.items():
         known = [(p["step"], p["value"]) for p in points if p["value"] is not None and math.isfinite(p["value"])]
-        out += [(_safe(f"trace/{name}"), step, value) for step, value in known]
+        out += [(f"{_TRACE}{names[name]}"[:MOST], step, value) for step, value in known]
     return tuple(out)
 
 
@@ -166,9 +187,4 @@ def _tags(row: Mapping[str, Any]) -> dict[str, str]:
         "method": row["method"],
         "task": row["task"],
     }
-    return {k: str(v)[:_MAX_TAG] for k, v in tags.items() if v is not None}
-
-
-def _safe(name: str) -> str:
-    """MLflow allows letters, digits and ``_ - . space : /`` in names, up to 250."""
-    return _NAME.sub("_", name)[:250]
+    return {k: safe_text(v, _MAX_TAG) for k, v in tags.items() if v is not None}

@@ -19,6 +19,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from isoflop.core.secrets import redacted
+from isoflop.core.text import safe_line
 from isoflop.track.bulk import run_id_of
 from isoflop.track.database import Unusable, check_damage
 from isoflop.track.run_data import RunData
@@ -137,6 +139,7 @@ class MlflowTracker(Tracker):
 
     def __init__(self, uri: str, experiment: str, artifact_root: str | None = None) -> None:
         self._uri = uri
+        self._shown = redacted(uri)  # a password may stand in it
         self._experiment = experiment
         self._artifact_root = artifact_root
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -262,18 +265,18 @@ class MlflowTracker(Tracker):
                 self._settle(message)
                 return
             except Unusable as error:
-                self._problem, self._stuck = f"MLflow: {_in_a_line(error, 600)}", True
+                self._problem, self._stuck = f"MLflow: {safe_line(error, 600)}", True
                 log.error("%s", self._problem)
                 return
             except Exception as error:
-                self._problem = f"MLflow at {self._uri}: {_in_a_line(error, 200)}"
+                self._problem = f"MLflow at {self._shown}: {safe_line(error, 200)}"
                 if _hopeless(error) and attempt >= _REFUSALS:
                     if message[0] == "rows" and len(message[1]) > 1:
                         for row in message[1]:  # one of them is to blame
                             self._insist(("rows", [row]))
                         return
                     log.error("%s; left out, the ledger has it", self._problem)
-                    self._refusals.append((1 if message[0] == "rows" else 0, _in_a_line(error, 200)))
+                    self._refusals.append((1 if message[0] == "rows" else 0, safe_line(error, 200)))
                     self._problem = ""
                     self._settle(message)
                     return
@@ -333,7 +336,7 @@ class MlflowTracker(Tracker):
             return Projection(self._uri, self._experiment, self._artifact_root, alive=self._step)
         except Exception as error:
             if _hopeless(error) or _OUTDATED in str(error):  # of the address, or of what lies there
-                raise Unusable(f"{self._uri}: {error}") from error
+                raise Unusable(f"{self._shown}: {safe_line(error)}") from error
             raise
 
     def _step(self) -> None:
@@ -345,10 +348,6 @@ def _run_data(row: Row) -> RunData:
         return RunData.of(row)
     except Exception as error:  # of a ledger that somebody else wrote, say
         raise ValueError(f"job {row.get('job_id')}: {type(error).__name__}: {error}") from error
-
-
-def _in_a_line(error: Exception, most: int) -> str:
-    return " ".join(str(error).split())[:most]
 
 
 def _hopeless(error: Exception) -> bool:

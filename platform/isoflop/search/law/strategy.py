@@ -112,7 +112,10 @@ class LawSearch(Strategy):
         """Remember the search's check as soon as it is chosen, and give it back to a search that goes on."""
         assert isinstance(proposer, LawProposer)
         if (data := shelf.read(_CHECK)) is not None:
-            proposer.keep_check({name: frozen(value) for name, value in json.loads(data).items()})
+            try:
+                proposer.keep_check({name: frozen(value) for name, value in json.loads(data).items()})
+            except (ValueError, TypeError, AttributeError):
+                raise UserError(f"{_CHECK} of the sweep is damaged; delete it") from None
         proposer.on_check = lambda config: shelf.write(_CHECK, json.dumps(plain(dict(config))).encode())
 
     def forecast(self, proposer: Proposer, problem: Problem) -> Forecast | None:
