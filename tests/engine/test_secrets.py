@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from isoflop.core.errors import UserError
 from isoflop.core.secrets import has_secret, redacted
 from isoflop.core.text import safe_text
 from isoflop.ledger import Store
+from isoflop.sweep.api import RunOptions
 
 pytestmark = pytest.mark.usefixtures("toy_parts")
 PLANTED = "hunter2-pLaNtEd"
@@ -113,7 +115,7 @@ def test_no_output_of_a_sweep_holds_a_secret(
         cli.main(["resume", "kept", "--store", planted, "--tracking-uri", database, *local], standalone_mode=False),
     ]
     assert codes == [0, 0, 0]
-    monkeypatch.setattr("isoflop.cli.run.RunOptions.track_wait", 0.5)
+    monkeypatch.setattr("isoflop.cli.run.RunOptions", partial(RunOptions, track_wait=0.5))
     run = ["run", str(spec3), "--store", str(work / "store"), "--tracking-uri", away, *local]
     assert cli.main(run, standalone_mode=False) == 1
     assert PLANTED in PlantedFileSystem.asked  # it was needed

@@ -40,7 +40,7 @@ class Scripted(NullTracker):
     def close(self, wait: float) -> int:
         return self.backlog()
 
-    problem = property(lambda self: self.told)  # type: ignore[assignment]
+    problem = property(lambda self: self.told if self.waited < self.ready else "")  # type: ignore[assignment]
     stuck = property(lambda self: self.gone)  # type: ignore[assignment]
     refused = property(lambda self: self.left_out)  # type: ignore[assignment]
     steps = property(lambda self: int(self.waited // self.moves))  # type: ignore[assignment]
@@ -119,6 +119,28 @@ def test_catching_up_shows_that_it_moves() -> None:
     assert len({steps for steps, _ in seen}) >= 5
     assert len({left for _, left in seen}) >= 5
     assert tracker.refused == ""
+
+
+def test_a_server_that_is_away_shows_no_progress_however_often_it_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    import isoflop.track.projection as projection
+
+    tries: list[int] = []
+
+    def away(*_: Any, alive: Callable[[], None]) -> None:
+        tries.append(1)
+        alive()
+        alive()
+        raise OSError("refused")
+
+    monkeypatch.setattr("isoflop.track.tracker._RETRY_SECONDS", (0.0,))
+    monkeypatch.setattr(projection, "Projection", away)
+    tracker = MlflowTracker("http://127.0.0.1:9", "s")
+    tracker.start("spec", {})
+    while len(tries) < 5:
+        time.sleep(0.01)
+    assert tracker.steps == 2
+    tracker.close(0.0)
+    assert "refused" in tracker.problem
 
 
 def test_a_row_of_an_earlier_session_that_mlflow_refuses_costs_itself_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from isoflop.core.text import safe_line
 from isoflop.jobs import Job
 from isoflop.search import Config, Proposer, Tell, values_key
 from isoflop.sweep.resolved import Sweep
@@ -191,7 +192,7 @@ class TrialBook:
         if better:
             knobs = knob_text({k: v for k, v in trial.config.items() if k not in ("model", "method")})
             what = f"{trial.config['model']} {trial.config['method']} {knobs}".strip()
-            self.best = (value, f"{what}{self._mean_of(trial)}")
+            self.best = (value, safe_line(f"{what}{self._mean_of(trial)}"))
 
     def _mean_of(self, trial: Trial) -> str:
         """What the first objective is a mean over, where it is one."""

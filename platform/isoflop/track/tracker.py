@@ -151,6 +151,7 @@ class MlflowTracker(Tracker):
         self._stuck = False
         self._refusals: list[tuple[int, str]] = []  # rows (none for laws and the like), reason
         self._steps = 0
+        self._reached = 0  # steps of getting ready, in the try that came furthest
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._projection: Any = None
 
@@ -331,16 +332,20 @@ class MlflowTracker(Tracker):
     def _connected(self) -> Any:
         from isoflop.track.projection import Projection
 
-        self._step()
+        reached = 0
+
+        def alive() -> None:
+            nonlocal reached
+            reached += 1
+            if reached > self._reached:  # another try that gets as far as the last one is no progress
+                self._reached, self._steps = reached, self._steps + 1
+
         try:
-            return Projection(self._uri, self._experiment, self._artifact_root, alive=self._step)
+            return Projection(self._uri, self._experiment, self._artifact_root, alive=alive)
         except Exception as error:
             if _hopeless(error) or _OUTDATED in str(error):  # of the address, or of what lies there
                 raise Unusable(f"{self._shown}: {safe_line(error)}") from error
             raise
-
-    def _step(self) -> None:
-        self._steps += 1
 
 
 def _run_data(row: Row) -> RunData:
