@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from isoflop.core.errors import UserError
+from isoflop.core.text import safe_text
 from isoflop.core.version import __version__
 from isoflop.dashboards.report import charts, costs, knobs, lawful, measured, methods, pareto, record
 from isoflop.dashboards.report.charts import Json
@@ -51,7 +52,7 @@ def build(sweep: SweepResults, findings: Findings | None = None) -> Json:
     shown = [s for s in sections if s["groups"]]
     return {
         "name": sweep.name,
-        "description": sweep.spec.description or "",
+        "description": safe_text(sweep.spec.description, None),
         "facts": [record.counts(table), f"results up to {_last(table)}", f"isoflop {__version__}"],
         "headline": _headline(configs, drawn, table, pairing),
         "sections": shown,

@@ -253,7 +253,7 @@ def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(whole: Path, tmp_pat
         ("file://", "cannot be opened"),
         ("/tmp/\udcff", "UTF-8"),
         ("/tmp/a\nb", "control characters"),
-        ("\0", "cannot be opened"),
+        ("\0", "UTF-8"),
     ],
 )
 def test_an_address_that_cannot_be_a_store_is_a_line_and_makes_no_folder(

@@ -71,7 +71,7 @@ class Store:
         path = os.path.abspath(os.path.expanduser(given))
         if odd := sorted(set(path) & set("?#%")):
             raise UserError(f"store {given!r}: a path with {odd[0]!r} cannot hold MLflow's database; name another")
-        if safe_text(path, None) != path:
+        if safe_text(path, None) != path or "\n" in path:
             raise UserError(f"store {given!r}: a path must be text in UTF-8, without control characters")
         return cls(path, pafs.LocalFileSystem(), path)
 
