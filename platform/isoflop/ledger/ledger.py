@@ -109,7 +109,10 @@ class Ledger:
                     raise pa.ArrowInvalid("not a file of a ledger")
                 if version != VERSION:
                     raise UserError(f"{path}: ledger version {version}; this isoflop reads version {VERSION}")
-                unknown = [name for name in parquet.schema_arrow.names if name not in SCHEMA.names]
+                names = parquet.schema_arrow.names
+                if len(set(names)) < len(names):
+                    raise pa.ArrowInvalid("a column stands twice in it")
+                unknown = [name for name in names if name not in SCHEMA.names]
                 if unknown:  # folding would lose them
                     raise UserError(
                         f"{path}: columns {', '.join(unknown)} were added by a later isoflop; update this one"
