@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from isoflop.core.folder_context import FolderContext
 from isoflop.models.lm import LmModel
 from isoflop.models.worlds.english import EnglishStage, split_of
-from isoflop.models.worlds.lm_text import EnglishText, Tokens, TokensStage, _byte_ends
+from isoflop.models.worlds.lm_text import EnglishText, Tokens, TokensStage, byte_ends
 
 
 def test_no_paragraph_is_in_both_splits(lm_ctx: FolderContext) -> None:
@@ -62,6 +62,6 @@ def test_calibration_is_training_text_without_repetition(lm_ctx: FolderContext, 
 
 
 @given(st.text(min_size=1, max_size=30))
-def test_byte_ends_are_lengths_of_encoded_prefixes(text: str) -> None:
+def testbyte_ends_are_lengths_of_encoded_prefixes(text: str) -> None:
     ends = list(range(len(text) + 1))
-    assert _byte_ends(text, ends).tolist() == [len(text[:end].encode()) for end in ends]
+    assert byte_ends(text, ends).tolist() == [len(text[:end].encode()) for end in ends]
