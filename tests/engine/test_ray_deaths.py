@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from helpers import Lines, run_local, scores, toy
+from ray._private import ray_constants
 from test_crashes import YAML, Place
 
 import isoflop
@@ -164,3 +169,48 @@ def test_ten_kills_of_parts_of_a_private_ray(tmp_path: Path, empty_mlflow: Path)
     assert place.rows().num_rows == place.history_rows() == 60
     assert set(place.rows()["status"].to_pylist()) == {"ok"}
     place.check_mlflow()
+
+
+_HEAD = """
+import time, ray
+from isoflop.execute.ray_node import start_private_ray
+start_private_ray(num_cpus=2, log_to_driver=False, logging_level="ERROR")
+print(ray.get_runtime_context().gcs_address, flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["gcs_server"])
+def test_a_cluster_of_somebody_else_that_dies_ends_the_sweep_in_one_line(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its GCS, without which nothing of it can be asked."""
+    monkeypatch.setenv(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "0")  # or the driver would not look on loopback
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # the home of whoever runs the test may hold a token
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    head = subprocess.Popen(
+        [sys.executable, "-c", _HEAD], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert head.stdout is not None
+    address = head.stdout.readline().strip()
+    place = Place(tmp_path / "x", None, YAML.replace("0.03", "0.4"), executor="ray")
+    process: Any = place.start("--ray-address", address, "--node-ip", "127.0.0.1")
+    try:
+        place.wait_for(" ok on ", process, 2)
+        assert kill(head.pid, part) if part else not head.send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        _, err = process.communicate(timeout=120)
+        took = time.monotonic() - killed
+    finally:
+        process.kill()
+        head.kill()
+        head.wait()
+    assert process.returncode == 3, err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith(f"isoflop: Ray at {address} has died: "), err
+    assert "Traceback" not in err
+    assert "rpc_client.h" not in err
+    assert took < 60  # after that Ray's library would have ended the process
+    assert place.rows().num_rows >= 2
