@@ -33,6 +33,9 @@ def row(job: str, error: float = 0.5, **more: Any) -> dict[str, Any]:
     return {
         "job_id": job,
         "trial_id": "t",
+        "model": "m",
+        "method": "none",
+        "task": "t",
         "status": "ok",
         "error": error,
         "metrics": [("loss", 1.0)],

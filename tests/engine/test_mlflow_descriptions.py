@@ -122,7 +122,10 @@ def test_figures_that_fail_cost_a_line_and_nothing_else(
 
 
 def test_isoflop_run_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "run", lambda given, progress=None, draw=None, **options: (given, draw, options))
+    def run(given: Any, progress: Any = None, draw: Any = None, conclude: Any = None, **options: Any) -> Any:
+        return given, draw, options
+
+    monkeypatch.setattr(api, "run", run)
     assert isoflop.run("a.yaml", workers=2) == ("a.yaml", draw, {"workers": 2})
 
 

@@ -27,7 +27,7 @@ from isoflop.core.text import STORED, safe_text
 
 VERSION = "1"
 STATUSES = ("ok", "failed", "infeasible", "pruned")
-_REQUIRED = ("job_id", "sequence", "status", "started", "finished")
+_REQUIRED = ("job_id", "sequence", "status", "started", "finished", "trial_id", "model", "method", "task")
 
 _IDENTITY = [
     ("job_id", pa.string()),

@@ -159,7 +159,9 @@ def check_trainable(family: ModelFamily, probe: ModelProbe) -> None:
         if family.weights(info, (), 0) is None:
             continue
         for hook in info.hooks - family.trainable:
-            method: Any = SimpleNamespace(name="suite", version="1", hooks=(hook,), trains_model=True)
+            method: Any = SimpleNamespace(
+                name="suite", version="1", hooks=(hook,), trains_model=True, idle=lambda info: False
+            )
             refused(
                 partial(family.trained_with, info, (method,)),
                 Infeasible,
