@@ -28,6 +28,7 @@ from isoflop.sweep.state import read_state
 pytestmark = pytest.mark.usefixtures("toy_parts")
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+NAMED = {"trial_id": "t", "model": "m", "method": "none", "task": "t"}
 ANY = st.text(st.characters(exclude_categories=[]))
 
 
@@ -143,7 +144,7 @@ def test_a_ledger_that_somebody_else_wrote_is_read_safely(tmp_path: Path) -> Non
     book = Ledger(Store.open(str(tmp_path)), "s").lock()
     stored = {k: t.encode("utf-8", "replace").decode() for k, t in TEXTS.items()}
     book.append(
-        {"job_id": k, "status": "failed", "started": NOW, "finished": NOW, "error_text": t, "host": t, "metrics": [(t, 1.0)]}
+        {"job_id": k, **NAMED, "status": "failed", "started": NOW, "finished": NOW, "error_text": t, "host": t, "metrics": [(t, 1.0)]}
         for k, t in stored.items()
     )  # fmt: skip
     for row in book.read().to_pylist():
@@ -160,7 +161,7 @@ def test_a_result_that_no_ledger_takes_costs_its_own_job_only(tmp_path: Path, sp
     told: list[tuple[Any, Any]] = []
     outbox = Outbox(book, lambda was, kept: told.append((was["status"], kept["status"])))
     for job in ("a", "b", "c"):
-        row = {"job_id": job, "status": "ok", "error": 0.5, "scores": [0.5], "started": NOW, "finished": NOW}
+        row = {"job_id": job, **NAMED, "status": "ok", "error": 0.5, "scores": [0.5], "started": NOW, "finished": NOW}
         outbox.add(row | (spoilt if job == "b" else {}))
     assert [r["job_id"] for r in outbox.commit()] == ["a", "b", "c"]
     rows = {r["job_id"]: r for r in book.read().to_pylist()}
