@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# `make test TEST_WORKERS=2` runs the tests in two processes; tests/sharing.py says what stays together. By default it is one.
-WORKERS := $(if $(TEST_WORKERS),-n $(TEST_WORKERS) --dist loadgroup)
+# Tests run in two processes, and in one with `make test TEST_WORKERS=1`; tests/sharing.py says what stays together.
+TEST_WORKERS ?= 2
+WORKERS := $(if $(filter-out 0 1,$(TEST_WORKERS)),-n $(TEST_WORKERS) --dist loadgroup)
 
 .PHONY: help setup quickstart test test-all test-cpus lint format schema pictures outcomes golden clean
 
