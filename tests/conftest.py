@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,12 @@ settings.load_profile("isoflop")
 
 TESTS = Path(__file__).parent
 ENGINE = TESTS / "engine"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers of pytest-xdist ignore Ctrl-C, and so would everything that tests start in them or try on themselves."""
+    if hasattr(config, "workerinput"):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
