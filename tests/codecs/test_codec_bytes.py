@@ -24,7 +24,7 @@ from isoflop.models.networks.image_tokenizer import Tokenizer
 from isoflop.models.worlds.sprite_world import ImageSet
 from isoflop.tasks.distortion import mse, psnr
 
-CODECS = sorted(name for name in METHODS.names() if issubclass(METHODS.get(name), ImageCodecMethod))
+CODECS = sorted(name for name in METHODS.own() if issubclass(METHODS.get(name), ImageCodecMethod))
 
 
 @pytest.fixture(scope="module")

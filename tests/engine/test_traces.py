@@ -28,7 +28,18 @@ TRACES = [("kl", [{"step": 0, "value": 2.0}, {"step": 7, "value": 0.5}])]
 
 
 def row(job: str, **more: Any) -> dict[str, Any]:
-    return {"job_id": job, "status": "ok", "error": 0.5, "started": NOW, "finished": NOW, **more}
+    return {
+        "job_id": job,
+        "trial_id": "t",
+        "model": "m",
+        "method": "none",
+        "task": "t",
+        "status": "ok",
+        "error": 0.5,
+        "started": NOW,
+        "finished": NOW,
+        **more,
+    }
 
 
 @given(st.lists(st.floats(allow_nan=False), max_size=700), st.integers(2, 200))

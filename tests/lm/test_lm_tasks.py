@@ -23,7 +23,7 @@ from isoflop.models.worlds.english import EnglishStage
 from isoflop.tasks.base import TASKS, Shard, Task
 from isoflop.tasks.language_task import LanguageTask, score
 
-KV_METHODS = [name for name in METHODS.names() if issubclass(METHODS.get(name), KvCacheMethod)]
+KV_METHODS = [name for name in METHODS.own() if issubclass(METHODS.get(name), KvCacheMethod)]
 
 
 def task(name: str, **options: Any) -> Task:

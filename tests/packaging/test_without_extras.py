@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
 import pytest
+
+from isoflop.methods.base import METHODS
+from isoflop.tasks.base import TASKS
 
 WITHOUT = """
 import sys
@@ -29,3 +33,11 @@ def test_registries_and_commands_load_without_the_packages_of_extras(packages: t
     )
     assert done.returncode == 0, done.stderr
     assert all(int(count) > 3 for count in done.stdout.split())
+
+
+def test_what_others_register_is_none_of_ones_own() -> None:
+    importlib.import_module("isoflop.bench.parts")
+    assert {"bench-noop", "bench-knobs"} <= {*TASKS.names(), *METHODS.names()}
+    assert not [name for name in (*TASKS.own(), *METHODS.own()) if name.startswith("bench-")]
+    assert "quecc" in METHODS.own()
+    assert "choice" in TASKS.own()

@@ -97,7 +97,7 @@ def test_axes_that_the_yaml_names_may_be_planned_ones() -> None:
         resolve(spec)
 
 
-@pytest.mark.parametrize("name", METHODS.names())
+@pytest.mark.parametrize("name", METHODS.own())
 def test_what_a_method_plans_is_plain_and_visual_tokens_are_those_measured(name: str) -> None:
     cls = METHODS.get(name)
     probe = cls.probe()

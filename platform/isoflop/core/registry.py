@@ -67,6 +67,11 @@ class Registry(Generic[T]):
         self._load()
         return sorted(self._entries)
 
+    def own(self) -> list[str]:
+        """Those that come with the registry's built-in modules, and with nothing else that happens to be imported."""
+        rooms = tuple(f"{module}." for module in self._builtin)
+        return [name for name in self.names() if _origin(self._entries[name]).startswith(rooms)]
+
     def __contains__(self, name: object) -> bool:
         self._load()
         return name in self._entries

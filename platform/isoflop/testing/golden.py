@@ -168,14 +168,12 @@ def everything(own: bool = True) -> dict[str, Make]:
         own: this project's parts only, not those that others have registered.
     """
     found: dict[str, Make] = {}
-    for name in METHODS.names():
+    for name in METHODS.own() if own else METHODS.names():
         cls = METHODS.get(name)
-        if not own or cls.__module__.startswith("isoflop."):
-            found[f"method:{name}"] = lambda shake, cls=cls: golden_method(cls, shake=shake)  # type: ignore[misc]
-    for name in TASKS.names():
+        found[f"method:{name}"] = lambda shake, cls=cls: golden_method(cls, shake=shake)  # type: ignore[misc]
+    for name in TASKS.own() if own else TASKS.names():
         task = TASKS.get(name)
-        if not own or task.__module__.startswith("isoflop."):
-            found[f"task:{name}"] = lambda shake, task=task: golden_task(task, shake=shake)  # type: ignore[misc]
+        found[f"task:{name}"] = lambda shake, task=task: golden_task(task, shake=shake)  # type: ignore[misc]
     for family in FAMILIES.names():
         if family in MODEL_PROBES and FAMILIES.get(family).members():  # a checkpoint's version is a hash of its files
             for ref, options in model_probe(family).kinds:
