@@ -291,7 +291,11 @@ class Driver:
                 )
             return
         failure = self._queue.stage_failed(
-            event.item.stage, result["status"], result["error_type"], result["error_text"], result["transient"]
+            event.item.stage,
+            result["status"],
+            result["error_type"],
+            result["error_text"],
+            result.get("transient", True),
         )
         if failure is None:
             self._progress.line(
