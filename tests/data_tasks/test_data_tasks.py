@@ -176,6 +176,15 @@ def test_text_may_be_a_field_of_rows(tmp_path: Path) -> None:
         Text(data=str(tmp_path / "b.jsonl")).check(LM.info)
 
 
+def test_a_folder_is_read_as_text_or_as_tables_and_never_as_what_is_about_them(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "the other weather"}))
+    (tmp_path / "README.md").write_text("about the data")
+    assert [row["text"] for row in Text(data=str(tmp_path)).rows.rows] == ["the other weather"]
+    (tmp_path / "more.txt").write_text("where others")
+    with pytest.raises(UserError, match="holds text files and tables; name one of them"):
+        _ = Text(data=str(tmp_path)).rows
+
+
 def test_methods_without_anything_to_act_on_are_refused() -> None:
     snapkv, words = build("snapkv", {"keep": 0.5}), build("prompt-random", {})
     with pytest.raises(Infeasible, match="prefix = 0 leaves no context"):

@@ -154,6 +154,23 @@ def test_wrong_names_are_refused_in_one_line(tasks: str, monkeypatch: pytest.Mon
     load.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("options", "sampled"),
+    [
+        ({"do_sample": True}, True), ({"temperature": 0.7}, True), ({"num_beams": 4}, True), ({}, False),
+        ({"do_sample": False, "temperature": 0.7}, False), ({"temperature": 0.0}, False),
+    ],
+)  # fmt: skip
+def test_only_answers_that_are_drawn_are_refused(options: dict, sampled: bool) -> None:
+    from isoflop.tasks.harness._lm_eval_model import _generation
+
+    if sampled:
+        with pytest.raises(UserError, match="its answers are sampled"):
+            _generation(options, "here")
+    else:
+        assert _generation({**options, "until": "x", "max_gen_toks": 7}, "here") == (7, ("x",))
+
+
 def test_a_group_names_its_tasks(tasks: str, tmp_path: Path) -> None:
     group = {"group": "both", "task": ["own_choice", "own_answer"]}
     for name in ("own_choice", "own_answer"):

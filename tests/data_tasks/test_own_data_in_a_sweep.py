@@ -13,6 +13,8 @@ import isoflop
 from isoflop.core.errors import UserError
 from isoflop.core.yaml_source import load_yaml
 from isoflop.jobs.job import Job, ResolvedJob
+from isoflop.ledger.store import Store
+from isoflop.sweep.api import resolve_stored
 from isoflop.sweep.resolve import resolve
 from isoflop.testing.task_probes import own
 
@@ -107,6 +109,23 @@ def test_the_readmes_example_is_the_packaged_one_and_runs(folder: Path, checkpoi
     assert {row["task"] for row in rows} == {"choice", "generate", "text", "needle"}
     assert {row["ratio"] for row in rows if row["method"] == "none"} == {1.0}
     assert all(row["ratio"] > 1.5 for row in rows if row["method"] == "snapkv")
+
+
+def test_a_sweep_goes_on_from_any_folder(
+    folder: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths in the stored YAML lead whence they led when it was run."""
+    sweep = {"name": "own", "models": [f"hf:{checkpoint}"], "methods": ["none"], "tasks": [choice(limit=2)]}
+    (folder / "sweep.yaml").write_text(json.dumps(sweep))
+    options: dict = {"store": str(folder / "store"), "executor": "local", "tracking_uri": "none"}
+    monkeypatch.chdir(folder.parent)
+    isoflop.run(Path(folder.name) / "sweep.yaml", cache_dir=folder / "cache", **options)
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    again = resolve_stored(Store.open(options["store"]), "own")
+    (config,) = again.space.grid()
+    (job,) = again.jobs_of(config)
+    assert dict(job.task_paths) == {"data": str(folder / "my.jsonl")}
+    assert isoflop.open("own", store=options["store"]).results()["job_id"].to_pylist() == [job.id]
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,17 @@ def test_an_answer_is_what_it_adds_to_the_prompt(tokens: PromptTokenizer) -> Non
     assert (*prompt.context, *prompt.behind, *answer) == whole
 
 
+def test_a_prompt_begins_once_though_a_template_has_begun_it() -> None:
+    model, _ = reader_of_text()
+    tokenizer = model.tokenizer
+    prompts = PromptTokenizer(tokenizer, False, "here")
+    bos = tokenizer.bos_token_id
+    prompts._first = (bos,)
+    for text in ("the weather", f"{tokenizer.bos_token}the weather"):
+        found = prompts.prompt(PromptText("", text, "", marked=False))
+        assert [*found.context, *found.behind].count(bos) == 1
+
+
 def test_a_chat_template_is_laid_around_the_prompt_and_keeps_the_end_of_the_context() -> None:
     model, _ = _READER
     tokenizer = model.tokenizer

@@ -102,6 +102,21 @@ def test_fewer_examples_are_a_subset_of_more() -> None:
     assert chosen(7, None, 0, rows.ids_N).tolist() != chosen(7, None, 1, rows.ids_N).tolist()
 
 
+def test_a_data_set_of_the_hub_is_rows_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")  # an extra
+
+    def load(name: str, config: str | None, split: str) -> list[dict]:
+        if name != "owner/name":
+            raise FileNotFoundError(f"no {name}")
+        return ROWS if (config, split) == ("plain", "dev") else ROWS[:2]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read("hub:owner/name:plain", "dev").content == named(ROWS, "x").content
+    assert len(read("hub:owner/name")) == 2
+    with pytest.raises(UserError, match=r"data hub:owner/none: split 'test' cannot be loaded \(no owner/none\)"):
+        read("hub:owner/none")
+
+
 WRONG = {
     "broken.jsonl": (b'{"a": 1}\n{"a": \n', r"broken\.jsonl:2: is no JSON"),
     "number.jsonl": (b"3\n", r"line 1 is 3; allowed: an object"),

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ KnobValue = Scalar | tuple[Scalar, ...]
 _TYPE_NAMES: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _PLURALS: dict[type, str] = {int: "whole numbers", float: "numbers", bool: "true and false", str: "texts"}
 _LONGEST = 200  # characters of a value in a message
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:")
 _ON_GRID = 1e-6  # of a step; decimals are not exact
 ROUNDING = 1e-12  # of a number; a few thousand additions in double precision stay within it
 LARGEST_INT = 2**63 - 1  # of results' columns, SQL and samplers
@@ -274,7 +276,7 @@ def placed(cls: type, values: Mapping[str, Any], folder: Path | None) -> dict[st
     paths = path_knobs(cls)
     return {
         name: str(base / Path(value).expanduser())
-        if name in paths and isinstance(value, str) and value and ":" not in value
+        if name in paths and isinstance(value, str) and value and not _SCHEME.match(value)
         else value
         for name, value in values.items()
     }

@@ -214,7 +214,7 @@ def _resolve(job: Job) -> ResolvedJob:
             name = {"model": f"model {job.model}", "task": f"task {job.task}"}.get(part, part.replace(":", " "))
             raise VersionMismatch(
                 f"{name} has version {found} on {socket.gethostname()}, but the sweep was started with version {wanted}; "
-                "every host needs the same code and the same checkpoint files"
+                "every host needs the same code, checkpoint files and data; run the sweep again where these were changed on purpose"
             )
     return ResolvedJob.of(job)
 

@@ -6,7 +6,7 @@ Shape suffixes: B batch, T tokens, W vocabulary.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,25 @@ from isoflop.models.hooks.attention import ATTENTION
 
 
 class DecoderModel(Model):
-    """A language model, or a vision-language model with one inside."""
+    """A language model, or a vision-language model with one inside.
+
+    Args:
+        tokenizer: gives the model's tokenizer, which is read when text is handed to the model; None where it has none.
+    """
+
+    def __init__(self, tokenizer: Callable[[], Any] | None = None) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face fast tokenizer.
+
+        Raises:
+            Infeasible: the model has none.
+        """
+        if self._tokenizer is None:
+            raise Infeasible(f"model {self.info.ref} has no tokenizer, so that text cannot be handed to it")
+        return self._tokenizer()
 
     @property
     @abstractmethod

@@ -82,20 +82,9 @@ class LmModel(DecoderModel):
     info: LmInfo
 
     def __init__(self, info: LmInfo, module: nn.Module, tokenizer: Callable[[], Any] | None = None) -> None:
+        super().__init__(tokenizer)
         self.info = info
         self.module: Any = module
-        self._tokenizer = tokenizer
-
-    @property
-    def tokenizer(self) -> Any:
-        """The Hugging Face fast tokenizer.
-
-        Raises:
-            Infeasible: the model has none.
-        """
-        if self._tokenizer is None:
-            raise Infeasible(f"model {self.info.ref} has no tokenizer, so that text cannot be handed to it")
-        return self._tokenizer()
 
     @property
     def decoder(self) -> Any:

@@ -128,21 +128,10 @@ class VlmModel(DecoderModel):
     def __init__(
         self, info: VlmInfo, module: nn.Module, vision: Vision, tokenizer: Callable[[], Any] | None = None
     ) -> None:
+        super().__init__(tokenizer)
         self.info = info
         self.module: Any = module
         self.vision = vision
-        self._tokenizer = tokenizer
-
-    @property
-    def tokenizer(self) -> Any:
-        """The Hugging Face fast tokenizer.
-
-        Raises:
-            Infeasible: the model has none.
-        """
-        if self._tokenizer is None:
-            raise Infeasible(f"model {self.info.ref} has no tokenizer, so that text cannot be handed to it")
-        return self._tokenizer()
 
     @property
     def vision_encoder(self) -> nn.Module:

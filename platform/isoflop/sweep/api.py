@@ -232,8 +232,8 @@ def save_spec(store: Store, sweep: Sweep, ledger: Ledger) -> None:
     stale = set(table["job_id"].to_pylist()) - set(sweep.current(table)["job_id"].to_pylist())
     store.write(store.path("sweeps", sweep.spec.name, "stale.json"), json.dumps(sorted(stale)).encode())
     store.write(store.path("sweeps", sweep.spec.name, "sweep.yaml"), spec_text(sweep).encode())
-    if sweep.spec.imports and sweep.source.folder is not None:
-        store.write(store.path("sweeps", sweep.spec.name, "folder.txt"), str(sweep.source.folder).encode())
+    if sweep.source.folder is not None:  # whence modules are imported, and paths of data lead
+        store.write(store.path("sweeps", sweep.spec.name, "folder.txt"), str(sweep.source.folder.resolve()).encode())
 
 
 class SweepResults:
@@ -392,7 +392,8 @@ def sql(query: str, source: Any = None, store: str | None = None) -> pa.Table:
 def stored_source(store: Store, name: str) -> Source:
     """The YAML that lies beside a sweep's results.
 
-    Modules that it imports are looked for where the YAML lay when it was run, or else in the current folder.
+    Modules that it imports, and data of the user's own, are looked for where the YAML lay when it was run, or else in the
+    current folder.
     """
     path = store.path("sweeps", name, "sweep.yaml")
     data = store.read(path)

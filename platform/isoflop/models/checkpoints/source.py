@@ -5,18 +5,17 @@ Shared by the kinds of checkpoints that the family ``hf`` loads.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 
 from isoflop.core.errors import UserError
+from isoflop.core.hashing import file_hash
 from isoflop.core.knobs import Knob
 
 FAMILY = "hf"
@@ -126,10 +125,4 @@ def content_of(source: Path, names: Iterable[str] = CONFIG_FILES, weights: bool 
         return (("commit", source.name),)
     files = [source / name for name in names if (source / name).exists()]
     files += sorted(source.glob("*.safetensors")) if weights else []
-    return tuple((f.name, _file_hash(f, f.stat().st_size, f.stat().st_mtime_ns)) for f in files)
-
-
-@lru_cache(maxsize=1024)
-def _file_hash(path: Path, size: int, changed_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return tuple((f.name, file_hash(f)) for f in files)

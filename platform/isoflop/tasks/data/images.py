@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from isoflop.core.errors import UserError
+from isoflop.core.hashing import file_hash
 from isoflop.models.resizing import SQUEEZED, Resizing
 from isoflop.tasks.data.rows import HUB, Rows, named, read, suffix_of
 
@@ -110,7 +111,7 @@ def _of_folder(files: tuple[tuple[Path, int, int], ...], name: str, root: Path) 
 def _digest(value: Any, data: str) -> str:
     if isinstance(value, str):
         try:
-            return hashlib.sha256(Path(value).read_bytes()).hexdigest()
+            return file_hash(Path(value))
         except OSError as error:
             raise UserError(f"data {data}: image {value}: {error.strerror or error}") from None
     if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):

@@ -182,6 +182,8 @@ class PromptTokenizer:
             laid.rstrip() if not self._chat and laid.strip() else laid
         )  # a space before the answer is part of its first token
         found = self._tokenizer(laid, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        if tuple(found["input_ids"][: len(first)]) == first:
+            first = ()  # a chat template that somebody laid around the text has brought it
         ids = [*first, *found["input_ids"]]
         inside = len(first) + sum(stop <= end for _, stop in found["offset_mapping"])
         if not ids:  # something has to be read before the first token of an answer

@@ -141,23 +141,32 @@ def _files(data: str, split: str, kinds: Mapping[str, Any], what: str) -> list[P
             if beside
             else UserError(f"data {data}: no such file or folder")
         )
-    found = sorted(p for p in path.rglob("*") if p.is_file() and suffix_of(p) in kinds and not _hidden(p, path))
+    found = data_files(path, kinds)
     if not found:
         raise UserError(f"data {data}: the folder holds no {what} file; allowed: {allowed}")
-    if split:
-        parts = {p: [*p.relative_to(path).parts[:-1], p.name] for p in found}
-        of_split = [p for p in found if any(part.startswith(split) for part in parts[p])]
-        if not of_split:
-            raise UserError(
-                f"data {data}: no file, or folder, begins with split = {split!r}; there are: "
-                f"{', '.join(str(p.relative_to(path)) for p in found[:10])}"
-            )
-        found = of_split
+    of_split = data_files(path, kinds, split)
+    if not of_split:
+        raise UserError(
+            f"data {data}: no file, or folder, begins with split = {split!r}; there are: "
+            f"{', '.join(str(p.relative_to(path)) for p in found[:10])}"
+        )
+    return of_split
+
+
+def data_files(folder: Path, kinds: Mapping[str, Any], split: str = "") -> list[Path]:
+    """Files of some kinds below a folder, without what is hidden or about the data (README, LICENSE).
+
+    Args:
+        split: how the file's name, or that of a folder on the way to it, begins.
+    """
+    found = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        about = path.stem.upper() in ("README", "LICENSE", "LICENCE", "CHANGELOG")
+        hidden = any(part.startswith((".", "_")) for part in parts)
+        if path.is_file() and suffix_of(path) in kinds and not about and not hidden:
+            found += [path] if any(part.startswith(split) for part in parts) else []
     return found
-
-
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in path.relative_to(root).parts)
 
 
 def _state(path: Path) -> tuple[int, int]:

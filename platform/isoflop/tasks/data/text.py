@@ -22,7 +22,7 @@ from isoflop.tasks.base import TASKS
 from isoflop.tasks.data.base import DataTask, Example, drawn
 from isoflop.tasks.data.language import Asked, ContextTask
 from isoflop.tasks.data.prompts import PromptText, PromptTokenizer, TokenPrompt, shown
-from isoflop.tasks.data.rows import HUB, READERS, TEXT, Rows, named, read, suffix_of, text_files, text_of
+from isoflop.tasks.data.rows import HUB, READERS, TEXT, Rows, data_files, named, read, suffix_of, text_files, text_of
 
 
 @TASKS.register("text")
@@ -147,9 +147,14 @@ class Text(ContextTask, DataTask):
 
 def _is_table(data: str, split: str) -> bool:
     path = Path(data).expanduser()
-    if path.is_dir():
-        return not any(suffix_of(p) in TEXT for p in path.rglob("*") if p.is_file())
-    return suffix_of(path) in READERS
+    if not path.is_dir():
+        return suffix_of(path) in READERS
+    kinds = {suffix_of(file) in READERS for file in data_files(path, {**READERS, **dict.fromkeys(TEXT)}, split)}
+    if len(kinds) > 1:
+        raise UserError(
+            f"data {data}: the folder holds text files and tables; name one of them, or a folder of one kind"
+        )
+    return kinds == {True}
 
 
 @lru_cache(maxsize=8)  # by size and time of change

@@ -139,11 +139,9 @@ class HarnessModel(LM):
 
 def _generation(options: dict[str, Any], what: str) -> tuple[int, tuple[str, ...]]:
     """Tokens and ends of an answer. Raises Infeasible where it is not greedy."""
-    if (
-        options.get("do_sample")
-        or float(options.get("temperature") or 0.0) > 0
-        or int(options.get("num_beams") or 1) > 1
-    ):
+    # a temperature means nothing where the task says that nothing is drawn
+    sampled = options.get("do_sample", float(options.get("temperature") or 0.0) > 0)
+    if sampled or int(options.get("num_beams") or 1) > 1:
         raise Infeasible(f"{what}: its answers are sampled ({options}); allowed: tasks with greedy answers")
     until = options.get("until") or []
     ends = (until,) if isinstance(until, str) else tuple(until)
