@@ -40,7 +40,7 @@ class _StageState:
     deps: frozenset[str]
     job: Job  # any job that needs it: workers rebuild the stage from it
     slots: int = 1
-    waiting: set[str] = field(default_factory=set)
+    waiting: dict[str, None] = field(default_factory=dict)  # job ids, oldest first: they start in that order
     attempt: int = 0
     running: bool = False
     misfortunes: int = 0
@@ -127,7 +127,7 @@ class WorkQueue:
                 state = self._stages[key] = _StageState(key, self._deps[key], pending.job, self._slots.get(key, 1))
                 for dep in state.deps:
                     self._dependents.setdefault(dep, []).append(key)
-            state.waiting.add(pending.job.id)
+            state.waiting[pending.job.id] = None
             self._note_startable(state)
 
     def __len__(self) -> int:
@@ -262,7 +262,7 @@ class WorkQueue:
         self._startable.pop(key, None)
         jobs = [p for p in (self._blocked.pop(j, None) for j in state.waiting) if p is not None]
         for other in self._stages.values():
-            other.waiting -= state.waiting
+            other.waiting = {job_id: None for job_id in other.waiting if job_id not in state.waiting}
         self._stages = {k: s for k, s in self._stages.items() if s.waiting or s.running}
         return StageFailure(key, status, error_type, error_text, jobs)
 
