@@ -9,7 +9,7 @@ from isoflop.dashboards.report import charts
 from isoflop.dashboards.report.charts import Json
 from isoflop.dashboards.report.configs import COSTS, Config, by_scene, varying_costs
 from isoflop.dashboards.report.numbers import plain
-from isoflop.search.importance import FEWEST_ROWS, importances
+from isoflop.search.importance import FEWEST_ROWS, MOST_ROWS, importances
 
 MOST_LINES = 1500
 _MOST_AXES = 9
@@ -54,7 +54,9 @@ def _bars(title: str, points: Sequence[dict[str, Any]], configs: Sequence[Config
         return "all errors are equal" if min(errors) == max(errors) else _FEW_SETTINGS
     rows = [{"label": name, "values": [share]} for name, share in shares.items()]
     axis = charts.axis("share of the variance of the error (fANOVA)", to=1.0)
-    return charts.panel(title, charts.bars(title, axis, ["importance"], rows), f"{len(points)} configurations.")
+    drawn = f", of which {MOST_ROWS}, drawn at random, are judged" if len(points) > MOST_ROWS else ""
+    text = f"{len(points)} configurations{drawn}."
+    return charts.panel(title, charts.bars(title, axis, ["importance"], rows), text)
 
 
 _FEW_SETTINGS = "fewer than two settings that vary and that every configuration has"

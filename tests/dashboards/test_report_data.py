@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import optuna
 import pytest
 
 import isoflop
@@ -16,6 +17,7 @@ from isoflop.dashboards.report.configs import interval, read_configs
 from isoflop.dashboards.report.measured import STEPS
 from isoflop.dashboards.report.numbers import quantity, short, with_interval
 from isoflop.frontier.paired import paired
+from isoflop.search import importance
 from isoflop.search.importance import importances
 from isoflop.sweep.results import usable
 
@@ -186,6 +188,21 @@ def test_a_setting_of_many_names_is_judged_in_seconds() -> None:
     assert shares["model"] > 0.8
     assert shares["rule"] > 3 * shares["noise"]
     assert sum(shares.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("points", [64, 2000])
+def test_of_many_configurations_a_drawn_part_is_judged(points: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time grows with the square of what the forest gets. Every second point of this grid has one value of ``on``."""
+    judged: list[int] = []
+    plain = optuna.importance.get_param_importances
+    monkeypatch.setattr(importance, "MOST_ROWS", 32)
+    monkeypatch.setattr(
+        optuna.importance, "get_param_importances", lambda s, **k: judged.append(len(s.trials)) or plain(s, **k)
+    )
+    grid = [{"on": i % 2, "size": i // 2 % 8} for i in range(points)]
+    shares = importances(grid, [10.0 * p["on"] + 0.01 * p["size"] for p in grid])
+    assert shares["on"] > 0.9
+    assert judged == [32]
 
 
 def test_parallel_coordinates_hold_every_configuration(compared: Reported) -> None:

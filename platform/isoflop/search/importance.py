@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -11,7 +12,9 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 FEWEST_ROWS = 8
-MOST_ROWS = 2000  # the forest takes seconds for these
+MOST_ROWS = 500
+"""Points that are judged. The time grows with their square: 64 trees of a leaf per point, each leaf against each split. With
+three knobs of continuous values 500 take seconds, 2,000 take minutes."""
 MOST_CHOICES = 6
 """Unordered values that Optuna gets as such. It gives each a column, and integrates over every product of their splits, so
 that each further value may double the time."""
@@ -27,6 +30,8 @@ def importances(points: Sequence[Mapping[str, Any]], target: Sequence[float], se
     Settings with many unordered values are judged by the rank of each value's mean target. Of all ways to part the values
     in two, that order holds the one that explains most (Breiman et al., Classification and Regression Trees, 1984).
 
+    Of more than :data:`MOST_ROWS` points so many are judged, drawn at random: every n-th of a grid could hold one value of a knob.
+
     Returns:
         Setting -> share, the largest first; shares sum to 1. Empty with fewer than eight points, or fewer than two
         settings that vary, of which nothing can be told apart.
@@ -36,12 +41,13 @@ def importances(points: Sequence[Mapping[str, Any]], target: Sequence[float], se
     space = {n: found for n in names if (found := _distribution([p[n] for p in points])) is not None}
     if len(points) < FEWEST_ROWS or len(space) < 2 or min(target) == max(target):
         return {}
-    step = -(-len(points) // MOST_ROWS)
+    judged = sorted(random.Random(seed).sample(range(len(points)), min(len(points), MOST_ROWS)))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study()
-    for point, value in list(zip(points, target, strict=True))[::step]:
-        params = {n: _as(d, point[n]) for n, d in space.items()}
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=dict(space), value=float(value)))
+    for index in judged:
+        params = {n: _as(d, points[index][n]) for n, d in space.items()}
+        value = float(target[index])
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=dict(space), value=value))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
