@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -180,37 +181,88 @@ time.sleep(1000)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", ["gcs_server"])
-def test_a_cluster_of_somebody_else_that_dies_ends_the_sweep_in_one_line(
-    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its GCS, without which nothing of it can be asked."""
+class Head:
+    """The head, and only node, of a cluster of somebody else on this host."""
+
+    def __init__(self) -> None:
+        path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _HEAD], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        self.address = self.process.stdout.readline().strip()
+
+    def run(self, place: Place, killed: Callable[[int], bool], *options: str) -> tuple[int, str, float]:
+        """A sweep on it, of which something is killed after two jobs: exit code, standard error, seconds since then."""
+        process: Any = place.start("--ray-address", self.address, "--node-ip", "127.0.0.1", *options)
+        try:
+            place.wait_for(" ok on ", process, 2)
+            assert killed(self.process.pid)
+            begun = time.monotonic()
+            _, err = process.communicate(timeout=120)
+            return process.returncode, err, time.monotonic() - begun
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
     monkeypatch.setenv(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "0")  # or the driver would not look on loopback
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # the home of whoever runs the test may hold a token
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    head = subprocess.Popen(
-        [sys.executable, "-c", _HEAD], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
-    assert head.stdout is not None
-    address = head.stdout.readline().strip()
-    place = Place(tmp_path / "x", None, YAML.replace("0.03", "0.4"), executor="ray")
-    process: Any = place.start("--ray-address", address, "--node-ip", "127.0.0.1")
-    try:
-        place.wait_for(" ok on ", process, 2)
-        assert kill(head.pid, part) if part else not head.send_signal(signal.SIGKILL)
-        killed = time.monotonic()
-        _, err = process.communicate(timeout=120)
-        took = time.monotonic() - killed
-    finally:
-        process.kill()
-        head.kill()
-        head.wait()
-    assert process.returncode == 3, err
+    found = Head()
+    yield found
+    processes = psutil.Process(found.process.pid).children(recursive=True)
+    found.process.kill()
+    found.process.wait()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def kill_with_workers(of: int) -> bool:
+    """As when a host is taken away: its raylet, and with it all workers, which nobody is the parent of after that."""
+    workers = [
+        p for p in psutil.Process(of).children(recursive=True) if " ".join(p.cmdline()).startswith("ray::RayWorker")
+    ]
+    killed = kill(of, "raylet/raylet")
+    for worker in workers:
+        worker.kill()
+    return killed and bool(workers)
+
+
+PARTS_OF_OTHERS = [
+    (lambda of: kill(of, "gcs_server"), 0.4, " has died: "),  # without which nothing of it can be asked
+    (lambda of: kill(of, "raylet/raylet"), 2.0, " has died: the node of this host is dead; "),
+    (kill_with_workers, 2.0, " has died: the node of this host is dead; "),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("killed", "seconds", "said"), PARTS_OF_OTHERS, ids=["gcs", "raylet", "whole-node"])
+def test_a_cluster_of_somebody_else_that_dies_ends_the_sweep_in_one_line(
+    killed: Callable[[int], bool], seconds: float, said: str, head: Head, tmp_path: Path
+) -> None:
+    text = YAML.replace("0.03", f"{seconds}").replace("timeout: 60", "timeout: 60, retries: 0")
+    place = Place(tmp_path / "x", None, text, executor="ray")
+    code, err, took = head.run(place, killed)
+    assert code == 3, err
     last = err.strip().splitlines()[-1]
-    assert last.startswith(f"isoflop: Ray at {address} has died: "), err
+    assert last.startswith(f"isoflop: Ray at {head.address}{said}"), err
     assert "Traceback" not in err
     assert "rpc_client.h" not in err
     assert took < 60  # after that Ray's library would have ended the process
     assert place.rows().num_rows >= 2
+    assert set(place.rows()["status"].to_pylist()) == {"ok"}  # nobody is blamed
+
+
+@pytest.mark.slow
+def test_workers_outlive_their_raylet_until_the_head_notices_and_a_sweep_that_ends_before_is_whole(
+    head: Head, tmp_path: Path
+) -> None:
+    """A quarter of a minute: results come from the workers themselves, and count."""
+    place = Place(tmp_path / "x", None, YAML.replace("0.03", "0.2"), executor="ray")
+    code, err, _ = head.run(place, lambda of: kill(of, "raylet/raylet"))
+    assert code == 0, err
+    assert place.rows().num_rows == place.history_rows() == 20
+    assert set(place.rows()["status"].to_pylist()) == {"ok"}
