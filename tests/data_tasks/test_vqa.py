@@ -15,7 +15,6 @@ from isoflop.methods.base import build
 from isoflop.models.family import family_of
 from isoflop.models.vlm import VlmModel
 from isoflop.tasks.data.metrics import METRICS
-from isoflop.tasks.data.prompts import PromptTokenizer
 from isoflop.tasks.data.vqa import Vqa
 from isoflop.testing.small_llava import PATCHES, save_small_llava
 from isoflop.testing.task_probes import reader_of_text
@@ -54,12 +53,10 @@ def model(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> VlmMode
 
 
 def answers(task: Vqa, model: VlmModel) -> dict[int, list[int]]:
-    tokens = PromptTokenizer(model.tokenizer, task.chat, "here")
-    examples = task.examples()
-    return {
-        example.id: task._answers(model, [example], [task._ids(model, example, tokens)], tokens)[0]
-        for example in examples
-    }
+    questions = task.questions(model)
+    prompts = [task.prompted(questions, example) for example in task.examples()]
+    said = [questions.answers([p], task.max_tokens, lambda text: "\n" in text.strip())[0] for p in prompts]
+    return {prompt.id: ids for prompt, ids in zip(prompts, said, strict=True)}
 
 
 def test_answers_are_those_of_the_hugging_face_model(data: str, checkpoint: Path, model: VlmModel) -> None:
@@ -114,12 +111,12 @@ def test_a_chat_template_places_the_image(data: str, model: VlmModel) -> None:
         "{% endfor %} A:{% endfor %}"
     )
     try:
-        before, behind = task._ids(model, task.examples()[0], PromptTokenizer(tokenizer, True, "here"))
-        assert tokenizer.decode(before) == "U:"
-        assert tokenizer.decode(behind) == f"{task.examples()[0].row['question']} A:"
+        prompt = task.prompted(task.questions(model), task.examples()[0])
+        assert tokenizer.decode(prompt.before) == "U:"
+        assert tokenizer.decode(prompt.behind) == f"{task.examples()[0].row['question']} A:"
         tokenizer.chat_template = "{% for m in messages %}U:{% endfor %}"
         with pytest.raises(UserError, match="does not place <image>"):
-            task._ids(model, task.examples()[0], PromptTokenizer(tokenizer, True, "here"))
+            task.prompted(task.questions(model), task.examples()[0])
     finally:
         tokenizer.chat_template = None
 

@@ -1,0 +1,164 @@
+"""Questions about one image each, as a vision-language model is asked: prompts, answers, losses of given answers, costs.
+
+Shape suffixes: B prompts of one batch, T prompt tokens, Q question tokens, S tokens of an answer, W vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isoflop.core.errors import Infeasible, UserError
+from isoflop.models.base import Model, ModelInfo
+from isoflop.models.features import LayerKey
+from isoflop.models.prefix import SegmentedPrompt
+from isoflop.models.vlm import VlmBatch, VlmInfo, VlmModel
+from isoflop.tasks.data.images import opened, pixels_of
+from isoflop.tasks.data.language import batches_of
+from isoflop.tasks.data.prompts import PromptTokenizer
+from isoflop.tasks.footprint import measure_answer
+
+IMAGE = "<image>"
+"""Stands in a prompt where the image does."""
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """A question about an image.
+
+    Attributes:
+        id: the example's number.
+        image: a path, bytes, or a PIL image.
+        before, behind: tokens around it; those behind are what query-conditioned methods see.
+    """
+
+    id: int
+    image: Any
+    before: tuple[int, ...]
+    behind: tuple[int, ...]
+
+
+def check_prompt(prompt: str, what: str) -> None:
+    """Raise UserError for a prompt without its image, its question, or with one of them twice."""
+    for wanted in (IMAGE, "{question}"):
+        if prompt.count(wanted) != 1:
+            raise UserError(f"{what}: prompt = {prompt!r} has {wanted} {prompt.count(wanted)} times; allowed: once")
+
+
+def check_model(info: ModelInfo, what: str) -> None:
+    """Raise Infeasible for what is no vision-language model with a tokenizer."""
+    if not isinstance(info, VlmInfo) or info.tokenizer is None:
+        raise Infeasible(f"{what} needs a vision-language model with a tokenizer, which {info.ref} is not")
+
+
+class ImageQuestions:
+    """Asks a vision-language model about images.
+
+    Args:
+        prompt: text around ``{question}``, with ``<image>`` where the image stands.
+        chat: the checkpoint's chat template instead.
+        what: for messages.
+
+    Raises:
+        Infeasible: the model is no vision-language model.
+        UserError: the tokenizer has no chat template.
+    """
+
+    def __init__(self, model: Model, prompt: str, chat: bool, what: str) -> None:
+        if not isinstance(model, VlmModel):
+            raise Infeasible(f"{what} needs a vision-language model, which {model.info.ref} is not")
+        self._vlm, self._prompt, self._chat, self._what = model, prompt, chat, what
+        self.tokens = PromptTokenizer(model.tokenizer, chat, f"{what}: model {model.info.ref}")
+
+    def prompt(self, number: int, image: Any, question: str) -> ImagePrompt:
+        """The tokens of a question; a question with ``<image>`` in it places the image itself.
+
+        Raises:
+            UserError: the chat template has no place for an image.
+        """
+        if self._chat:
+            content = [{"type": "image"}, {"type": "text", "text": question.replace(IMAGE, "").lstrip("\n")}]
+            text = self._vlm.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+            if text.count(IMAGE) != 1:
+                raise UserError(
+                    f"{self._what}: the chat template of {self._vlm.info.ref} does not place {IMAGE}; allowed: chat: false"
+                )
+        else:
+            around = self._prompt.replace(IMAGE, "") if question.count(IMAGE) == 1 else self._prompt
+            text = around.replace("{question}", question)
+        before, _, behind = text.partition(IMAGE)
+        first = [] if self._chat else list(self.tokens.first_ids)
+        return ImagePrompt(number, image, (*first, *self.tokens.plain(before)), tuple(self.tokens.plain(behind)))
+
+    @torch.no_grad()
+    def answers(
+        self, prompts: Sequence[ImagePrompt], most: int, enough: Callable[[str], bool] = lambda text: False
+    ) -> list[list[int]]:
+        """Tokens that are generated for each prompt: greedily, up to one that ends an answer, ``most``, or text that is enough."""
+        found: list[list[int]] = [[] for _ in prompts]
+        for batch in self._batches(prompts):
+            going = dict.fromkeys(batch, True)
+            for ids in self._vlm.generated(self._read([prompts[n] for n in batch]), most):
+                for n, token in zip(batch, ids.tolist(), strict=True):
+                    going[n] = going[n] and token not in self.tokens.end_ids
+                    if going[n]:
+                        found[n].append(token)
+                        going[n] = not enough(self.tokens.text(found[n]))
+                if not any(going.values()):
+                    break
+        return found
+
+    @torch.no_grad()
+    def losses(self, prompts: Sequence[ImagePrompt], answers: Sequence[str]) -> list[tuple[float, bool]]:
+        """Mean loss (nats per token) of an answer behind each prompt, and whether greedy decoding gives it.
+
+        The answer is read as in serving: token by token, over what methods on the cache kept of the image.
+
+        Raises:
+            UserError: an answer without tokens.
+        """
+        tails = [self.tokens.plain(answer) for answer in answers]
+        for answer, tail in zip(answers, tails, strict=True):
+            if not tail:
+                raise UserError(f"{self._what}: the answer {answer!r} has no tokens")
+        found = [(0.0, False)] * len(prompts)
+        for batch in self._batches(prompts, [len(tail) for tail in tails]):
+            ids_BS = torch.tensor([tails[n] for n in batch], device=self._vlm.device)
+            logits_BSW = self._vlm.stepwise(self._read([prompts[n] for n in batch]), ids_BS[:, :-1])
+            nll_BS = -logits_BSW.float().log_softmax(-1).gather(-1, ids_BS[..., None])[..., 0]
+            greedy_B = (logits_BSW.argmax(-1) == ids_BS).all(-1)
+            for n, loss, greedy in zip(batch, nll_BS.mean(-1).tolist(), greedy_B.tolist(), strict=True):
+                found[n] = loss, greedy
+        return found
+
+    def measure(self, prompt: ImagePrompt) -> dict[str, float]:
+        """Footprint of one question, from pixels to the first token of its answer; see ``measure_answer``."""
+        return measure_answer(self._vlm, self._images([prompt]), lambda hidden: self._batch(hidden, [prompt]))
+
+    def _batches(self, prompts: Sequence[ImagePrompt], tails: Sequence[int] | None = None) -> list[list[int]]:
+        """Prompts of one shape share a batch."""
+        patches = self._vlm.info.geometry["visual_tokens"]
+        kinds = [
+            (len(p.before), len(p.behind), tail) for p, tail in zip(prompts, tails or [0] * len(prompts), strict=True)
+        ]
+        return list(batches_of(kinds, [sum(kind) + patches for kind in kinds]))
+
+    def _read(self, prompts: Sequence[ImagePrompt]) -> SegmentedPrompt:
+        hidden = self._vlm.look(self._images(prompts), torch.tensor([prompt.id for prompt in prompts]))
+        return self._vlm.prompt_of(self._batch(hidden, prompts))
+
+    def _batch(self, hidden: dict[LayerKey, Tensor], prompts: Sequence[ImagePrompt]) -> VlmBatch:
+        image, device = self._vlm.info.geometry["image_token"], self._vlm.device
+        prompt_BT = torch.tensor([[*p.before, image, *p.behind] for p in prompts], device=device)
+        question_BQ = torch.tensor([p.behind for p in prompts], device=device)
+        return VlmBatch(hidden, prompt_BT, question_BQ, torch.tensor([p.id for p in prompts], device=device))
+
+    def _images(self, prompts: Sequence[ImagePrompt]) -> Tensor:
+        side, resizing = self._vlm.vision.image_size, self._vlm.info.resizing
+        return torch.stack([pixels_of(opened(prompt.image), side, resizing) for prompt in prompts])
