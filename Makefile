@@ -31,6 +31,8 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --upgrade pip
 	@echo "installing into $(VENV): about 2 GB, a few minutes"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@# without what its own models need (torchvision, video readers …): ours need its tasks only
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps lmms-eval
 	@touch $(READY)
 
 quickstart: $(READY)

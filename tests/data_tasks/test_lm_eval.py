@@ -162,13 +162,13 @@ def test_wrong_names_are_refused_in_one_line(tasks: str, monkeypatch: pytest.Mon
     ],
 )  # fmt: skip
 def test_only_answers_that_are_drawn_are_refused(options: dict, sampled: bool) -> None:
-    from isoflop.tasks.harness._lm_eval_model import _generation
+    from isoflop.tasks.harness.common import generation
 
     if sampled:
         with pytest.raises(UserError, match="its answers are sampled"):
-            _generation(options, "here")
+            generation(options, "here")
     else:
-        assert _generation({**options, "until": "x", "max_gen_toks": 7}, "here") == (7, ("x",))
+        assert generation({**options, "until": "x", "max_gen_toks": 7}, "here") == (7, ("x",))
 
 
 def test_a_group_names_its_tasks(tasks: str, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from isoflop.tasks.data.vqa import Vqa
 from isoflop.tasks.digit_scenes import DigitSceneTask
 from isoflop.tasks.find_digit import FindDigit
 from isoflop.tasks.harness.lm_eval_task import LmEval
+from isoflop.tasks.harness.lmms_eval_task import LmmsEval
 from isoflop.tasks.labelled_images import LabelledImages
 from isoflop.tasks.language import BitsPerByte
 from isoflop.tasks.latency import GenerationLatency
@@ -187,7 +188,8 @@ def _pictures() -> TaskProbe:
     return TaskProbe(untrained_vit("c48"), ctx, {"data": str(ctx.root / "pictures"), "shard": 6})
 
 
-def _questions_about_pictures() -> TaskProbe:
+def _asked_pictures() -> tuple[Model, GivenContext, Path]:
+    """A small LLaVA with untrained weights, and a table of questions about pictures."""
     reader, ctx = reader_of_text()
     asked = ("what is it", "which colour has it")
     rows = [
@@ -198,8 +200,35 @@ def _questions_about_pictures() -> TaskProbe:
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     save_small_llava(ctx.root / "llava", reader.tokenizer)
     ref = f"hf:{ctx.root / 'llava'}"
-    model = family_of(ref).load(family_of(ref).info(ref, {}), None, FolderContext(ctx.root / "cache"))
+    return family_of(ref).load(family_of(ref).info(ref, {}), None, FolderContext(ctx.root / "cache")), ctx, table
+
+
+def _questions_about_pictures() -> TaskProbe:
+    model, ctx, table = _asked_pictures()
     return TaskProbe(model, ctx, {"data": str(table), "max_tokens": 4, "shard": 3, "metric": "contains"})
+
+
+VISION_HARNESS_TASK = """
+task: own_pictures
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: multiple_choice
+doc_to_visual: image
+doc_to_text: "{{question}}"
+doc_to_choice: ["the", "same"]
+doc_to_target: 1
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1.0}
+"""
+
+
+def _vision_harness() -> TaskProbe:
+    model, ctx, table = _asked_pictures()
+    folder = ctx.root / "tasks"
+    folder.mkdir(parents=True)
+    (folder / "own_pictures.yaml").write_text(VISION_HARNESS_TASK.replace("DATA", str(table)))
+    return TaskProbe(model, ctx, {"task": "own_pictures", "include_path": str(folder), "limit": 8, "shard": 3})
 
 
 def _needle() -> TaskProbe:
@@ -243,5 +272,6 @@ PROBES: dict[Any, Callable[[], TaskProbe]] = {
     ImageClasses: _pictures,
     Retrieval: _retrieval,
     LmEval: _harness,
+    LmmsEval: _vision_harness,
     GenerationLatency: _generation,
 }

@@ -44,7 +44,7 @@ def image_rows(data: str, split: str, image: str) -> Rows:
         placed = {**row, image: str(base / value)} if isinstance(value, str) else dict(row)
         rest = {name: field for name, field in row.items() if name != image}
         found.append(placed)
-        keys.append(f"{_digest(placed[image], data)}:{sorted(rest.items(), key=lambda kv: kv[0])!r}")
+        keys.append(f"{digest(placed[image], data)}:{sorted(rest.items(), key=lambda kv: kv[0])!r}")
     return named(found, data, keys)
 
 
@@ -105,10 +105,15 @@ def _pictures(folder: Path, split: str) -> list[Path]:
 @lru_cache(maxsize=8)  # by size and time of change
 def _of_folder(files: tuple[tuple[Path, int, int], ...], name: str, root: Path) -> Rows:
     rows = [{"image": str(path), "label": path.parent.name} for path, _, _ in files]
-    return named(rows, name, [f"{_digest(row['image'], name)}:{row['label']}" for row in rows])
+    return named(rows, name, [f"{digest(row['image'], name)}:{row['label']}" for row in rows])
 
 
-def _digest(value: Any, data: str) -> str:
+def digest(value: Any, data: str) -> str:
+    """Names an image by its content: a path, bytes, what Parquet and hubs hold, or a PIL image.
+
+    Args:
+        data: for messages.
+    """
     if isinstance(value, str):
         try:
             return file_hash(Path(value))

@@ -6,21 +6,17 @@ Needs the package lm-eval: nothing but the task imports this module, and only wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from isoflop.core.errors import Infeasible
 from isoflop.models.contexts import read_contexts, room_for
 from isoflop.models.lm import LmModel
 from isoflop.tasks.data.language import batches_of, score_tails
 from isoflop.tasks.data.prompts import PromptText, PromptTokenizer, TokenPrompt
-
-MOST_GENERATED = 256
-"""Tokens of an answer where the harness' task names no other number; the harness' own default."""
+from isoflop.tasks.harness.common import cut, generation
 
 
 class HarnessModel(LM):
@@ -111,7 +107,7 @@ class HarnessModel(LM):
         for request in requests:
             context, options = request.args
             prompts.append(self.tokens.prompt(self.text(context)))
-            wanted.append(_generation(options, self._what))
+            wanted.append(generation(options, self._what))
         said = [""] * len(requests)
         kinds = [(len(p.behind), most, ends) for p, (most, ends) in zip(prompts, wanted, strict=True)]
         for batch in batches_of(kinds, [p.tokens + most for p, (most, _) in zip(prompts, wanted, strict=True)]):
@@ -128,22 +124,4 @@ class HarnessModel(LM):
 
         with read_contexts(self._lm, [prompt.context for prompt in prompts]) as contexts:
             found = contexts.generate([prompt.behind for prompt in prompts], most, self.tokens.end_ids, enough)
-        texts = []
-        for ids in found:
-            text = self.tokens.text(ids)
-            for end in ends:
-                text = text.partition(end)[0]
-            texts.append(text)
-        return texts
-
-
-def _generation(options: dict[str, Any], what: str) -> tuple[int, tuple[str, ...]]:
-    """Tokens and ends of an answer. Raises Infeasible where it is not greedy."""
-    # a temperature means nothing where the task says that nothing is drawn
-    sampled = options.get("do_sample", float(options.get("temperature") or 0.0) > 0)
-    if sampled or int(options.get("num_beams") or 1) > 1:
-        raise Infeasible(f"{what}: its answers are sampled ({options}); allowed: tasks with greedy answers")
-    until = options.get("until") or []
-    ends = (until,) if isinstance(until, str) else tuple(until)
-    most = options.get("max_gen_toks") or options.get("max_new_tokens") or options.get("max_tokens") or MOST_GENERATED
-    return int(most), tuple(end for end in ends if end)
+        return [cut(self.tokens.text(ids), ends) for ids in found]

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 import torch
 
-from isoflop.core.errors import UserError, nearest, unknown
+from isoflop.core.errors import UserError, unknown
 from isoflop.core.hashing import content_hash, derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
@@ -25,12 +25,12 @@ from isoflop.tasks.base import TASKS, Shard, Task
 from isoflop.tasks.data.costs import MEASURED, Priced, costs_of
 from isoflop.tasks.data.prompts import PromptTokenizer
 from isoflop.tasks.data.rows import example_number
+from isoflop.tasks.harness.common import config_text, is_group, not_loaded, numbers_of, unknown_task
 from isoflop.tasks.language_task import lm_info, lm_model
 
 CORPUS = frozenset({"bleu", "chrf", "ter", "f1", "mcc", "matthews_correlation", "brier_score", "perplexity"})
 """Metrics that are of all documents together and of none alone, beside those whose documents give no number."""
 IN_HUNDREDTHS = frozenset({"bleu", "chrf"})
-_PLACES = frozenset({"dataset_path", "dataset_name", "dataset_kwargs", "metadata"})
 
 
 @TASKS.register("lm-eval")
@@ -221,40 +221,25 @@ def load(name: str, include_path: str, num_fewshot: int) -> Loaded:
     if include_path and name not in manager.all_tasks:  # reading the harness' own thousands takes seconds
         manager = lm_eval.tasks.TaskManager(include_path=include_path)
     if name not in manager.all_tasks:
-        guess = nearest(name, manager.all_tasks)
-        hint = f" (did you mean {guess!r}?)" if guess else ""
-        own = f" and {include_path}" if include_path else "; include_path: FOLDER adds one's own"
-        raise UserError(
-            f"task lm-eval: unknown task {name!r}{hint}; allowed: {len(manager.all_tasks)} of the harness{own}"
-        )
+        raise unknown_task("lm-eval", name, manager.all_tasks, include_path)
     try:
         with redirect_stderr(StringIO()):  # progress bars of data sets
             found = lm_eval.tasks.get_task_dict([name], manager)
     except Exception as error:  # data sets, configurations and templates fail in ways of their own
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"task lm-eval: {name} cannot be loaded ({reason})") from None
+        raise not_loaded("lm-eval", name, error) from None
     if list(found) != [name]:
-        inside = [str(key) for value in found.values() for key in (value if isinstance(value, dict) else [value])]
-        raise UserError(
-            f"task lm-eval: {name} is a group; name its tasks: {', '.join((inside or list(map(str, found)))[:12])}"
-        )
+        raise is_group("lm-eval", name, found)
     task = found[name]
     task.set_fewshot_seed(seed=1234)  # the harness' own
     if num_fewshot >= 0:
         task.set_config(key="num_fewshot", value=num_fewshot)
     documents = [json.dumps(doc, sort_keys=True, default=str) for doc in task.eval_docs]
-    seen: dict[str, int] = {}
-    numbers = []
-    for text in documents:
-        numbers.append(example_number(text, seen.get(text, 0)))
-        seen[text] = seen.get(text, 0) + 1
     better = {str(metric): bool(value) for metric, value in task.higher_is_better().items()}
     return Loaded(
         task,
         (lm_eval.__version__, str(task.VERSION)),
-        # data are named by their documents, wherever they lie
-        json.dumps({k: v for k, v in task.dump_config().items() if k not in _PLACES}, sort_keys=True, default=_named),
-        tuple(numbers),
+        config_text(task.dump_config()),
+        numbers_of(documents),
         tuple(better),
         frozenset(metric for metric in better if metric in CORPUS),
         better,
@@ -268,8 +253,3 @@ def _number(value: Any) -> float:
         loglikelihood, weight = value
         return -float(loglikelihood) / float(weight) / float(np.log(2))
     return float(value)
-
-
-def _named(value: Any) -> str:
-    """What JSON does not know, in words that do not change between processes."""
-    return getattr(value, "__qualname__", type(value).__name__)

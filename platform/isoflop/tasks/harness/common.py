@@ -1,0 +1,82 @@
+"""What tasks of evaluation harnesses share: names of documents and tasks, their requests' options, their values."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from isoflop.core.errors import Infeasible, UserError, nearest
+from isoflop.core.hashing import content_hash
+from isoflop.tasks.data.rows import example_number
+
+MOST_GENERATED = 256
+"""Tokens of an answer where the harness' task names no other number; lm-eval's own default."""
+PLACES = frozenset({"dataset_path", "dataset_name", "dataset_kwargs", "metadata"})
+"""What a configuration says of where its data lie; data are named by their documents."""
+
+
+def numbers_of(documents: Sequence[str]) -> tuple[int, ...]:
+    """Example numbers from what documents say, wherever they stand; copies get their own."""
+    seen: dict[str, int] = {}
+    numbers = []
+    for text in documents:
+        numbers.append(example_number(text, seen.get(text, 0)))
+        seen[text] = seen.get(text, 0) + 1
+    return tuple(numbers)
+
+
+def config_text(config: dict[str, Any]) -> str:
+    """A configuration without places, as text that does not change between processes."""
+    return json.dumps({k: v for k, v in config.items() if k not in PLACES}, sort_keys=True, default=_named)
+
+
+def unknown_task(kind: str, name: str, known: Sequence[str], include_path: str) -> UserError:
+    """The error for a task that a harness does not have."""
+    guess = nearest(name, known)
+    hint = f" (did you mean {guess!r}?)" if guess else ""
+    own = f" and {include_path}" if include_path else "; include_path: FOLDER adds one's own"
+    return UserError(f"task {kind}: unknown task {name!r}{hint}; allowed: {len(known)} of the harness{own}")
+
+
+def not_loaded(kind: str, name: str, error: Exception) -> UserError:
+    """The error for a task whose data, configuration or templates fail in ways of their own."""
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    return UserError(f"task {kind}: {name} cannot be loaded ({reason})")
+
+
+def is_group(kind: str, name: str, found: dict[Any, Any]) -> UserError:
+    """The error for a name that stands for several tasks; names them."""
+    inside = [str(key) for value in found.values() for key in (value if isinstance(value, dict) else [value])]
+    return UserError(
+        f"task {kind}: {name} is a group; name its tasks: {', '.join((inside or list(map(str, found)))[:12])}"
+    )
+
+
+def generation(options: dict[str, Any], what: str) -> tuple[int, tuple[str, ...]]:
+    """Tokens and ends of an answer. Raises Infeasible where it is not greedy."""
+    # a temperature means nothing where the task says that nothing is drawn
+    sampled = options.get("do_sample", float(options.get("temperature") or 0.0) > 0)
+    if sampled or int(options.get("num_beams") or 1) > 1:
+        raise Infeasible(f"{what}: its answers are sampled ({options}); allowed: tasks with greedy answers")
+    until = options.get("until") or []
+    ends = (until,) if isinstance(until, str) else tuple(until)
+    most = options.get("max_gen_toks") or options.get("max_new_tokens") or options.get("max_tokens") or MOST_GENERATED
+    return int(most), tuple(end for end in ends if end)
+
+
+def cut(text: str, ends: Sequence[str]) -> str:
+    """An answer up to the first text that ends it."""
+    for end in ends:
+        text = text.partition(end)[0]
+    return text
+
+
+def _named(value: Any) -> str:
+    """What JSON does not know, in words that do not change between processes: of functions their name and source."""
+    try:
+        source = inspect.getsource(value)
+    except (OSError, TypeError):
+        source = ""
+    return f"{getattr(value, '__qualname__', type(value).__name__)} {content_hash([source])}"
