@@ -15,7 +15,7 @@ from isoflop.dashboards.palette import SERIES, faded, series
 from isoflop.frontier.rate_tables import RateCurves
 from isoflop.frontier.raw import ParetoSet
 from isoflop.frontier.result import Frontier, Frontiers
-from isoflop.laws.comparison import Comparison
+from isoflop.laws.compared import Comparison
 from isoflop.laws.curves import curves
 from isoflop.laws.result import Fit, GroupedFit
 from isoflop.sweep.results import Findings, file_stem

@@ -8,12 +8,13 @@ from typing import Any
 from isoflop.core.errors import UserError
 from isoflop.core.text import safe_text
 from isoflop.core.version import __version__
-from isoflop.dashboards.report import charts, costs, knobs, lawful, measured, methods, pareto, record
+from isoflop.dashboards.report import charts, costs, fits, knobs, lawful, measured, methods, pareto, record
 from isoflop.dashboards.report.charts import Json
 from isoflop.dashboards.report.configs import Config, colours, read_configs
 from isoflop.dashboards.report.savings import Pairing
-from isoflop.sweep.api import SweepResults, stored_source
+from isoflop.sweep.api import SweepResults
 from isoflop.sweep.results import Findings, find, usable
+from isoflop.sweep.stored import stored_source
 
 
 def build(sweep: SweepResults, findings: Findings | None = None) -> Json:
@@ -103,9 +104,9 @@ def _law_sections(findings: Findings, drawn: Sequence[lawful.Pair]) -> list[Json
     no_law = _no_law(findings)
     curves, no_curves = lawful.isoflop(drawn)
     flat = no_law or "no variable of a fitted law varies"
-    predicted = lawful.predictions(findings)
+    predicted = fits.predictions(findings)
     return [
-        charts.section("laws", "Error against size and tokens", lawful.curves(findings), _LAWS, problems, flat),
+        charts.section("laws", "Error against size and tokens", fits.curves(findings), _LAWS, problems, flat),
         charts.section(
             "isoflop", "IsoFLOP curves", curves, _ISOFLOP, why=no_law or no_curves or _no_frontier(findings)
         ),

@@ -14,6 +14,7 @@ from isoflop.jobs import Job, Outcome, ResolvedJob
 from isoflop.ledger import Ledger, Store
 from isoflop.sweep.resolve import resolve
 from isoflop.sweep.rows import make_row
+from isoflop.sweep.stored import save_spec
 
 NASTY = "</script><script>alert('x')</script><img src=x onerror=alert(1)> & \"quotes\""
 EXAMPLES = 200
@@ -30,7 +31,7 @@ def store_of(folder: Path, spec: Mapping[str, Any], outcome: Callable[[Job], Out
         for job in sweep.jobs_of(config)
     ]
     ledger.append(rows)
-    api.save_spec(store, sweep, ledger)
+    save_spec(store, sweep, ledger)
     ledger.unlock()
     return api.open_sweep(sweep.spec.name, str(folder))
 

@@ -26,8 +26,9 @@ from selenium.webdriver.common.by import By
 
 from isoflop.dashboards.session import conclude
 from isoflop.ledger import Store
-from isoflop.sweep.api import RunOptions, SweepResults, resolve_stored, run_resolved
+from isoflop.sweep.api import RunOptions, SweepResults, run_resolved
 from isoflop.sweep.progress import Quiet
+from isoflop.sweep.stored import resolve_stored
 
 PATIENCE = 240.0  # seconds; a dozen do on an idle machine
 JOBS = 16

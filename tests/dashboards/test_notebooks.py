@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 
-import isoflop.sweep.api as api
 from isoflop.jobs import Outcome, ResolvedJob
 from isoflop.ledger import Ledger, Store
 from isoflop.sweep.resolve import resolve
 from isoflop.sweep.rows import make_row
+from isoflop.sweep.stored import save_spec
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "dashboards" / "notebooks").glob("*.ipynb"))
@@ -46,7 +46,7 @@ def quickstart_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
             rows.append(make_row(sweep.spec.name, number, job, outcome, 1))
     ledger.append(rows)
-    api.save_spec(store, sweep, ledger)
+    save_spec(store, sweep, ledger)
     ledger.unlock()
     return folder
 

@@ -14,8 +14,8 @@ from isoflop.core.errors import UserError
 from isoflop.core.yaml_source import load_yaml
 from isoflop.jobs.job import Job, ResolvedJob
 from isoflop.ledger.store import Store
-from isoflop.sweep.api import resolve_stored
 from isoflop.sweep.resolve import resolve
+from isoflop.sweep.stored import resolve_stored
 from isoflop.testing.task_probes import own
 
 MODEL = "hf:reader"

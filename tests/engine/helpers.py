@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime as dt
 import threading
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,25 @@ def one_bad(how: str, **changes: Any) -> dict[str, Any]:
     """A sweep whose first method is fine and whose second misbehaves: 2 models x 2 methods x 1 task."""
     methods = [{"toy-tokens": {"tokens": [4]}}, {"toy-bad": {"how": how}}]
     return toy(methods=methods, tasks=["toy-task"], **changes)
+
+
+def ledger_row(job: str, error: float = 0.5, **more: Any) -> dict[str, Any]:
+    """A row of a job that went well, as a ledger takes it."""
+    now = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    return {
+        "job_id": job,
+        "trial_id": "t",
+        "model": "m",
+        "method": "none",
+        "task": "t",
+        "status": "ok",
+        "error": error,
+        "metrics": [("loss", 1.0)],
+        "scores": [error],
+        "started": now,
+        "finished": now,
+        **more,
+    }
 
 
 class Lines:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import os
 import random
 import signal
@@ -18,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import ledger_row as row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,24 +26,6 @@ from isoflop.ledger import Ledger, Store
 from isoflop.ledger.ledger import LedgerBusy
 from isoflop.ledger.schema import SCHEMA, latest, to_table
 from isoflop.ledger.store import StoreError
-
-
-def row(job: str, error: float = 0.5, **more: Any) -> dict[str, Any]:
-    now = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
-    return {
-        "job_id": job,
-        "trial_id": "t",
-        "model": "m",
-        "method": "none",
-        "task": "t",
-        "status": "ok",
-        "error": error,
-        "metrics": [("loss", 1.0)],
-        "scores": [error],
-        "started": now,
-        "finished": now,
-        **more,
-    }
 
 
 def ledger(tmp_path: Path, name: str = "s") -> Ledger:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import json
 import math
 import shutil
@@ -13,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import ledger_row as row
 from helpers import run_local, toy
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,23 +23,7 @@ from isoflop.ledger import SCHEMA, Ledger, Store, to_table
 from isoflop.track.run_data import RunData
 
 pytestmark = pytest.mark.usefixtures("toy_parts")
-NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 TRACES = [("kl", [{"step": 0, "value": 2.0}, {"step": 7, "value": 0.5}])]
-
-
-def row(job: str, **more: Any) -> dict[str, Any]:
-    return {
-        "job_id": job,
-        "trial_id": "t",
-        "model": "m",
-        "method": "none",
-        "task": "t",
-        "status": "ok",
-        "error": 0.5,
-        "started": NOW,
-        "finished": NOW,
-        **more,
-    }
 
 
 @given(st.lists(st.floats(allow_nan=False), max_size=700), st.integers(2, 200))

@@ -7,14 +7,11 @@ from __future__ import annotations
 import io
 import json
 import shlex
-import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -23,6 +20,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
+from deadlines import Hung, deadline
 
 from isoflop.cli import main
 from isoflop.laws.base import LAWS
@@ -249,24 +247,6 @@ def line(rng: Rng, folder: Path) -> list[str]:
     return arguments
 
 
-class Hung(BaseException):
-    """Longer than anybody waits."""
-
-
-@contextmanager
-def watched(seconds: float) -> Iterator[None]:
-    def ring(_: int, frame: FrameType | None) -> None:
-        raise Hung
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[object, str, str]:
     """Exit code, standard output and standard error, as a terminal would get them."""
     out, err = io.BytesIO(), io.BytesIO()
@@ -283,7 +263,7 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[object, 
         patch.setattr(sys, "stdout", terminal[0])
         patch.setattr(sys, "stderr", terminal[1])
         try:
-            with watched(LONGEST):
+            with deadline(LONGEST):
                 main()
             code: object = "no exit"
         except SystemExit as ended:

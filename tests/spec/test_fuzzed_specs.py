@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import io
 import random
-import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from deadlines import deadline
 
 from isoflop.cli import main
 from isoflop.core.errors import UserError
@@ -166,26 +166,10 @@ def fuzzed(seed: int) -> str:
     return scrambled(text, rng) if rng.random() < 0.25 else text
 
 
-@contextmanager
-def patience(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in whatever takes longer."""
-
-    def over(*_: Any) -> None:
-        raise TimeoutError(f"not done in {seconds:g} s")
-
-    before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def outcome(path: Path, folder: Path) -> str:
     """``planned``, ``refused``, or what is wrong with how it ended."""
     try:
-        with patience(PATIENCE):
+        with deadline(PATIENCE):
             make_plan(resolve(path), str(folder / "store"), folder / "cache")
     except UserError as error:
         text = str(error)

@@ -99,7 +99,7 @@ def resume_command(name: str, as_json: bool, report: bool, store: str | None, **
         from isoflop.core.errors import unknown
 
         raise unknown("sweep", name, opened.sweeps(), within=f" in store {opened.shown}")
-    from isoflop.sweep.api import resolve_stored
+    from isoflop.sweep.stored import resolve_stored
 
     return _run(resolve_stored(opened, name), as_json, report, RunOptions(store=opened.uri, **options))
 

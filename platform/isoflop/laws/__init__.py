@@ -1,7 +1,8 @@
 """Scaling laws on tables: forms, fitting, intervals, verdicts, comparison, extrapolation and design of runs."""
 
 from isoflop.laws.base import LAWS, LawForm, Parameter, Variable, custom_form
-from isoflop.laws.comparison import Comparison, compare
+from isoflop.laws.compared import Comparison
+from isoflop.laws.comparison import compare
 from isoflop.laws.engine import NotEstimable
 from isoflop.laws.fitting import fit
 from isoflop.laws.result import Estimate, Fit, GroupedFit

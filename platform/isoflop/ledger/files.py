@@ -12,6 +12,8 @@ import stat
 import uuid
 from pathlib import Path
 
+from isoflop.core.files import put_in_place
+
 
 def refuse_links(base: Path, path: Path) -> None:
     """Raise OSError when ``path``, or a folder between it and ``base``, is a symbolic link."""
@@ -59,18 +61,10 @@ def write_whole(target: Path, data: bytes, durable: bool = True) -> None:
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        os.replace(part, target)
+        if durable:
+            put_in_place(part, target)
+        else:
+            os.replace(part, target)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    if durable:
-        sync_folder(target.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """What was renamed in a folder survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from isoflop.core.errors import Infeasible
+from isoflop.core.files import put_in_place, sync
 from isoflop.core.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -164,13 +165,11 @@ class StageCache:
     def _install(self, part: Path, target: Path) -> None:
         for path in part.rglob("*"):
             if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+                sync(path)
         os.chmod(part, 0o755)
         if target.exists():  # incomplete, or we would not be here under the lock
             self._move_away(target)
-        os.rename(part, target)
-        _sync_folder(target.parent)
+        put_in_place(part, target)
 
     def _set_aside(self, stage: Stage) -> None:
         self._values.pop(stage.key, None)
@@ -186,11 +185,3 @@ class StageCache:
         with (self.root / f".{stage.key}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

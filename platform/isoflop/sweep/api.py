@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import TypeAdapter
 
 from isoflop.core.errors import UserError, unknown
-from isoflop.core.secrets import redacted
-from isoflop.core.yaml_source import Source, parse_yaml
 from isoflop.execute import Executor, LocalExecutor, Resources
 from isoflop.ledger import Ledger, Store
 from isoflop.ledger import schema as ledger_schema
@@ -32,11 +28,11 @@ from isoflop.sweep.resolved import Sweep
 from isoflop.sweep.searching import SweepShelf, findings_lines, make_proposer_for, read_findings, save_findings
 from isoflop.sweep.spec import SweepSpec, load_spec
 from isoflop.sweep.state import StateFile
+from isoflop.sweep.stored import read_stale, save_spec, spec_text, stored_source
 from isoflop.sweep.summary import Summary
 from isoflop.track import MlflowTracker, NullTracker, Tracker
 
 EXECUTORS = ("ray", "local")
-_JOBS = TypeAdapter(set[str])
 _MENU = ("sizes", "tokens", "limits", "held", "constants")  # options of a frontier rather than of a fit
 
 
@@ -218,24 +214,6 @@ def _log_file(store: Store, name: str) -> int | None:
     return store.open_plain(store.path("sweeps", name, "log.txt"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 
-def spec_text(sweep: Sweep) -> str:
-    """The YAML as written, without the passwords of addresses in it; a dict as JSON, which is YAML too."""
-    return redacted(sweep.source.text or json.dumps(sweep.source.data, indent=1))
-
-
-def save_spec(store: Store, sweep: Sweep, ledger: Ledger) -> None:
-    """Keep the YAML beside the results, and which old rows it no longer contains.
-
-    Whoever reads the store later needs neither the modules that the sweep imports nor the same versions of anything.
-    """
-    table = ledger.read(["job_id", "spec"])
-    stale = set(table["job_id"].to_pylist()) - set(sweep.current(table)["job_id"].to_pylist())
-    store.write(store.path("sweeps", sweep.spec.name, "stale.json"), json.dumps(sorted(stale)).encode())
-    store.write(store.path("sweeps", sweep.spec.name, "sweep.yaml"), spec_text(sweep).encode())
-    if sweep.source.folder is not None:  # whence modules are imported, and paths of data lead
-        store.write(store.path("sweeps", sweep.spec.name, "folder.txt"), str(sweep.source.folder.resolve()).encode())
-
-
 class SweepResults:
     """A sweep's results. Reading executes nothing that the store holds.
 
@@ -387,42 +365,3 @@ def sql(query: str, source: Any = None, store: str | None = None) -> pa.Table:
     elif isinstance(source, SweepResults):
         source = source.results()
     return query_table(query, source)
-
-
-def stored_source(store: Store, name: str) -> Source:
-    """The YAML that lies beside a sweep's results.
-
-    Modules that it imports, and data of the user's own, are looked for where the YAML lay when it was run, or else in the
-    current folder.
-    """
-    path = store.path("sweeps", name, "sweep.yaml")
-    data = store.read(path)
-    if data is None:
-        raise UserError(f"{path}: no such file; the sweep has no spec")
-    origin = _text(
-        store.read(store.path("sweeps", name, "folder.txt")) or b"", store.path("sweeps", name, "folder.txt")
-    )
-    folder = Path(origin) if origin and "\0" not in origin else Path.cwd()
-    return replace(parse_yaml(_text(data, path), path), folder=folder if folder.is_dir() else Path.cwd())
-
-
-def _text(data: bytes, path: str) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (byte {error.start})") from None
-
-
-def resolve_stored(store: Store, name: str) -> Sweep:
-    """The sweep that lies in a store, to be resumed."""
-    return resolve(stored_source(store, name))
-
-
-def read_stale(store: Store, name: str) -> set[str]:
-    """Ids of jobs whose rows the ledger keeps but the sweep, as last run, no longer contains."""
-    path = store.path("sweeps", name, "stale.json")
-    data = store.read(path)
-    try:
-        return _JOBS.validate_json(data) if data else set()
-    except ValueError:
-        raise UserError(f"{path}: is damaged, no list of job ids; run the sweep again, which writes it anew") from None

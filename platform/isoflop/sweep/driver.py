@@ -14,7 +14,6 @@ from typing import Any
 import pyarrow as pa
 
 from isoflop.core.errors import Infeasible
-from isoflop.core.text import safe_text
 from isoflop.execute import Done, Executor, Lost, ShardReport, WorkerInfo, WorkItem
 from isoflop.jobs import Job, Outcome, ResolvedJob
 from isoflop.ledger import Ledger
@@ -29,11 +28,11 @@ from isoflop.sweep.places import Places, room
 from isoflop.sweep.progress import Progress
 from isoflop.sweep.queue import Pending, WorkQueue
 from isoflop.sweep.resolved import Sweep
-from isoflop.sweep.rows import make_row
+from isoflop.sweep.rows import row_of
 from isoflop.sweep.spending import Spending
 from isoflop.sweep.summary import Summary
 from isoflop.sweep.timing import JOB
-from isoflop.sweep.titles import job_title
+from isoflop.sweep.titles import ending_line, job_title
 from isoflop.sweep.trials import Trial, TrialBook
 from isoflop.track import Tracker
 
@@ -304,12 +303,9 @@ class Driver:
             return
         for pending in failure.jobs:
             text = f"stage {failure.key}: {failure.error_text}"
-            outcome = Outcome(
-                "infeasible" if failure.status == "infeasible" else "failed",
-                started=time.time(),
-                error_type=failure.error_type,
-                error_text=text,
-            )
+            outcome = Outcome("failed", started=time.time(), error_type=failure.error_type, error_text=text)
+            if failure.status == "infeasible":
+                outcome.status = "infeasible"
             self._record(pending.job, outcome, pending.attempt)
 
     def _on_job(self, event: Done) -> None:
@@ -364,23 +360,12 @@ class Driver:
 
     def _record(self, job: Job, outcome: Outcome, attempt: int) -> None:
         number = self._trials.of(job.id).number
-        try:
-            row = make_row(self._sweep.spec.name, number, job, outcome, attempt)
-        except (ValueError, TypeError, OverflowError) as error:  # a report that no worker of ours gives
-            outcome = Outcome("failed", started=time.time(), error_type="SpoiltResult", error_text=safe_text(error))
-            row = make_row(self._sweep.spec.name, number, job, outcome, attempt)
+        row, outcome = row_of(self._sweep.spec.name, number, job, outcome, attempt)
         self._outbox.add({**row, "mlflow_run_id": self._tracker.run_id(job.id)})
         self._summary.count(outcome.status)
         self._summary.job_seconds += outcome.seconds
         self._spending.spend(outcome.footprint.get("flops", 0.0) * len(outcome.errors))
-        result = (
-            f"error {sum(outcome.errors) / len(outcome.errors):.4f}"
-            if outcome.errors
-            else f"{outcome.error_type}: {outcome.error_text}"
-        )
-        self._progress.line(
-            f"{job_title(job)} {outcome.status} on {outcome.worker or '-'} in {outcome.seconds:.1f} s: {result}"
-        )
+        self._progress.line(ending_line(job, outcome))
 
     def _on_spoilt(self, was: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
         """The ledger cannot take a result: its job has failed after all."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -66,6 +67,15 @@ def make_row(sweep: str, trial_number: int, job: Job, outcome: Outcome, attempt:
         "error_type": safe_name(outcome.error_type) or None,
         "error_text": safe_text(outcome.error_text) or None,
     }
+
+
+def row_of(sweep: str, trial_number: int, job: Job, outcome: Outcome, attempt: int) -> tuple[dict[str, Any], Outcome]:
+    """:func:`make_row`, and the outcome that it is of: a failed one where the report is such as no worker of ours gives."""
+    try:
+        return make_row(sweep, trial_number, job, outcome, attempt), outcome
+    except (ValueError, TypeError, OverflowError) as error:
+        failed = Outcome("failed", started=time.time(), error_type="SpoiltResult", error_text=safe_text(error))
+        return make_row(sweep, trial_number, job, failed, attempt), failed
 
 
 def spoilt_row(row: Mapping[str, Any], error: Exception) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from isoflop.core.knobs import shown
 from isoflop.core.stage import Stage, walk
 from isoflop.core.text import safe_line
-from isoflop.jobs import Job, ResolvedJob
+from isoflop.jobs import Job, Outcome, ResolvedJob
 
 
 def job_title(job: Job) -> str:
@@ -18,6 +18,16 @@ def job_title(job: Job) -> str:
     knobs = knob_text(job.knobs())
     parts = (job.model, job.method_label, knobs, job.task, f"r{job.repeat}" if job.repeat else "")
     return safe_line(" ".join(p for p in parts if p))
+
+
+def ending_line(job: Job, outcome: Outcome) -> str:
+    """How a job ended, for the log."""
+    result = (
+        f"error {sum(outcome.errors) / len(outcome.errors):.4f}"
+        if outcome.errors
+        else f"{outcome.error_type}: {outcome.error_text}"
+    )
+    return f"{job_title(job)} {outcome.status} on {outcome.worker or '-'} in {outcome.seconds:.1f} s: {result}"
 
 
 def knobs_title(text: str | None) -> str:

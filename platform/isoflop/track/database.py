@@ -20,6 +20,7 @@ from typing import Literal
 from urllib.parse import quote, urlparse
 
 from isoflop.core.errors import UserError
+from isoflop.core.files import put_in_place, sync
 
 log = logging.getLogger(__name__)
 Verdict = Literal["whole", "absent", "half-made"]
@@ -149,11 +150,10 @@ def _make(path: Path) -> None:
     try:
         _fill(part)
         _use_wal(part)
-        _sync(part)
+        sync(part)
         for suffix in _COMPANIONS[1:]:
             path.with_name(path.name + suffix).unlink(missing_ok=True)
-        os.rename(part, path)
-        _sync(path.parent)
+        put_in_place(part, path)
     finally:
         for suffix in _COMPANIONS:
             part.with_name(part.name + suffix).unlink(missing_ok=True)
@@ -185,14 +185,6 @@ def _use_wal(path: Path) -> None:
     """Readers (the UI) and the writer do not wait for each other; the setting stays with the file."""
     with contextlib.closing(sqlite3.connect(path, timeout=30)) as connection:
         connection.execute("PRAGMA journal_mode=WAL")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
