@@ -7,11 +7,12 @@ READY := $(VENV)/.ready
 TEST_WORKERS ?= 2
 WORKERS := $(if $(filter-out 0 1,$(TEST_WORKERS)),-n $(TEST_WORKERS) --dist loadgroup)
 
-.PHONY: help setup quickstart test test-all test-cpus lint format schema pictures outcomes golden clean
+.PHONY: help setup quickstart real test test-all test-cpus lint format schema pictures outcomes golden clean
 
 help:
 	@echo "make setup       install everything into $(VENV); every target below does so by itself"
 	@echo "make quickstart  run the laptop sweep, show its law and frontier (minutes)"
+	@echo "make real        fetch SmolLM2-135M once (93 MB), sweep it, say what compression costs (half an hour)"
 	@echo "make test        run the tests (minutes)"
 	@echo "make test-all    the slow ones too: clusters, many kills, whole trainings"
 	@echo "make test-cpus   those that touch a model, as if on every processor up to this one, with one thread and two (an hour or two)"
@@ -37,6 +38,11 @@ $(READY): pyproject.toml constraints.txt
 
 quickstart: $(READY)
 	$(BIN)/isoflop run sweeps/quickstart.yaml
+
+real: $(READY)
+	$(BIN)/isoflop fetch smollm2-135m-instruct documents
+	$(BIN)/isoflop run sweeps/real-prompts.yaml
+	$(BIN)/isoflop run sweeps/real.yaml
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -m "not slow" $(WORKERS) tests

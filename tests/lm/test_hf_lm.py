@@ -170,6 +170,13 @@ def test_bfloat16_counts_sixteen_bits(tmp_path: Path) -> None:
     family = family_of(ref)
     model = family.load(family.info(ref, {"dtype": "bfloat16"}), None, FolderContext(tmp_path / "cache"))
     assert model.info.dense_bits == 16
+    for options, bits in (
+        ({"served": "bfloat16"}, 16),  # runs in float32 and counts as it would be served
+        ({"served": "float32"}, 32),
+        ({"dtype": "bfloat16", "served": "float32"}, 16),
+    ):
+        assert family.info(ref, options).dense_bits == bits
+    assert family.canonical_options(ref, {"served": ""}) == {}  # ids of jobs that do not name it stay
     assert model.dense_weight_bytes() >= 2 * sum(p.numel() for p in model.module.parameters())
 
 

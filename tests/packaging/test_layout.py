@@ -164,7 +164,7 @@ RANKS = {
     "core": 0,
     "kernels": 1,
     "models": 2,
-    "methods": 3, "tasks": 3,
+    "methods": 3, "tasks": 3, "fetch": 3,
     "laws": 4, "frontier": 4, "costs": 4,
     "jobs": 5, "stages": 5, "ledger": 5,
     "search": 6, "execute": 6, "track": 6,

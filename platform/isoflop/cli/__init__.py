@@ -31,6 +31,7 @@ _COMMANDS = {
     "models": ("isoflop.cli.catalog", "models_command"),
     "tasks": ("isoflop.cli.catalog", "tasks_command"),
     "samplers": ("isoflop.cli.catalog", "samplers_command"),
+    "fetch": ("isoflop.cli.fetch", "fetch_command"),
     "bench": ("isoflop.cli.bench", "bench_group"),
 }
 _HELP = {
@@ -51,6 +52,7 @@ _HELP = {
     "models": "List models.",
     "tasks": "List tasks, or document one.",
     "samplers": "List ways to propose trials, or document one.",
+    "fetch": "Fetch public models and data into the cache.",
     "bench": "Measure against peers.",
 }
 

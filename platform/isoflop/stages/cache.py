@@ -18,17 +18,11 @@ from typing import Any
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.files import put_in_place, sync
+from isoflop.core.public import default_cache_dir
 from isoflop.core.stage import Stage
 
 log = logging.getLogger(__name__)
 _META = "stage.json"
-
-
-def default_cache_dir() -> Path:
-    """``$ISOFLOP_CACHE``, else ``$XDG_CACHE_HOME/isoflop``, else ``~/.cache/isoflop``."""
-    if "ISOFLOP_CACHE" in os.environ:
-        return Path(os.environ["ISOFLOP_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "isoflop"
 
 
 class StageCache:

@@ -17,6 +17,7 @@ import torch
 from isoflop.core.errors import UserError
 from isoflop.core.hashing import file_hash
 from isoflop.core.knobs import Knob
+from isoflop.core.public import local_path
 
 FAMILY = "hf"
 CONFIG_FILES = ("config.json", "preprocessor_config.json")
@@ -30,6 +31,9 @@ class Options:
 
     revision: Annotated[str, Knob(doc="branch, tag or commit on the hub; ignored for a folder")] = "main"
     dtype: Annotated[str, Knob(choices=tuple(DTYPES), doc="type of the weights in memory")] = "float32"
+    served: Annotated[
+        str, Knob(choices=("", *DTYPES), doc="what float32 weights and caches are counted as; empty for what they are")
+    ] = ""
     trust_remote_code: Annotated[bool, Knob(doc="run Python code from the repository")] = False
 
     @property
@@ -39,8 +43,8 @@ class Options:
 
     @property
     def bits(self) -> int:
-        """Bits of an element in memory."""
-        return self.torch_dtype.itemsize * 8
+        """What an element counts where nothing compresses it: as it would be served, or as it is in memory."""
+        return DTYPES[self.served if self.served and self.dtype == "float32" else self.dtype].itemsize * 8
 
 
 def locate(ref: str, revision: str, weights: bool) -> Path:
@@ -53,7 +57,7 @@ def locate(ref: str, revision: str, weights: bool) -> Path:
         UserError: no such folder, and neither the local cache nor the hub has such a repository.
     """
     name = ref.removeprefix("hf:")
-    path = Path(name).expanduser()
+    path = local_path(name, f"model {ref}")
     if path.is_dir():
         return path.resolve()
     if not name or name.startswith((".", "/", "~")) or name.count("/") != 1:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from isoflop.core.errors import UserError
 from isoflop.core.hashing import file_hash
+from isoflop.core.public import local_path
 from isoflop.models.resizing import SQUEEZED, Resizing
 from isoflop.tasks.data.rows import HUB, Rows, named, read, suffix_of
 
@@ -32,7 +33,7 @@ def image_rows(data: str, split: str, image: str) -> Rows:
     Raises:
         UserError: no images, a table without the field, a path that leads nowhere.
     """
-    path = Path(data).expanduser()
+    path = local_path(data, f"data {data}")
     if not data.startswith(HUB) and path.is_dir() and (files := _pictures(path, split)):
         return _of_folder(tuple((f, f.stat().st_size, f.stat().st_mtime_ns) for f in files), data, path)
     rows = read(data, split)

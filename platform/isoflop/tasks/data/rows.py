@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from isoflop.core.errors import UserError, unknown
+from isoflop.core.public import local_path
 
 HUB = "hub:"
 Row = Mapping[str, Any]
@@ -57,7 +58,8 @@ class Rows:
 
 
 def read(data: str, split: str = "") -> Rows:
-    """The rows of a file, a folder of such files, or a data set of the Hugging Face hub (``hub:OWNER/NAME``).
+    """The rows of a file, a folder of such files, what ``isoflop fetch`` got (``public:NAME/FILE``), or a data set of the Hugging
+    Face hub (``hub:OWNER/NAME``).
 
     Files are JSON Lines, JSON (a list of rows), CSV, TSV, Parquet and Arrow, the text forms also with ``.gz``.
 
@@ -128,7 +130,7 @@ def chosen(count: int, limit: int | None, seed: int, ids_N: np.ndarray) -> np.nd
 
 
 def _files(data: str, split: str, kinds: Mapping[str, Any], what: str) -> list[Path]:
-    path = Path(data).expanduser()
+    path = local_path(data, f"data {data}")
     allowed = ", ".join(kinds)
     if path.is_file():
         if suffix_of(path) not in kinds:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
+from isoflop.core.public import local_path
 from isoflop.methods.base import Method
 from isoflop.models.base import ModelInfo
 from isoflop.models.contexts import Contexts
@@ -146,7 +147,7 @@ class Text(ContextTask, DataTask):
 
 
 def _is_table(data: str, split: str) -> bool:
-    path = Path(data).expanduser()
+    path = local_path(data, f"data {data}")
     if not path.is_dir():
         return suffix_of(path) in READERS
     kinds = {suffix_of(file) in READERS for file in data_files(path, {**READERS, **dict.fromkeys(TEXT)}, split)}
