@@ -311,6 +311,28 @@ def test_a_poison_job_uses_up_its_attempts_and_no_more(retries: int) -> None:
     assert poison.id
 
 
+@pytest.mark.parametrize("retries", [0, 3])
+def test_a_poison_stage_uses_up_its_attempts_and_no_more(retries: int) -> None:
+    queue = WorkQueue(retries)
+    add(queue, 0, "m", FakeStage("base"))
+    deaths = 0
+    while queue.stage_attempts_left("base"):
+        item: Any = queue.next_for(f"w{deaths}")
+        queue.worker_lost(f"w{deaths}", (item,), blame_first=True)
+        deaths += 1
+    assert deaths == retries + 1
+
+
+def test_giving_back_a_stage_that_is_there_by_now_changes_nothing() -> None:
+    queue = WorkQueue(retries=0)
+    add(queue, 0, "m", FakeStage("base"))
+    stage: Any = queue.next_for("a")
+    queue.stages_exist({"base"})  # a host that has just joined has it on its disk
+    queue.give_back(stage)
+    item: Any = queue.next_for("a")
+    assert (item.kind, item.needs, queue.stages_left) == ("job", ("base",), 0)
+
+
 def test_a_lost_host_costs_no_attempt_unless_it_happens_too_often() -> None:
     queue = WorkQueue(0)
     add(queue, 0)
