@@ -96,13 +96,38 @@ def test_answers_and_options_may_be_written_in_several_ways(tmp_path: Path, chan
         ({"answer": 4}, r"holds 4, which is none of the options .*allowed: 0 … 3, a letter, or an option's text"),
         ({"answer": "Zagreb"}, "holds 'Zagreb'"),
         ({"options": ["one"], "answer": 0}, "a list of two texts or more"),
+        ({"options": {"text": ["one"], "label": ["A"]}, "answer": "A"}, "a list of two texts or more"),
+        ({"options": None}, "options = 'options' holds"),
         ({"question": None}, "'question'"),
     ],
 )
-def test_rows_that_cannot_be_asked_are_refused_in_one_line(tmp_path: Path, change: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        scores(Choice(data=rewritten(tmp_path, change)))
-    assert "\n" not in str(caught.value)
+def test_rows_that_cannot_be_asked_are_refused_in_one_line_before_anything_runs(
+    tmp_path: Path, change: dict, message: str
+) -> None:
+    for ask in (scores, lambda task: task.check(LM.info)):
+        with pytest.raises(UserError, match=message) as caught:
+            ask(Choice(data=rewritten(tmp_path, change)))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("answers", None), ("answers", []), ("answers", ["", " "]), ("passage", None)]
+)
+def test_one_row_without_a_prompt_or_a_reference_is_told_at_plan(tmp_path: Path, field: str, value: object) -> None:
+    rows = [json.loads(line) for line in Path(QUESTIONS).read_text().splitlines()]
+    rows[7][field] = value
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = Generate(
+        data=str(tmp_path / "rows.jsonl"), prompt="{passage} {question}", context="passage", references="answers"
+    )
+    with pytest.raises(UserError, match=f"'{field}'"):
+        task.check(LM.info)
+    Generate(data=QUESTIONS, prompt="{passage} {question}", context="passage", references="answers").check(LM.info)
+
+
+def test_more_shots_than_rows_are_told_at_plan() -> None:
+    with pytest.raises(UserError, match="shots = 40"):
+        Choice(data=QUESTIONS, shots=40).check(LM.info)
 
 
 def test_shots_stand_before_the_context_and_never_hold_the_question() -> None:

@@ -134,5 +134,13 @@ def test_wrong_prompts_and_models_are_refused(data: str, model: VlmModel) -> Non
         Vqa(data=data, prompt="{question}").check(model.info)
     with pytest.raises(UserError, match=r"has {question} 2 times"):
         Vqa(data=data, prompt="<image> {question} {question}").check(model.info)
+    table = Path(data).with_name("lacking.jsonl")
+    rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
+    for field in ("question", "answers"):
+        table.write_text(
+            "".join(json.dumps({**row, field: None if n == 3 else row[field]}) + "\n" for n, row in enumerate(rows))
+        )
+        with pytest.raises(UserError, match=f"{field} = '{field}' holds nothing"):
+            Vqa(data=str(table)).check(model.info)
     with pytest.raises(Infeasible, match="needs a vision-language model with a tokenizer"):
         Vqa(data=data).check(reader_of_text()[0].info)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated
 
 import numpy as np
@@ -56,6 +57,9 @@ class DataTask(Task):
     def check_rows(self, rows: Rows) -> None:
         """Raise UserError where the data lack what the options name."""
 
+    def check_example(self, example: Example) -> None:
+        """Raise UserError for a row that cannot be asked."""
+
     def examples(self) -> list[Example]:
         """Those that are taken, in the order in which they are drawn."""
         rows = self.rows
@@ -63,9 +67,16 @@ class DataTask(Task):
         return drawn(rows, self.limit, self.seed)
 
     def check(self, info: ModelInfo) -> None:
-        """What the model must have, and fields that the options name."""
+        """What the model must have, fields that the options name, and every row that is taken: before anything runs."""
         super().check(info)
         self.check_rows(self.rows)
+        _check_examples(self, self.rows.content)
+
+
+@lru_cache(maxsize=256)  # a plan checks a task with every model and method
+def _check_examples(task: DataTask, content: str) -> None:
+    for example in task.examples():
+        task.check_example(example)
 
 
 def drawn(rows: Rows, limit: int, seed: int) -> list[Example]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from isoflop.core.errors import UserError
 from isoflop.core.knobs import Knob
+from isoflop.models.base import ModelInfo
 from isoflop.models.contexts import Contexts
 from isoflop.tasks.base import TASKS
 from isoflop.tasks.data.base import Example, bad_row
@@ -66,6 +67,17 @@ class Choice(LanguageDataTask):
             rows.require(getattr(self, option), option, self.name)
         super().check_rows(rows)
 
+    def check(self, info: ModelInfo) -> None:
+        """Rows that can be asked, and enough of them for the answered examples."""
+        super().check(info)
+        if self.shots:
+            self._shots(self.examples()[0])
+
+    def check_example(self, example: Example) -> None:
+        """A prompt, options, and the right one among them."""
+        super().check_example(example)
+        self._right(example, self._options(example))
+
     def content(self) -> str:
         """The data, and those that the answered examples come from."""
         own = super().content()
@@ -105,8 +117,9 @@ class Choice(LanguageDataTask):
     def _options(self, example: Example) -> list[str]:
         value = example.row.get(self.options)
         if isinstance(value, dict) and "text" in value:  # as several data sets of the hub have them, beside labels
-            return [str(option) for option in value["text"]]
-        options = listed(example, self.options)
+            options = [str(option) for option in value["text"]]
+        else:
+            options = [] if value is None else listed(example, self.options)
         if len(options) < 2 or not all(options):
             raise bad_row(
                 self, example, f"options = {self.options!r} holds {options}; allowed: a list of two texts or more"

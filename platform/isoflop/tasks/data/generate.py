@@ -12,7 +12,7 @@ from isoflop.models.contexts import Contexts
 from isoflop.models.hooks.prompt_text import PROMPT_TEXT
 from isoflop.tasks.base import TASKS
 from isoflop.tasks.data.base import Example
-from isoflop.tasks.data.language import Asked, LanguageDataTask, listed
+from isoflop.tasks.data.language import Asked, LanguageDataTask, check_listed, listed
 from isoflop.tasks.data.metrics import METRICS
 from isoflop.tasks.data.prompts import PromptText, PromptTokenizer, Template, TokenPrompt
 from isoflop.tasks.data.rows import Rows
@@ -49,6 +49,11 @@ class Generate(LanguageDataTask):
         super().check_rows(rows)
         rows.require(self.references, "references", self.name)
         METRICS.get(self.metric, f"task {self.name}: metric")
+
+    def check_example(self, example: Example) -> None:
+        """A prompt, and a reference at least."""
+        super().check_example(example)
+        check_listed(self, example, "references")
 
     def tails_of(
         self, example: Example, text: PromptText, prompt: TokenPrompt, tokens: PromptTokenizer

@@ -238,12 +238,19 @@ class LanguageDataTask(ContextTask, DataTask):
         for field in self.template().fields:
             rows.require(field, "prompt", self.name)
 
+    def check_example(self, example: Example) -> None:
+        """Every field of the template has a value."""
+        self._filled(example)
+
     def examples_for(self, lm: LmModel, tokens: PromptTokenizer) -> list[Example]:
         """The rows that are taken."""
         return self.examples()
 
     def text_of(self, example: Example) -> PromptText:
         """The template, filled."""
+        return self._filled(example)
+
+    def _filled(self, example: Example) -> PromptText:
         try:
             return self.template().fill(example.row)
         except UserError as error:
@@ -252,6 +259,13 @@ class LanguageDataTask(ContextTask, DataTask):
 
 CONTEXT_ID = "context"
 """Names the one document that a compressor of text is given."""
+
+
+def check_listed(task: Task, example: Example, option: str) -> None:
+    """Raise UserError where a field that an option names, of one text or several, holds none."""
+    field = getattr(task, option)
+    if example.row.get(field) is None or not any(text.strip() for text in listed(example, field)):
+        raise bad_row(task, example, f"{option} = {field!r} holds nothing; allowed: a text, or a list of one or more")
 
 
 def listed(example: Example, field: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -67,10 +68,11 @@ class Retrieval(Task):
                 rows.require(getattr(self, option), option, self.name)
         ids = self._ids(corpus)
         if len(set(ids)) < len(ids):
-            double = next(name for name in ids if ids.count(name) > 1)
+            double = next(name for name, count in Counter(ids).items() if count > 1)
             raise UserError(f"task {self.name}: corpus {self.corpus}: the id {double!r} stands there twice")
+        known = set(ids)
         for example in drawn(queries, 0, 0):
-            missing = [name for name in listed(example, self.relevant) if name not in ids]
+            missing = [name for name in listed(example, self.relevant) if name not in known]
             if missing or not listed(example, self.relevant):
                 raise bad_row(
                     self, example, f"{self.relevant} names {missing or 'nothing'}, which is no id of {self.corpus}"

@@ -15,7 +15,7 @@ from isoflop.tasks.base import TASKS, Shard
 from isoflop.tasks.data.base import DataTask, Example, shards
 from isoflop.tasks.data.image_questions import ImagePrompt, ImageQuestions, check_model, check_prompt
 from isoflop.tasks.data.images import image_rows
-from isoflop.tasks.data.language import listed
+from isoflop.tasks.data.language import check_listed, listed
 from isoflop.tasks.data.metrics import METRICS
 from isoflop.tasks.data.prompts import shown
 from isoflop.tasks.data.rows import Rows
@@ -57,6 +57,11 @@ class Vqa(DataTask):
         rows.require(self.answers, "answers", self.name)
         METRICS.get(self.metric, f"task {self.name}: metric")
         check_prompt(self.prompt, f"task {self.name}")
+
+    def check_example(self, example: Example) -> None:
+        """A question, and an answer at least."""
+        for option in ("question", "answers"):
+            check_listed(self, example, option)
 
     def check(self, info: ModelInfo) -> None:
         """A vision-language model with a tokenizer."""
