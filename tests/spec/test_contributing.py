@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -22,10 +23,11 @@ from isoflop.core.registry import Registry
 from isoflop.laws import fit
 from isoflop.laws.base import LAWS
 from isoflop.methods.kv_cache.probe import untrained_decoder
+from isoflop.models.family import FAMILIES
 from isoflop.models.lm import NOT_SCORED, LmBatch
 from isoflop.models.worlds import digit_world as world
 from isoflop.tasks.base import TASKS
-from isoflop.testing import FolderContext
+from isoflop.testing import FolderContext, ModelProbe, TaskProbe, check_model, check_task, reader_of_text
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -36,7 +38,7 @@ EXAMPLES = dict(TITLED.findall(GUIDE))
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], ModuleType]:
     """A function that imports an example; what it registers is forgotten after the test."""
-    registries: tuple[Registry[object], ...] = (LAWS, TASKS)  # type: ignore[assignment]
+    registries: tuple[Registry[object], ...] = (LAWS, TASKS, FAMILIES)  # type: ignore[assignment]
     for registry in registries:
         registry.names()
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
@@ -56,7 +58,16 @@ def example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], 
 
 
 def test_every_example_is_tried_here() -> None:
-    assert set(EXAMPLES) == {"Add a hook", "Add a law", "Add a task", "Add a data stage"}
+    titles = (
+        "Add a hook",
+        "Add a law",
+        "Add a model family",
+        "Add a task",
+        "Add a task on your own data",
+        "Add a data stage",
+    )
+    assert set(EXAMPLES) == set(titles)
+    assert EXAMPLES["Add a task on your own data"].count("\n") <= 41  # a line of it says where the file lies
 
 
 def test_the_law_finds_the_numbers_that_the_data_were_made_with(example) -> None:
@@ -96,6 +107,21 @@ def test_the_tasks_answers_are_what_stands_in_the_corner(example) -> None:
     assert set(map(tuple, suite.questions_NQ.tolist())) == {(world.READ, world.FIRST_PLACE)}
     assert np.array_equal(suite.answers_N, world.FIRST_DIGIT + classes[:, 0])
     assert np.array_equal(shorter.answers_N, suite.answers_N[:100])
+
+
+def test_the_task_on_rows_of_ones_own_keeps_its_promises(example, tmp_path: Path) -> None:
+    words = ("loved", "hated")
+    rows = [{"review": f"Film {n}. I {words[n % 2]} it.", "verdict": ("good", "bad")[n % 2]} for n in range(7)]
+    (tmp_path / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    example("Add a task on your own data")
+    check_task("polarity", TaskProbe(*reader_of_text(), {"data": str(tmp_path / "reviews.jsonl"), "shard": 3}))
+
+
+def test_the_model_family_keeps_its_promises(example, tmp_path: Path) -> None:
+    family = example("Add a model family").FAMILIES.get("shapes")
+    probe = ModelProbe((("shapes/d64", {}),), lambda info: family.load(info, None, FolderContext(tmp_path)))
+    check_model("shapes", probe)
+    assert [family.info(ref, {}).geometry["heads"] for ref in family.members()] == [2, 4, 8]
 
 
 def test_the_stage_is_computed_once_and_named_by_its_fields(example, tmp_path: Path) -> None:

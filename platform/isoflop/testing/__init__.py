@@ -6,7 +6,7 @@ from isoflop.testing.methods import check_method, method_checks
 from isoflop.testing.model_probes import ModelProbe
 from isoflop.testing.models import check_model, model_checks
 from isoflop.testing.suites import Case, Shared
-from isoflop.testing.task_probes import TaskProbe
+from isoflop.testing.task_probes import TaskProbe, reader_of_text
 from isoflop.testing.tasks import check_task, task_checks
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "executor_checks",
     "method_checks",
     "model_checks",
+    "reader_of_text",
     "task_checks",
 ]
