@@ -32,6 +32,7 @@ from isoflop.tasks.base import Task
 from isoflop.tasks.byte_completion import ByteTask
 from isoflop.tasks.data.choice import Choice
 from isoflop.tasks.data.generate import Generate
+from isoflop.tasks.data.human_eval import HumanEval
 from isoflop.tasks.data.image_classes import ImageClasses
 from isoflop.tasks.data.needle import Needle
 from isoflop.tasks.data.retrieval import Retrieval
@@ -263,6 +264,7 @@ PROBES: dict[Any, Callable[[], TaskProbe]] = {
     ByteTask: lambda: _text(prompt=32, scored=4),
     PromptQa: _questions,
     Choice: lambda: _own("questions.jsonl", context="passage"),
+    HumanEval: lambda: _own("programs.jsonl", execute=True, max_tokens=3, limit=4, seconds=1),
     Generate: lambda: _own(
         "questions.jsonl", prompt="{passage} {question}", context="passage", references="answers", max_tokens=4
     ),

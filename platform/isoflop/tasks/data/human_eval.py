@@ -1,0 +1,98 @@
+"""The task ``human-eval``: functions that a model writes to a description, and whether they pass their tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from isoflop.core.errors import UserError
+from isoflop.core.knobs import Knob
+from isoflop.models.base import ModelInfo
+from isoflop.models.contexts import Contexts
+from isoflop.tasks.base import TASKS
+from isoflop.tasks.data.language import Asked, LanguageDataTask
+from isoflop.tasks.data.programs import passes
+from isoflop.tasks.data.prompts import PromptText, PromptTokenizer, Template, TokenPrompt, shown
+from isoflop.tasks.data.rows import Rows
+
+FIELDS = ("prompt", "test", "entry_point")
+STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert ")
+"""Where a function has ended: the next thing at the margin (Chen et al. 2021, section 2.2)."""
+
+
+@TASKS.register("human-eval")
+@dataclass(frozen=True, kw_only=True)
+class HumanEval(LanguageDataTask):
+    """Functions written to a signature and a docstring (arXiv 2107.03374), by greedy generation: 1 − pass@1.
+
+    The data have the fields ``prompt``, ``test`` and ``entry_point`` of HumanEval (``isoflop fetch human-eval``, then
+    ``data: public:human-eval/HumanEval.jsonl``). Programs run in processes of their own, with limits of time, memory and file size, in
+    folders that go with them; on Linux without a network where the kernel allows it. That is no sandbox, so that they run only with
+    ``execute: true``. Secondary metric: ``tokens``, how many were generated.
+    """
+
+    version: ClassVar[str] = "1"
+
+    execute: Annotated[bool, Knob(doc="run programs that the model wrote, on this machine")] = False
+    max_tokens: Annotated[int, Knob(low=1, high=100_000, doc="most generated tokens", unit="tokens")] = 256
+    seconds: Annotated[int, Knob(low=1, high=600, doc="processor time of a program", unit="s")] = 5
+
+    def template(self) -> Template:
+        """The prompt as it is."""
+        return Template.of("{prompt}", "", f"task {self.name}: prompt")
+
+    def check_rows(self, rows: Rows) -> None:
+        """HumanEval's fields are there."""
+        for field in FIELDS:
+            rows.require(field, "data", self.name)
+
+    def check(self, info: ModelInfo) -> None:
+        """Somebody has said that programs may run."""
+        if not self.execute:
+            raise UserError(
+                f"task {self.name}: execute = false; it runs programs that the model writes, with limits but in no sandbox; to allow "
+                "that on the machines of this sweep: execute: true"
+            )
+        super().check(info)
+
+    def tails_of(
+        self, example: Any, text: PromptText, prompt: TokenPrompt, tokens: PromptTokenizer
+    ) -> list[tuple[int, ...]]:
+        """What follows the context."""
+        return [prompt.behind]
+
+    def alike(self, asked: Asked) -> Any:
+        """Tokens behind the context, since a row that ends earlier would go on behind padding."""
+        return len(asked.prompt.behind)
+
+    @property
+    def generated(self) -> int:
+        """``max_tokens``."""
+        return self.max_tokens
+
+    def scores_of(self, contexts: Contexts, asked: Sequence[Asked], tokens: PromptTokenizer) -> list[dict[str, float]]:
+        """Generate for all, then run each."""
+        answers = contexts.generate(
+            [one.prompt.behind for one in asked],
+            self.max_tokens,
+            tokens.end_ids,
+            lambda ids: any(stop in tokens.text(ids) for stop in STOPS),
+        )
+        return [
+            {"error": 1.0 - float(self._passes(one, tokens.text(ids))), "tokens": float(len(ids))}
+            for one, ids in zip(asked, answers, strict=True)
+        ]
+
+    def _passes(self, asked: Asked, written: str) -> bool:
+        row = asked.example.row
+        return passes(
+            program(shown(row, "prompt"), written, shown(row, "test"), shown(row, "entry_point")), self.seconds
+        )
+
+
+def program(prompt: str, written: str, test: str, entry_point: str) -> str:
+    """What is run: the function as it was begun and continued, its tests, and the call of them."""
+    for stop in STOPS:
+        written = written.partition(stop)[0]
+    return f"{prompt.rstrip()}{written}\n\n{test}\n\ncheck({entry_point})\n"
