@@ -11,11 +11,13 @@ from typing import Any
 import plotly.graph_objects as go
 
 from isoflop.core.errors import UserError
-from isoflop.dashboards.palette import SERIES, faded, series
+from isoflop.dashboards.palette import SERIES, faded, series, symbol
+from isoflop.frontier.answers import Answers
+from isoflop.frontier.methods import MethodComparison
 from isoflop.frontier.rate_tables import RateCurves
 from isoflop.frontier.raw import ParetoSet
 from isoflop.frontier.result import Frontier, Frontiers
-from isoflop.laws.compared import Comparison
+from isoflop.laws.compared import Comparison, Comparisons
 from isoflop.laws.curves import curves
 from isoflop.laws.result import Fit, GroupedFit
 from isoflop.sweep.results import Findings, file_stem
@@ -34,6 +36,8 @@ def plot(found: Any) -> go.Figure:
     ``sweep.frontier()``                        predicted error of the best configuration along the budgets
     ``isoflop.pareto``, ``sweep.pareto()``      the rows that no other row beats, in the first two objectives
     ``sweep.rate_curves()``                     error over the rate, a curve per codec
+    ``isoflop.answers``                         error over cost as measured, a line per method
+    ``compare_methods``                         predicted error of each method along the budgets
     ==========================================  ================================================================
 
     Raises:
@@ -199,6 +203,65 @@ def _rate_curves(found: RateCurves) -> go.Figure:
     return figure
 
 
+def _answers(found: Answers) -> go.Figure:
+    figure = _figure(title="error over cost, as measured", xaxis_title=found.cost, yaxis_title="error")
+    figure.update_xaxes(type="log")
+    asked: dict[str, int] = {}
+    for answer in found:
+        asked[answer.question] = max(len(answer.candidates), asked.get(answer.question, 0))
+    widest = max(asked, key=lambda question: asked[question])  # whose candidates hold those of the others
+    groups = {" · ".join(answer.key.values()): answer for answer in found if answer.question == widest}
+    k = 0
+    for name, answer in groups.items():
+        for method in dict.fromkeys(c["method"] for c in answer.candidates):
+            own = sorted((c for c in answer.candidates if c["method"] == method), key=lambda c: c["cost"])
+            figure.add_trace(
+                go.Scatter(
+                    x=[c["cost"] for c in own],
+                    y=[c["error"] for c in own],
+                    text=[c["configuration"] for c in own],
+                    name=f"{name}: {method}" if len(groups) > 1 else method,
+                    mode="lines+markers",
+                    line={"color": series(k)},
+                    marker={"symbol": symbol(k), "size": 9},
+                    hovertemplate="%{text}<br>%{x:.4g}: %{y:.4g}",
+                )
+            )
+            k += 1
+    return figure
+
+
+def _method_comparison(found: MethodComparison) -> go.Figure:
+    figure = _figure(title="methods at their own optimum", xaxis_title=found.cost, yaxis_title="predicted error")
+    figure.update_xaxes(type="log")
+    for k, method in enumerate(found.methods):
+        estimates = found.error[method]
+        ends = [e.interval for e in estimates if e.interval is not None]
+        if len(ends) == len(estimates):
+            low, high = zip(*ends, strict=True)
+            figure.add_trace(_band(found.budgets, low, high, series(k), method))
+        line = {"color": series(k)}
+        figure.add_trace(
+            go.Scatter(x=found.budgets, y=[e.value for e in estimates], mode="lines", name=method, line=line)
+        )
+    return figure
+
+
+def _comparisons(found: Comparisons) -> go.Figure:
+    if not found.comparisons:
+        raise UserError("no group could be compared: there is nothing to draw")
+    figure = _comparison(found[0])
+    figure.data = ()
+    k = 0
+    for comparison in found:
+        group = ", ".join(map(str, comparison.key.values()))
+        for trace in _comparison(comparison).data:
+            trace.update(name=f"{group}: {trace.name}", line_color=series(k))
+            figure.add_trace(trace)
+            k += 1
+    return figure
+
+
 _DRAWN: dict[type, Callable[[Any], go.Figure]] = {
     Fit: _fit,
     GroupedFit: _grouped_fit,
@@ -207,4 +270,7 @@ _DRAWN: dict[type, Callable[[Any], go.Figure]] = {
     Frontiers: _frontiers,
     ParetoSet: _pareto,
     RateCurves: _rate_curves,
+    Answers: _answers,
+    MethodComparison: _method_comparison,
+    Comparisons: _comparisons,
 }

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow as pa
+
 from isoflop.core.errors import UserError
 from isoflop.core.text import safe_text
 from isoflop.core.version import __version__
 from isoflop.dashboards.report import charts, costs, fits, knobs, lawful, measured, methods, pareto, record
 from isoflop.dashboards.report.charts import Json
-from isoflop.dashboards.report.configs import Config, colours, read_configs
 from isoflop.dashboards.report.savings import Pairing
 from isoflop.sweep.api import SweepResults
+from isoflop.sweep.configs import Config, read_configs
 from isoflop.sweep.results import Findings, find, usable
 from isoflop.sweep.stored import stored_source
 
@@ -37,7 +39,7 @@ def build(sweep: SweepResults, findings: Findings | None = None) -> Json:
     good = usable(table)
     findings = findings or find(sweep.spec, good)
     configs = read_configs(good)
-    palette, pairing = colours(c.variant for c in configs), Pairing(good)
+    palette, pairing = charts.colours(c.variant for c in configs), Pairing(good)
     drawn = lawful.pairs(findings)
     sections = [
         _frontier(configs, drawn, palette, pairing),
@@ -57,6 +59,39 @@ def build(sweep: SweepResults, findings: Findings | None = None) -> Json:
         "facts": [record.counts(table), f"results up to {_last(table)}", f"isoflop {__version__}"],
         "headline": _headline(configs, drawn, table, pairing),
         "sections": shown,
+        "left_out": [f"{s['title']}: {s['why']}" for s in sections if s["why"] and not s["groups"]],
+    }
+
+
+def build_table(name: str, table: pa.Table, notes: Sequence[str], source: str) -> Json:
+    """The report of a plain table of results: what a sweep's has, without laws, a search and its YAML.
+
+    Args:
+        name: of the report; table: rows as :func:`isoflop.sweep.outside.as_rows` gives them, with what it notes.
+        source: where they are from.
+
+    Raises:
+        UserError: no row has a finite error.
+    """
+    good = usable(table)
+    configs = read_configs(good)
+    if not configs:
+        raise UserError(f"{source}: no row has a finite error: nothing to report")
+    palette, pairing = charts.colours(c.variant for c in configs), Pairing(good)
+    sections = [
+        _frontier(configs, [], palette, pairing),
+        _methods(good, configs, palette),
+        _parallel(configs),
+        charts.section("costs", "Where costs go", costs.breakdown(configs), why="no cost is known"),
+        charts.section("failures", "Rows without an error", record.failures(table)),
+        charts.section("provenance", "Where the numbers come from", record.origin(table, source), notes=list(notes)),
+    ]
+    return {
+        "name": name,
+        "description": "",
+        "facts": [record.counts(table), source, f"isoflop {__version__}"],
+        "headline": measured.headline(configs, pairing),
+        "sections": [s for s in sections if s["groups"]],
         "left_out": [f"{s['title']}: {s['why']}" for s in sections if s["why"] and not s["groups"]],
     }
 

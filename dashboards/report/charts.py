@@ -5,7 +5,8 @@ A section has groups (one is shown at a time), a group has panels, a panel may h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 Json = dict[str, Any]
@@ -90,3 +91,8 @@ def spread(values: Sequence[float | None], least: float = 8.0) -> bool:
     """Whether positive values span enough for a log scale."""
     known = [v for v in values if v is not None]
     return bool(known) and min(known) > 0 and max(known) >= least * min(known)
+
+
+def colours(names: Iterable[str]) -> dict[str, int]:
+    """A number per name, the most frequent first; the same in every chart."""
+    return {name: i for i, (name, _) in enumerate(Counter(names).most_common())}

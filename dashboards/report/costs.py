@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from isoflop.dashboards.report import charts
 from isoflop.dashboards.report.charts import Json
-from isoflop.dashboards.report.configs import Config, mean
+from isoflop.sweep.configs import Config, mean
 
 _COMPUTE = "compute per answer"
 _PARTS = {

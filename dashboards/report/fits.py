@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from isoflop.core.expressions import Array
+from isoflop.core.numbers import short
 from isoflop.dashboards.report import charts
 from isoflop.dashboards.report.charts import Json
-from isoflop.dashboards.report.numbers import short
 from isoflop.laws.engine import NotEstimable, check_estimable, fit_groups
 from isoflop.laws.extrapolation import splits
 from isoflop.laws.objective import Objective

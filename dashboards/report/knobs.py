@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from isoflop.core.numbers import plain
 from isoflop.dashboards.report import charts
 from isoflop.dashboards.report.charts import Json
-from isoflop.dashboards.report.configs import COSTS, Config, by_scene, varying_costs
-from isoflop.dashboards.report.numbers import plain
 from isoflop.search.importance import FEWEST_ROWS, MOST_ROWS, importances
+from isoflop.sweep.configs import COSTS, Config, by_scene, varying_costs
 
 MOST_LINES = 1500
 _MOST_AXES = 9

@@ -10,17 +10,17 @@ import numpy as np
 
 from isoflop.core.errors import UserError
 from isoflop.core.expressions import Array, parse
+from isoflop.core.numbers import quantity, short, with_interval
 from isoflop.dashboards.report import charts
 from isoflop.dashboards.report.charts import Json
-from isoflop.dashboards.report.configs import Config
 from isoflop.dashboards.report.fits import AXES, between, name
 from isoflop.dashboards.report.measured import STEPS
-from isoflop.dashboards.report.numbers import quantity, short, with_interval
 from isoflop.dashboards.report.savings import Pairing, Price, against_uncompressed
 from isoflop.frontier import frontier as draw_frontier
 from isoflop.frontier.optimum import CostModel, make_space, spend
 from isoflop.frontier.result import Frontier, FrontierPoint
 from isoflop.laws.result import Fit
+from isoflop.sweep.configs import Config
 from isoflop.sweep.measured_cost import MEASURED
 from isoflop.sweep.results import Findings
 

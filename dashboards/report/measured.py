@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from isoflop.core.numbers import quantity, with_interval
 from isoflop.dashboards.report import charts
 from isoflop.dashboards.report.charts import Json
-from isoflop.dashboards.report.configs import Config, Cost, by_scene, varying_costs
-from isoflop.dashboards.report.numbers import quantity, with_interval
 from isoflop.dashboards.report.savings import Comparison, Pairing, against_uncompressed, enough
+from isoflop.sweep.configs import Config, Cost, by_scene, varying_costs
 
 STEPS = 41
 _MOST_SERIES = 8

@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from isoflop.core.errors import UserError
+from isoflop.core.numbers import between, short
 from isoflop.dashboards.report import charts
 from isoflop.dashboards.report.charts import Json
-from isoflop.dashboards.report.configs import Config, by_scene
-from isoflop.dashboards.report.numbers import between, short
 from isoflop.frontier.paired import Paired, paired
 from isoflop.sweep.compression import definitions
+from isoflop.sweep.configs import Config, by_scene
 
 TOLERANCE = 0.1  # of the ratio, within which two rows count as equally compressed
 MOST_ROWS = 3000  # of a task; scores are compared in Python

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from isoflop.core.numbers import short
 from isoflop.core.text import safe_line
 from isoflop.dashboards.report import charts
 from isoflop.dashboards.report.charts import Json
-from isoflop.dashboards.report.configs import COSTS, Config, Cost, by_scene, varying_costs
-from isoflop.dashboards.report.numbers import short
 from isoflop.search.hypervolume import front, share
 from isoflop.sweep.blocks import Objective
+from isoflop.sweep.configs import COSTS, Config, Cost, by_scene, varying_costs
 from isoflop.sweep.rows import objective_values
 from isoflop.sweep.spec import SweepSpec
 

@@ -10,11 +10,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from isoflop.core.numbers import between, quantity
 from isoflop.core.secrets import redacted
 from isoflop.core.yaml_source import Source
 from isoflop.dashboards.report import charts
 from isoflop.dashboards.report.charts import Json
-from isoflop.dashboards.report.numbers import between, quantity
 from isoflop.laws.render import numbers_line, title, value
 from isoflop.sweep.results import Findings
 from isoflop.sweep.titles import knobs_title
@@ -115,6 +115,12 @@ def provenance(table: pa.Table, everything: int, source: Source, findings: Findi
         ),
     ]
     return [charts.group("provenance", panels)]
+
+
+def origin(table: pa.Table, source: str) -> list[Json]:
+    """Of rows that no sweep made."""
+    facts = [["source", source], ["rows", table.num_rows], ["rows (hash)", rows_hash(table)]]
+    return [charts.group("provenance", [charts.panel("results", table=charts.table(["what", ""], facts))])]
 
 
 def rows_hash(table: pa.Table) -> str:

@@ -14,9 +14,9 @@ from html import escape
 from importlib import resources
 from typing import Any
 
+from isoflop.core.numbers import short
 from isoflop.dashboards.palette import SERIES, stylesheet
 from isoflop.dashboards.report.charts import Json
-from isoflop.dashboards.report.numbers import short
 
 SCRIPTS = ("svg.js", "scale.js", "xy.js", "rows.js", "parallel.js", "main.js")
 MOST_BYTES = 5_000_000

@@ -23,9 +23,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from isoflop.dashboards.report.configs import Config
-from isoflop.dashboards.report.numbers import short, with_interval
+from isoflop.core.numbers import short, with_interval
 from isoflop.frontier.paired import over_repeats, paired
+from isoflop.sweep.configs import Config
 
 _COLUMNS = ["job_id", "task", "repeat", "status", "error", "scores"]
 _DOUBT = (1.0, 4.0)  # standard errors: the interval ends at about 2, and resampling takes a while

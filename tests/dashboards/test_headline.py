@@ -12,12 +12,12 @@ from click.testing import CliRunner
 from report_sweeps import store_of
 
 from isoflop.cli import cli
+from isoflop.core.numbers import quantity
 from isoflop.dashboards.report import lawful
-from isoflop.dashboards.report.configs import read_configs
-from isoflop.dashboards.report.numbers import quantity
 from isoflop.dashboards.report.savings import Pairing
 from isoflop.jobs import Job, Outcome, ResolvedJob
 from isoflop.sweep.api import SweepResults
+from isoflop.sweep.configs import read_configs
 from isoflop.sweep.measured_cost import MEASURED, PLAIN
 from isoflop.sweep.results import usable
 

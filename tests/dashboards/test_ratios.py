@@ -17,11 +17,11 @@ from rich.console import Console
 from isoflop.cli import cli
 from isoflop.cli.error_table import print_errors
 from isoflop.dashboards.report import report_data
-from isoflop.dashboards.report.configs import read_configs
 from isoflop.jobs import Job, Outcome
 from isoflop.methods.base import METHODS
 from isoflop.sweep.api import SweepResults
 from isoflop.sweep.compression import COLUMNS, compression
+from isoflop.sweep.configs import read_configs
 from isoflop.sweep.results import usable
 
 DENSE = 6400.0

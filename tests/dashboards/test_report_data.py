@@ -12,13 +12,13 @@ import pytest
 
 import isoflop
 from isoflop.core.errors import UserError
+from isoflop.core.numbers import quantity, short, with_interval
 from isoflop.dashboards.report import report_data
-from isoflop.dashboards.report.configs import interval, read_configs
 from isoflop.dashboards.report.measured import STEPS
-from isoflop.dashboards.report.numbers import quantity, short, with_interval
 from isoflop.frontier.paired import paired
 from isoflop.search import importance
 from isoflop.search.importance import importances
+from isoflop.sweep.configs import interval, read_configs
 from isoflop.sweep.results import usable
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ import pytest
 from report_sweeps import EXAMPLES, store_of
 
 from isoflop.dashboards.report import methods, report_data
-from isoflop.dashboards.report.configs import Config, read_configs
 from isoflop.dashboards.report.savings import Pairing, against_uncompressed, enough
 from isoflop.jobs import Job, Outcome, ResolvedJob
+from isoflop.sweep.configs import Config, read_configs
 from isoflop.sweep.results import usable
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner
 from law_cases import additive_table
 
-from isoflop.cli.laws import compare_command, fit_command, frontier_command, parse_map, parse_ranges
+from isoflop.cli.frontier import frontier_command
+from isoflop.cli.laws import compare_command, fit_command, parse_map, parse_ranges
 from isoflop.core.errors import UserError
 from isoflop.laws import fit
 

@@ -13,7 +13,9 @@ import pyarrow.parquet
 import pytest
 from click.testing import CliRunner
 
-from isoflop.cli.laws import compare_command, fit_command, frontier_command
+from isoflop.cli.frontier import frontier_command
+from isoflop.cli.laws import compare_command, fit_command
+from isoflop.sweep.asking import QUESTIONS
 
 sys.path.append(str(Path(__file__).parents[1] / "dashboards"))
 from report_sweeps import law_sweep
@@ -46,15 +48,20 @@ GIVEN: dict[str, list[str]] = {
     "tokens": ["--tokens", "2,8"],
     "limits": ["--limits", "V=2:8"],
     "hold": ["--hold", "V=9"],
+    "measured": ["--measured"],
+    "share": ["--share", "0.3"],
+    "within": ["--within", "0.05"],
+    "speed_up": ["--speed-up"],
     "forms": ["--forms", "product,c*N**-a*V**-b", "--map", "N=N,V=V"],
     "along": ["--along", "V"],
 }
 NO_MATTER = {"store", "as_json", "separator"}  # change nothing of a sweep's answer
+ELSEWHERE = ("save", "baseline", "versus")  # tests/dashboards/test_files.py, tests/frontier/test_answers.py
 CASES = [
     (name, option.name)
     for name, command in COMMANDS.items()
     for option in command.params
-    if isinstance(option, click.Option)
+    if isinstance(option, click.Option) and option.name not in ELSEWHERE
 ]
 
 
@@ -68,7 +75,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def answer(command: str, source: str, store: Path, arguments: list[str]) -> Any:
     base = ["--store", str(store), "--json"]
-    fast = [] if command == "compare" or "--bootstrap" in arguments else ["--bootstrap", "40"]
+    law = command != "compare" and not {f"--{q.replace('_', '-')}" for q in QUESTIONS} & set(arguments)
+    fast = ["--bootstrap", "40"] if law and "--bootstrap" not in arguments else []
     result = CliRunner().invoke(COMMANDS[command], [source, *base, *fast, *arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)

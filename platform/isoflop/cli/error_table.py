@@ -17,7 +17,7 @@ from isoflop.core.knobs import shown
 from isoflop.sweep.compression import definitions
 
 if TYPE_CHECKING:
-    from isoflop.dashboards.report.configs import Config
+    from isoflop.sweep.configs import Config
 
 _MAX_COLUMNS, _MAX_ROWS = 8, 60
 
@@ -51,7 +51,7 @@ def print_errors(out: Console, table: pa.Table, task: str) -> None:
     A row per model where the settings fit beside each other, else a row per setting. Where even these are too many, settings that
     leave equal amounts share a line, which says of how many its numbers are means.
     """
-    from isoflop.dashboards.report.configs import read_configs
+    from isoflop.sweep.configs import read_configs
 
     configs = [c for c in read_configs(table) if c.task == task]
     if not configs:

@@ -1,9 +1,10 @@
-"""``isoflop fit``, ``compare`` and ``frontier``: laws on a sweep's results, or on any CSV or Parquet file."""
+"""``isoflop fit`` and ``compare``: laws on a sweep's results, or on any CSV or Parquet file; and what ``frontier`` shares with them."""
 
 from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,6 +13,7 @@ from click.core import ParameterSource
 
 from isoflop.cli.common import clean
 from isoflop.core.errors import UserError
+from isoflop.dashboards.files import ending
 from isoflop.laws.objective import OBJECTIVES
 from isoflop.sweep.tables import open_source, read_source
 
@@ -44,7 +46,7 @@ def parse_map(text: str | None, option: str = "--map") -> dict[str, str]:
 
 def parse_numbers(text: str | None, option: str) -> list[float] | None:
     """A comma-separated list of numbers."""
-    return None if text is None else [_number(part, option) for part in split_top(text)]
+    return None if text is None else [number_of(part, option) for part in split_top(text)]
 
 
 def parse_ranges(text: str | None, option: str) -> dict[str, tuple[float, float]] | None:
@@ -56,11 +58,12 @@ def parse_ranges(text: str | None, option: str) -> dict[str, tuple[float, float]
         low, colon, high = value.partition(":")
         if not colon:
             raise UserError(f"{option}: {name}={value!r}; allowed: {name}=LOW:HIGH")
-        ranges[name] = (_number(low, option) if low else -math.inf, _number(high, option) if high else math.inf)
+        ranges[name] = (number_of(low, option) if low else -math.inf, number_of(high, option) if high else math.inf)
     return ranges
 
 
-def _number(text: str, option: str) -> float:
+def number_of(text: str, option: str) -> float:
+    """A number. Raises UserError for anything else."""
     try:
         value = float(text)
     except ValueError:
@@ -70,7 +73,7 @@ def _number(text: str, option: str) -> float:
     return value
 
 
-def _law_options(command: Any) -> Any:
+def law_options(command: Any) -> Any:
     """Options that fit, compare and frontier share."""
     for decorate in reversed(
         (
@@ -104,7 +107,7 @@ def _law_options(command: Any) -> Any:
     return command
 
 
-def _fit_options(command: Any) -> Any:
+def fit_options(command: Any) -> Any:
     """Options of fit that frontier takes too."""
     for decorate in reversed(
         (
@@ -137,7 +140,7 @@ def _fit_options(command: Any) -> Any:
     return command
 
 
-def _common(options: dict[str, Any]) -> dict[str, Any]:
+def common(options: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments of ``isoflop.fit`` from the command line."""
     return {
         "law": options["law"],
@@ -150,7 +153,7 @@ def _common(options: dict[str, Any]) -> dict[str, Any]:
         "where": options["where"],
         "cluster": options["cluster"],
         "bounds": parse_ranges(options["bounds"], "--bounds"),
-        "fixed": {k: _number(v, "--fix") for k, v in parse_map(options["fix"], "--fix").items()},
+        "fixed": {k: number_of(v, "--fix") for k, v in parse_map(options["fix"], "--fix").items()},
         "bootstrap": options["bootstrap"],
         "scheme": options["scheme"],
         "level": options["level"],
@@ -161,73 +164,65 @@ def _common(options: dict[str, Any]) -> dict[str, Any]:
 _OPTION_OF = {"map": "mapping", "fixed": "fix", "held": "hold"}  # where an argument's option has another name
 
 
-def _given(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that the user named: for a sweep, its own YAML says the rest."""
+def given(arguments: dict[str, Any], rename: bool = True) -> dict[str, Any]:
+    """The arguments that the user named: for a sweep, its own YAML says the rest.
+
+    Args:
+        rename: they are called as ``isoflop.fit`` calls them, else as the options are.
+    """
     source = click.get_current_context().get_parameter_source
-    return {k: v for k, v in arguments.items() if source(_OPTION_OF.get(k, k)) == ParameterSource.COMMANDLINE}
+    names = _OPTION_OF if rename else {}
+    return {k: v for k, v in arguments.items() if source(names.get(k, k)) == ParameterSource.COMMANDLINE}
 
 
-def _print(result: Any, as_json: bool) -> None:
+def option_name(parameter: str) -> str:
+    """``speed_up`` as ``--speed-up``."""
+    return "--map" if parameter == "mapping" else f"--{parameter.replace('_', '-')}"
+
+
+def _known_ending(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
+    if path is not None:  # before anything is computed
+        ending(path)
+    return path
+
+
+save_option = click.option(
+    "--save", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", callback=_known_ending,
+    help="Keep it, too, as the ending says: a figure (.png, .pdf, .svg, .html) or a table (.csv, .tex, .parquet, .json).",
+)  # fmt: skip
+
+
+def print_result(result: Any, as_json: bool, save: Path | None = None) -> None:
+    """The result for people or as JSON; and as a file."""
+    if save is not None:
+        from isoflop.dashboards.files import save_result
+
+        save_result(result, save)
     click.echo(json.dumps(clean(result.to_dict()), indent=2, allow_nan=False) if as_json else str(result))
+    if save is not None and not as_json:
+        click.echo(f"wrote {save}")
 
 
 @click.command("fit")
-@_law_options
-@_fit_options
-def fit_command(source: str, store: str | None, separator: str | None, as_json: bool, **options: Any) -> None:
+@law_options
+@fit_options
+@save_option
+def fit_command(
+    source: str, store: str | None, separator: str | None, as_json: bool, save: Path | None, **options: Any
+) -> None:
     """Fit a scaling law to the rows of a sweep or a file."""
     from isoflop.laws import fit
 
-    arguments = _common(options)
+    arguments = common(options)
     opened = open_source(source, store, separator)
     if isinstance(opened, pa.Table):
-        _print(fit(opened, **arguments), as_json)
+        print_result(fit(opened, **arguments), as_json, save)
     else:
-        _print(opened.fit(**_given(arguments)), as_json)
-
-
-@click.command("frontier")
-@_law_options
-@_fit_options
-@click.option(
-    "--cost",
-    default="2*N*(Q+V)",
-    show_default=True,
-    help="Formula in the law's variables and Q; units as in --map. Of a sweep: as its YAML says, else all measured FLOPs.",
-)
-@click.option(
-    "--q", type=click.FloatRange(0), help="Text tokens Q per answer; default: the mean of the rows' column Q."
-)
-@click.option(
-    "--budget", metavar="NUMBERS", help="One or several, comma-separated; default: the range of the rows' costs."
-)
-@click.option("--sizes", metavar="NUMBERS", help="Menu of the first variable; default: its levels in the rows.")
-@click.option("--tokens", metavar="NUMBERS", help="Menu of the second variable.")
-@click.option("--limits", metavar="V=LOW:HIGH,…", help="Allowed ranges for the continuous optimum.")
-@click.option("--hold", metavar="D=VALUE,…", help="Variables kept at a value.")
-def frontier_command(source: str, store: str | None, separator: str | None, as_json: bool, **options: Any) -> None:
-    """Find the best configuration under a budget, by a law fitted to the rows."""
-    from isoflop.frontier import frontier
-
-    arguments = {
-        "cost": options["cost"],
-        "q": options["q"],
-        "budget": parse_numbers(options["budget"], "--budget"),
-        "sizes": parse_numbers(options["sizes"], "--sizes"),
-        "tokens": parse_numbers(options["tokens"], "--tokens"),
-        "limits": parse_ranges(options["limits"], "--limits"),
-        "held": {k: _number(v, "--hold") for k, v in parse_map(options["hold"], "--hold").items()},
-        **_common(options),
-    }
-    opened = open_source(source, store, separator)
-    if isinstance(opened, pa.Table):
-        _print(frontier(opened, **arguments), as_json)
-    else:
-        _print(opened.frontier(**_given(arguments)), as_json)
+        print_result(opened.fit(**given(arguments)), as_json, save)
 
 
 @click.command("compare")
-@_law_options
+@law_options
 @click.option(
     "--forms", default="product,semilog", show_default=True, help="Laws by name or expression, separated by commas."
 )
@@ -242,7 +237,10 @@ def frontier_command(source: str, store: str | None, separator: str | None, as_j
     show_default=True,
     help="Resamples for the coverage of held-out rows.",
 )
-def compare_command(source: str, store: str | None, separator: str | None, as_json: bool, **options: Any) -> None:
+@save_option
+def compare_command(
+    source: str, store: str | None, separator: str | None, as_json: bool, save: Path | None, **options: Any
+) -> None:
     """Compare forms on the same rows: AICc, extrapolation to the largest size, baselines."""
     from isoflop.laws import compare
 
@@ -260,4 +258,4 @@ def compare_command(source: str, store: str | None, separator: str | None, as_js
         bootstrap=options["bootstrap"],
         seed=options["seed"],
     )
-    _print(result, as_json)
+    print_result(result, as_json, save)

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from isoflop.core.errors import UserError
 from isoflop.core.expressions import Array
+from isoflop.core.result import Result
 from isoflop.frontier.optimum import BudgetSpace, CostModel, at_points, check_spent, make_space, optimum
 from isoflop.laws.inference import estimate_from_draws, estimate_from_rows, parameter_rows
 from isoflop.laws.render import WIDTH, number, span
@@ -49,7 +50,7 @@ class Crossing:
 
 
 @dataclass
-class MethodComparison:
+class MethodComparison(Result):
     """Predicted error of every method at every budget.
 
     Attributes:

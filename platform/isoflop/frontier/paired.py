@@ -161,7 +161,7 @@ def _number(row: Mapping[str, Any], y: str) -> float:
 
 
 def _difference(row: Mapping[str, Any], other: Mapping[str, Any]) -> np.ndarray:
-    mine, theirs = np.asarray(row["scores"], dtype=float), np.asarray(other["scores"], dtype=float)
+    mine, theirs = (np.asarray(r["scores"] or (), dtype=float) for r in (row, other))
     if mine.shape != theirs.shape or not len(mine):  # no pairing by example: the means alone
         return np.array([row["error"] - other["error"]])
     return mine - theirs

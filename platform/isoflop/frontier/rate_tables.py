@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from isoflop.core.errors import UserError
+from isoflop.core.result import Result
 from isoflop.frontier.query import sql
 from isoflop.frontier.rate_curves import RateCurve
 from isoflop.laws.render import number
@@ -19,7 +20,7 @@ Key = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
-class RateCurves:
+class RateCurves(Result):
     """Curves over the same rate, which can only be compared within a task and a model.
 
     Attributes:

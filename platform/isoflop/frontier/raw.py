@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from isoflop.core.errors import UserError
 from isoflop.core.expressions import Array, parse
+from isoflop.core.result import Result
 from isoflop.laws.render import number
 from isoflop.laws.table import Tabular, as_table, column
 
@@ -30,7 +31,7 @@ _LARGE = 50_000
 
 
 @dataclass
-class ParetoSet:
+class ParetoSet(Result):
     """The rows on the frontier.
 
     Attributes:

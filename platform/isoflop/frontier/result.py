@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from isoflop.core.result import Result
 from isoflop.laws.render import WIDTH, number, span
 from isoflop.laws.result import Estimate, plain
 
@@ -132,7 +133,7 @@ class FrontierPoint:
 
 
 @dataclass
-class Frontier:
+class Frontier(Result):
     """Optima of one law under one cost over budgets.
 
     Attributes:
@@ -245,7 +246,7 @@ def measured_otherwise(point: FrontierPoint) -> list[str]:
 
 
 @dataclass
-class Frontiers:
+class Frontiers(Result):
     """One frontier per group of a grouped fit."""
 
     frontiers: list[Frontier]

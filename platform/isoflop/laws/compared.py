@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from isoflop.core.result import Result
 from isoflop.laws.extrapolation import Cut
 from isoflop.laws.render import number
 from isoflop.laws.result import Fit, plain
@@ -56,7 +57,7 @@ class Entry:
 
 
 @dataclass
-class Comparison:
+class Comparison(Result):
     """Forms on the same rows; iterate over ``entries``, best AICc first, baselines last."""
 
     entries: list[Entry]
@@ -146,7 +147,7 @@ class Comparison:
 
 
 @dataclass
-class Comparisons:
+class Comparisons(Result):
     """A comparison per group of a table, and the groups without one (with the reason)."""
 
     by: tuple[str, ...]

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from isoflop.core.errors import UserError
 from isoflop.core.expressions import Array
+from isoflop.core.result import Result
 from isoflop.laws.base import LAWS, LawForm, custom_form
 from isoflop.laws.bootstrap import Resamples, too_few
 from isoflop.laws.engine import Box
@@ -64,7 +65,7 @@ class Estimate:
 
 
 @dataclass(repr=False)
-class Fit:
+class Fit(Result):
     """One fitted law.
 
     Attributes:
@@ -278,7 +279,7 @@ class Fit:
 
 
 @dataclass(repr=False)
-class GroupedFit:
+class GroupedFit(Result):
     """Fits of one law to every group of a table, and the groups that it could not be fitted to (with the reason)."""
 
     by: tuple[str, ...]

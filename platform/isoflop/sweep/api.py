@@ -276,6 +276,8 @@ class SweepResults:
     ) -> Any:
         """The best configuration per budget that a law supports; see :func:`isoflop.frontier.frontier`.
 
+        With ``share``, ``within``, ``speed_up``, ``versus`` or ``measured=True`` the rows answer themselves: :meth:`answers`.
+
         Args:
             law, options: as for :meth:`fit`; ``sizes``, ``tokens``, ``limits``, ``held`` and ``constants`` as for
                 :func:`isoflop.frontier.frontier`.
@@ -288,7 +290,14 @@ class SweepResults:
         """
         from isoflop.frontier.result import Frontiers
         from isoflop.laws.result import GroupedFit
+        from isoflop.sweep.asking import QUESTIONS
 
+        if any(options.get(name) not in (None, False) for name in QUESTIONS):
+            options.pop("measured", None)
+            unasked = {"law": law, "q": q}
+            if strange := next((name for name, value in unasked.items() if value is not None), None):
+                raise UserError(f"{strange} is of laws: it says nothing where the rows answer themselves")
+            return self.answers(cost=cost, budget=budget, **options)
         table = results_module.usable(self.results())
         block = results_module.frontier_block(self.spec, law)
         menu = {k: options.pop(k) for k in _MENU if k in options}
@@ -298,6 +307,12 @@ class SweepResults:
         budgets = budget if budget is not None else block.budgets or None
         found = results_module.frontiers_of(fits, table, cost or block.cost, measured, budgets, **menu)
         return found[0] if len(found) == 1 else Frontiers(found)
+
+    def answers(self, **questions: Any) -> Any:
+        """What the finished jobs themselves answer, without a law; see :func:`isoflop.sweep.asking.answers`."""
+        from isoflop.sweep.asking import answers
+
+        return answers(self.results(), **questions)
 
     def pareto(self, objectives: Mapping[str, Literal["min", "max"]] | None = None, **options: Any) -> Any:
         """The rows that no other row beats in every objective; see :func:`isoflop.frontier.pareto`."""

@@ -20,6 +20,7 @@ from isoflop.frontier import pareto as _pareto
 from isoflop.laws import compare as _compare
 from isoflop.laws import fit as _fit
 from isoflop.laws.table import as_table
+from isoflop.sweep.asking import answers as _answers
 from isoflop.sweep.results import usable
 
 if TYPE_CHECKING:
@@ -161,3 +162,4 @@ def _is_sweep(source: Any) -> bool:
 fit = _of_any_source(_fit, "fit")
 compare = _of_any_source(_compare)
 pareto = _of_any_source(_pareto, "pareto")
+answers = _of_any_source(_answers, "answers")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,8 +90,20 @@ class Config:
     @property
     def title(self) -> str:
         """Model, method and settings in one line."""
-        knobs = ", ".join(f"{k} {_text(v)}" for k, v in self.settings.items())
+        knobs = words(self.settings)
         return f"{self.method}{f' ({knobs})' if knobs else ''} on {self.model}"
+
+
+def words(settings: Mapping[str, Any]) -> str:
+    """Settings in words."""
+    return ", ".join(f"{k} {_text(v)}" for k, v in settings.items())
+
+
+def amounts_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a row that say how much is compressed."""
+    spec = json.loads(row["spec"] or "{}")
+    amounts = _amounts(spec)
+    return {k: v for k, v in _settings(spec).items() if k in amounts}
 
 
 def read_configs(table: pa.Table) -> list[Config]:
@@ -208,7 +219,7 @@ def _config(rows: Sequence[Mapping[str, Any]], scene: str, settings: dict[str, A
         high=high,
         repeats=len(rows),
         compression=_compression(rows),
-        costs=_costs(rows),
+        costs=costs_of(rows),
         jobs=tuple(r["job_id"] for r in rows),
     )
 
@@ -232,7 +243,8 @@ def interval(errors: Sequence[float], examples_se: Sequence[float | None]) -> tu
     return max(0.0, centre - half) if min(errors) >= 0 else centre - half, centre + half
 
 
-def _costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def costs_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What is known of an answer's cost, by :class:`Cost` key and column, means over the rows."""
     names = (
         "flops",
         "flops_llm",
@@ -279,8 +291,3 @@ def by_scene(configs: Iterable[Config]) -> dict[str, list[Config]]:
     for config in configs:
         found.setdefault(config.scene, []).append(config)
     return found
-
-
-def colours(names: Iterable[str]) -> dict[str, int]:
-    """A number per name, the most frequent first; the same in every chart."""
-    return {name: i for i, (name, _) in enumerate(Counter(names).most_common())}
