@@ -447,3 +447,14 @@ def test_lines_name_stages_by_what_they_belong_to(tmp_path: Path) -> None:
     stages = [line for line in progress.lines if line.startswith("stage ")]
     assert stages
     assert all(" of toy" in line and " computed by local in " in line for line in stages), stages
+
+
+def test_unreadable_files_of_the_ledger_are_told_and_their_jobs_run_again(tmp_path: Path) -> None:
+    run_local(toy(), tmp_path)
+    (first, *_) = sorted((tmp_path / "store" / "sweeps" / "toy" / "ledger").glob("*.parquet"))
+    first.write_bytes(first.read_bytes()[:-9])
+    lines = Lines()
+    again = run_local(toy(), tmp_path, lines)
+    assert "1 unreadable ledger files were set aside; their jobs run again" in lines.lines
+    assert again.summary.ran > 0
+    assert again.results().num_rows == 12
