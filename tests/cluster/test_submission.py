@@ -127,6 +127,41 @@ def test_a_sweep_runs_on_the_head_with_the_code_that_was_sent(head: Head, tmp_pa
     assert all("py_modules_files" in o for o in origins), origins
 
 
+READS = """
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+import numpy as np
+from isoflop.core.knobs import Knob
+from isoflop.tasks.base import TASKS, Shard
+from toy_parts import ToyTask
+
+@TASKS.register("reads")
+@dataclass(frozen=True, kw_only=True)
+class Reads(ToyTask):
+    place: Annotated[str, Knob(path=True, doc="file")] = ""
+
+    def content(self):
+        return Path(self.place).read_text()
+
+    def evaluate(self, model, ctx, seed):
+        yield Shard(np.array([1]), np.array([float(Path(self.place).read_text())]))
+"""
+
+
+def test_data_beside_the_yaml_reach_the_workers(head: Head, tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, "reading", task="toy-task")
+    (tmp_path / "reads.py").write_text(READS)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "value.txt").write_text("0.25")
+    text = sweep.read_text().replace("import: [toy_parts", "import: [toy_parts, reads")
+    sweep.write_text(text.replace("toy-task: {shards: 1, seconds: 0.0}", "reads: {place: data/value.txt}"))
+    done = head.submit(str(sweep), "--store", str(tmp_path / "store"), "--tracking-uri", "none", "--json")
+    assert done.returncode == 0, done.stderr
+    found = rows(tmp_path / "store", "reading")
+    assert [(r["status"], r["error"]) for r in found] == [("ok", 0.25)] * 6
+
+
 def test_without_code_the_clusters_own_is_used_and_rows_are_found_again(head: Head, tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path, "own")
     options = (str(sweep), "--store", str(tmp_path / "store"), "--tracking-uri", "none", "--no-code")

@@ -15,7 +15,10 @@ from typing import Any
 import pytest
 
 import isoflop
-from isoflop.execute.bundle import copy_package, copy_sweep, modules_beside
+from isoflop.cli.submit import _relative_paths
+from isoflop.core.errors import UserError
+from isoflop.execute.bundle import copy_package, copy_sweep, data_beside, modules_beside
+from isoflop.sweep.spec import load_spec
 
 SWEEP = "name: tiny\nimport: [mine]\nmodels: [toy/s]\nmethods: [toy-full]\ntasks: [toy-task]\n"
 
@@ -75,6 +78,43 @@ def test_modules_beside_the_yaml_travel_with_what_they_import(tmp_path: Path) ->
 def test_a_sweep_without_imports_sends_its_yaml_only(tmp_path: Path) -> None:
     (tmp_path / "other.py").write_text("")
     assert modules_beside(tmp_path, ()) == ([], [])
+
+
+def test_data_that_tasks_name_travel_and_keep_their_places(tmp_path: Path) -> None:
+    (tmp_path / "data" / "pictures").mkdir(parents=True)
+    (tmp_path / "texts" / "deep").mkdir(parents=True)
+    (tmp_path / "data" / "pictures" / "a.png").write_bytes(b"a")
+    (tmp_path / "data" / "pictures" / "unused.png").write_bytes(b"b")
+    (tmp_path / "outside.png").write_bytes(b"c")
+    (tmp_path / "data" / "asked.jsonl").write_text('{"image": "pictures/a.png", "question": "is it ../outside.png?"}\n')
+    (tmp_path / "texts" / "deep" / "one.txt").write_text("one")
+    (tmp_path / "s.yaml").write_text(
+        "name: s\nmodels: [tiny-lm/text-d32]\nmethods: [none]\ntasks:\n  - vqa: {data: data/asked.jsonl}\n"
+        "  - text: {data: texts}\n  - needle: {haystack: /elsewhere.txt}\n  - choice: {data: hub:some/set}\n"
+        "  - ones-own: {places: texts/deep/one.txt, note: nothing.txt}\n"
+    )
+    spec, _ = load_spec(tmp_path / "s.yaml")
+    paths = _relative_paths(tmp_path, spec)
+    assert paths == ["data/asked.jsonl", "texts", "texts/deep/one.txt"]
+    copy_sweep(tmp_path / "s.yaml", (), tmp_path / "out", paths)
+    sent = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert sent == {"s.yaml", "data/asked.jsonl", "data/pictures/a.png", "texts/deep/one.txt", "outside.png"}
+
+
+def test_data_that_a_cluster_cannot_be_sent_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (tmp_path / "up.txt").write_text("up")
+    (folder / "big.txt").write_text("big")
+    with pytest.raises(UserError, match=r"\.\./up\.txt lies outside of the sweep's folder"):
+        data_beside(folder, ["../up.txt"])
+    with pytest.raises(UserError, match=r"none\.txt: no such file"):
+        data_beside(folder, ["none.txt"])
+    monkeypatch.setattr("isoflop.execute.bundle.MOST_BYTES", 2)
+    with pytest.raises(UserError, match="the data beside the sweep are 0 MiB"):
+        data_beside(folder, ["big.txt"])
 
 
 # what the command says

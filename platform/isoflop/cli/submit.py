@@ -15,9 +15,11 @@ import click
 from isoflop.cli.common import emit, json_option
 from isoflop.cli.run import find_spec
 from isoflop.core.errors import UserError
+from isoflop.core.knobs import path_knobs
 from isoflop.core.secrets import has_secret
 from isoflop.core.version import __version__
 from isoflop.sweep.spec import SweepSpec, load_spec
+from isoflop.tasks.base import TASKS
 
 if TYPE_CHECKING:
     from isoflop.execute.submit import ClusterJobs, JobState
@@ -98,13 +100,32 @@ def _submit(cluster: ClusterJobs, path: Path, spec: SweepSpec, options: dict[str
 
     with tempfile.TemporaryDirectory(prefix="isoflop-submit-") as scratch:
         folder = Path(scratch) / "sweep"
-        elsewhere = copy_sweep(path, spec.imports, folder)
+        elsewhere = copy_sweep(path, spec.imports, folder, _relative_paths(path.parent, spec))
         if elsewhere:
             click.echo(f"not beside {path.name}, so the cluster must have it: {', '.join(elsewhere)}", err=True)
         code = None if options["no_code"] else copy_package(Path(scratch))
         metadata = {"isoflop_sweep": spec.name, "isoflop_version": __version__}
         job_id = options["submission_id"] or f"isoflop-{spec.name}-{secrets.token_hex(4)}"
         return cluster.submit(_entrypoint(path.name, options), folder, code, job_id, metadata)
+
+
+def _relative_paths(folder: Path, spec: SweepSpec) -> list[str]:
+    """Data beside the YAML that its tasks name: options that are paths, of tasks that are known here; of others, what is there."""
+    found: list[str] = []
+    for entry in spec.tasks:
+        kind = entry.name.split(":")[0]
+        paths = path_knobs(TASKS.get(kind)) if kind in TASKS.names() else None
+        for option, value in entry.options.items():
+            if (
+                not isinstance(value, str)
+                or not value
+                or urlparse(value).scheme
+                or Path(value).expanduser().is_absolute()
+            ):
+                continue
+            if option in paths if paths is not None else (folder / value).exists():
+                found.append(value)
+    return found
 
 
 def _entrypoint(name: str, options: dict[str, Any]) -> str:

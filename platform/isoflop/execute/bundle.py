@@ -1,17 +1,23 @@
-"""What a cluster must be sent to run a sweep: isoflop itself and the sweep's YAML with the modules it imports."""
+"""What a cluster must be sent to run a sweep: isoflop itself and the sweep's YAML with the modules and data that it names."""
 
 from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import isoflop
+from isoflop.core.errors import UserError
 
-_DATA = {".py", ".typed", ".yaml", ".json", ".csv", ".md", ".ipynb"}
+MOST_BYTES = 90 * 2**20
+"""Ray takes working folders of 100 MiB, packed; code and YAML want some of it."""
+_TABLES = {".jsonl", ".json", ".csv", ".tsv"}
+_WORD = re.compile(r"[^\s\"',;:*?<>|\[\]{}]+")  # of a cell or a field that may be a path
+_DATA = {".py", ".typed", ".yaml", ".json", ".jsonl", ".csv", ".txt", ".md", ".ipynb"}
 
 
 def copy_package(target: Path) -> Path:
@@ -27,12 +33,13 @@ def copy_package(target: Path) -> Path:
     return target / "isoflop"
 
 
-def copy_sweep(spec: Path, imports: tuple[str, ...], target: Path) -> list[str]:
-    """Copy a sweep's YAML into ``target``, with the modules beside it that it needs.
+def copy_sweep(spec: Path, imports: tuple[str, ...], target: Path, data: Iterable[str] = ()) -> list[str]:
+    """Copy a sweep's YAML into ``target``, with the modules and the data beside it that it needs.
 
     Args:
         spec: the YAML.
         imports: its ``import:``; followed through the import statements of the modules beside the YAML.
+        data: paths that its tasks name, relative to the YAML; tables bring the files that their cells name.
 
     Returns:
         The ``imports`` that do not lie beside the YAML: the cluster must have them installed.
@@ -42,7 +49,48 @@ def copy_sweep(spec: Path, imports: tuple[str, ...], target: Path) -> list[str]:
     for place in found:
         for path in _files(place) if place.is_dir() else [place]:
             _copy(path, target / path.relative_to(place.parent))
+    for path in data_beside(spec.resolve().parent, data):
+        _copy(path, target / path.relative_to(spec.resolve().parent))
     return elsewhere
+
+
+def data_beside(folder: Path, data: Iterable[str]) -> list[Path]:
+    """Files in ``folder`` that relative paths name: files, all of folders, and what the cells of tables name.
+
+    Raises:
+        UserError: nothing lies there, it lies outside of ``folder``, or it is more than a cluster takes.
+    """
+    found: dict[Path, None] = {}
+    for name in data:
+        place = Path(os.path.normpath(folder / name))
+        if not place.is_relative_to(folder):
+            raise UserError(
+                f"{name} lies outside of the sweep's folder, and a cluster is sent what is in it; allowed: data beside the "
+                "YAML, or an absolute path that every node of the cluster can read"
+            )
+        if not place.exists():
+            raise UserError(f"{name}: no such file or folder beside the sweep")
+        files = list(_files(place)) if place.is_dir() else [place]
+        found.update(dict.fromkeys(files))
+        for table in files:
+            found.update(dict.fromkeys(p for p in _named_in(table) if p.is_relative_to(folder)))
+    size = sum(path.stat().st_size for path in found)
+    if size > MOST_BYTES:
+        raise UserError(
+            f"the data beside the sweep are {size / 2**20:.0f} MiB, and a cluster takes {MOST_BYTES / 2**20:.0f}; allowed: an "
+            "absolute path that every node of the cluster can read, or hub:OWNER/NAME"
+        )
+    return list(found)
+
+
+def _named_in(table: Path) -> Iterator[Path]:
+    """Files, relative to a table, that its cells name (pictures)."""
+    if table.suffix not in _TABLES:
+        return
+    for word in set(_WORD.findall(table.read_text(encoding="utf-8", errors="replace"))):
+        place = Path(os.path.normpath(table.parent / word))
+        if place.suffix and place.is_file():
+            yield place
 
 
 def modules_beside(folder: Path, imports: tuple[str, ...]) -> tuple[list[Path], list[str]]:
