@@ -37,7 +37,9 @@ class DataTask(Task):
     seed shuffles their order.
     """
 
-    data: Annotated[str, Knob(path=True, doc="file, folder, or hub:OWNER/NAME; relative to the sweep's file")]
+    data: Annotated[
+        str, Knob(path=True, doc="file, folder, hub:OWNER/NAME or public:NAME/FILE; relative to the sweep's file")
+    ]
     split: Annotated[str, Knob(doc="of a hub's data set; of a folder, how names of its files begin")] = ""
     limit: Annotated[int, Knob(low=0, high=10_000_000, doc="most examples; 0 takes all")] = 0
     seed: Annotated[int, Knob(low=0, high=2**31 - 1, doc="draws the examples where there are more than limit")] = 0
