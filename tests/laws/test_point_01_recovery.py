@@ -9,6 +9,8 @@ from scipy.optimize import minimize
 
 from isoflop.laws import LAWS, fit
 from isoflop.laws.base import linear_parameters
+from isoflop.laws.objective import Objective
+from isoflop.laws.solver import CONVERGED, Batch, Solution, solve
 from isoflop.laws.varpro import project
 
 
@@ -144,6 +146,42 @@ def test_point_04_variable_projection_equals_full_search() -> None:
     fitted = fit(table, "chinchilla", y="loss", bootstrap=0, profile=False)
     assert fitted.sse == pytest.approx(best.fun, rel=1e-8)
     np.testing.assert_allclose([fitted["alpha"], fitted["beta"]], best.x, rtol=1e-4)
+
+
+def _solved(law: str, x: dict[str, np.ndarray], y: np.ndarray, starts: np.ndarray, kind: str, passes: str) -> Solution:
+    """The same points fitted from several starts in one batch."""
+    form, same = LAWS.get(law), np.zeros(len(starts), dtype=np.int64)
+    batch = Batch(form, {v: a[None] for v, a in x.items()}, y[None], np.ones((1, len(y))), same, same, same)
+    low, high = (np.array(ends) for ends in zip(*((p.low, p.high) for p in form.parameters), strict=True))
+    return solve(batch, starts, low, high, Objective(kind), passes=passes)
+
+
+@pytest.mark.parametrize("kind", ["squared", "squared-log", "huber-log"])
+def test_projection_needs_no_start_of_the_linear_parameters(kind: str) -> None:
+    x = {"N": np.geomspace(1.0, 1e3, 20)}
+    noise = np.exp(0.05 * np.random.default_rng(0).normal(size=20))
+    y = LAWS.get("power").evaluate(x, np.array([1.0, 3.0, 0.4])) * noise
+    found = _solved("power", x, y, np.array([[1.0, 1.0, 0.3], [7.0, 200.0, 0.3]]), kind, "project")
+    np.testing.assert_array_equal(found.p[0], found.p[1])
+    weight = np.ones(20) if kind == "squared" else y**-2.0  # relative residuals where logarithms are asked for
+    basis = np.stack([np.ones(20), x["N"] ** -found.p[0, 2]])
+    linear = np.linalg.solve(basis * weight @ basis.T, basis * weight @ y)
+    np.testing.assert_allclose(found.p[0, :2], linear, rtol=1e-9)
+
+
+def test_a_start_outside_the_law_s_domain_is_infinitely_bad_and_harms_no_other() -> None:
+    x = {"N": np.geomspace(1.0, 1e3, 20), "V": np.geomspace(2.0, 500.0, 20)[::-1]}
+    y = LAWS.get("semilog").evaluate(x, np.array([2.0, 0.02, 0.01]))
+    starts = np.array(
+        [[-5.0, 0.02, 0.01], [1.5, 0.01, 0.02]]
+    )  # the first gives negative values: they have no logarithm
+    found = _solved("semilog", x, y, starts, "squared-log", "last")
+    assert found.loss[0] == np.inf
+    np.testing.assert_array_equal(found.p[0], starts[0])
+    alone = _solved("semilog", x, y, starts[1:], "squared-log", "last")
+    assert found.loss[1] < 1e-25
+    assert found.status[1] == CONVERGED
+    np.testing.assert_allclose(found.p[1], alone.p[0], rtol=1e-9)
 
 
 @pytest.mark.parametrize("objective", ["squared", "huber-log"])

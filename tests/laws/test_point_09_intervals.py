@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from law_cases import additive_table
+from scipy import stats
 
 from isoflop.frontier import frontier
 from isoflop.laws import GroupedFit, fit, wald
+from isoflop.laws.engine import Box
+from isoflop.laws.objective import Objective
+from isoflop.laws.profile import ProfileInterval, profile, profile_at
 
 TRUTH = {"E": 1.8, "A": 480.0, "B": 2000.0, "alpha": 0.35, "beta": 0.365}
 
@@ -95,6 +99,44 @@ def test_point_09_three_kinds_of_intervals_agree_when_nearly_linear() -> None:
         ends = wald.interval(drawn.form, i, drawn.p, drawn.cov, 395, 0.95)
         widths = [b - a for a, b in (ends, drawn.params[n].interval, profiled.params[n].interval)]
         assert max(widths) / min(widths) < 1.15, (n, widths)
+
+
+def test_profiles_of_a_linear_law_are_its_exact_intervals() -> None:
+    rng = np.random.default_rng(8)
+    n, v = np.exp(rng.uniform(0.0, 5.0, 30)), np.exp(rng.uniform(0.0, 6.0, 30))
+    y = 2.0 - 0.02 * np.log(n) - 0.01 * np.log(v) + 0.01 * rng.normal(size=30)
+    fitted = fit({"N": n, "V": v, "y": y}, "semilog", y="y", bootstrap=0, profile=False)
+    columns = np.stack([np.ones(30), -np.log(n), -np.log(v)], axis=1)
+    errors = np.sqrt(np.diag(np.linalg.inv(columns.T @ columns)) * fitted.sse / 27)
+
+    def ends(box: Box, **options: float) -> dict[str, ProfileInterval]:
+        return profile(fitted.form, fitted.data, fitted.p, fitted.sse, box, Objective(), errors, **options)
+
+    for options, level in (({}, 0.95), ({"level": 0.8}, 0.8)):
+        reach = stats.t.ppf(0.5 + level / 2, 27) * errors
+        for i, (name, found) in enumerate(ends(fitted.box, **options).items()):
+            assert name == fitted.form.names[i]
+            np.testing.assert_allclose(
+                [found.low, found.high], [fitted.p[i] - reach[i], fitted.p[i] + reach[i]], rtol=1e-4
+            )
+            assert found.bounded
+    # a bound before the end: the interval stops there, open; exactly on the first step or not
+    for far in (1.5, 1.2):
+        high = fitted.box.high.copy()
+        high[1] = fitted.p[1] + far * errors[1]
+        found = ends(Box(fitted.box.low, high))["a"]
+        assert (found.high, found.high_closed, found.low_closed) == (high[1], False, True)
+    # one standard error away costs one residual variance, two cost four
+    curve = profile_at(
+        fitted.form,
+        fitted.data,
+        fitted.p,
+        fitted.box,
+        Objective(),
+        "a",
+        fitted.p[1] + errors[1] * np.array([-1.0, 0.0, 2.0]),
+    )
+    np.testing.assert_allclose(curve - fitted.sse, fitted.sse / 27 * np.array([1.0, 0.0, 4.0]), rtol=1e-6, atol=1e-12)
 
 
 def test_point_09_cluster_bootstrap_is_wider_when_checkpoints_share_noise() -> None:
