@@ -176,3 +176,33 @@ def test_after_a_failure_models_are_loaded_afresh(tmp_path: Path, toy_parts: Mod
     assert runner.run_job(bad).model_was_warm
     assert runner.run_job(good).model_was_warm == kept
     assert len(toy_parts.log_lines(tmp_path / "cache", "load")) == (1 if kept else 2)
+
+
+def test_a_worker_keeps_the_models_that_it_used_last(tmp_path: Path, toy_parts: ModuleType) -> None:
+    (tmp_path / "cache").mkdir()
+    sweep = resolve(toy(models=["toy/s", "toy/m", "toy/l"], tasks=["toy-task"], methods=["toy-full"]))
+    jobs = {job.model: job for config in sweep.space.grid() for job in sweep.jobs_of(config)}
+    runner = Runner(tmp_path / "cache", keep_models=2)
+    asked = [
+        "toy/s",
+        "toy/m",
+        "toy/s",
+        "toy/l",
+        "toy/s",
+        "toy/m",
+        "toy/l",
+    ]  # toy/m is the one that has to go, not toy/s
+    warm = [runner.run_job(jobs[model]).model_was_warm for model in asked]
+    assert warm == [False, False, True, False, True, False, False]
+    assert len(toy_parts.log_lines(tmp_path / "cache", "load")) == 5
+
+
+def test_a_task_without_examples_is_named(
+    tmp_path: Path, toy_parts: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toy_parts.ToyTask, "evaluate", lambda *given: iter(()))
+    sweep = resolve(toy(models=["toy/s"], tasks=["toy-task"], methods=["toy-full"]))
+    job = sweep.jobs_of(next(iter(sweep.space.grid())))[0]
+    outcome = Runner(tmp_path).run_job(job)
+    assert outcome.status == "failed"
+    assert outcome.error_text.startswith("task toy-task yielded no examples")

@@ -68,6 +68,32 @@ def test_the_local_executor_keeps_the_contract(check: str, tmp_path: Path, toy_p
     probe.stop()
 
 
+def test_the_local_executor_gives_torch_its_threads_back(tmp_path: Path) -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    executor = LocalExecutor(tmp_path, threads=before + 1)
+    try:
+        for _ in range(2):  # a second start must not take its own number for the one that was there before
+            executor.start()
+            assert torch.get_num_threads() == before + 1
+        executor.close()
+        assert torch.get_num_threads() == before
+        torch.set_num_threads(before + 2)
+        executor.close()  # a second close touches nothing
+        assert torch.get_num_threads() == before + 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_local_executor_drops_what_waits_when_it_closes(tmp_path: Path, toy_parts: ModuleType) -> None:
+    executor = LocalExecutor(tmp_path)
+    executor.start()
+    executor.submit("local", WorkItem("last", "job", toy_job(0)))
+    executor.close()
+    assert executor.poll(0.0) == []
+
+
 @pytest.mark.parametrize("check", IDS)
 def test_the_simulated_executor_keeps_the_contract(check: str, toy_parts: ModuleType) -> None:
     dict(executor_checks(simulated_probe()))[check]()

@@ -126,6 +126,16 @@ class IgnoresItsRatio(First):
 
 
 @dataclass(frozen=True)
+class WorksAtOneRatio(First):
+    """Refuses every number of tokens but one."""
+
+    def tokens_left(self, grid: int) -> int:
+        if self.tokens != 4:
+            raise Infeasible(f"tokens = {self.tokens} is not 4")
+        return self.tokens
+
+
+@dataclass(frozen=True)
 class ClaimsAnotherRatio(First):
     """Says that it keeps half of the tokens that it keeps."""
 
@@ -239,6 +249,7 @@ VISUAL_BREACHES = [
     (LooksAtTheBatch, conformance.check_batching, "examples run alone differ"),
     (IgnoresAKnob, conformance.check_knobs_honoured, "knob strength has no effect"),
     (IgnoresItsRatio, conformance.check_monotone_cost, "never change"),
+    (WorksAtOneRatio, conformance.check_monotone_cost, "only 1 value of tokens works"),
     (ClaimsAnotherRatio, conformance.check_footprint, "claims ratio"),
     (FailsLate, conformance.check_impossible_knobs, "does not name tokens"),
     (NoIdentity, conformance.check_identity, "changes the outputs"),
