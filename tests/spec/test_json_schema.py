@@ -41,6 +41,8 @@ def test_every_shipped_sweep_validates_and_resolves(path: Path, schema: dict[str
     jsonschema.Draft202012Validator(schema).validate(data)
     if any("hf:" in str(model) for model in data["models"]):
         return  # wants a checkpoint: tests/data_tasks runs it with a small one
+    if "public:" in str(data):
+        return  # wants data that were fetched: the tests of those resolve it with small ones
     sweep = resolve(path)
     assert sweep.spec.name == path.stem
 

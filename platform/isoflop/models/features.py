@@ -102,12 +102,47 @@ class TowerSource(Stage):
     """A stage whose value is a ``Vision``: a tower trained here, or the tower of a checkpoint."""
 
 
-@dataclass(frozen=True)
-class FeaturesStage(Stage):
-    """Features of a scene set from one layer of a tower: ``features.npy``, float32 (N, P, D), memory-mapped.
+class FeatureTable(Stage):
+    """Features of some images from one layer of a tower: ``features.npy``, float32 (N, P, D), memory-mapped.
 
-    ``layer`` may also name the attention in a layer, (N, P).
+    ``layer`` may also name the attention in a layer, (N, P). Subclasses have ``tower``, ``layer`` and ``count``, the number of
+    images, among their fields.
     """
+
+    tower: TowerSource
+    layer: LayerKey
+    count: int
+
+    def images(self) -> Iterator[np.ndarray]:
+        """The images, a batch after the other, float32 (B, C, H, W) in [0, 1]."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def compute(self, ctx: StageContext, folder: Path) -> None:
+        """Run the tower over the images, batch by batch."""
+        vision: Vision = ctx.get(self.tower)
+        device = next(vision.tower.parameters()).device
+        table: np.memmap | None = None
+        done = 0
+        for images_BCHW in self.images():
+            read = vision.read(torch.from_numpy(images_BCHW).to(device), [self.layer])[self.layer]
+            x_BPD = read.float().cpu().numpy()
+            if table is None:
+                shape = (self.count, *x_BPD.shape[1:])
+                table = np.lib.format.open_memmap(folder / "features.npy", mode="w+", dtype=np.float32, shape=shape)
+            table[done : done + len(x_BPD)] = x_BPD
+            done += len(x_BPD)
+        if table is not None:
+            table.flush()
+
+    def load(self, ctx: StageContext, folder: Path) -> np.ndarray:
+        """The table, read-only."""
+        return np.load(folder / "features.npy", mmap_mode="r")
+
+
+@dataclass(frozen=True)
+class FeaturesStage(FeatureTable):
+    """Features of a scene set of the digit world."""
 
     kind: ClassVar[str] = "features"
 
@@ -125,27 +160,9 @@ class FeaturesStage(Stage):
         """The scenes these features belong to."""
         return SceneSet(self.split, self.count, self.mix, self.seed, self.digits)
 
-    @torch.no_grad()
-    def compute(self, ctx: StageContext, folder: Path) -> None:
-        """Run the tower over the scenes in batches of 256."""
-        vision: Vision = ctx.get(self.tower)
-        device = next(vision.tower.parameters()).device
-        table: np.memmap | None = None
-        done = 0
-        for images_BCHW in self.scenes.images():
-            read = vision.read(torch.from_numpy(images_BCHW).to(device), [self.layer])[self.layer]
-            x_BPD = read.float().cpu().numpy()
-            if table is None:
-                shape = (self.count, *x_BPD.shape[1:])
-                table = np.lib.format.open_memmap(folder / "features.npy", mode="w+", dtype=np.float32, shape=shape)
-            table[done : done + len(x_BPD)] = x_BPD
-            done += len(x_BPD)
-        if table is not None:
-            table.flush()
-
-    def load(self, ctx: StageContext, folder: Path) -> np.ndarray:
-        """The table, read-only."""
-        return np.load(folder / "features.npy", mmap_mode="r")
+    def images(self) -> Iterator[np.ndarray]:
+        """The drawn scenes, 256 at a time."""
+        return self.scenes.images()
 
 
 def batches(count: int, size: int) -> Iterator[slice]:

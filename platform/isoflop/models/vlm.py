@@ -41,7 +41,7 @@ from isoflop.models.prefix import (
 from isoflop.models.prompt_runs import generated, run, states, stepwise
 from isoflop.models.resizing import SQUEEZED, Resizing
 from isoflop.models.worlds.digit_world import VOCABULARY
-from isoflop.models.worlds.lessons import Lesson, Lessons, table_rows
+from isoflop.models.worlds.lessons import Lesson, Lessons, LessonSource, table_rows
 from isoflop.models.worlds.lm_text import TokenizerSource
 
 CALIBRATION_BATCH = 32
@@ -71,13 +71,13 @@ class VlmInfo(ModelInfo):
     tower: TowerSource
     feature_layer: int
     vocabulary: str | None = None
-    lessons: Lessons | None = None
+    lessons: LessonSource | None = None
     joint: bool = True
     tokenizer: TokenizerSource | None = None
     resizing: Resizing = SQUEEZED
 
     @property
-    def known_lessons(self) -> Lessons | None:
+    def known_lessons(self) -> LessonSource | None:
         """Training examples for this model: its own, the usual ones for a checkpoint of the same vocabulary, or None."""
         return self.lessons or (Lessons() if self.vocabulary == VOCABULARY else None)
 

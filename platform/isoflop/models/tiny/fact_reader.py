@@ -33,8 +33,8 @@ from isoflop.models.worlds import fact_world as world
 from isoflop.models.worlds.calibration import CalibrationText
 from isoflop.models.worlds.lm_text import TokenizerSource, read_tokenizer
 from isoflop.models.worlds.recall_world import distinct
+from isoflop.models.worlds.words import UNKNOWN, word_tokenizer
 
-UNKNOWN = "[UNK]"
 WORDS: tuple[str, ...] = (UNKNOWN, *world.vocabulary())
 WORD_ID = {word: number for number, word in enumerate(WORDS)}
 CALIBRATION_BATCH = 16
@@ -73,13 +73,7 @@ class WordTokenizer(TokenizerSource):
 
     def compute(self, ctx: StageContext, folder: Path) -> None:
         """Save in ``save_pretrained`` form."""
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
-
-        known = {word: number for number, word in enumerate(self.words)}
-        tokenizer = Tokenizer(models.WordLevel(known, unk_token=UNKNOWN))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=UNKNOWN).save_pretrained(folder)
+        word_tokenizer(self.words).save_pretrained(folder)
 
     def load(self, ctx: StageContext, folder: Path) -> Any:
         """The tokenizer."""

@@ -13,13 +13,15 @@ from isoflop.core.knobs import check_knobs
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import Checkpoint, Model, ModelInfo
 from isoflop.models.family import FAMILIES, ModelFamily, without_defaults
-from isoflop.models.features import FeaturesStage, LayerKey, vision_of
+from isoflop.models.features import FeatureTable, LayerKey, vision_of
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.decoder_layers import DECODER_LAYERS
 from isoflop.models.hooks.feed_forward import FEED_FORWARD
 from isoflop.models.hooks.residual import RESIDUAL
 from isoflop.models.hooks.visual_tokens import VISUAL_TOKENS, AllTokens, TaughtCompressor
+from isoflop.models.lm import tokenizer_of
 from isoflop.models.quiet import no_progress_bars
+from isoflop.models.tiny.easy_vqa import EASY_VQA, EasyVqaRecipe, easy_vqa_course, easy_vqa_info
 from isoflop.models.tiny.llava_config import SIZES
 from isoflop.models.tiny.llava_course import llava_course
 from isoflop.models.tiny.llava_training import FAMILY, CellStage, Recipe, tiny_info
@@ -27,6 +29,7 @@ from isoflop.models.training.taught import Taught, TaughtT
 from isoflop.models.training.taught_stage import TaughtStage
 from isoflop.models.training.teaching import Course
 from isoflop.models.vlm import VlmInfo, VlmModel
+from isoflop.models.worlds.easy_vqa import EasyVqaLessons, content, questions
 
 
 class TinyLlava(ModelFamily):
@@ -41,28 +44,39 @@ class TinyLlava(ModelFamily):
     )
 
     def members(self) -> list[str]:
-        """``tiny-llava/d24`` … ``tiny-llava/d128``, and the same with a Qwen2-type decoder (``…-qwen``)."""
-        return [f"{FAMILY}/{size}" for size in SIZES]
+        """``tiny-llava/d24`` … ``tiny-llava/d128``, the same with a Qwen2-type decoder (``…-qwen``), and ``tiny-llava/easy-vqa-d64``."""
+        return [f"{FAMILY}/{name}" for name in (*SIZES, *EASY_VQA)]
 
     def info(self, ref: str, options: Mapping[str, Any]) -> VlmInfo:
-        """Describe a member; ``options`` are fields of ``Recipe``."""
+        """Describe a member; ``options`` are fields of ``Recipe``, or of ``EasyVqaRecipe``."""
         size = ref.partition("/")[2]
-        if size not in SIZES:
+        if ref not in self.members():
             raise unknown("model", ref, self.members())
-        return _info(size, tuple(sorted(check_knobs(Recipe, options, f"model {ref}").items())))
+        checked = tuple(sorted(check_knobs(_recipe_of(ref), options, f"model {ref}").items()))
+        return easy_vqa_info(size, checked, content()) if size in EASY_VQA else _info(size, checked)
 
     def canonical_options(self, ref: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of ``Recipe`` that differ from its defaults."""
-        return without_defaults(Recipe, options, f"model {ref}")
+        """The fields of the recipe that differ from its defaults."""
+        return without_defaults(_recipe_of(ref), options, f"model {ref}")
 
     def weights(self, info: ModelInfo, methods: tuple[Taught, ...], seed: int) -> Stage:
-        """The training stage of a cell: size, methods that take part (unless ``joint`` is off), seed."""
+        """The training stage of a cell: size, methods that take part (unless ``joint`` is off), seed.
+
+        Raises:
+            UserError: the training data have not been fetched.
+        """
         vlm = _own(info)
+        if isinstance(vlm.lessons, EasyVqaLessons):
+            questions(vlm.lessons.content)
         taking = self.trained_with(vlm, methods)
         for one in taking:  # as it will be used: what is trained may stand for other values of knobs, too
             one.check(vlm)
         taking = tuple(method for method in taking if method.name != AllTokens.name)  # which does nothing
-        if len(taking) > 1 or any(m.hooks != (VISUAL_TOKENS,) or m.special_training for m in taking):
+        if (
+            _on_easy_vqa(vlm)
+            or len(taking) > 1
+            or any(m.hooks != (VISUAL_TOKENS,) or m.special_training for m in taking)
+        ):
             return TaughtStage.of(vlm, taking, seed)
         method = cast("TaughtCompressor", taking[0].as_trained() if taking else AllTokens())
         return CellStage(vlm.ref.partition("/")[2], method, seed, vlm.options, vlm.tower, _features(vlm, (method,)))
@@ -72,14 +86,15 @@ class TinyLlava(ModelFamily):
         return super().trained_with(info, methods) if _own(info).joint else ()
 
     def course_stages(self, info: ModelInfo, methods: tuple[Taught, ...]) -> tuple[Stage, ...]:
-        """The tower, and training features of the layers that are read with the methods in place."""
+        """The tower, training features of the layers that are read with the methods in place, and the tokenizer, if any."""
         vlm = _own(info)
-        return (vlm.tower, *_features(vlm, methods))
+        return (vlm.tower, *_features(vlm, methods), *(() if vlm.tokenizer is None else (vlm.tokenizer,)))
 
     def course(self, info: ModelInfo, methods: tuple[Taught, ...], seed: int, ctx: StageContext) -> Course:
         """The training of a member."""
         vlm = _own(info)
-        return llava_course(vlm, methods, _features(vlm, methods), seed, ctx)
+        course = easy_vqa_course if _on_easy_vqa(vlm) else llava_course
+        return course(vlm, methods, _features(vlm, methods), seed, ctx)
 
     def calibration_stages(self, info: ModelInfo, methods: tuple[Taught, ...]) -> tuple[Stage, ...]:
         """Training features of the layers that the model reads with the methods in place."""
@@ -98,7 +113,15 @@ class TinyLlava(ModelFamily):
                 checkpoint.folder, local_files_only=True, use_safetensors=True
             )
         module = module.to(ctx.device).eval().requires_grad_(False)
-        return VlmModel(vlm, module, vision_of(module.model.vision_tower, checkpoint.folder))
+        return VlmModel(vlm, module, vision_of(module.model.vision_tower, checkpoint.folder), tokenizer_of(vlm, ctx))
+
+
+def _recipe_of(ref: str) -> type[Recipe | EasyVqaRecipe]:
+    return EasyVqaRecipe if ref.partition("/")[2] in EASY_VQA else Recipe
+
+
+def _on_easy_vqa(info: VlmInfo) -> bool:
+    return isinstance(info.lessons, EasyVqaLessons)
 
 
 @lru_cache(maxsize=256)
@@ -106,7 +129,7 @@ def _info(size: str, options: tuple[tuple[str, Any], ...]) -> VlmInfo:
     return tiny_info(size, dataclasses.replace(Recipe(), **dict(options)))
 
 
-def _features(info: VlmInfo, methods: tuple[Taught, ...]) -> tuple[FeaturesStage, ...]:
+def _features(info: VlmInfo, methods: tuple[Taught, ...]) -> tuple[FeatureTable, ...]:
     """Training features of the layer that feeds the projector, and of those that the methods read besides."""
     lessons = info.known_lessons
     if lessons is None:

@@ -14,7 +14,7 @@ from isoflop.models.training.loop import draw_weights
 from isoflop.models.worlds import digit_world as world
 
 if TYPE_CHECKING:
-    from transformers import LlavaConfig
+    from transformers import CLIPVisionConfig, LlavaConfig
 
 ROPE_BASE = 1000.0
 MAX_POSITIONS = 64
@@ -74,17 +74,46 @@ SIZES: dict[str, TinySize] = {
 
 def llava_config(size: TinySize, tower: str = "dense") -> LlavaConfig:
     """The Hugging Face config; declares the raw vocabulary under ``isoflop``, and what a tower of kind ``cls`` adds."""
+    return config_of(
+        size,
+        tower_config(tower),
+        vocab_size=world.VOCAB_SIZE,
+        image_token=world.IMAGE,
+        positions=MAX_POSITIONS,
+        patches=world.TILES,
+        feature_layer=KINDS[tower].feature_layer,
+        isoflop={"vocabulary": world.VOCABULARY},
+    )
+
+
+def config_of(
+    size: TinySize,
+    vision: CLIPVisionConfig,
+    *,
+    vocab_size: int,
+    image_token: int,
+    positions: int,
+    patches: int,
+    feature_layer: int,
+    **extra: Any,
+) -> LlavaConfig:
+    """The Hugging Face config of a decoder of some size behind a tower.
+
+    Args:
+        feature_layer: hidden state that feeds the projector, counted from 0.
+        extra: fields of its own.
+    """
     from transformers import LlamaConfig, LlavaConfig, Qwen2Config
 
     text_class = {"llama": LlamaConfig, "qwen2": Qwen2Config}[size.decoder]
     text = text_class(
-        vocab_size=world.VOCAB_SIZE,
+        vocab_size=vocab_size,
         hidden_size=size.width,
         intermediate_size=size.mlp,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         num_key_value_heads=size.heads,
-        max_position_embeddings=MAX_POSITIONS,
+        max_position_embeddings=positions,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
         tie_word_embeddings=False,
         bos_token_id=None,
@@ -92,18 +121,18 @@ def llava_config(size: TinySize, tower: str = "dense") -> LlavaConfig:
         pad_token_id=None,
     )
     return LlavaConfig(
-        vision_config=tower_config(tower),
+        vision_config=vision,
         text_config=text,
-        image_token_id=world.IMAGE,
-        image_seq_length=world.TILES,
-        vision_feature_layer=KINDS[tower].feature_layer - KINDS[tower].layers - 1,
+        image_token_id=image_token,
+        image_seq_length=patches,
+        vision_feature_layer=feature_layer - vision.num_hidden_layers - 1,
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
-        isoflop={"vocabulary": world.VOCABULARY},
+        **extra,
     )
 
 

@@ -12,39 +12,59 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 
 from isoflop.core.stage import StageContext
-from isoflop.models.features import FeaturesStage
+from isoflop.models.features import FeatureTable
 from isoflop.models.hooks.visual_tokens import VISUAL_TOKENS, Looking, TaughtCompressor
 from isoflop.models.tiny.llava_training import Bank, Recipe, bank_of, llava_groups, save_cell, untrained_llava
-from isoflop.models.training.loop import record_training
+from isoflop.models.training.loop import Rates, Schedule, record_training
 from isoflop.models.training.taught import Taught
 from isoflop.models.training.teaching import Course, Pupil
 from isoflop.models.vlm import VlmBatch, VlmInfo, VlmModel
 from isoflop.models.worlds.lessons import Lesson
 
 
+class CourseRecipe(Schedule, Rates, Protocol):
+    """What a course reads of a member's recipe."""
+
+    @property
+    def batch(self) -> int:
+        """Examples per step."""
+
+
 def llava_course(
-    info: VlmInfo, methods: Sequence[Taught], features: Sequence[FeaturesStage], seed: int, ctx: StageContext
+    info: VlmInfo, methods: Sequence[Taught], features: Sequence[FeatureTable], seed: int, ctx: StageContext
 ) -> Course:
     """The training of a member on both tasks.
 
     Args:
         features: of the layers that the methods read.
     """
-    started = time.process_time()
     recipe = Recipe(**dict(info.options))
     vision = ctx.get(info.tower)
     module = untrained_llava(info.ref.partition("/")[2], recipe, vision, seed)
+    return course_of(VlmModel(info, module, vision), recipe, methods, features, seed, ctx)
+
+
+def course_of(
+    model: VlmModel,
+    recipe: CourseRecipe,
+    methods: Sequence[Taught],
+    features: Sequence[FeatureTable],
+    seed: int,
+    ctx: StageContext,
+) -> Course:
+    """The training of a model with initial weights on the lessons of its description."""
+    started = time.process_time()
+    module, info = model.module, model.info
     compressors = [cast("TaughtCompressor", m) for m in methods if VISUAL_TOKENS in m.hooks]
     bank = bank_of(ctx, features, info, standardise=all(m.commutes for m in compressors))
-    model = VlmModel(info, module, vision)
 
     def save(folder: Path, losses: list[float]) -> None:
-        save_cell(folder, module, None)
+        save_cell(folder, module, None, model.vision.image_size)
         record_training(folder, losses, started)
 
     return Course(
@@ -58,8 +78,11 @@ def llava_course(
     )
 
 
-def _lessons(model: VlmModel, bank: Bank, recipe: Recipe, seed: int) -> Iterator[VlmBatch]:
-    for lesson in recipe.lessons.steps(recipe.steps, recipe.batch, seed):
+def _lessons(model: VlmModel, bank: Bank, recipe: CourseRecipe, seed: int) -> Iterator[VlmBatch]:
+    lessons = model.info.known_lessons
+    if lessons is None:
+        raise TypeError(f"{model.info.ref} has no lessons")
+    for lesson in lessons.steps(recipe.steps, recipe.batch, seed):
         yield model.lesson(lesson, bank.rows(lesson.rows_B))
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,16 +26,19 @@ from isoflop.core.hashing import content_hash, derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import Checkpoint
-from isoflop.models.features import FeaturesStage, LayerKey, TowerSource, Vision
+from isoflop.models.features import FeatureTable, LayerKey, TowerSource, Vision
 from isoflop.models.hooks.visual_tokens import TaughtCompressor, VisualInput
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.tiny.llava_config import SIZES, initialise, llava_config
 from isoflop.models.tiny.vision import KINDS, TinyTowerStage, save_preprocessing
 from isoflop.models.training.last_position import LastPosition
-from isoflop.models.training.loop import Keeper, fit, rate_groups, record_training
+from isoflop.models.training.loop import Keeper, Rates, fit, rate_groups, record_training
 from isoflop.models.vlm import HOOKS, VlmInfo
 from isoflop.models.worlds import digit_world as world
 from isoflop.models.worlds.lessons import Lesson, Lessons
+
+if TYPE_CHECKING:
+    from transformers import LlavaConfig
 
 FAMILY = "tiny-llava"
 log = logging.getLogger(__name__)
@@ -142,7 +145,7 @@ class Bank:
             linear.bias.sub_(linear.weight @ self.mean_D)
 
 
-def bank_of(ctx: StageContext, features: Sequence[FeaturesStage], info: VlmInfo, standardise: bool) -> Bank:
+def bank_of(ctx: StageContext, features: Sequence[FeatureTable], info: VlmInfo, standardise: bool) -> Bank:
     """The features of some stages."""
     tables: dict[LayerKey, list[np.ndarray]] = {}
     for stage in features:
@@ -152,18 +155,23 @@ def bank_of(ctx: StageContext, features: Sequence[FeaturesStage], info: VlmInfo,
 
 def untrained_llava(size: str, recipe: Recipe, vision: Vision, seed: int) -> Any:
     """A ``LlavaForConditionalGeneration`` with a trained tower, frozen, and initial weights drawn from ``seed``."""
+    return untrained_of(llava_config(SIZES[size], recipe.tower), vision, seed)
+
+
+def untrained_of(config: LlavaConfig, vision: Vision, seed: int) -> Any:
+    """The same by its config."""
     from transformers import LlavaForConditionalGeneration
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = LlavaForConditionalGeneration(llava_config(SIZES[size], recipe.tower))
+        module = LlavaForConditionalGeneration(config)
     module.model.vision_tower.load_state_dict(vision.tower.state_dict())
     module.model.vision_tower.requires_grad_(False)
     initialise(module, derive_seed("weights", seed))
     return module
 
 
-def llava_groups(module: Any, width: int, recipe: Recipe) -> list[dict[str, Any]]:
+def llava_groups(module: Any, width: int, recipe: Rates) -> list[dict[str, Any]]:
     """Parameter groups of projector and language model."""
     projector, decoder = module.model.multi_modal_projector, module.model.language_model
     return rate_groups(
@@ -275,7 +283,7 @@ class CellStage(Stage):
     seed: int
     recipe: tuple[tuple[str, Any], ...]
     tower: TowerSource
-    features: tuple[FeaturesStage, ...]
+    features: tuple[FeatureTable, ...]
 
     def deps(self) -> tuple[Stage, ...]:
         """The tower and the training features."""
@@ -312,13 +320,17 @@ def recipe_fields(recipe: Recipe) -> tuple[tuple[str, Any], ...]:
     return tuple(pair for pair in dataclasses.asdict(recipe).items() if pair not in LATER)
 
 
-def save_cell(folder: Path, module: Any, compressor: nn.Module | None) -> None:
-    """Write the model in ``save_pretrained`` form, its preprocessing, and the compressor's weights."""
+def save_cell(folder: Path, module: Any, compressor: nn.Module | None, side: int = world.IMAGE_SIDE) -> None:
+    """Write the model in ``save_pretrained`` form, its preprocessing, and the compressor's weights.
+
+    Args:
+        side: of the images that the tower wants, in pixels.
+    """
     from safetensors.torch import save_file
 
     with no_progress_bars():
         module.save_pretrained(folder)
-    save_preprocessing(folder)
+    save_preprocessing(folder, side)
     if compressor is not None:
         save_file(
             {name: t.contiguous() for name, t in compressor.state_dict().items()}, folder / "compressor.safetensors"

@@ -179,18 +179,23 @@ class TinyTowerStage(TowerSource):
 
     def load(self, ctx: StageContext, folder: Path) -> Vision:
         """The tower in evaluation mode on the worker's device, without gradients."""
-        from transformers import CLIPVisionModel
-
-        with no_progress_bars():
-            tower = CLIPVisionModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        return vision_of(tower.to(ctx.device).eval().requires_grad_(False), folder)
+        return load_tower(ctx, folder)
 
 
 def save_tower(tower: CLIPVisionModel, folder: Path) -> None:
     """Write weights, config and preprocessing into ``folder``."""
     with no_progress_bars():
         tower.save_pretrained(folder)
-    save_preprocessing(folder)
+    save_preprocessing(folder, tower.config.image_size)
+
+
+def load_tower(ctx: StageContext, folder: Path) -> Vision:
+    """What ``save_tower`` wrote, in evaluation mode on the worker's device, without gradients."""
+    from transformers import CLIPVisionModel
+
+    with no_progress_bars():
+        tower = CLIPVisionModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    return vision_of(tower.to(ctx.device).eval().requires_grad_(False), folder)
 
 
 def save_preprocessing(folder: Path, side: int = world.IMAGE_SIDE, processor: str = "CLIPImageProcessor") -> None:

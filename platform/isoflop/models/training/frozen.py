@@ -20,7 +20,7 @@ from isoflop.core.hashing import derive_seed
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import Checkpoint
 from isoflop.models.family import family_of
-from isoflop.models.features import FeaturesStage, LayerKey
+from isoflop.models.features import FeatureTable, LayerKey
 from isoflop.models.hooks.visual_tokens import (
     VISUAL_TOKENS,
     AllTokens,
@@ -80,7 +80,7 @@ class CompressorStage(Stage):
     method: TaughtCompressor
     seed: int
     lessons: tuple[tuple[str, Any], ...]
-    features: tuple[FeaturesStage, ...]
+    features: tuple[FeatureTable, ...]
     weights: Stage | None = None
     steps: int = STEPS
     batch: int = BATCH
@@ -93,7 +93,7 @@ class CompressorStage(Stage):
             Infeasible: there are no training scenes for the model.
         """
         lessons = info.known_lessons
-        if lessons is None:
+        if not isinstance(lessons, Lessons):
             raise Infeasible(
                 f"method {method.name} must be trained for {info.ref}, and there are training scenes only for checkpoints that declare the vocabulary {VOCABULARY}"
             )

@@ -6,6 +6,7 @@ Shape suffixes: S steps, N scenes, B batch, P patches, Q question tokens, D visi
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from isoflop.core.hashing import derive_seed
 from isoflop.core.stage import StageContext
-from isoflop.models.features import FeaturesStage, LayerKey, TowerSource
+from isoflop.models.features import FeaturesStage, FeatureTable, LayerKey, TowerSource
 from isoflop.models.worlds import digit_world as world
 
 Ask = Callable[[np.random.Generator, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -35,8 +36,20 @@ class Lesson:
         return Lesson(self.rows_B[places], self.questions_BQ[places], self.answers_B[places])
 
 
+class LessonSource(ABC):
+    """What a vision-language model is taught: images as tables of features, and questions about them with their answers."""
+
+    @abstractmethod
+    def tables(self, tower: TowerSource, layer: LayerKey) -> tuple[FeatureTable, ...]:
+        """The feature tables of one tower layer; rows of lessons are counted through all of them."""
+
+    @abstractmethod
+    def steps(self, count: int, batch: int, seed: int) -> Iterator[Lesson]:
+        """``count`` batches."""
+
+
 @dataclass(frozen=True)
-class Lessons:
+class Lessons(LessonSource):
     """Training scenes, from the handwritings of the split ``train``, and what is asked about them.
 
     Attributes:
@@ -94,7 +107,7 @@ class Lessons:
 
 
 def table_rows(
-    ctx: StageContext, tables: Mapping[LayerKey, Sequence[FeaturesStage]], rows_B: Tensor
+    ctx: StageContext, tables: Mapping[LayerKey, Sequence[FeatureTable]], rows_B: Tensor
 ) -> dict[LayerKey, Tensor]:
     """Rows of feature tables, counted through each layer's tables, by layer; read from disk as they are needed."""
     found: dict[LayerKey, Tensor] = {}
