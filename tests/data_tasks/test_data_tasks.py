@@ -15,6 +15,7 @@ from isoflop.methods.base import build
 from isoflop.tasks.base import Task
 from isoflop.tasks.data.choice import Choice
 from isoflop.tasks.data.generate import Generate
+from isoflop.tasks.data.metrics import METRICS
 from isoflop.tasks.data.text import Text
 from isoflop.testing.task_probes import own, reader_of_text
 
@@ -152,6 +153,32 @@ def test_generation_is_compared_with_references(monkeypatch: pytest.MonkeyPatch)
     for error in (0.0, 1.0, 1.0):
         text = next(said)
         assert task._scored(asked, text, 2) == {"error": error, "tokens": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer", "references", "score"),
+    [
+        ("exact", "The  cat.", ["cat"], 1), ("exact", "", ["A"], 0), ("exact", "a", ["A"], 1), ("exact", "-5", ["5"], 0),
+        ("exact", "3.5", ["35"], 0), ("exact", "3.5.", ["3.5"], 1), ("exact", "1,000", ["1000"], 1), ("exact", "$-5", ["-5"], 1),
+        ("exact", "state-of-the-art", ["stateoftheart"], 1), ("contains", "x", ["", "y"], 0), ("contains", "A Cat", ["cat "], 1),
+        ("rouge-l", "да", ["да"], 1), ("rouge-l", "a_b c", ["a b c"], 1), ("rouge-l", "x y", ["x z"], 0.5), ("f1", "é", ["é"], 1),
+    ],
+)  # fmt: skip
+def test_metrics_on_what_is_easily_lost(metric: str, answer: str, references: list[str], score: float) -> None:
+    assert METRICS.get(metric)(answer, references, "") == pytest.approx(score)
+
+
+def test_empty_documents_are_told_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(" \n")
+    with pytest.raises(UserError, match="every document is empty"):
+        Text(data=str(tmp_path / "a.txt")).check(LM.info)
+
+
+def test_windows_that_hold_the_rest_of_a_character_are_no_examples(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("🙂" * 20)
+    found = scores(Text(data=str(tmp_path / "a.txt"), tokens=8))
+    assert found
+    assert all(np.isfinite(error) for error, _ in found.values())
 
 
 def test_stop_texts_end_generation() -> None:

@@ -140,6 +140,50 @@ def test_job_ids_hold_the_documents_and_not_their_place(tasks: str, tmp_path: Pa
     assert LmEval(task="own_choice", include_path=tasks, num_fewshot=2).content() != first
 
 
+def test_job_ids_hold_helpers_and_the_documents_of_answered_examples(tmp_path: Path) -> None:
+    lines = Path(own("questions.jsonl")).read_text().splitlines(keepends=True)
+    ids = {}
+    for name, helper, shots in (
+        ("first", "Q: ", lines[6:9]), ("same", "Q: ", lines[6:9]), ("helper", "Q!! ", lines[6:9]), ("shots", "Q: ", lines[9:12]),
+    ):  # fmt: skip
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "test.jsonl").write_text("".join(lines[:6]))
+        (folder / "train.jsonl").write_text("".join(shots))
+        (folder / "utils.py").write_text(
+            f"def mark():\n    return {helper!r}\n\ndef text(doc):\n    return mark() + doc['question']\n"
+        )
+        (folder / "asked.yaml").write_text(
+            f"task: asked\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/test.jsonl, train: {folder}/train.jsonl}}}}\n"
+            "test_split: test\nfewshot_split: train\nnum_fewshot: 2\noutput_type: multiple_choice\ndoc_to_text: !function utils.text\n"
+            'doc_to_choice: "{{options}}"\ndoc_to_target: answer\nmetric_list: [{metric: acc}]\n'
+        )
+        ids[name] = LmEval(task="asked", include_path=str(folder)).content()
+    assert ids["first"] == ids["same"]
+    assert len(set(ids.values())) == 3
+
+
+def test_a_method_on_the_cache_has_nothing_to_compress_in_whole_texts(tasks: str) -> None:
+    method = build("snapkv", {"keep": 0.5})
+    with pytest.raises(UserError, match="own_text scores whole texts"):
+        LmEval(task="own_text", include_path=tasks).check_method(method, LM.info)
+    LmEval(task="own_choice", include_path=tasks).check_method(method, LM.info)
+
+
+def test_a_prompt_of_an_answer_keeps_its_last_line_end(tasks: str, harness: object) -> None:
+    from lm_eval.api.instance import Instance
+
+    from isoflop.tasks.data.prompts import PromptTokenizer
+    from isoflop.tasks.harness._lm_eval_model import HarnessModel
+
+    ours = HarnessModel(LM, PromptTokenizer(LM.tokenizer, False, "here"), "", "here")
+    options = {"until": [], "max_gen_toks": 8, "do_sample": False}
+    requests = [
+        Instance("generate_until", {}, (f"{text}\nAnswer:\n", options), 0) for text in ("odd", "even more", " a")
+    ]
+    assert ours.generate_until(requests) == harness.generate_until(requests)  # type: ignore[attr-defined]
+
+
 def test_wrong_names_are_refused_in_one_line(tasks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"did you mean 'own_choice'\?"):
         LmEval(task="own_choise", include_path=tasks).check(LM.info)
@@ -178,3 +222,8 @@ def test_a_group_names_its_tasks(tasks: str, tmp_path: Path) -> None:
     (tmp_path / "both.yaml").write_text(json.dumps(group))
     with pytest.raises(UserError, match=r"both is a group; name its tasks: .*own_choice"):
         LmEval(task="both", include_path=str(tmp_path)).check(LM.info)
+
+
+def test_a_missing_folder_of_tasks_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"include_path = .*nowhere: no such folder"):
+        LmEval(task="own_choice", include_path=str(tmp_path / "nowhere")).check(LM.info)

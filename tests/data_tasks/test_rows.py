@@ -129,6 +129,9 @@ WRONG = {
     "no.parquet": (b"PAR1 is not", r"cannot be read"),
     "no.arrow": (b"nothing of the kind", r"cannot be read"),
     "no.jsonl.gz": (b"not gzip", r"cannot be read"),
+    "cut.jsonl.gz": (gzip.compress(b'{"a": 1}\n' * 99)[:-20], r"cannot be read"),
+    "deep.jsonl": (b"[" * 100_000 + b"]" * 100_000, r"deep\.jsonl:1: is no JSON"),
+    "twice.csv": (b"q, q\n1,2\n", r"its header names 'q' twice"),
     "text.docx": (b"x", r"is no table file; allowed: \.jsonl"),
 }
 

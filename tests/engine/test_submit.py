@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -12,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import isoflop
@@ -86,7 +89,7 @@ def test_data_that_tasks_name_travel_and_keep_their_places(tmp_path: Path) -> No
     (tmp_path / "data" / "pictures" / "a.png").write_bytes(b"a")
     (tmp_path / "data" / "pictures" / "unused.png").write_bytes(b"b")
     (tmp_path / "outside.png").write_bytes(b"c")
-    (tmp_path / "data" / "asked.jsonl").write_text('{"image": "pictures/a.png", "question": "is it ../outside.png?"}\n')
+    (tmp_path / "data" / "asked.jsonl").write_text('{"image": "pictures/a.png", "question": "../outside.png"}\n')
     (tmp_path / "texts" / "deep" / "one.txt").write_text("one")
     (tmp_path / "s.yaml").write_text(
         "name: s\nmodels: [tiny-lm/text-d32]\nmethods: [none]\ntasks:\n  - vqa: {data: data/asked.jsonl}\n"
@@ -99,6 +102,27 @@ def test_data_that_tasks_name_travel_and_keep_their_places(tmp_path: Path) -> No
     copy_sweep(tmp_path / "s.yaml", (), tmp_path / "out", paths)
     sent = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert sent == {"s.yaml", "data/asked.jsonl", "data/pictures/a.png", "texts/deep/one.txt", "outside.png"}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "jsonl.gz", "parquet"])
+def test_pictures_travel_whatever_their_names_and_the_tables_form(tmp_path: Path, ending: str) -> None:
+    names = ["plain.png", "café.png", "my photo.png", "noext", "deep/b.png"]
+    (tmp_path / "deep").mkdir()
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    rows = [{"image": name, "question": "what?"} for name in names]
+    table = tmp_path / f"asked.{ending}"
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    match ending:
+        case "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), table)
+        case "csv":
+            table.write_text("image,question\n" + "".join(f"{name},what?\n" for name in names))
+        case "json":
+            table.write_text(json.dumps(rows))
+        case _:
+            table.write_bytes(gzip.compress(lines.encode()) if ending.endswith("gz") else lines.encode())
+    assert {str(p.relative_to(tmp_path)) for p in data_beside(tmp_path, [table.name])} == {table.name, *names}
 
 
 def test_data_that_a_cluster_cannot_be_sent_are_refused_in_one_line(

@@ -98,6 +98,19 @@ def test_another_file_than_the_pinned_one_is_refused(tmp_path: Path) -> None:
     assert not (public_root() / "held").exists()
 
 
+@pytest.mark.parametrize("spoilt", [b"cut short", None])
+def test_a_kept_download_that_is_not_the_pinned_one_is_fetched_anew(tmp_path: Path, spoilt: bytes | None) -> None:
+    held = wheel(tmp_path / "index")
+    kept = tmp_path / "downloads" / f"{held.sha256}.whl"
+    kept.parent.mkdir()
+    (tmp_path / "other").mkdir()
+    other = wheel(tmp_path / "other", "tampered")
+    kept.write_bytes(spoilt or (tmp_path / "other" / "held_data-1.0-py3-none-any.whl").read_bytes())
+    assert other.sha256 != held.sha256
+    with held.opened(tmp_path / "downloads", len) as archive:
+        assert archive.read("held/rows.jsonl") == b"{}\n"
+
+
 def test_origins_are_tried_in_order_and_the_last_word_names_all(tmp_path: Path) -> None:
     def away(folder: Path, downloads: Path, say: Say) -> Mapping[str, Any]:
         raise Unreachable("the hub is away")
@@ -158,6 +171,13 @@ source(Wheel({held.requirement!r}, {held.sha256!r})).fetch()
     started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=60)[0] for process in started]
     assert sorted(said) == ["", "downloading held-data==1.0 with pip\n"]
+
+
+def test_a_name_leads_nowhere_else(tmp_path: Path) -> None:
+    source(wheel(tmp_path / "index")).fetch(say=len)
+    for name in ("public:../public/held/rows.jsonl", "public:./held/rows.jsonl", "public:held/../held/rows.jsonl"):
+        with pytest.raises(UserError):
+            read(name)
 
 
 def test_what_was_not_fetched_is_one_line(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def local_path(name: str, where: str) -> Path:
         return Path(name).expanduser()
     source, _, rest = name.removeprefix(PUBLIC).partition("/")
     folder = public_root() / source
-    if not source or not folder.is_dir():
+    if source in ("", ".", "..") or not folder.is_dir():
         wanted = source or "NAME"
         raise UserError(f"{where}: {wanted} is not in {public_root()}; get it with: isoflop fetch {wanted}")
     path = folder / rest

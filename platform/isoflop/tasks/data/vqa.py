@@ -32,7 +32,7 @@ class Vqa(DataTask):
     Secondary metric: ``tokens``, how many were generated.
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
 
     image: Annotated[str, Knob(doc="field of paths of images")] = "image"
     question: Annotated[str, Knob(doc="field of the question")] = "question"
@@ -42,9 +42,9 @@ class Vqa(DataTask):
     )
     chat: Annotated[bool, Knob(doc="the checkpoint's chat template instead of prompt")] = False
     max_tokens: Annotated[int, Knob(low=1, high=10_000, doc="most generated tokens", unit="tokens")] = 16
-    metric: Annotated[str, Knob(doc="how answer and references are compared; `isoflop tasks generate` names them")] = (
-        "vqa"
-    )
+    metric: Annotated[
+        str, Knob(doc=f"how answer and references are compared: {', '.join(METRICS.names())}, or one of your own")
+    ] = "vqa"
 
     @property
     def rows(self) -> Rows:

@@ -106,7 +106,7 @@ class HarnessModel(LM):
         prompts, wanted = [], []
         for request in requests:
             context, options = request.args
-            prompts.append(self.tokens.prompt(self.text(context)))
+            prompts.append(self.tokens.prompt(self.text(context), whole=True))  # as the harness' own models read it
             wanted.append(generation(options, self._what))
         said = [""] * len(requests)
         kinds = [(len(p.behind), most, ends) for p, (most, ends) in zip(prompts, wanted, strict=True)]

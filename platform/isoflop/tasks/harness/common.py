@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from isoflop.core.errors import Infeasible, UserError, nearest
-from isoflop.core.hashing import content_hash
+from isoflop.core.hashing import file_hash
 from isoflop.tasks.data.rows import example_number
 
 MOST_GENERATED = 256
@@ -27,6 +29,12 @@ def numbers_of(documents: Sequence[str]) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def shots_text(task: Any) -> str:
+    """The documents that answered examples come from, where there are any."""
+    shots: Iterable[Any] | None = task.fewshot_docs() if task.config.num_fewshot else None
+    return "" if shots is None else json.dumps(list(shots), sort_keys=True, default=str)
+
+
 def config_text(config: dict[str, Any]) -> str:
     """A configuration without places, as text that does not change between processes."""
     return json.dumps({k: v for k, v in config.items() if k not in PLACES}, sort_keys=True, default=_named)
@@ -38,6 +46,12 @@ def unknown_task(kind: str, name: str, known: Sequence[str], include_path: str) 
     hint = f" (did you mean {guess!r}?)" if guess else ""
     own = f" and {include_path}" if include_path else "; include_path: FOLDER adds one's own"
     return UserError(f"task {kind}: unknown task {name!r}{hint}; allowed: {len(known)} of the harness{own}")
+
+
+def check_folder(kind: str, include_path: str) -> None:
+    """Raise UserError where the folder of a user's own tasks does not exist."""
+    if include_path and not Path(include_path).is_dir():
+        raise UserError(f"task {kind}: include_path = {include_path}: no such folder")
 
 
 def not_loaded(kind: str, name: str, error: Exception) -> UserError:
@@ -74,9 +88,12 @@ def cut(text: str, ends: Sequence[str]) -> str:
 
 
 def _named(value: Any) -> str:
-    """What JSON does not know, in words that do not change between processes: of functions their name and source."""
+    """What JSON does not know, in words that do not change between processes: of functions their name and the file that they
+    stand in, with all that they call there."""
+    while isinstance(value, partial):
+        value = value.func
     try:
-        source = inspect.getsource(value)
+        source = file_hash(Path(inspect.getfile(value)))
     except (OSError, TypeError):
         source = ""
-    return f"{getattr(value, '__qualname__', type(value).__name__)} {content_hash([source])}"
+    return f"{getattr(value, '__qualname__', type(value).__name__)} {source}"

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from io import StringIO
 from typing import Annotated, Any, ClassVar
@@ -14,18 +14,28 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 import torch
 
-from isoflop.core.errors import UserError, unknown
+from isoflop.core.errors import Infeasible, UserError, unknown
 from isoflop.core.hashing import content_hash, derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
+from isoflop.methods.base import Method
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.features import batches
+from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.lm import LmModel
 from isoflop.tasks.base import TASKS, Shard, Task
 from isoflop.tasks.data.costs import MEASURED, Priced, costs_of
 from isoflop.tasks.data.prompts import PromptTokenizer
 from isoflop.tasks.data.rows import example_number
-from isoflop.tasks.harness.common import config_text, is_group, not_loaded, numbers_of, unknown_task
+from isoflop.tasks.harness.common import (
+    check_folder,
+    config_text,
+    is_group,
+    not_loaded,
+    numbers_of,
+    shots_text,
+    unknown_task,
+)
 from isoflop.tasks.language_task import lm_info, lm_model
 
 CORPUS = frozenset({"bleu", "chrf", "ter", "f1", "mcc", "matthews_correlation", "brier_score", "perplexity"})
@@ -83,6 +93,14 @@ class LmEval(Task):
         if loaded.unsafe:
             raise UserError(
                 f"task {self.name}: {self.task} runs code that models write, which this platform does not do"
+            )
+
+    def check_method(self, method: Method, info: ModelInfo) -> None:
+        """Refuse methods on the cache where whole texts are scored, which leaves no context to compress."""
+        if ATTENTION in method.hooks and str(self._loaded().task.OUTPUT_TYPE) == "loglikelihood_rolling":
+            raise Infeasible(
+                f"task {self.name}: {self.task} scores whole texts, so that there is no context for method {method.name} to "
+                "compress; the task text does, with prefix"
             )
 
     @torch.no_grad()
@@ -217,6 +235,7 @@ def load(name: str, include_path: str, num_fewshot: int) -> Loaded:
         raise UserError("task lm-eval needs the package lm-eval: pip install 'isoflop[lm-eval]'") from None
     for talkative in ("lm_eval", "lm-eval", "datasets"):
         logging.getLogger(talkative).setLevel(logging.ERROR)
+    check_folder("lm-eval", include_path)
     manager = lm_eval.tasks.TaskManager(include_path=include_path or None, include_defaults=not include_path)
     if include_path and name not in manager.all_tasks:  # reading the harness' own thousands takes seconds
         manager = lm_eval.tasks.TaskManager(include_path=include_path)
@@ -238,7 +257,7 @@ def load(name: str, include_path: str, num_fewshot: int) -> Loaded:
     return Loaded(
         task,
         (lm_eval.__version__, str(task.VERSION)),
-        config_text(task.dump_config()),
+        config_text(asdict(task.config)) + shots_text(task),
         numbers_of(documents),
         tuple(better),
         frozenset(metric for metric in better if metric in CORPUS),

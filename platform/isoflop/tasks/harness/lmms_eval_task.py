@@ -24,7 +24,15 @@ from isoflop.tasks.base import TASKS, Shard, Task
 from isoflop.tasks.data.image_questions import ImageQuestions, check_model, check_prompt
 from isoflop.tasks.data.images import digest, opened
 from isoflop.tasks.data.rows import example_number
-from isoflop.tasks.harness.common import config_text, is_group, not_loaded, numbers_of, unknown_task
+from isoflop.tasks.harness.common import (
+    check_folder,
+    config_text,
+    is_group,
+    not_loaded,
+    numbers_of,
+    shots_text,
+    unknown_task,
+)
 
 KINDS = frozenset({"generate_until", "multiple_choice", "loglikelihood"})
 """Kinds of requests that are answered."""
@@ -170,6 +178,7 @@ def load(name: str, include_path: str, limit: int) -> Loaded:
     except ImportError:
         raise UserError("task lmms-eval needs the package lmms-eval: pip install 'isoflop[lmms-eval]'") from None
     logger.disable("lmms_eval")
+    check_folder("lmms-eval", include_path)
     manager = lmms_eval.tasks.TaskManager(include_path=include_path or None, include_defaults=not include_path)
     if name not in manager.all_tasks:
         raise unknown_task("lmms-eval", name, manager.all_tasks, include_path)
@@ -207,7 +216,7 @@ def _read(name: str, task: Any, limit: int) -> Loaded:
     return Loaded(
         task,
         (version("lmms-eval"), str(task.VERSION)),
-        config_text(asdict(task.config)),  # its own dump names functions by their addresses
+        config_text(asdict(task.config)) + shots_text(task),  # its own dump names functions by their addresses
         numbers_of(documents),
         tuple(better),
         tuple(str(ensemble.name) for ensemble in task._filters),
