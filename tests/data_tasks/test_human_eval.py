@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from isoflop.core.errors import UserError
+from isoflop.tasks.data import programs
 from isoflop.tasks.data.human_eval import HumanEval, program
 from isoflop.tasks.data.programs import passes
 from isoflop.tasks.data.rows import read
@@ -19,15 +23,15 @@ from isoflop.testing.task_probes import own, reader_of_text
 MARK = "isoflop_left_behind"
 
 
-def running(mark: str) -> list[str]:
-    """Command lines of processes that name a mark."""
+def running(mark: str) -> list[int]:
+    """Processes whose command lines name a mark."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
-        found += [line] if mark in line else []
+        found += [int(path.parent.name)] if mark in line else []
     return found
 
 
@@ -59,28 +63,128 @@ def test_what_hangs_leaves_early_or_takes_too_much_fails_in_time(text: str) -> N
     assert time.monotonic() - started < 60
 
 
-@pytest.mark.parametrize("detached", ["", "os.setsid();"])
-def test_what_it_starts_and_writes_ends_with_it(detached: str) -> None:
+@pytest.fixture(params=[True, False], ids=["namespaces", "none"])
+def namespaces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """With namespaces where the kernel gives them, and as on a machine that has none."""
+    monkeypatch.setattr(programs, "NAMESPACES", request.param)
+    return bool(request.param)
+
+
+def none_left(mark: str) -> bool:
+    """Whether no process with a mark is left, in a while."""
+    deadline = time.monotonic() + 20
+    while running(mark) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = running(mark)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    return not left
+
+
+ESCAPES = {
+    "stays": "become()",
+    "detached": "os.setsid() if os.getsid(0) != os.getpid() else None; libc.prctl(1, 0); become()",
+    "children": "[libc.fork() or become() for _ in range(3)]; time.sleep(60)",
+    "sessions": "[libc.fork() or (os.setsid(), become()) for _ in range(3)]; time.sleep(60)",
+    "daemon": "libc.fork() and os._exit(0); os.setsid(); libc.fork() and os._exit(0); libc.prctl(1, 0); become()",
+    "daemon of a program that ends": "libc.fork() or (os.setsid(), libc.fork() and os._exit(0), become())",
+    "keeper killed": "os.getppid() and os.kill(os.getppid(), 9); become()",
+}
+
+
+@pytest.mark.parametrize("escape", ESCAPES)
+@pytest.mark.usefixtures("namespaces")
+def test_what_it_starts_and_writes_ends_with_it(escape: str) -> None:
     before = set(Path(tempfile.gettempdir()).glob("isoflop-program-*"))
-    code = f"import time; {MARK}{os.getpid()} = 1; time.sleep(120)"
+    mark = f"{MARK}{os.getpid()}"
+    text = f"""
+import ctypes, os, time
+libc = ctypes.CDLL(None)
+def become():
+    os.execv({sys.executable!r}, ["python", "-c", "{mark} = 1\\nwhile True: pass"])
+open("written", "w").write("x")
+{ESCAPES[escape]}
+"""
+    passed = passes(text, 1)
+    assert none_left(mark)
+    assert not passed or escape == "daemon of a program that ends"  # it may end before its daemon is seen
+    assert set(Path(tempfile.gettempdir()).glob("isoflop-program-*")) == before
+
+
+@pytest.mark.usefixtures("namespaces")
+def test_programs_start_no_processes() -> None:
+    assert passes("import resource; assert resource.getrlimit(resource.RLIMIT_NPROC) == (0, 0)", 5)
+    started = time.monotonic()
+    assert not passes("import os, time\n[os.fork() for _ in range(3)]\ntime.sleep(100)", 60)
+    assert time.monotonic() - started < 60  # as soon as it is seen, not when its time is over
+
+
+@pytest.mark.usefixtures("namespaces")
+def test_they_end_with_the_process_that_asked() -> None:
+    mark = f"{MARK}{os.getpid()}"
+    text = f"import os; os.execv({sys.executable!r}, ['python', '-c', '{mark} = 1; import time; time.sleep(300)'])"
+    asked = f"from isoflop.tasks.data import programs; programs.NAMESPACES = {programs.NAMESPACES}; programs.passes({text!r}, 100)"
+    with subprocess.Popen([sys.executable, "-c", asked]) as process:
+        deadline = time.monotonic() + 60
+        while not [pid for pid in running(mark) if pid != process.pid] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert [pid for pid in running(mark) if pid != process.pid]
+        process.kill()
+    assert none_left(mark)
+
+
+FORGERIES = {
+    "early": "",
+    "names": "candidates = [v for m in list(sys.modules.values()) for v in list(vars(m).values())]",
+    "arguments": "candidates = open('/proc/self/cmdline', 'rb').read().split(bytes(1)) + sys.orig_argv",
+    "environment": "candidates = list(os.environb.values())",
+    "input": "candidates = [os.read(0, 100)]",
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_success_cannot_be_said_by_what_names_lead_to(forgery: str) -> None:
     text = f"""
 import os, sys
-open("written", "w").write("x")
-for _ in range(3):
-    if os.fork() == 0:
-        {detached or "pass"}
-        os.execv({sys.executable!r}, ["python", "-c", {code!r}])
-while True:
-    pass
+candidates = []
+{FORGERIES[forgery]}
+for word in candidates:
+    word = word.encode(errors="replace") if isinstance(word, str) else word
+    if isinstance(word, bytes) and len(word) in (16, 32):
+        for place in range(1, 64):
+            try:
+                os.write(place, word)
+            except OSError:
+                pass
+os._exit(0)
 """
+    assert not passes(text, 5)
+
+
+def test_calls_that_a_program_replaces_say_nothing() -> None:
+    assert not passes("import os\nos.write = lambda *_: os._exit(0)\nraise ValueError", 5)
+    assert passes("import os\nos.write = os._exit = print", 5)
+
+
+def test_what_it_writes_is_not_kept() -> None:
+    text = """
+import os
+block = bytes(2**20)
+for place in range(64):
+    try:
+        os.set_blocking(place, False)
+    except OSError:
+        pass
+while True:
+    for place in range(64):
+        try:
+            os.write(place, block)
+        except OSError:
+            pass
+"""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert not passes(text, 1)
-    deadline = time.monotonic() + 20
-    while (left := running(f"{MARK}{os.getpid()}")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    if detached and left:
-        pytest.skip("the kernel gives no namespaces: a process that detaches itself is not found")
-    assert not left
-    assert set(Path(tempfile.gettempdir()).glob("isoflop-program-*")) == before
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16  # KiB
 
 
 def test_it_has_no_network_where_the_kernel_allows_that() -> None:

