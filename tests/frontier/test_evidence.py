@@ -72,6 +72,21 @@ def test_whole_rows_say_no_more_than_a_sign_test(repeats: int) -> None:
     assert found.at_most(0, 1, 0.0) == 1 - 0.5 ** (repeats + 1)
 
 
+@pytest.mark.parametrize("unit", [1.0, 0.3, 1e-4])
+@pytest.mark.parametrize("n", [2, 3, 6])
+@pytest.mark.parametrize("paired", [True, False])
+def test_scores_of_any_kind_say_no_more_than_a_sign_test(n: int, unit: float, paired: bool) -> None:
+    """Nearly equal scores of a handful of examples are no evidence that all examples are."""
+    scores = np.linspace(1.0, 1.3, n)
+    found = gather([candidate("a", {0: scores + 1e-3 * unit}), candidate("none", {0 if paired else 1: scores})])
+    most = 1 - 0.5 ** (n + 1)
+    assert max(found.at_most(0, 1, margin) for margin in (0.01, 1.0, 100.0)) <= most
+    assert found.best().max() <= most
+    if n == 2:
+        pair = [candidate("none", {0: scores}), candidate("a", {0: scores + 1e-4}, cost=0.5)]
+        assert largest_ratio(pair, ASKED, 0.01).values["ratio"] is None
+
+
 def test_equals_share_and_copies_of_a_repeat_count_once() -> None:
     rng = np.random.default_rng(0)
     scores, worse = (rng.random(50) < 0.2).astype(float), np.ones(50)

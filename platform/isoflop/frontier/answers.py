@@ -138,9 +138,11 @@ def _wrapped(text: str, first: str, rest: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
-def part(share: float) -> str:
-    """A share in words that stand before what it is of."""
-    return _SHARES.get(share, f"{share:g}") + (" of" if share not in (0.5, 1.0) else "")
+def part(share: float, cost: str) -> str:
+    """A share of a cost in words: "half the bytes", "a quarter of the bytes", "half of what its method cuts"."""
+    clause = cost.startswith("what ")
+    of = " of" if clause or share not in (0.5, 1.0) else ""
+    return _SHARES.get(share, f"{share:g}") + of + (f" {cost}" if clause else f" the {cost}")
 
 
 def chance(probability: float | None) -> str:

@@ -6,7 +6,8 @@ Two sources of chance are drawn, each where rows know it:
   scored *and one that was not* (Rubin's Bayesian bootstrap with Gaffke's extra observation). What the unseen example would have
   said is set by the question, by up to ``reach``: so that agreement on a handful of examples is no certainty. Of 0/1 scores
   this makes the probability of being better that of a sign test with a flat prior, 1 - 2**-(k+1) where all k examples that differ
-  agree, and the one of being as good the rule of succession.
+  agree, and the one of being as good the rule of succession. Other scores may differ by next to nothing; the same bound holds for
+  them, with k = n.
 * **repeats** (other seeds): Student's t with R - 1 degrees of freedom about the mean, jointly for all configurations.
 
 Both are added where both are known. An example then counts twice, once in what differs between repeats: the intervals are wide
@@ -62,7 +63,7 @@ class Evidence:
         draws: (D, C), without the unseen example's share.
         unseen: its weight (D, C), 0 where no examples are known.
         reach: how far apart it may put two candidates.
-        surest: (C, C), the most that can be said for one against another where only whole rows are known.
+        surest: (C, C), the most that can be said for one against another with so many examples or rows.
         log_costs: of draws (D, C), where costs differ between repeats; else the means.
         told: what it rests on, e.g. "120 paired examples"; unknown: why nothing is known; notes: what a reader must know.
     """
@@ -135,7 +136,9 @@ def gather(candidates: Sequence[Candidate], seed: int = 0, draws: int = DRAWS) -
         draws=_equals_equal(found, errors, blocks),
         unseen=unseen,
         reach=_reach(blocks) if blocks else 0.0,
-        surest=np.ones((count, count)) if blocks else _surest(np.full(count, len(shared))),
+        surest=np.ones((count, count))
+        if _right_or_wrong(blocks)
+        else _surest(np.full(count, max([len(shared), *map(len, blocks)]))),
         log_costs=_log_costs(candidates, shared, rng, draws),
         told=_told(len(shared), examples) if known else "",
         unknown="" if known else _few(examples),
@@ -162,12 +165,14 @@ def _apart(candidates: Sequence[Candidate], seed: int, draws: int) -> Evidence:
     unknown = next((e.unknown for e in own if e.unknown), "")
     rows = np.array([len(c.errors) for c in candidates])
     scored = all(e.reach for e in own)
+    graded = scored and _right_or_wrong([s for c in candidates for s in c.scores.values()])
+    carried = [max([n, *map(len, c.scores.values())]) for n, c in zip(rows, candidates, strict=True)]
     return Evidence(
         error=np.array([e.error[0] for e in own]),
         draws=np.concatenate([e.draws for e in own], axis=1),
         unseen=np.concatenate([e.unseen for e in own], axis=1),
         reach=max(e.reach for e in own),
-        surest=np.ones((len(own), len(own))) if scored else _surest(rows),
+        surest=np.ones((len(own), len(own))) if graded else _surest(np.array(carried) if scored else rows),
         log_costs=np.concatenate([e.log_costs for e in own], axis=1),
         told="" if unknown else f"{_between(rows)} unpaired rows each",
         unknown=unknown,
@@ -223,10 +228,15 @@ def _over_repeats(errors_RC: Array, rng: np.random.Generator, draws: int) -> Arr
     return np.asarray(normal * wide[:, None] / np.sqrt(count * (count - 1)))
 
 
+def _right_or_wrong(blocks: Sequence[Array]) -> bool:
+    """Whether scores are right or wrong: the unseen example then says in every draw what n examples carry, without a further bound."""
+    return bool(blocks) and all(bool(np.isin(b, (0.0, 1.0)).all()) for b in blocks)
+
+
 def _reach(blocks: Sequence[Array]) -> float:
     """How far apart an example can put two candidates: 1 for scores that are right or wrong, else what was seen."""
     scores = np.concatenate(blocks)
-    if np.isin(scores, (0.0, 1.0)).all():
+    if _right_or_wrong(blocks):
         return 1.0
     apart = float(np.max(scores.max(axis=1) - scores.min(axis=1)))
     return apart or float(scores.max() - scores.min()) or float(np.abs(scores).max())

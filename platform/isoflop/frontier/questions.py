@@ -26,7 +26,7 @@ def best(candidates: Sequence[Candidate], asked: Asked, budget: float, share: bo
     """
     most = budget + _SLACK * min(budget, 1 - budget) if share else budget
     fits = [c for c in candidates if c.cost <= most * (1 + 1e-9)]
-    place = f"at {part(budget)} the {asked.cost}" if share else f"at {quantity(budget, asked.unit)} ({asked.cost})"
+    place = f"at {part(budget, asked.cost)}" if share else f"at {quantity(budget, asked.unit)} ({asked.cost})"
     head = f"{asked.where}, {place}: "
     values: dict[str, Any] = dict.fromkeys(
         ("budget", "configuration", "method", "model", "error", "uncompressed_error", "cost", "probability")
@@ -90,7 +90,7 @@ def largest_ratio(candidates: Sequence[Candidate], asked: Asked, margin: float) 
         return no_reference("largest ratio", asked, values)
     tried = [c for c in candidates if _ratio(c, dense) > 1 and not c.uncompressed]
     if not tried:
-        return Answer("largest ratio", dict(asked.key), f"{asked.where}: nothing takes less {asked.cost} than uncompressed", values, unknown="nothing is compressed")  # fmt: skip
+        return Answer("largest ratio", dict(asked.key), f"{asked.where}: nothing takes less {'of ' * asked.cost.startswith('what ')}{asked.cost} than uncompressed", values, unknown="nothing is compressed")  # fmt: skip
     found = gather([dense, *tried], asked.seed)
     ratios = [_ratio(c, dense) for c in tried]
     inside = [found.at_most(i + 1, 0, margin) for i in range(len(tried))]

@@ -130,7 +130,9 @@ def answers(
             mine = [c for c in own if c.model == model]
             found += _of_model(measured, mine, _key(scene, model), asked, cost, level, seed)
     _refuse_nothing(found, asked)
-    return Answers(found, _words(cost)[0] if cost else f"share of the uncompressed {measured.compared(configs)}", notes)
+    return Answers(
+        found, _words(cost)[0] if cost else f"share of {measured.compared(configs)}, of the uncompressed", notes
+    )
 
 
 def only_cost(configs: Sequence[Config]) -> str | None:

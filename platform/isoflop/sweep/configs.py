@@ -178,15 +178,15 @@ def _variants(
 
 
 def _amounts(spec: Mapping[str, Any]) -> set[str]:
-    """Knobs that say how much is compressed. Of methods that are not registered here, every number might."""
+    """Knobs that say how much is compressed. What a method does not declare comes from elsewhere: every number might."""
     parts = spec.get("methods") or []
     found = set()
     for part in parts:
         prefix = f"{part['name']}." if len(parts) > 1 else ""
-        if part["name"] in METHODS:
-            found |= {prefix + name for name, k in knob_specs(METHODS.get(part["name"])).items() if k.knob.ratio}
-        else:
-            found |= {prefix + name for name, value in part.get("knobs", {}).items() if _is_number(value)}
+        declared = knob_specs(METHODS.get(part["name"])) if part["name"] in METHODS else {}
+        found |= {prefix + name for name, k in declared.items() if k.knob.ratio}
+        knobs = part.get("knobs", {})
+        found |= {prefix + name for name, value in knobs.items() if name not in declared and _is_number(value)}
     return found
 
 

@@ -5,7 +5,8 @@ columns that are called otherwise, and to expressions of columns):
 
 * ``method`` (needed), ``error`` (needed; ``y``), ``task``, ``model``: whose result it is;
 * ``repeat``, ``example``: what is paired. Rows without a repeat are unpaired;
-* ``knob.NAME``, or ``knobs`` (text): settings of the method. Rows that agree in all of these are repeats of each other;
+* ``knob.NAME``, or ``knobs`` (text): settings of the method. Rows that agree in all of these are repeats of each other. Where a
+  method has none, levels of its ratio or costs are its settings (:mod:`.levels`);
 * ``ratio``, ``bits``, ``N``, ``V``, ``Q``; ``flops``, ``seconds``, ``weight_bytes``, ``kv_bytes``, ``bytes``: numbers.
 """
 
@@ -24,6 +25,7 @@ from isoflop.core.errors import UserError, nearest, unknown
 from isoflop.core.text import safe_name
 from isoflop.laws.table import column
 from isoflop.ledger import schema
+from isoflop.sweep import levels
 
 NAMELESS = "(unnamed model)"
 """The model of rows that name none."""
@@ -73,10 +75,8 @@ def as_rows(
     for i in range(table.num_rows):
         task, model = (None if found is None else found[i] for found in (texts["task"], texts["model"]))
         settings = json.dumps({k: v[i] for k, v in knobs.items() if v[i] is not None}, sort_keys=True)
-        ratio = _number(numbers, "ratio", i)
-        same = None if methods[i] == plain else ratio
-        key = (task or y, model or NAMELESS, methods[i] or "(no method)", settings, same)
-        groups.setdefault(key, []).append(i)
+        groups.setdefault((task or y, model or NAMELESS, methods[i] or "(no method)", settings), []).append(i)
+    groups = _by_setting(groups, numbers, plain, texts["repeat"], texts["example"])
     repeats = _repeats(texts["repeat"], table.num_rows)
     rows, notes = _joined(groups, repeats, texts["example"], errors)
     out = [
@@ -128,10 +128,21 @@ def _baseline(methods: Sequence[str | None], asked: str | None) -> str | None:
     return next((m for m in _BASELINES if m in known), None)
 
 
-def _number(numbers: Mapping[str, Any], name: str, row: int) -> float | None:
-    if name not in numbers or not math.isfinite(numbers[name][row]):
-        return None
-    return float(numbers[name][row])
+def _by_setting(
+    groups: Mapping[tuple[Any, ...], list[int]], numbers: Mapping[str, Any], plain: str | None,
+    repeats: Sequence[str | None] | None, examples: Sequence[str | None] | None,
+) -> dict[tuple[Any, ...], list[int]]:  # fmt: skip
+    """Rows by (task, model, method, settings), where levels are settings of what no knob tells apart."""
+    settings = Counter(key[:3] for key in groups)
+    out: dict[tuple[Any, ...], list[int]] = {}
+    for key, members in groups.items():
+        told = key[3] != "{}" and (settings[key[:3]] > 1 or not levels.clash(members, repeats, examples))
+        if told or key[2] == plain:
+            out[key] = members
+            continue
+        for level, rows in levels.split(members, numbers, repeats, examples):
+            out[(*key[:3], json.dumps({**json.loads(key[3]), **level}, sort_keys=True))] = rows
+    return out
 
 
 def _repeats(texts: Sequence[str | None] | None, count: int) -> list[int]:
@@ -161,40 +172,68 @@ def _joined(
             if len(members) > 1:
                 raise UserError(
                     f"rows {members[0]} and {members[1]} (the first is 0) are both {' '.join(map(str, key[2:4]))} of task {key[0]} and one repeat; "
-                    "tell them apart with columns repeat, example or knob.NAME"
+                    "tell them apart with a column knob.NAME (settings), repeat or example"
                 )  # fmt: skip
         return [(key, repeat, m, [], float(errors[m[0]])) for (key, repeat), m in found.items()], []
-    shared: dict[tuple[str, int], set[str]] = {}
+    good: dict[tuple[Any, int], set[str]] = {}
     for (key, repeat), members in found.items():
         ids = [examples[i] for i in members]
         twice = next((e for e, n in Counter(ids).items() if n > 1), None)
         if twice is not None or None in ids:
             what = "a row has no example" if None in ids else f"example {twice!r} stands twice"
-            raise UserError(f"{what} in {' '.join(map(str, key[2:4]))} of task {key[0]}; each configuration has one row per example and repeat")  # fmt: skip
-        good = {str(examples[i]) for i in members if math.isfinite(errors[i])}
-        place = (key[0], repeat)
-        shared[place] = shared[place] & good if place in shared else good
-    rows, left = [], 0
+            help = "" if None in ids else "; tell settings apart with a column knob.NAME"
+            raise UserError(f"{what} in {' '.join(map(str, key[2:4]))} of task {key[0]}; each configuration has one row per example and repeat{help}")  # fmt: skip
+        good[key, repeat] = {str(examples[i]) for i in members if math.isfinite(errors[i])}
+    shared, sparse = _shared(good)
+    rows: list[tuple[Any, int, list[int], list[float], float]] = []
+    left = 0
     for (key, repeat), members in found.items():
+        if (key, repeat) in sparse:
+            rows.append((key, repeat, members, [], math.nan))
+            continue
         kept = {str(examples[i]): float(errors[i]) for i in members if str(examples[i]) in shared[key[0], repeat]}
         left = max(left, len(members) - len(kept))
         scores = [kept[e] for e in sorted(kept)]
-        error = (
-            float(np.mean(scores))
-            if scores
-            else float(np.nanmean(errors[members]))
-            if np.isfinite(errors[members]).any()
-            else math.nan
-        )
-        rows.append((key, repeat, members, scores, error))
-    return rows, [f"up to {left} examples that not every configuration has are left out"] * bool(left)
+        whole = errors[members][np.isfinite(errors[members])]  # where nothing is shared
+        rows.append((key, repeat, members, scores, float(np.mean(scores or whole))))
+    notes = [f"up to {left} examples that not every configuration has are left out"] * bool(left)
+    return rows, [*_left_out(sparse), *notes]
+
+
+def _shared(good: Mapping[tuple[Any, int], set[str]]) -> tuple[dict[tuple[str, int], set[str]], dict[Any, str]]:
+    """Examples that all have, by task and repeat; and who has less than half of what others have, so that it would cost them theirs."""
+    most: dict[tuple[str, int], int] = {}
+    for (key, repeat), own in good.items():
+        most[key[0], repeat] = max(most.get((key[0], repeat), 0), len(own))
+    shared: dict[tuple[str, int], set[str]] = {}
+    sparse = {}
+    for (key, repeat), own in good.items():
+        place = (key[0], repeat)
+        if not own or 2 * len(own) < most[place]:
+            sparse[key, repeat] = f"{len(own)} of {most[place]}"
+        else:
+            shared[place] = shared[place] & own if place in shared else own
+    return shared, sparse
+
+
+def _left_out(sparse: Mapping[tuple[Any, int], str]) -> list[str]:
+    """A line per configuration, of the first few."""
+    by_key: dict[Any, str] = {}
+    for (key, _), share in sparse.items():
+        by_key.setdefault(key, share)
+    notes = []
+    for key, share in by_key.items():
+        called = " ".join([key[2], *(f"{k} {v}" for k, v in json.loads(key[3]).items())])
+        notes.append(f"{called} of task {key[0]} is left out: it has finite errors on {share} examples")
+    more = [f"and {len(notes) - 5} more configurations are left out for that"] * (len(notes) > 5)
+    return notes[:5] + more
 
 
 def _row(
     place: int, key: tuple[Any, ...], repeat: int, members: Sequence[int], scores: list[float], error: float,
     numbers: Mapping[str, Any], plain: str | None,
 ) -> dict[str, Any]:  # fmt: skip
-    task, model, method, settings, _ = key
+    task, model, method, settings = key
     values = {n: _mean(a[list(members)]) for n, a in numbers.items()}
     known = {n: v for n, v in values.items() if v is not None and n != "bytes"}
     if "N" in known:  # whole, where a ledger can hold it
