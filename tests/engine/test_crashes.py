@@ -197,7 +197,6 @@ def test_kills_at_random_moments_change_nothing(tmp_path: Path, empty_mlflow: Pa
 _DIES = """
 import os, sys
 from isoflop.cli import main
-from isoflop.ledger import store
 from isoflop.track.tracker import MlflowTracker
 
 where, count = sys.argv[1], int(sys.argv[2])
@@ -210,7 +209,7 @@ def die() -> None:
     if seen == count:
         os._exit(9)
 
-push, replace = MlflowTracker.push, os.replace
+push, rename = MlflowTracker.push, os.rename
 
 def dying_push(self, rows):
     rows = list(rows)
@@ -218,17 +217,17 @@ def dying_push(self, rows):
         die()
     push(self, rows)
 
-def dying_replace(source, target):
+def dying_rename(source, target):
     ledger = str(target).endswith(".parquet")
     if ledger and where == "before rename":
         die()
-    replace(source, target)
+    rename(source, target)
     if ledger and where == "after rename":
         die()
 
 if where == "before MLflow":
     MlflowTracker.push = dying_push
-store.os.replace = dying_replace
+os.rename = dying_rename
 main()
 """
 
