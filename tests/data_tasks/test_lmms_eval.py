@@ -53,6 +53,16 @@ metric_list:
   - {metric: length, aggregation: !function helpers.mean_score, higher_is_better: false}
   - {metric: together, aggregation: !function helpers.distinct, higher_is_better: true}
 """,
+    "own_parts": """
+output_type: generate_until
+doc_to_target: "{{answer}}"
+generation_kwargs: {max_new_tokens: 4, do_sample: false}
+process_results: !function helpers.of_some
+metric_list:
+  - {metric: words, aggregation: !function helpers.mean_score, higher_is_better: false}
+  - {metric: colours, aggregation: !function helpers.mean_score, higher_is_better: false}
+  - {metric: nobody, aggregation: !function helpers.mean_score, higher_is_better: false}
+""",
     "own_pairs": """
 output_type: generate_until
 doc_to_target: "{{answer}}"
@@ -73,6 +83,9 @@ def pictures(doc):
 
 def twice(doc):
     return pictures(doc) * 2
+
+def of_some(doc, results):
+    return {"words" if doc["question"].startswith("what") else "colours": {"score": float(len(results[0]))}}
 
 def judged(doc, results):
     return {"length": {"id": doc["question"], "score": len(results[0])}, "together": {"said": results[0]}}
@@ -162,6 +175,24 @@ def test_a_metric_of_all_documents_together_is_one_example(tasks: str, model: Vl
     assert len(whole[0].ids) == 1
     assert whole[0].metrics["documents"] == [6.0]
     assert 0.0 <= whole[0].errors[0] < 1.0  # 1 − distinct answers among six
+
+
+@pytest.mark.parametrize("shard", [1, 2, 6])
+def test_documents_without_a_value_of_the_metric_are_left_out_however_they_are_sharded(
+    tasks: str, model: VlmModel, shard: int
+) -> None:
+    """Half of them have one metric, half the other, as in MME."""
+    whole = {name: shards(tasks, "own_parts", model, metric=name) for name in ("words", "colours")}
+    ids = {name: {number for s in found for number in s.ids.tolist()} for name, found in whole.items()}
+    assert len(ids["words"]) == len(ids["colours"]) == 3
+    assert not ids["words"] & ids["colours"]
+    for name, found in whole.items():
+        parts = shards(tasks, "own_parts", model, metric=name, shard=shard)
+        assert {n: e for s in parts for n, e in zip(s.ids.tolist(), s.errors.tolist(), strict=True)} == {
+            n: e for s in found for n, e in zip(s.ids.tolist(), s.errors.tolist(), strict=True)
+        }
+    with pytest.raises(Infeasible, match="no document of own_parts has a value of nobody"):
+        shards(tasks, "own_parts", model, metric="nobody")
 
 
 def test_losses_are_those_of_one_pass(tasks: str, model: VlmModel) -> None:

@@ -48,8 +48,8 @@ class LmmsEval(Task):
     places the image itself; else ``prompt`` does.
 
     An example is a document, its error 1 − its value of ``metric`` where more is better, else the value; the first metric of
-    the harness' task unless one is named. A value that is a record counts by its ``score``; a metric that no document has a value
-    of is of all documents together and gives one example, which cannot be compared pairwise.
+    the harness' task unless one is named. A value that is a record counts by its ``score``; documents without a value of the metric are left
+    out, and a metric whose values are no numbers is of all documents together and gives one example, which cannot be compared pairwise.
 
     ``lmms-eval:mmstar`` is short for ``lmms-eval: {task: mmstar}``. Versions of harness and task, documents and images enter job ids.
     """
@@ -90,23 +90,31 @@ class LmmsEval(Task):
         loaded, asked = self._loaded(), self._asked(model)
         order = np.random.default_rng(derive_seed("order", self.name, self.task, seed)).permutation(len(loaded.numbers))
         collected: list[Mapping[str, Any]] = []
+        metric, yielded = self.metric or loaded.metrics[0], False
         for part in batches(len(order), self.shard):
             places = order[part].tolist()
             values = _judged(loaded, asked, places, self.filter or loaded.filters[0])
-            metric = self.metric or loaded.metrics[0]
-            if any(_number(value.get(metric)) is None for value in values):
-                collected.extend(values)
+            # several benchmarks give some metrics of some documents only
+            asked_of = [(place, value) for place, value in zip(places, values, strict=True) if metric in value]
+            errors = [_number(value[metric]) for _, value in asked_of]
+            if None in errors:
+                collected.extend(value for _, value in asked_of)
                 continue
-            others = [
-                m for m in values[0] if m != metric and all(_number(value.get(m)) is not None for value in values)
-            ]
+            if not asked_of:
+                continue
+            yielded = True
+            noted = {m: [_number(value.get(m)) for _, value in asked_of] for m in asked_of[0][1] if m != metric}
             yield Shard(
-                np.array([loaded.numbers[place] for place in places]),
-                np.array([self._error(loaded, metric, float(_number(value[metric]) or 0.0)) for value in values]),
-                {m: np.array([float(_number(value[m]) or 0.0) for value in values]) for m in others},
+                np.array([loaded.numbers[place] for place, _ in asked_of]),
+                np.array([self._error(loaded, metric, float(error or 0.0)) for error in errors]),
+                {m: np.array(found, dtype=float) for m, found in noted.items() if None not in found},
             )
         if collected:
             yield self._whole(loaded, collected)
+        elif not yielded:
+            raise Infeasible(
+                f"task {self.name}: no document of {self.task} has a value of {metric}; allowed: another metric"
+            )
 
     def measure(self, model: Model, ctx: StageContext) -> dict[str, float]:
         """Footprint of the first document's question, from pixels to the first token of its answer."""
