@@ -152,7 +152,7 @@ def test_generation_is_compared_with_references(monkeypatch: pytest.MonkeyPatch)
     asked = task.asked(LM, example, task.tokens_of(LM))
     for error in (0.0, 1.0, 1.0):
         text = next(said)
-        assert task._scored(asked, text, 2) == {"error": error, "tokens": 2.0}
+        assert 1.0 - task.score(asked, text) == error
 
 
 @pytest.mark.parametrize(

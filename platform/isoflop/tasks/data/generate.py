@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
-from isoflop.models.contexts import Contexts
 from isoflop.models.hooks.prompt_text import PROMPT_TEXT
 from isoflop.tasks.base import TASKS
 from isoflop.tasks.data.base import Example
-from isoflop.tasks.data.language import Asked, LanguageDataTask, check_listed, listed
+from isoflop.tasks.data.greedy import GreedyTask
+from isoflop.tasks.data.language import Asked, check_listed, listed
 from isoflop.tasks.data.metrics import METRICS
-from isoflop.tasks.data.prompts import PromptText, PromptTokenizer, Template, TokenPrompt
+from isoflop.tasks.data.prompts import Template
 from isoflop.tasks.data.rows import Rows
 
 
 @TASKS.register("generate")
 @dataclass(frozen=True, kw_only=True)
-class Generate(LanguageDataTask):
+class Generate(GreedyTask):
     """Greedy generation behind a prompt; an example's error is 1 − its score by ``metric``, the best over its references.
 
     Generation ends at the model's own end of text, at a text of ``stop``, or after ``max_tokens``. The prompt's context is
@@ -33,7 +32,6 @@ class Generate(LanguageDataTask):
     prompt: Annotated[str, Knob(doc="template over fields, as {question}; {{ is a brace")] = "{prompt}"
     references: Annotated[str, Knob(doc="field of the right answers, one or a list")] = "references"
     context: Annotated[str, Knob(doc="field of the context, which methods compress; empty for {context} or none")] = ""
-    max_tokens: Annotated[int, Knob(low=1, high=100_000, doc="most generated tokens", unit="tokens")] = 32
     stop: Annotated[tuple[str, ...], Knob(doc="texts that end an answer; not part of it")] = ("\n",)
     metric: Annotated[
         str, Knob(doc=f"how answer and references are compared: {', '.join(METRICS.names())}, or one of your own")
@@ -55,37 +53,13 @@ class Generate(LanguageDataTask):
         super().check_example(example)
         check_listed(self, example, "references")
 
-    def tails_of(
-        self, example: Example, text: PromptText, prompt: TokenPrompt, tokens: PromptTokenizer
-    ) -> list[tuple[int, ...]]:
-        """What follows the context."""
-        return [prompt.behind]
-
-    def alike(self, asked: Asked) -> Any:
-        """Tokens behind the context, since a row that ends earlier would go on behind padding."""
-        return len(asked.prompt.behind)
-
-    @property
-    def generated(self) -> int:
-        """``max_tokens``."""
-        return self.max_tokens
-
-    def scores_of(self, contexts: Contexts, asked: Sequence[Asked], tokens: PromptTokenizer) -> list[dict[str, float]]:
-        """Generate for all, then compare."""
-        answers = contexts.generate(
-            [one.prompt.behind for one in asked],
-            self.max_tokens,
-            tokens.end_ids,
-            lambda ids: self._ended(tokens.text(ids)),
-        )
-        return [self._scored(one, tokens.text(ids), len(ids)) for one, ids in zip(asked, answers, strict=True)]
-
-    def _ended(self, text: str) -> bool:
+    def ended(self, text: str) -> bool:
+        """A text of ``stop`` stands in it; a line that begins empty has not ended."""
         return any(stop and stop in text.lstrip() for stop in self.stop)
 
-    def _scored(self, asked: Asked, text: str, tokens: int) -> dict[str, float]:
-        text = text.lstrip()  # a line that begins empty has not ended
+    def score(self, asked: Asked, text: str) -> float:
+        """By ``metric``, up to the first text of ``stop``."""
+        text = text.lstrip()
         for stop in self.stop:
             text = text.partition(stop)[0] if stop else text
-        score = METRICS.get(self.metric)(text.strip(), listed(asked.example, self.references), self.pattern)
-        return {"error": 1.0 - float(score), "tokens": float(tokens)}
+        return float(METRICS.get(self.metric)(text.strip(), listed(asked.example, self.references), self.pattern))

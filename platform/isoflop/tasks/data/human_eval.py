@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from isoflop.core.errors import UserError
 from isoflop.core.knobs import Knob
 from isoflop.models.base import ModelInfo
-from isoflop.models.contexts import Contexts
 from isoflop.tasks.base import TASKS
-from isoflop.tasks.data.language import Asked, LanguageDataTask
+from isoflop.tasks.data.greedy import GreedyTask
+from isoflop.tasks.data.language import Asked
 from isoflop.tasks.data.programs import passes
-from isoflop.tasks.data.prompts import PromptText, PromptTokenizer, Template, TokenPrompt, shown
+from isoflop.tasks.data.prompts import Template, shown
 from isoflop.tasks.data.rows import Rows
 
 FIELDS = ("prompt", "test", "entry_point")
@@ -23,7 +22,7 @@ STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert ")
 
 @TASKS.register("human-eval")
 @dataclass(frozen=True, kw_only=True)
-class HumanEval(LanguageDataTask):
+class HumanEval(GreedyTask):
     """Functions written to a signature and a docstring (arXiv 2107.03374), by greedy generation: 1 − pass@1.
 
     The data have the fields ``prompt``, ``test`` and ``entry_point`` of HumanEval (``isoflop fetch human-eval``, then
@@ -56,39 +55,15 @@ class HumanEval(LanguageDataTask):
             )
         super().check(info)
 
-    def tails_of(
-        self, example: Any, text: PromptText, prompt: TokenPrompt, tokens: PromptTokenizer
-    ) -> list[tuple[int, ...]]:
-        """What follows the context."""
-        return [prompt.behind]
+    def ended(self, text: str) -> bool:
+        """The function has ended."""
+        return any(stop in text for stop in STOPS)
 
-    def alike(self, asked: Asked) -> Any:
-        """Tokens behind the context, since a row that ends earlier would go on behind padding."""
-        return len(asked.prompt.behind)
-
-    @property
-    def generated(self) -> int:
-        """``max_tokens``."""
-        return self.max_tokens
-
-    def scores_of(self, contexts: Contexts, asked: Sequence[Asked], tokens: PromptTokenizer) -> list[dict[str, float]]:
-        """Generate for all, then run each."""
-        answers = contexts.generate(
-            [one.prompt.behind for one in asked],
-            self.max_tokens,
-            tokens.end_ids,
-            lambda ids: any(stop in tokens.text(ids) for stop in STOPS),
-        )
-        return [
-            {"error": 1.0 - float(self._passes(one, tokens.text(ids))), "tokens": float(len(ids))}
-            for one, ids in zip(asked, answers, strict=True)
-        ]
-
-    def _passes(self, asked: Asked, written: str) -> bool:
+    def score(self, asked: Asked, text: str) -> float:
+        """1 where the function passes its tests."""
         row = asked.example.row
-        return passes(
-            program(shown(row, "prompt"), written, shown(row, "test"), shown(row, "entry_point")), self.seconds
-        )
+        begun, test, name = (shown(row, field) for field in FIELDS)
+        return float(passes(program(begun, text, test, name), self.seconds))
 
 
 def program(prompt: str, written: str, test: str, entry_point: str) -> str:
