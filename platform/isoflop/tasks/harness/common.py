@@ -4,19 +4,93 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-from isoflop.core.errors import Infeasible, UserError, nearest
-from isoflop.core.hashing import file_hash
+import numpy as np
+
+from isoflop.core.errors import Infeasible, UserError, nearest, unknown
+from isoflop.core.hashing import content_hash, file_hash
+from isoflop.core.knobs import Knob
+from isoflop.models.base import ModelInfo
+from isoflop.tasks.base import Shard, Task
 from isoflop.tasks.data.rows import example_number
 
 MOST_GENERATED = 256
 """Tokens of an answer where the harness' task names no other number; lm-eval's own default."""
 PLACES = frozenset({"dataset_path", "dataset_name", "dataset_kwargs", "metadata"})
 """What a configuration says of where its data lie; data are named by their documents."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What is known of a harness' task before a model answers it.
+
+    Attributes:
+        task: the harness' own object.
+        versions: of harness and task.
+        config: the task's configuration, without places.
+        numbers: of its documents, from their content.
+        metrics: names, the first first.
+        more_is_better: by metric.
+    """
+
+    task: Any
+    versions: tuple[str, str]
+    config: str
+    numbers: tuple[int, ...]
+    metrics: tuple[str, ...]
+    more_is_better: Mapping[str, bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarnessTask(Task):
+    """Base class of tasks that a harness asks and judges, and a model of this platform answers."""
+
+    labelled: ClassVar[str] = "task"
+
+    task: Annotated[str, Knob(doc="name of the harness' task")] = ""
+    include_path: Annotated[str, Knob(path=True, doc="folder with tasks of one's own, in the harness' form")] = ""
+    metric: Annotated[str, Knob(doc="which of the task's metrics is the error; empty for its first")] = ""
+    filter: Annotated[str, Knob(doc="which of the task's filters; empty for its first")] = ""
+    limit: Annotated[int, Knob(low=0, high=10_000_000, doc="most documents, from the first; 0 takes all")] = 0
+    shard: Annotated[
+        int, Knob(low=1, high=100_000, doc="documents per shard; a pruner may stop a job between shards")
+    ] = 64
+
+    @abstractmethod
+    def loaded(self) -> Documents:
+        """The harness' task with its documents. Raises UserError where there is none."""
+
+    def content(self) -> str:
+        """Versions of harness and task, the task's configuration, and its documents."""
+        loaded = self.loaded()
+        return content_hash([loaded.versions, loaded.config, [str(number) for number in loaded.numbers]])
+
+    def check(self, info: ModelInfo) -> None:
+        """A task and a metric that exist."""
+        super().check(info)
+        loaded = self.loaded()
+        if self.metric and self.metric not in loaded.metrics:
+            raise unknown(f"metric of {self.task}", self.metric, loaded.metrics, f"task {self.name}")
+
+    def chosen_metric(self) -> str:
+        """The one that is the error."""
+        return self.metric or self.loaded().metrics[0]
+
+    def error_of(self, metric: str, value: float) -> float:
+        """1 − the value where more is better, else the value."""
+        return 1.0 - value if self.loaded().more_is_better.get(metric, True) else value
+
+    def whole(self, error: float, documents: int) -> Shard:
+        """One example: an error that is of all documents together."""
+        return Shard(
+            np.array([example_number(self.task)]), np.array([error]), {"documents": np.array([float(documents)])}
+        )
 
 
 def numbers_of(documents: Sequence[str]) -> tuple[int, ...]:

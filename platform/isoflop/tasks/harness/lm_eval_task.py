@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from isoflop.core.errors import Infeasible, UserError, unknown
-from isoflop.core.hashing import content_hash, derive_seed
+from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
@@ -23,11 +23,12 @@ from isoflop.models.base import Model, ModelInfo
 from isoflop.models.features import batches
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.lm import LmModel
-from isoflop.tasks.base import TASKS, Shard, Task
+from isoflop.tasks.base import TASKS, Shard
 from isoflop.tasks.data.costs import MEASURED, Priced, costs_of
 from isoflop.tasks.data.prompts import PromptTokenizer
-from isoflop.tasks.data.rows import example_number
 from isoflop.tasks.harness.common import (
+    Documents,
+    HarnessTask,
     check_folder,
     config_text,
     is_group,
@@ -45,7 +46,7 @@ IN_HUNDREDTHS = frozenset({"bleu", "chrf"})
 
 @TASKS.register("lm-eval")
 @dataclass(frozen=True, kw_only=True)
-class LmEval(Task):
+class LmEval(HarnessTask):
     """A task of lm-evaluation-harness (``pip install 'isoflop[lm-eval]'``), its own or one's own YAML under ``include_path``.
 
     The harness makes the prompts and judges the answers; the model answers here. A prompt is the context that methods on
@@ -62,42 +63,25 @@ class LmEval(Task):
 
     version: ClassVar[str] = "1"
     needs: ClassVar[frozenset[str]] = frozenset({"tokenizer"})
-    labelled: ClassVar[str] = "task"
 
-    task: Annotated[str, Knob(doc="name of the harness' task")] = ""
-    include_path: Annotated[str, Knob(path=True, doc="folder with tasks of one's own, in the harness' form")] = ""
-    metric: Annotated[str, Knob(doc="which of the task's metrics is the error; empty for its first")] = ""
-    filter: Annotated[str, Knob(doc="which of the task's filters; empty for its first")] = ""
-    limit: Annotated[int, Knob(low=0, high=10_000_000, doc="most documents, from the first; 0 takes all")] = 0
     num_fewshot: Annotated[
         int, Knob(low=-1, high=1000, doc="answered examples in a prompt; -1 for the task's own")
     ] = -1
     question: Annotated[str, Knob(doc="text at whose last place in a prompt the context ends, as '\\nQuestion:'")] = ""
     chat: Annotated[bool, Knob(doc="lay the checkpoint's chat template around every prompt")] = False
-    shard: Annotated[
-        int, Knob(low=1, high=100_000, doc="documents per shard; a pruner may stop a job between shards")
-    ] = 64
-
-    def content(self) -> str:
-        """Versions of harness and task, the task's configuration, and its documents."""
-        loaded = self._loaded()
-        return content_hash([loaded.versions, loaded.config, [str(number) for number in loaded.numbers]])
 
     def check(self, info: ModelInfo) -> None:
         """A language model with a tokenizer; a task and a metric that exist."""
         super().check(info)
         lm_info(info, self.name)
-        loaded = self._loaded()
-        if self.metric and self.metric not in loaded.metrics:
-            raise unknown(f"metric of {self.task}", self.metric, loaded.metrics, f"task {self.name}")
-        if loaded.unsafe:
+        if self.loaded().unsafe:
             raise UserError(
                 f"task {self.name}: {self.task} runs code that models write, which this platform does not do"
             )
 
     def check_method(self, method: Method, info: ModelInfo) -> None:
         """Refuse methods on the cache where whole texts are scored, which leaves no context to compress."""
-        if ATTENTION in method.hooks and str(self._loaded().task.OUTPUT_TYPE) == "loglikelihood_rolling":
+        if ATTENTION in method.hooks and str(self.loaded().task.OUTPUT_TYPE) == "loglikelihood_rolling":
             raise Infeasible(
                 f"task {self.name}: {self.task} scores whole texts, so that there is no context for method {method.name} to "
                 "compress; the task text does, with prefix"
@@ -106,26 +90,27 @@ class LmEval(Task):
     @torch.no_grad()
     def evaluate(self, model: Model, ctx: StageContext, seed: int) -> Iterator[Shard]:
         """Ask the documents shard by shard, in a seeded order."""
-        lm, loaded = lm_model(model, self.name), self._loaded()
+        lm, loaded = lm_model(model, self.name), self.loaded()
         harness = self._harness(lm)
         count = min(self.limit or len(loaded.numbers), len(loaded.numbers))
         order = np.random.default_rng(derive_seed("order", self.name, self.task, seed)).permutation(count)
-        if self._metric(loaded) in loaded.corpus:
+        metric = self.chosen_metric()
+        if metric in loaded.corpus:
             yield self._whole(loaded, harness, np.sort(order))
             return
         for part in batches(count, self.shard):
             samples, _ = self._run(
                 loaded, harness, np.sort(order[part])
             )  # the harness numbers documents in ascending order
-            errors = np.array([self._error(loaded, sample, self._metric(loaded)) for sample in samples])
-            others = [m for m in loaded.metrics if m != self._metric(loaded) and m not in loaded.corpus]
+            errors = np.array([self.error_of(metric, _number(sample[metric])) for sample in samples])
+            others = [m for m in loaded.metrics if m != metric and m not in loaded.corpus]
             metrics = {m: np.array([_number(sample[m]) for sample in samples]) for m in others if m in samples[0]}
             yield Shard(np.array([loaded.numbers[sample["doc_id"]] for sample in samples]), errors, metrics)
 
     @torch.no_grad()
     def measure(self, model: Model, ctx: StageContext) -> dict[str, float]:
         """Mean costs of all requests of single documents."""
-        lm, loaded = lm_model(model, self.name), self._loaded()
+        lm, loaded = lm_model(model, self.name), self.loaded()
         harness = self._harness(lm)
         examples = []
         for place in range(min(MEASURED, len(loaded.numbers))):
@@ -148,11 +133,9 @@ class LmEval(Task):
         # the harness lays the chat template itself, so that prompts come as they are
         return HarnessModel(lm, PromptTokenizer(lm.tokenizer, False, where), self.question, where)
 
-    def _loaded(self) -> Loaded:
+    def loaded(self) -> Loaded:
+        """The harness' task with its documents."""
         return load(self.task, self.include_path, self.num_fewshot)
-
-    def _metric(self, loaded: Loaded) -> str:
-        return self.metric or loaded.metrics[0]
 
     def _requests(self, loaded: Loaded, harness: Any, places: np.ndarray) -> list[Any]:
         """The harness' requests for some documents."""
@@ -188,36 +171,21 @@ class LmEval(Task):
     def _whole(self, loaded: Loaded, harness: Any, places: np.ndarray) -> Shard:
         """One example: the metric of all documents."""
         samples, figures = self._run(loaded, harness, places)
-        metric = self._metric(loaded)
+        metric = self.chosen_metric()
         value = float(figures[f"{metric},{samples[0]['filter']}"])
-        value = value / 100 if metric in IN_HUNDREDTHS else value
-        error = 1.0 - value if loaded.more_is_better[metric] else value
-        return Shard(
-            np.array([example_number(self.task)]), np.array([error]), {"documents": np.array([float(len(places))])}
-        )
-
-    def _error(self, loaded: Loaded, sample: Mapping[str, Any], metric: str) -> float:
-        value = _number(sample[metric])
-        return 1.0 - value if loaded.more_is_better[metric] else value
+        return self.whole(self.error_of(metric, value / 100 if metric in IN_HUNDREDTHS else value), len(places))
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A task of the harness.
+class Loaded(Documents):
+    """A task of lm-eval.
 
     Attributes:
-        numbers: of its documents, from their content.
-        metrics: names, the first first; ``corpus`` are those of all documents together.
-        more_is_better: by metric.
+        corpus: metrics that are of all documents together.
+        unsafe: whether it runs code that models write.
     """
 
-    task: Any
-    versions: tuple[str, str]
-    config: str
-    numbers: tuple[int, ...]
-    metrics: tuple[str, ...]
     corpus: frozenset[str]
-    more_is_better: Mapping[str, bool]
     unsafe: bool
 
 
@@ -260,8 +228,8 @@ def load(name: str, include_path: str, num_fewshot: int) -> Loaded:
         config_text(asdict(task.config)) + shots_text(task),
         numbers_of(documents),
         tuple(better),
-        frozenset(metric for metric in better if metric in CORPUS),
         better,
+        frozenset(metric for metric in better if metric in CORPUS),
         bool(getattr(task, "UNSAFE_CODE", False)),
     )
 

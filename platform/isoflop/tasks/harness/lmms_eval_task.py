@@ -15,16 +15,17 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 
 from isoflop.core.errors import Infeasible, UserError, unknown
-from isoflop.core.hashing import content_hash, derive_seed
+from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.features import batches
-from isoflop.tasks.base import TASKS, Shard, Task
+from isoflop.tasks.base import TASKS, Shard
 from isoflop.tasks.data.image_questions import ImageQuestions, check_model, check_prompt
 from isoflop.tasks.data.images import digest, opened
-from isoflop.tasks.data.rows import example_number
 from isoflop.tasks.harness.common import (
+    Documents,
+    HarnessTask,
     check_folder,
     config_text,
     is_group,
@@ -40,7 +41,7 @@ KINDS = frozenset({"generate_until", "multiple_choice", "loglikelihood"})
 
 @TASKS.register("lmms-eval")
 @dataclass(frozen=True, kw_only=True)
-class LmmsEval(Task):
+class LmmsEval(HarnessTask):
     """A task of lmms-eval (``pip install 'isoflop[lmms-eval]'``), its own or one's own YAML under ``include_path``.
 
     The harness makes the questions and judges the answers; the model answers here, about one image per document. What a method
@@ -55,42 +56,27 @@ class LmmsEval(Task):
     """
 
     version: ClassVar[str] = "1"
-    labelled: ClassVar[str] = "task"
 
-    task: Annotated[str, Knob(doc="name of the harness' task")] = ""
-    include_path: Annotated[str, Knob(path=True, doc="folder with tasks of one's own, in the harness' form")] = ""
-    metric: Annotated[str, Knob(doc="which of the task's metrics is the error; empty for its first")] = ""
-    filter: Annotated[str, Knob(doc="which of the task's filters; empty for its first")] = ""
-    limit: Annotated[int, Knob(low=0, high=10_000_000, doc="most documents, from the first; 0 takes all")] = 0
     prompt: Annotated[str, Knob(doc="text around {question}, with <image> where the image stands")] = (
         "USER: <image>\n{question} ASSISTANT:"
     )
     chat: Annotated[bool, Knob(doc="the checkpoint's chat template instead of prompt")] = False
-    shard: Annotated[
-        int, Knob(low=1, high=100_000, doc="documents per shard; a pruner may stop a job between shards")
-    ] = 64
-
-    def content(self) -> str:
-        """Versions of harness and task, the task's configuration, its documents and their images."""
-        loaded = self._loaded()
-        return content_hash([loaded.versions, loaded.config, [str(number) for number in loaded.numbers]])
 
     def check(self, info: ModelInfo) -> None:
         """A vision-language model with a tokenizer; a task, a metric and a filter that exist."""
         super().check(info)
         check_model(info, f"task {self.name}")
         check_prompt(self.prompt, f"task {self.name}")
-        loaded = self._loaded()
-        for word, given, known in (("metric", self.metric, loaded.metrics), ("filter", self.filter, loaded.filters)):
-            if given and given not in known:
-                raise unknown(f"{word} of {self.task}", given, known, f"task {self.name}")
+        filters = self.loaded().filters
+        if self.filter and self.filter not in filters:
+            raise unknown(f"filter of {self.task}", self.filter, filters, f"task {self.name}")
 
     def evaluate(self, model: Model, ctx: StageContext, seed: int) -> Iterator[Shard]:
         """Ask the documents shard by shard, in a seeded order."""
-        loaded, asked = self._loaded(), self._asked(model)
+        loaded, asked = self.loaded(), self._asked(model)
         order = np.random.default_rng(derive_seed("order", self.name, self.task, seed)).permutation(len(loaded.numbers))
         collected: list[Mapping[str, Any]] = []
-        metric, yielded = self.metric or loaded.metrics[0], False
+        metric, yielded = self.chosen_metric(), False
         for part in batches(len(order), self.shard):
             places = order[part].tolist()
             values = _judged(loaded, asked, places, self.filter or loaded.filters[0])
@@ -106,7 +92,7 @@ class LmmsEval(Task):
             noted = {m: [_number(value.get(m)) for _, value in asked_of] for m in asked_of[0][1] if m != metric}
             yield Shard(
                 np.array([loaded.numbers[place] for place, _ in asked_of]),
-                np.array([self._error(loaded, metric, float(error or 0.0)) for error in errors]),
+                np.array([self.error_of(metric, float(error or 0.0)) for error in errors]),
                 {m: np.array(found, dtype=float) for m, found in noted.items() if None not in found},
             )
         if collected:
@@ -118,12 +104,13 @@ class LmmsEval(Task):
 
     def measure(self, model: Model, ctx: StageContext) -> dict[str, float]:
         """Footprint of the first document's question, from pixels to the first token of its answer."""
-        loaded, questions = self._loaded(), self._questions(model)
+        loaded, questions = self.loaded(), self._questions(model)
         document = loaded.task.eval_docs[0]
         context = loaded.task.fewshot_context(document, 0)
         return questions.measure(questions.prompt(0, loaded.visuals(document)[0], context))
 
-    def _loaded(self) -> Loaded:
+    def loaded(self) -> Loaded:
+        """The harness' task with its documents."""
         return load(self.task, self.include_path, self.limit)
 
     def _questions(self, model: Model) -> ImageQuestions:
@@ -132,39 +119,27 @@ class LmmsEval(Task):
     def _asked(self, model: Model) -> Any:
         from isoflop.tasks.harness._lmms_eval_model import VisionModel
 
-        loaded = self._loaded()
+        loaded = self.loaded()
         return VisionModel(self._questions(model), {self.task: loaded.task.dataset}, f"task {self.name}: {self.task}")
-
-    def _error(self, loaded: Loaded, metric: str, value: float) -> float:
-        return 1.0 - value if loaded.more_is_better.get(metric, True) else value
 
     def _whole(self, loaded: Loaded, values: Sequence[Mapping[str, Any]]) -> Shard:
         """One example: the metric of all documents, by the harness' own reduction."""
-        metric = self.metric or loaded.metrics[0]
+        metric = self.chosen_metric()
         found = _number(loaded.task.aggregation()[metric]([v[metric] for v in values if metric in v]))
         if found is None:
             raise Infeasible(f"task {self.name}: {metric} of {self.task} is no number; allowed: another metric")
-        documents = {"documents": np.array([float(len(values))])}
-        return Shard(np.array([example_number(self.task)]), np.array([self._error(loaded, metric, found)]), documents)
+        return self.whole(self.error_of(metric, found), len(values))
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A task of the harness.
+class Loaded(Documents):
+    """A task of lmms-eval; its ``numbers`` are of the documents that are taken, from their content and their images.
 
     Attributes:
-        numbers: of the documents that are taken, from their content and their images.
-        metrics, filters: names, the first first.
-        more_is_better: by metric.
+        filters: names, the first first.
     """
 
-    task: Any
-    versions: tuple[str, str]
-    config: str
-    numbers: tuple[int, ...]
-    metrics: tuple[str, ...]
     filters: tuple[str, ...]
-    more_is_better: Mapping[str, bool]
 
     def visuals(self, document: Any) -> list[Any]:
         """What the harness shows with a document."""
@@ -227,8 +202,8 @@ def _read(name: str, task: Any, limit: int) -> Loaded:
         config_text(asdict(task.config)) + shots_text(task),  # its own dump names functions by their addresses
         numbers_of(documents),
         tuple(better),
-        tuple(str(ensemble.name) for ensemble in task._filters),
         better,
+        tuple(str(ensemble.name) for ensemble in task._filters),
     )
 
 
