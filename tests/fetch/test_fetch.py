@@ -90,6 +90,30 @@ def test_another_version_replaces_it_and_a_failure_leaves_what_was_there(tmp_pat
     assert not list(public_root().glob(".unfinished*"))
 
 
+def test_a_kill_between_the_renames_of_a_replacement_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source(wheel(tmp_path / "index", '{"a": 1}\n')).fetch(say=len)
+
+    def killed(part: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    newer = source(wheel(tmp_path / "index", '{"a": 2}\n'), version="2")
+    with monkeypatch.context() as patch:
+        patch.setattr("isoflop.fetch.base.put_in_place", killed)
+        with pytest.raises(KeyboardInterrupt):
+            newer.fetch(say=len)
+    assert not (public_root() / "held").exists()
+
+    def unreachable(folder: Path, downloads: Path, say: Say) -> Mapping[str, Any]:
+        raise Unreachable("no way there")
+
+    with pytest.raises(UserError, match="no way there"):
+        Source("held", "rows", "2", {"x": unreachable}).fetch(say=len)
+    assert read("public:held/rows.jsonl").rows[0]["a"] == 1
+    assert not list(public_root().glob(".unfinished*"))
+
+
 def test_another_file_than_the_pinned_one_is_refused(tmp_path: Path) -> None:
     held = wheel(tmp_path / "index")
     wheel(tmp_path / "index", "changed")

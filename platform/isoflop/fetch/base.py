@@ -31,6 +31,10 @@ class Unreachable(UserError):
     """An origin cannot be reached, so that the next one may be tried."""
 
 
+_OLD = "old"
+"""Where the version that is being replaced lies meanwhile."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Something that can be fetched.
@@ -100,7 +104,7 @@ class Source:
         """Rename a finished folder into place; one of another version goes out of the way first."""
         if self.folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".unfinished-{self.name}-", dir=public_root()))
-            self.folder.rename(old / "old")
+            self.folder.rename(old / _OLD)
             put_in_place(work, self.folder)
             shutil.rmtree(old, ignore_errors=True)
         else:
@@ -112,7 +116,7 @@ class Source:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """One process at a time; what killed ones have left is removed."""
+        """One process at a time; what killed ones have left is removed, or goes back where it was."""
         try:
             public_root().mkdir(parents=True, exist_ok=True)
             lock = open(public_root() / f".lock-{self.name}", "w")  # noqa: SIM115 (held over the yield, closed below)
@@ -121,6 +125,8 @@ class Source:
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             for left in public_root().glob(f".unfinished-{self.name}-*"):
+                if (left / _OLD).exists() and not self.folder.exists():  # killed while it was being replaced
+                    put_in_place(left / _OLD, self.folder)
                 shutil.rmtree(left, ignore_errors=True)
             yield
 
