@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from scripted import Scripted, jobs_with_one_stage, jobs_without_stages, nothing, play
+from scripted import Scripted, jobs_with_one_stage, jobs_without_stages, nothing, play, rows_of
 
 from isoflop.execute.base import Event
-from isoflop.ledger import Ledger, Store
 from isoflop.sweep.outbox import Outbox
 
 Events = Iterator[list[Event]]
@@ -186,10 +185,6 @@ def test_a_stage_that_fails_says_whether_it_will_be_tried_again(tmp_path: Path) 
 # rows
 
 
-def rows_now(folder: Path) -> int:
-    return Ledger(Store.open(str(folder)), "scripted").read(["job_id"]).num_rows
-
-
 def test_rows_are_durable_while_the_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Outbox, "due", property(lambda self: True))
 
@@ -197,7 +192,7 @@ def test_rows_are_durable_while_the_sweep_goes_on(tmp_path: Path, monkeypatch: p
         yield []
         for number in range(1, 4):
             yield [on.done("a")]
-            assert rows_now(tmp_path) == number
+            assert rows_of(tmp_path) == number
 
     assert play(jobs_without_stages(6), tmp_path, script).summary.ok == 6
 
@@ -212,11 +207,11 @@ def test_rows_are_written_a_few_at_a_time_and_the_last_ones_at_once(
         yield []
         for _ in range(3):
             yield [on.done("a")]
-            seen.append(rows_now(tmp_path))
+            seen.append(rows_of(tmp_path))
 
     assert play(jobs_without_stages(3), tmp_path, script).summary.ok == 3
     assert seen[:2] == [0, 0]
-    assert rows_now(tmp_path) == 3
+    assert rows_of(tmp_path) == 3
 
 
 # what is told and shown
