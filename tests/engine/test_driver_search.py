@@ -116,6 +116,17 @@ def test_one_row_is_too_few_to_be_told_to_a_search_that_thinks(tmp_path: Path) -
     assert play(spec, tmp_path, script, proposer=proposer).summary.ok == 2
 
 
+@pytest.mark.usefixtures("never_due")
+def test_a_search_goes_on_where_the_worker_is_lost_right_after_the_last_job(tmp_path: Path) -> None:
+    spec = jobs_without_stages(3, **LEARNS)
+
+    def script(on: Scripted) -> Events:
+        yield []
+        yield [on.done("a"), on.lose("a")]
+
+    assert play(spec, tmp_path, script, proposer=Points(spec, at_first=1)).summary.ok == 3
+
+
 def test_the_driver_waits_for_the_search_only_while_nothing_else_is_to_be_done(tmp_path: Path) -> None:
     spec = jobs_without_stages(1, **LEARNS)
     proposer = Points(spec, at_first=0, thinking=True)
