@@ -169,7 +169,7 @@ def test_a_stage_that_fails_says_whether_it_will_be_tried_again(tmp_path: Path) 
     def script(on: Scripted) -> Events:
         yield []
         for _ in range(2):
-            yield [on.done("a", "failed", error_type="OSError", error_text="no file", transient=True)]
+            yield [on.done("a", "failed", error_type="OSError", error_text="no file")]
 
     before = time.time()
     found = play(jobs_with_one_stage(2), tmp_path, script)
@@ -263,6 +263,21 @@ def test_how_long_it_will_take_is_known_from_earlier_sessions(tmp_path: Path, mo
     again = play(jobs_without_stages(5), tmp_path, waiting)
     assert again.summary.cached == 2
     assert again.snapshots[0]["eta"] == pytest.approx(120.0)
+
+
+def test_how_long_stages_took_counts_for_those_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isoflop.sweep.display._SHOW_SECONDS", 0.0)
+
+    def script(on: Scripted) -> Events:
+        yield []
+        yield [on.done("a", seconds=300.0)]  # the features, for which both jobs wait
+        yield [on.done("a", seconds=2.0)]
+        assert [item.kind for item in on.held["a"]] == ["stage"]  # the weights, for the second
+        yield []
+
+    spec = jobs_without_stages(1, models=["bench/noop", "bench/big"], tasks=["bench-features"])
+    known = [snapshot["eta"] for snapshot in play(spec, tmp_path, script).snapshots if snapshot["eta"]]
+    assert known[0] == pytest.approx(302.0)
 
 
 # ends

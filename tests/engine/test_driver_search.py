@@ -177,6 +177,12 @@ def test_a_budget_of_jobs_leaves_nothing_in_the_queue(tmp_path: Path) -> None:
     assert (found.summary.ok, found.summary.left, found.summary.reason) == (2, 0, "2 jobs")
 
 
+def test_a_budget_of_trials_ends_a_search_that_still_thinks(tmp_path: Path) -> None:
+    spec = jobs_without_stages(4, budget={"trials": 2}, **LEARNS)
+    found = play(spec, tmp_path, nothing, proposer=Points(spec, at_first=4, thinking=True))
+    assert (found.summary.ok, found.summary.reason) == (2, "2 trials")
+
+
 def test_flops_of_earlier_sessions_are_spent(tmp_path: Path) -> None:
     play(jobs_without_stages(2), tmp_path, paid)
     over = play(jobs_without_stages(5, budget={"flops": 20}), tmp_path, nothing)
