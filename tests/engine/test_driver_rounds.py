@@ -214,6 +214,31 @@ def test_rows_are_written_a_few_at_a_time_and_the_last_ones_at_once(
     assert rows_of(tmp_path) == 3
 
 
+def test_a_result_that_cannot_be_kept_fails_its_own_job_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is found when the row is made, one when the ledger refuses it, together with a good one."""
+    monkeypatch.setattr(Outbox, "due", property(lambda self: False))
+
+    def script(on: Scripted) -> Events:
+        yield []
+        yield [on.done("a", metrics={"loss": "much"}, footprint={"flops": 10.0})]
+        yield [on.done("a", axes={"N": 2.0**70})]
+        yield [on.done("a")]
+
+    found = play(jobs_without_stages(3), tmp_path, script)
+    assert (found.summary.ok, found.summary.failed, found.summary.ran) == (1, 2, 3)
+    assert [row["status"] for row in found.rows] == ["failed", "failed", "ok"]
+    for row, why in zip(
+        found.rows, ("could not convert string to float", "its result cannot be kept (N): "), strict=False
+    ):
+        assert (row["error_type"], row["error"], row["scores"]) == ("SpoiltResult", None, None)
+        assert row["error_text"].startswith(why)
+        assert any("failed" in line and why in line for line in found.lines)
+    refused = found.rows[1]
+    assert f"job {refused['job_id']} failed: {refused['error_text']}" in found.lines
+    assert (refused["worker"], refused["attempt"], refused["task"]) == ("a", 1, "bench-noop")
+    assert play(jobs_without_stages(3), tmp_path, nothing).summary.cached == 3
+
+
 # what is told and shown
 
 

@@ -296,3 +296,30 @@ def test_what_was_folded_by_a_killed_writer_is_not_counted_as_commits(tmp_path: 
     third = local(tmp_path).lock()
     assert not third.fold(at_least=1)
     assert third.sequence == 3
+
+
+def test_nothing_to_commit_makes_no_file(tmp_path: Path) -> None:
+    book = local(tmp_path).lock()
+    assert book.append([]) == 0
+    assert not Path(book.folder).exists()
+    assert book.sequence == 0
+
+
+def test_a_ledger_is_where_older_versions_left_it(tmp_path: Path) -> None:
+    book = local(tmp_path).lock()
+    book.append([row("a")])
+    assert len(list((tmp_path / "sweeps" / "s" / "ledger").glob("000000000001-*.parquet"))) == 1
+    assert (tmp_path / "sweeps" / "s" / "lock").exists()
+
+
+def test_where_every_file_is_damaged_there_is_nothing_to_fold(tmp_path: Path) -> None:
+    book = local(tmp_path).lock()
+    for number in range(2):
+        book.append([row(f"j{number}")])
+    for path in Path(book.folder).iterdir():
+        path.write_bytes(b"torn")
+    assert book.fold(at_least=1)
+    assert not book.fold(at_least=1)
+    assert len(book.set_aside) == 2 == len(list((tmp_path / "sweeps" / "s" / "torn").iterdir()))
+    book.append([row("j2")])
+    assert book.read(["job_id"]).to_pylist() == [{"job_id": "j2"}]
