@@ -63,6 +63,7 @@ def test_a_lock_says_who_holds_it_and_nothing_once_it_is_free(tmp_path: Path) ->
     path.parent.mkdir(parents=True)
     path.write_text("process 123456789 on a host with a long name, left behind by a kill")
     assert book.lock() is book
+    assert book.lock() is book  # once more changes nothing
     assert path.read_text().startswith(f"process {os.getpid()} on ")
     assert "left behind" not in path.read_text()
     book.unlock()
@@ -191,6 +192,9 @@ def test_a_driver_that_was_taken_over_leaves_the_other_its_lease(clock: list[flo
     assert lease(book)["holder"] == second._lease
     second.unlock()
     assert book.store.read(lock_of(book)) is None
+    assert not second.locked
+    with pytest.raises(RuntimeError, match="only under its lock"):
+        second.append([row("b")])
 
 
 def test_who_lost_its_lease_unnoticed_does_not_delete_anothers(clock: list[float]) -> None:
