@@ -142,6 +142,17 @@ def test_a_lease_from_the_future_bars_the_way_no_longer_than_one_of_the_past(clo
                 book.lock()
 
 
+@pytest.mark.parametrize(
+    "left_behind",
+    ["", "[]", "null", "{", '{"holder": "x"}', '{"holder": "x", "time": "12"}', '{"holder": "x", "time": null}',
+     '{"holder": "x", "time": NaN}', '{"holder": "x", "time": 1e999}', '{"holder": "x", "time": "soon"}'],
+)  # fmt: skip
+def test_a_lease_without_a_time_of_today_bars_nobody(clock: list[float], left_behind: str) -> None:
+    book = remote()
+    book.store.write(lock_of(book), left_behind.encode())
+    assert book.lock().locked
+
+
 def test_a_lease_is_renewed_every_half_minute(clock: list[float]) -> None:
     book = remote().lock()
     taken = lease(book)["time"]
