@@ -330,6 +330,19 @@ def test_without_a_large_host_the_largest_takes_it(ledger: Ledger) -> None:
     assert office.workers.stages == [("b0", "wide")]
 
 
+def test_nothing_is_queued_behind_what_runs_on_a_host_where_a_claim_waits(ledger: Ledger) -> None:
+    """Jobs that come one after the other must not keep the last worker busy for ever."""
+    office = Office(ledger, worker("a"), worker("b"), worker("c", "n1"))
+    first = [office.add(0), office.add(1, MadeUpStage("crowd", slots=2))][0]
+    office.round()
+    assert [(name, item.kind) for name, item in office.workers.given] == [("a", "job")]
+    assert office.driver._places.taken("b")
+    later = [office.add(number) for number in (2, 3, 4)]
+    office.round()
+    assert [name for name, item in office.workers.given if item.job in later] == ["c", "c"]
+    assert office.workers.given[0][1].job == first
+
+
 def crowd_waits(office: Office) -> None:
     """``other`` runs on a; ``crowd``, which asks for two slots, is claimed by b and waits for a."""
     office.add(1, MadeUpStage("other"), MadeUpStage("crowd", slots=2))

@@ -8,7 +8,19 @@ from scipy.optimize import least_squares
 
 from isoflop.laws import LAWS
 from isoflop.laws.objective import OBJECTIVES, Objective
-from isoflop.laws.solver import CONVERGED, ITERATION_LIMIT, Batch, Passes, Solution, _Chunk, _inner, _Stage, solve
+from isoflop.laws.solver import (
+    CONVERGED,
+    ITERATION_LIMIT,
+    STALLED,
+    Batch,
+    Passes,
+    Solution,
+    _Chunk,
+    _inner,
+    _Point,
+    _Stage,
+    solve,
+)
 
 N = 12
 SIZES = np.geomspace(1.0, 1e3, N)
@@ -199,6 +211,57 @@ def test_within_bounds_the_optimum_is_scipys(law: str, seed: int) -> None:
     assert (found.p[0] >= low * (1 - 1e-12)).all()
     assert (found.p[0] <= high * (1 + 1e-12)).all()
     assert found.status[0] == CONVERGED
+
+
+def test_a_start_outside_the_bounds_is_taken_into_them() -> None:
+    """Also one at which nothing pulls any more."""
+    free = solved("power", (0.5, 1.0, 0.8))
+    low, high = np.array([0.0, 0.0, 0.0]), np.array([np.inf, np.inf, 0.8 * free.p[0, 2]])
+    found = solved("power", tuple(free.p[0]), high_BP=high, low_BP=low, passes="last")
+    inside = solved("power", (0.5, 1.0, 0.1), high_BP=high, low_BP=low)
+    np.testing.assert_allclose(found.p, inside.p, rtol=1e-6)
+    assert found.p[0, 2] == high[2]
+    assert found.loss[0] > free.loss[0]
+
+
+@pytest.mark.parametrize("kind", ["squared", "huber"])
+@pytest.mark.parametrize("passes", ["all", "last"])
+def test_the_scale_of_the_targets_changes_nothing(kind: str, passes: Passes) -> None:
+    """No test of convergence is absolute. Powers of two scale every number of the solver exactly."""
+    y, w = data("power")
+    low, high = ends("power")
+
+    def scaled(by: float) -> Solution:
+        units = np.array([by, by, 1.0])
+        start = np.array([[0.5, 1.0, 0.8]]) * units
+        batch = batch_of("power", y * by, w)
+        return solve(batch, start, low, high, Objective(kind, 0.05 * by), passes=passes)
+
+    base = scaled(1.0)
+    for by in (2.0**-40, 2.0**40):
+        found = scaled(by)
+        np.testing.assert_allclose(found.p / np.array([by, by, 1.0]), base.p, rtol=1e-9)
+        assert found.loss[0] == pytest.approx(base.loss[0] * by**2, rel=1e-9)
+        assert (found.status[0], found.iterations[0]) == (CONVERGED, base.iterations[0])
+
+
+@pytest.mark.parametrize(("gradient", "status"), [(0.1, STALLED), (1e-9, CONVERGED)])
+def test_a_fit_whose_steps_never_help_says_so_unless_nothing_pulls(
+    monkeypatch: pytest.MonkeyPatch, gradient: float, status: int
+) -> None:
+    """At rounding level of the loss no step helps, and none is needed."""
+    losses = iter([1.0])
+
+    def worse(self: _Chunk, u: np.ndarray, *_: object) -> _Point:
+        one = np.ones_like(u)
+        return _Point(u, np.full(len(u), next(losses, 2.0)), gradient * one, np.eye(u.shape[1])[None], one)
+
+    monkeypatch.setattr(_Chunk, "_evaluate", worse)
+    found = solved("power", (1.0, 3.0, 0.4), passes="last", tolerance=0.0)
+    assert found.status[0] == status
+    np.testing.assert_array_equal(found.p[0], (1.0, 3.0, 0.4))
+    assert found.loss[0] == 2.0
+    assert found.iterations[0] < 30
 
 
 def test_many_problems_are_solved_as_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,17 @@ def test_many_signs_are_all_kept_or_none() -> None:
     np.testing.assert_allclose(c, [[0, 0, 0, 0, 0, 0, 1], 7 * [1]], rtol=1e-9)
 
 
+def test_equal_columns_share_and_empty_ones_get_nothing() -> None:
+    column = np.linspace(1.0, 2.0, 9)
+    matrix = np.stack([column, column, np.zeros(9)], axis=1)
+    target = 3.0 * column
+    gram, right = (matrix.T @ matrix)[None], (matrix.T @ target)[None]
+    c, gain = constrained(gram, right, np.zeros(3), np.full(3, INF))
+    np.testing.assert_allclose(matrix @ c[0], target, rtol=1e-9)
+    assert c[0, 2] == 0.0
+    assert gain[0] == pytest.approx(target @ target, rel=1e-9)
+
+
 # where it looks
 
 
@@ -142,6 +153,17 @@ def test_cells_are_ranked_by_their_least_squares(monkeypatch: pytest.MonkeyPatch
         again = rank(form, {"N": x}, y, w, theta, low, high)
         np.testing.assert_allclose(again[0], score, rtol=1e-12)
         np.testing.assert_allclose(again[1], p, rtol=1e-12)
+
+
+def test_a_single_linear_parameter_is_solved() -> None:
+    x, w = np.geomspace(1.0, 1e3, 30), np.linspace(0.5, 2.0, 30)
+    low, high = np.array([0.0, -9.0]), np.array([INF, 9.0])
+    score, p = rank(form_of((0.1, 1.0)), {"x": x}, 2.0 + x**-0.4, w, np.array([[0.4], [0.9]]), low, high)
+    np.testing.assert_allclose(p[0], [2.0, 0.4], rtol=1e-9)
+    rest = 2.0 + x**-0.4 - x**-0.9
+    np.testing.assert_allclose(p[1], [np.average(rest, weights=w), 0.9], rtol=1e-9)
+    assert score[0] == pytest.approx(0.0, abs=1e-9)
+    assert score[1] == pytest.approx(np.sum(w * (rest - p[1, 0]) ** 2), rel=1e-9)
 
 
 def test_linear_parameters_stay_within_their_bounds() -> None:
