@@ -12,7 +12,7 @@ from isoflop.core.text import safe_text
 from isoflop.core.version import __version__
 from isoflop.dashboards.report import charts, costs, fits, knobs, lawful, measured, methods, pareto, record
 from isoflop.dashboards.report.charts import Json
-from isoflop.dashboards.report.savings import Pairing
+from isoflop.dashboards.report.savings import LIKELY, Pairing
 from isoflop.sweep.api import SweepResults
 from isoflop.sweep.configs import Config, read_configs
 from isoflop.sweep.results import Findings, find, usable
@@ -104,10 +104,10 @@ def _none(configs: Sequence[Config], otherwise: str) -> str:
 _FRONTIER = (
     "Error against the cost of an answer. The slider sets a budget; the text under it states the best configuration that it "
     "pays for. Bars and bands are 95 % intervals: of measured means over repeats (Student's t; over examples where there is "
-    "one repeat), of laws by bootstrap. Two measured configurations are told apart by the differences of their errors on the "
-    "examples that they share, whose 95 % interval is Student's over repeats (of one repeat a bootstrap over examples): one is "
-    "worse where it lies above 0, both are as good where it holds 0. A saving is stated against the cheapest uncompressed model that is not worse, and only "
-    "where the choice is as good."
+    "one repeat), of laws by bootstrap. Two measured configurations are told apart by the examples and repeats that they share: one "
+    f"counts as worse where that is likelier than {LIKELY:g}, else both are called as good, and the text says over how many examples "
+    "and how probably not. Few examples or repeats leave much open. A saving is stated against the cheapest uncompressed model that is "
+    "not worse, and only where the choice is as good."
 )
 _PARALLEL = "A line is a configuration, mean over repeats; its colour is the error. The slider fades all but the best."
 

@@ -1,9 +1,10 @@
 """What a configuration saves, decided example by example.
 
-The rule. One configuration is *worse* than another where the mean difference of their errors, over the repeats and
-examples that both have, lies above 0 with its whole 95 % interval (:func:`isoflop.frontier.paired.paired`). Two
-configurations that share no examples are compared by their mean errors alone, without any tolerance: noise that cannot
-be cancelled must not make a claim. Neither worse than the other: they are *as good*. Then
+The rule. How probably one configuration is *worse* than another is told by the evidence that answers rest on, too
+(:func:`isoflop.frontier.evidence.gather`): the examples that both scored, and the repeats that both have. It counts as worse where
+that is likelier than :data:`LIKELY`; else the two are *as good*, and the text says over how many examples and how probably not, so
+that two repeats or a handful of examples make no equality. Where nothing is known of chance (one row each, or no repeat in common),
+mean errors decide, without any tolerance, and the text says so. Then
 
 - a configuration is *enough* for a task where it is not worse than the one of least mean error (:func:`enough`);
 - what it saves is measured against the cheapest uncompressed model that is not worse than it. Models that cannot be told
@@ -21,59 +22,77 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from isoflop.core.numbers import short, with_interval
-from isoflop.frontier.paired import over_repeats, paired
+from isoflop.frontier.answers import chance
+from isoflop.frontier.evidence import Candidate, gather
 from isoflop.sweep.configs import Config
 
-_COLUMNS = ["job_id", "task", "repeat", "status", "error", "scores"]
-_DOUBT = (1.0, 4.0)  # standard errors: the interval ends at about 2, and resampling takes a while
+LIKELY = 0.8
+"""A probability of being worse above which two configurations are not called as good."""
+_SHOWN = 0.975  # above which it is worse without a doubt
+_LEVEL = 0.95
+_FAR = 4.0  # standard errors of one repeat's examples: no draws are needed to see it
 Price = Callable[[Config], float | None]
 
 
 @dataclass(frozen=True)
 class Gap:
-    """Error of one configuration minus that of another; without an interval where they share no examples."""
+    """Error of one configuration minus that of another.
+
+    Attributes:
+        low, high: a 95 % interval; None where nothing is known of chance.
+        probability: that the first is worse; None likewise.
+        told: what that rests on; unknown: why nothing is known.
+    """
 
     difference: float
     low: float | None = None
     high: float | None = None
+    probability: float | None = None
+    told: str = ""
+    unknown: str = "no shared examples"
 
     @property
     def worse(self) -> bool:
-        """Whether the first is worse than the second."""
-        return (self.difference if self.low is None else self.low) > 0
+        """Whether the first counts as worse than the second."""
+        return self.difference > 0 if self.probability is None else self.probability > LIKELY
+
+    @property
+    def shown(self) -> bool:
+        """Whether that leaves no doubt."""
+        return self.probability is None or self.probability > _SHOWN
 
     @property
     def text(self) -> str:
-        """The difference in words."""
-        if self.low is None:
-            return f"{short(self.difference)}, of means: no shared examples"
-        return f"{with_interval(self.difference, self.low, self.high)} on the same examples"
+        """The difference in words, and what they are worth."""
+        if self.low is None or self.high is None:
+            return f"{short(self.difference)}, of means: {self.unknown}"
+        between = with_interval(self.difference, self.low, self.high)
+        return f"{between} over {self.told}, worse with probability {chance(self.probability)}"
 
 
 class Pairing:
-    """Configurations compared on the examples that they share; every comparison is made once.
+    """Configurations compared on the examples and repeats that they share; every comparison is made once.
 
     Args:
         table: finished rows with their ``scores``.
     """
 
     def __init__(self, table: pa.Table) -> None:
-        self._rows = table.select(_COLUMNS)
+        self._scores = table["scores"].combine_chunks()
+        self._errors = table["error"].to_pylist()
         self._place = {job: i for i, job in enumerate(table["job_id"].to_pylist())}
         self._repeats = table["repeat"].to_pylist()
-        self._examples = pc.list_value_length(table["scores"]).to_pylist()
         self._gaps: dict[tuple[tuple[str, ...], tuple[str, ...]], Gap] = {}
 
     def worse(self, a: Config, b: Config) -> bool:
-        """Whether ``a`` is worse than ``b``."""
+        """Whether ``a`` counts as worse than ``b``."""
         plain = self._plain(self._shared(a, b))
         return self.gap(a, b).worse if plain is None else plain
 
     def gap(self, a: Config, b: Config) -> Gap:
-        """The error of ``a`` minus that of ``b``, with its interval."""
+        """The error of ``a`` minus that of ``b``, and how sure it is."""
         key = (a.jobs, b.jobs)
         if key not in self._gaps:
             self._gaps[key] = self._compare(a, b)
@@ -83,35 +102,49 @@ class Pairing:
         shared = self._shared(a, b)
         if not shared:
             return Gap(a.error - b.error)
-        rows = pa.concat_tables([self._rows.slice(i, 1) for pair in shared for i in pair])
-        rows = rows.append_column("side", pa.array(["a", "b"] * len(shared)))
-        found = paired(rows, "side = 'a'", "side = 'b'", ())
-        return Gap(found.difference, found.low, found.high)
+        found = gather([self._candidate(a, [i for i, _ in shared]), self._candidate(b, [j for _, j in shared])])
+        difference = float(found.error[0] - found.error[1])
+        if found.unknown:
+            return Gap(difference, unknown=found.unknown)
+        apart, unseen = found.draws[:, 0] - found.draws[:, 1], found.reach * found.unseen[:, 0]
+        ends = (0.5 - _LEVEL / 2, 0.5 + _LEVEL / 2)
+        low, high = np.quantile(np.concatenate([apart - unseen, apart + unseen]), ends).tolist()
+        return Gap(difference, low, high, float(found.best()[1]), found.told)
+
+    def _candidate(self, c: Config, rows: Sequence[int]) -> Candidate:
+        errors = {self._repeats[i]: float(self._errors[i]) for i in rows}
+        return Candidate(
+            c.title,
+            c.method,
+            c.variant,
+            c.model,
+            1.0,
+            errors,
+            {self._repeats[i]: s for i in rows if len(s := self._of(i))},
+        )
 
     def _shared(self, a: Config, b: Config) -> list[tuple[int, int]]:
-        """Rows of both with the same task, options, repeat and number of examples."""
+        """Rows of both with the same task, options and repeat."""
         if a.scene != b.scene:
             return []
         others = {self._repeats[i]: i for i in map(self._place.__getitem__, b.jobs)}
         found = [(i, others.get(self._repeats[i])) for i in map(self._place.__getitem__, a.jobs)]
-        counts = self._examples
-        return [(i, j) for i, j in found if j is not None and i != j and counts[i] and counts[i] == counts[j]]
+        return [(i, j) for i, j in found if j is not None and i != j]
 
     def _plain(self, shared: Sequence[tuple[int, int]]) -> bool | None:
-        """Whether the interval lies above 0; None where that takes resampling, of a single repeat that leaves a doubt."""
-        if not shared:
+        """Whether the first is worse; None where that takes draws, as where the examples of a repeat leave a doubt."""
+        pairs = [(self._of(i), self._of(j)) for i, j in shared]
+        if len(pairs) != 1 or len(pairs[0][0]) != len(pairs[0][1]) or len(pairs[0][0]) < 2:
             return None
-        differences = [self._scores(i) - self._scores(j) for i, j in shared]
-        if len(differences) > 1:
-            return over_repeats([(self._repeats[i], d) for (i, _), d in zip(shared, differences, strict=True)])[0] > 0
-        (d,) = differences
+        d = pairs[0][0] - pairs[0][1]
         distance, error = float(d.mean()), float(d.std()) / math.sqrt(len(d))
-        if distance <= _DOUBT[0] * error:
+        if distance <= -_FAR * error:
             return False
-        return True if distance > _DOUBT[1] * error else None
+        return True if distance > _FAR * error else None
 
-    def _scores(self, row: int) -> np.ndarray:
-        return np.asarray(self._rows["scores"][row].values, dtype=float)
+    def _of(self, row: int) -> np.ndarray:
+        values = self._scores[row].values
+        return np.zeros(0) if values is None else np.asarray(values, dtype=float)
 
 
 def enough(configs: Sequence[Config], key: str, pairing: Pairing) -> Config:
@@ -154,7 +187,8 @@ def against_uncompressed(choice: Config, configs: Sequence[Config], price: Price
 
 def _worse(own: float, cost: float, other: Config, gap: Gap, between: Sequence[tuple[float, Config]]) -> Comparison:
     """The words where the cheapest uncompressed model that is not worse is better."""
-    better = f"uncompressed {other.model} at {short(cost / own)} × the cost is better, error {short(other.error)}"
+    how = "is better" if gap.shown else "is probably better"
+    better = f"uncompressed {other.model} at {short(cost / own)} × the cost {how}, error {short(other.error)}"
     if not between:
         return Comparison(f"; no saving at equal error: {better} (difference to it {gap.text})")
     price, lesser = min(between, key=lambda pair: pair[1].error)

@@ -117,7 +117,10 @@ def test_factor_against_uncompressed_is_a_ratio_of_costs(lawful: Reported) -> No
     assert difference.verdict == "not separated"
     assert stated[2] == cheapest.model
     assert float(stated[1]) == pytest.approx(cheapest.costs["flops"] / chosen.costs["flops"], rel=0.01)
-    assert f"{short(difference.difference)} (95 %: {short(difference.low)} …" in lawful.data["headline"][0]
+    said = re.search(r"difference to it (\S+) \(95 %: (\S+) … (\S+)\) over 200 paired", lawful.data["headline"][0])
+    assert said is not None
+    told = [float(x) for x in said.groups()]
+    assert told == pytest.approx([difference.difference, difference.low, difference.high], abs=0.02)
 
 
 def test_iso_cost_curves_cost_the_same_everywhere(lawful: Reported) -> None:

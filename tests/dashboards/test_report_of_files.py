@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -44,12 +45,44 @@ def test_rows_of_examples_are_compared_by_them() -> None:
     rows = {
         "method": ["none"] * 4 + ["a"] * 4,
         "example": [1, 2, 3, 4] * 2,
-        "error": [0.0, 1, 0, 0, 1, 1, 1, 0],
+        "error": [0.0, 1, 0, 0, 0, 1, 1, 0],
         "flops": [4.0] * 4 + [2.0] * 4,
     }
+    (headline,) = table_data("x", rows)["headline"]
+    assert "; 2 × cheaper than the cheapest uncompressed model that is as good" in headline
+    said = re.search(r"over 4 paired examples, worse with probability ([\d.]+)", headline)
+    assert said is not None
+    assert float(said[1]) == pytest.approx(1 - 2**-2, abs=0.03)  # one of four differs
+
+
+def test_the_terminal_is_80_columns_wide(tmp_path: Path) -> None:
+    words, _ = report(tmp_path, "--y", "1-accuracy", "--map", NAMES)
+    said = words.partition("wrote")[0].splitlines()
+    assert len(said) > 2
+    assert max(map(len, said)) <= 80
+
+
+@pytest.mark.parametrize(
+    ("errors", "said"),
+    [
+        ([0.3, 0.4], "is probably better, error 0.2 (difference to it 0.15 (95 %:"),  # Student's over two would hold 0
+        ([0.201, 0.199], "is as good (none, error 0.2; difference to it 0 (95 %:"),
+    ],
+)
+def test_two_repeats_make_no_equality(errors: list[float], said: str) -> None:
+    """What so few repeats leave open is told; what is likelier than not worse saves nothing."""
+    rows = {
+        "method": ["none"] * 2 + ["a"] * 2,
+        "repeat": [0, 1] * 2,
+        "error": [0.2, 0.2, *errors],
+        "flops": [4.0] * 2 + [2.0] * 2,
+        "model": ["none"] * 4,
+    }
     data = table_data("x", rows)
-    (headline,) = data["headline"]
-    assert "on the same examples" in headline
+    texts = [s["text"] for s in data["sections"][0]["groups"][0]["panels"][0]["slider"]["states"]]
+    assert said in texts[0]
+    assert "over 2 repeats, worse with probability " in texts[0]
+    assert ("cheaper" in data["headline"][0]) == ("as good" in said)
 
 
 @pytest.mark.parametrize(

@@ -136,8 +136,20 @@ def test_plain_differences_need_no_resampling_and_end_the_same(repeats: int, tmp
         assert pairing.worse(a, b) == pairing.gap(a, b).worse
         assert pairing.gap(b, a).difference == pytest.approx(-pairing.gap(a, b).difference)
         decided.append(pairing._plain(pairing._shared(a, b)))
-    assert {True, False} <= set(decided)
-    assert (None in decided) == (repeats == 1)  # only a single repeat's examples are ever drawn
+    assert (set(decided) == {True, False, None}) if repeats == 1 else (set(decided) == {None})
+    assert {pairing.worse(a, b) for a, b in itertools.permutations(configs, 2)} == {True, False}
+
+
+@pytest.mark.parametrize(("seeds", "better"), [((0.1, 0.2), "is probably better"), ((0.15, 0.15), "is better")])
+def test_paired_examples_of_two_repeats_are_evidence(seeds: tuple[float, float], better: str, tmp_path: Path) -> None:
+    """Worse on every example of both repeats; Student's interval over two of them would hold 0."""
+    data = report_data(
+        swept(tmp_path, lambda job, tokens: examples(job, 0.2) + seeds[job.repeat] * (tokens < 36), **POOLED)
+    )
+    assert data["headline"][0].endswith("it is uncompressed")
+    text = slider_texts(data)[0]
+    assert f"no saving at equal error: uncompressed tiny-llava/d24 at 4 × the cost {better}, error 0.2 " in text
+    assert f"over {EXAMPLES} paired examples in each of 2 repeats, worse with probability " in text
 
 
 def left_out(data: Mapping[str, Any], title: str) -> str:

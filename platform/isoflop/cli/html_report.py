@@ -14,6 +14,7 @@ from isoflop.core.errors import UserError
 from isoflop.core.secrets import redacted
 from isoflop.core.text import safe_line
 from isoflop.dashboards.session import REPORT
+from isoflop.laws.render import wrapped
 from isoflop.sweep.api import own_tracking_uri
 from isoflop.sweep.tables import open_source
 from isoflop.track import Artifact
@@ -61,9 +62,10 @@ def report_command(
         run_id, problem = _log(own_tracking_uri(opened.store) if tracking_uri is None else tracking_uri, name, page)
 
     def human() -> None:
-        click.echo("; ".join(data["headline"]) + ".")
+        for clause in data["headline"]:
+            click.echo("\n".join(wrapped(f"{clause}.", "", "  ")))
         for line in data["left_out"]:
-            click.echo(f"left out: {line}", err=True)
+            click.echo("\n".join(wrapped(f"left out: {line}", "", "  ")), err=True)
         click.echo(f"wrote {target} ({len(page.encode()) / 1e6:.1f} MB)")
         if run_id:
             click.echo(f"MLflow shows it in the run 'sweep {name}', under Artifacts, as {REPORT}")

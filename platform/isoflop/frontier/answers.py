@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import math
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ import pyarrow as pa
 from isoflop.core.numbers import quantity, short
 from isoflop.core.result import Result
 from isoflop.frontier.evidence import Candidate
-from isoflop.laws.render import WIDTH
+from isoflop.laws.render import wrapped
 
 _SHARES = {0.5: "half", 0.25: "a quarter", 0.125: "an eighth", 0.75: "three quarters", 1.0: "all"}
 
@@ -106,11 +105,11 @@ class Answers(Result):
     def __str__(self) -> str:
         lines: list[str] = []
         for a in self.answers:
-            lines += _wrapped(a.sentence, "", "  ")
+            lines += wrapped(a.sentence, "", "  ")
             for note in a.notes:
-                lines += _wrapped(f"! {note}", "  ", "    ")
+                lines += wrapped(f"! {note}", "  ", "    ")
         for note in self.notes:
-            lines += _wrapped(f"! {note}", "", "  ")
+            lines += wrapped(f"! {note}", "", "  ")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -132,10 +131,6 @@ def no_reference(question: str, asked: Asked, values: dict[str, Any]) -> Answer:
 def spent(c: Candidate, asked: Asked) -> str:
     """A cost in words: with its unit, or as a part of the uncompressed one."""
     return f"{short(c.cost)} of them" if not asked.unit else quantity(c.cost, asked.unit)
-
-
-def _wrapped(text: str, first: str, rest: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
 def part(share: float, cost: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import textwrap
 from typing import TYPE_CHECKING
 
 from isoflop.laws.validation import in_words
@@ -68,8 +69,6 @@ def fit_text(fit: Fit) -> str:
 
 
 def _wrap(text: str, width: int = WIDTH) -> list[str]:
-    import textwrap
-
     return textwrap.wrap(text, width) or [""]
 
 
@@ -86,4 +85,15 @@ def fit_html(fit: Fit) -> str:
         f"<div><p><code>{html.escape(title(fit))}</code><br>{html.escape(numbers_line(fit))}</p>"
         f"<table><thead><tr><th></th><th>value</th><th>{100 * fit.level:g}% interval</th><th>what the data say</th></tr></thead>"
         f"<tbody>{rows}</tbody></table>" + (f"<ul>{notes}</ul>" if notes else "") + "</div>"
+    )
+
+
+def wrapped(text: str, first: str = "", rest: str = "  ") -> list[str]:
+    """A sentence as lines of a terminal's width; words stay whole, so that names can be copied.
+
+    Args:
+        first, rest: what the first line and the others begin with.
+    """
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False, break_long_words=False
     )
