@@ -126,6 +126,31 @@ def test_a_method_sees_the_context_and_changes_the_outcome(tasks: str) -> None:
     assert task.measure(LM, CTX)["text_tokens"] > 0
 
 
+def test_data_beside_the_tasks_yaml_are_found_from_anywhere(
+    tasks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative paths lead from the task's YAML, as a sweep's do; where nothing lies there, from where the process runs."""
+    first = LmEval(task="own_choice", include_path=tasks).content()
+    here, elsewhere = tmp_path / "tasks", tmp_path / "elsewhere"
+    (here / "inner").mkdir(parents=True)
+    elsewhere.mkdir()
+    text = Path(tasks, "own_choice.yaml").read_text().replace(str(Path(tasks, "data.jsonl")), "rows/data.jsonl")
+    (here / "inner" / "own_choice.yaml").write_text(text)
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(UserError, match=r"own_choice cannot be loaded \(.*rows/data.jsonl"):
+        LmEval(task="own_choice", include_path=str(here)).content()
+    for folder in (elsewhere, here / "inner"):
+        (folder / "rows").mkdir()
+        (folder / "rows" / "data.jsonl").write_text(Path(tasks, "data.jsonl").read_text())
+        load.cache_clear()
+        assert LmEval(task="own_choice", include_path=str(here)).content() == first
+        if folder == elsewhere:  # what lies beside the YAML is taken
+            (folder / "rows" / "data.jsonl").write_text(
+                '{"passage": "", "question": "", "options": ["a"], "answer": 0}\n'
+            )
+    assert Path.cwd() == elsewhere
+
+
 def test_job_ids_hold_the_documents_and_not_their_place(tasks: str, tmp_path: Path) -> None:
     first = LmEval(task="own_choice", include_path=tasks).content()
     lines = Path(tasks, "data.jsonl").read_text().splitlines(keepends=True)

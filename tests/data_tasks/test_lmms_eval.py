@@ -123,6 +123,20 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_tasks(tmp_path_factory.mktemp("lmms"))
 
 
+def test_data_beside_the_tasks_yaml_are_found_from_anywhere(
+    tasks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = LmmsEval(task="own_words", include_path=tasks).content()
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for file in ("data.jsonl", "helpers.py"):
+        (folder / file).write_text(Path(tasks, file).read_text())
+    text = Path(tasks, "own_words.yaml").read_text().replace(str(Path(tasks, "data.jsonl")), "data.jsonl")
+    (folder / "own_words.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert LmmsEval(task="own_words", include_path=str(folder)).content() == first
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> VlmModel:
     folder = tmp_path_factory.mktemp("llava") / "llava"

@@ -14,6 +14,8 @@ from isoflop.core.errors import UserError
 from isoflop.core.yaml_source import load_yaml
 from isoflop.jobs.job import Job, ResolvedJob
 from isoflop.ledger.store import Store
+from isoflop.sweep.api import RunOptions, run_resolved
+from isoflop.sweep.progress import Quiet
 from isoflop.sweep.resolve import resolve
 from isoflop.sweep.stored import resolve_stored
 from isoflop.testing.task_probes import own
@@ -65,6 +67,31 @@ def test_paths_are_relative_to_the_sweeps_file(folder: Path) -> None:
     assert "data" not in dict(job.task_options)
     assert Job.from_dict(json.loads(json.dumps(job.to_dict()))) == job
     assert ResolvedJob.of(job).task.data == str(folder / "my.jsonl")  # type: ignore[attr-defined]
+
+
+def test_a_model_beside_the_sweeps_file_is_found_from_anywhere(
+    folder: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its job keeps the name of the one that was found where the process runs; what lies beside the YAML is taken."""
+    first = jobs(folder, choice())["choice"]
+    shutil.copytree(checkpoint, folder / "reader")
+    nowhere = tmp_path_factory.mktemp("nowhere")
+    monkeypatch.chdir(nowhere)
+    found = jobs(folder, choice())["choice"]
+    assert found.id == first.id
+    assert ResolvedJob.of(found).model_key == ResolvedJob.of(first).model_key
+    (nowhere / "reader").mkdir()
+    (nowhere / "reader" / "config.json").write_text("no checkpoint")
+    options = {"executor": "local", "tracking_uri": "none", "store": str(nowhere / "s"), "cache_dir": nowhere / "c"}
+    sweep = resolve(folder / "sweep.yaml")
+    resolve({"name": "other", "models": ["tiny-lm/text-d32"], "methods": ["full-cache"], "tasks": ["bits-per-byte"]})
+    results = run_resolved(sweep, RunOptions.of(options), Quiet())
+    assert results.results()["job_id"].to_pylist() == [first.id]
+    shutil.rmtree(folder / "reader")
+    shutil.rmtree(nowhere / "reader")
+    (folder / "raeder").mkdir()
+    with pytest.raises(UserError, match=r"model hf:reader: no such folder .did you mean 'raeder'"):
+        jobs(folder, choice())
 
 
 def test_content_names_jobs_and_places_do_not(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -13,6 +13,25 @@ from isoflop.core.errors import UserError
 PUBLIC = "public:"
 
 
+_beside: Path | None = None
+
+
+def look_beside(folder: Path | str | None) -> None:
+    """From now on relative names of models are looked for in a folder first, then where the process runs.
+
+    Args:
+        folder: that of the sweep's YAML, where its paths of data lead, too; None for a sweep without a file.
+    """
+    global _beside
+    _beside = None if folder is None else Path(folder)
+
+
+def looked_at(name: str) -> list[Path]:
+    """The places that a name of a user's own may stand for, in the order in which they are tried."""
+    path = Path(name).expanduser()
+    return [path] if _beside is None else [_beside / path, path]
+
+
 def default_cache_dir() -> Path:
     """``$ISOFLOP_CACHE``, else ``$XDG_CACHE_HOME/isoflop``, else ``~/.cache/isoflop``."""
     if "ISOFLOP_CACHE" in os.environ:
@@ -26,7 +45,7 @@ def public_root() -> Path:
 
 
 def local_path(name: str, where: str) -> Path:
-    """The path that a user gave, or the place in the cache that ``public:…`` names.
+    """The path that a user gave, from :func:`look_beside` on; or the place in the cache that ``public:…`` names.
 
     Args:
         where: what gave it, for messages ("data public:easy-vqa/test.jsonl").
@@ -35,7 +54,7 @@ def local_path(name: str, where: str) -> Path:
         UserError: it has not been fetched, or what was fetched has no such file.
     """
     if not name.startswith(PUBLIC):
-        return Path(name).expanduser()
+        return next((path for path in looked_at(name) if name and path.exists()), Path(name).expanduser())
     source, _, rest = name.removeprefix(PUBLIC).partition("/")
     folder = public_root() / source
     if source in ("", ".", "..") or not folder.is_dir():

@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 
+from isoflop.core.public import look_beside
 from isoflop.jobs import Job, Outcome, Runner
 from isoflop.stages.shared import SharedStages, folder_size
 
@@ -46,6 +47,7 @@ class RayWorker:
     ) -> None:
         import torch
 
+        look_beside(import_folder)
         if imports and import_folder is not None:
             sys.path.append(import_folder)
         for module in imports:

@@ -14,10 +14,10 @@ from typing import Annotated, Any
 
 import torch
 
-from isoflop.core.errors import UserError
+from isoflop.core.errors import UserError, nearest
 from isoflop.core.hashing import file_hash
 from isoflop.core.knobs import Knob
-from isoflop.core.public import local_path
+from isoflop.core.public import local_path, looked_at
 
 FAMILY = "hf"
 CONFIG_FILES = ("config.json", "preprocessor_config.json")
@@ -61,7 +61,7 @@ def locate(ref: str, revision: str, weights: bool) -> Path:
     if path.is_dir():
         return path.resolve()
     if not name or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"model {ref}: no such folder; allowed: hf:<folder> or hf:<owner>/<repository>")
+        raise UserError(f"model {ref}: no such folder{_instead(name)}; allowed: hf:<folder> or hf:<owner>/<repository>")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -79,6 +79,14 @@ def locate(ref: str, revision: str, weights: bool) -> Path:
         raise UserError(
             f"model {ref}: not a folder, not in the local cache, and the hub gives no revision {revision!r} of it ({reason})"
         ) from error
+
+
+def _instead(name: str) -> str:
+    """The nearest folder to one that does not exist."""
+    parents = [path.absolute().parent for path in looked_at(name)]
+    there = [p.name for parent in parents if parent.is_dir() for p in parent.iterdir() if p.is_dir()]
+    near = nearest(Path(name).name, there)
+    return f" (did you mean {str(Path(name).parent / near)!r}?)" if near else ""
 
 
 def architecture_of(ref: str, source: Path) -> str:

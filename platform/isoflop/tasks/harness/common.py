@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import chdir
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,6 +66,10 @@ class HarnessTask(Task):
     @abstractmethod
     def loaded(self) -> Documents:
         """The harness' task with its documents. Raises UserError where there is none."""
+
+    def reported(self) -> tuple[str, ...]:
+        """The harness' metrics of its task."""
+        return (*self.loaded().metrics, "documents")
 
     def content(self) -> str:
         """Versions of harness and task, the task's configuration, and its documents."""
@@ -126,6 +131,26 @@ def check_folder(kind: str, include_path: str) -> None:
     """Raise UserError where the folder of a user's own tasks does not exist."""
     if include_path and not Path(include_path).is_dir():
         raise UserError(f"task {kind}: include_path = {include_path}: no such folder")
+
+
+def loaded_beside(yaml: str | None, load: Callable[[], Any]) -> Any:
+    """What ``load`` gives, with the relative paths of a user's own task taken from where its YAML lies.
+
+    Those that lead nowhere there are taken from where the process runs.
+
+    Args:
+        yaml: of the task; None for one of the harness' own.
+    """
+    if yaml is None:
+        return load()
+    try:
+        with chdir(Path(yaml).parent):  # the harness hands these paths to the library of data sets as they are
+            return load()
+    except FileNotFoundError as error:
+        try:
+            return load()
+        except FileNotFoundError:
+            raise error from None
 
 
 def not_loaded(kind: str, name: str, error: Exception) -> UserError:

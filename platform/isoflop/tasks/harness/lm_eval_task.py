@@ -32,6 +32,7 @@ from isoflop.tasks.harness.common import (
     check_folder,
     config_text,
     is_group,
+    loaded_beside,
     not_loaded,
     numbers_of,
     shots_text,
@@ -211,7 +212,8 @@ def load(name: str, include_path: str, num_fewshot: int) -> Loaded:
         raise unknown_task("lm-eval", name, manager.all_tasks, include_path)
     try:
         with redirect_stderr(StringIO()):  # progress bars of data sets
-            found = lm_eval.tasks.get_task_dict([name], manager)
+            yaml = str(manager.task_index[name].yaml_path) if include_path else None
+            found = loaded_beside(yaml, lambda: lm_eval.tasks.get_task_dict([name], manager))
     except Exception as error:  # data sets, configurations and templates fail in ways of their own
         raise not_loaded("lm-eval", name, error) from None
     if list(found) != [name]:

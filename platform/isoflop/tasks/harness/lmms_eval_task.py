@@ -29,6 +29,7 @@ from isoflop.tasks.harness.common import (
     check_folder,
     config_text,
     is_group,
+    loaded_beside,
     not_loaded,
     numbers_of,
     shots_text,
@@ -167,7 +168,8 @@ def load(name: str, include_path: str, limit: int) -> Loaded:
         raise unknown_task("lmms-eval", name, manager.all_tasks, include_path)
     try:
         with redirect_stderr(StringIO()):  # progress bars of data sets
-            found = lmms_eval.tasks.get_task_dict([name], manager)
+            yaml = str(manager.task_index[name]["yaml_path"]) if include_path else None
+            found = loaded_beside(yaml, lambda: lmms_eval.tasks.get_task_dict([name], manager))
             task = found.get(name)
             if not isinstance(task, dict | None):
                 return _read(name, task, limit)
