@@ -224,12 +224,13 @@ def test_two_objectives(tmp_path: Path) -> None:
 
 
 def test_an_objective_of_a_metric_that_no_row_has_fails_no_job(tmp_path: Path) -> None:
-    assert (
-        run_local(
-            toy(objectives=[{"metric": "nonsense"}], search={"sampler": "tpe"}, budget={"trials": 4}), tmp_path
-        ).summary.ok
-        == 8
-    )
+    """It ends the session, whose rows are kept."""
+    given = toy(objectives=[{"metric": "nonsense"}], search={"sampler": "tpe"}, budget={"trials": 4})
+    with pytest.raises(UserError, match="'nonsense'"):
+        run_local(given, tmp_path)
+    right = run_local({**given, "objectives": [{"metric": "error"}]}, tmp_path).summary
+    assert right.failed == 0
+    assert right.cached + right.ok >= 8
 
 
 # pruning

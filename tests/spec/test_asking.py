@@ -109,9 +109,9 @@ def test_an_objective_that_no_row_has_ends_a_search(tmp_path: Path) -> None:
     }
     spec |= {"search": {"sampler": "random"}, "budget": {"trials": 40}, "objectives": [{"metric": "lost"}]}
     options: dict[str, Any] = {"executor": "local", "tracking_uri": "none", "cache_dir": tmp_path / "c"}
-    stopped = isoflop.run(spec, store=str(tmp_path / "s"), **options)
-    assert stopped.summary.ran < 40
-    assert "objectives" in stopped.summary.reason
+    with pytest.raises(UserError, match="no row so far has 'lost'"):
+        isoflop.run(spec, store=str(tmp_path / "s"), **options)
+    assert isoflop.open("s", store=str(tmp_path / "s")).results().num_rows < 40
     known = isoflop.run(spec | {"objectives": [{"metric": "loss"}]}, store=str(tmp_path / "t"), **options)
     assert known.summary.ran == 40
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from isoflop.core.errors import UserError, unknown
+from isoflop.core.public import look_beside
 from isoflop.execute import Executor, LocalExecutor, Resources
 from isoflop.ledger import Ledger, Store
 from isoflop.ledger import schema as ledger_schema
@@ -123,6 +124,7 @@ def run_resolved(
         draw: makes files of figures out of the laws and frontiers, for the parent run in MLflow.
     """
     spec = sweep.spec
+    look_beside(sweep.source.folder)  # another sweep may have been looked up since
     store = Store.open(options.store or spec.store)
     tracker = make_tracker(store, spec.name, options.tracking_uri)
     executor = make_executor(sweep, options, store)
@@ -161,6 +163,10 @@ def run_resolved(
         note = closing(spec, findings, opened.conclusion, executor.dashboard)
         tracker.finish(files, findings.metrics(), note, status)
         summary.untracked = await_tracker(tracker, options.track_wait, log)
+        if summary.aimless:
+            raise UserError(
+                f"{summary.aimless}; {summary.done} jobs have results, which are kept: mend it and run it again"
+            )
         return opened
 
 

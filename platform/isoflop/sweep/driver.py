@@ -18,7 +18,7 @@ from isoflop.execute import Done, Executor, Lost, ShardReport, WorkerInfo, WorkI
 from isoflop.jobs import Job, Outcome, ResolvedJob
 from isoflop.ledger import Ledger
 from isoflop.search import Proposer
-from isoflop.sweep.columns import ColumnWatch
+from isoflop.sweep.column_watch import ColumnWatch
 from isoflop.sweep.display import Display, Slot
 from isoflop.sweep.interrupts import Interrupts
 from isoflop.sweep.note import opening
@@ -78,7 +78,7 @@ class Driver:
         self._slots: dict[str, Slot] = {}
         self._places = Places()
         self._outbox = Outbox(ledger, self._on_spoilt)
-        self._columns = ColumnWatch(sweep.spec, sweep.source)
+        self._columns = ColumnWatch(sweep.spec, sweep.source, sweep.tasks)
         self._interrupts = Interrupts()
         self._started_workers = False
         self._summary = Summary()
@@ -123,6 +123,7 @@ class Driver:
         self._tracker.catch_up(everything)
         table = self._sweep.current(everything)
         self._count_rows(table)
+        self._tell_missing(self._columns.see_table(table))
         for trial, jobs in self._trials.restore(table, self._again):
             self._enqueue(trial, jobs)
         if self._ledger.set_aside:
@@ -377,12 +378,17 @@ class Driver:
         if not self._outbox or not (force or self._outbox.due or self._starved()):
             return
         rows = self._outbox.commit()
-        for line in self._columns.see(rows):
-            self._progress.line(line)
-        if self._columns.aimless and not self._sweep.strategy.exhaustive:
-            self._give_up_waiting("no row has what the objectives name")
+        self._tell_missing(self._columns.see(rows))
         self._trials.record(rows)
         self._tracker.push(rows)
+
+    def _tell_missing(self, lines: list[str]) -> None:
+        """What no row has of what the spec asks: a search for it would learn nothing."""
+        for line in lines:
+            self._progress.line(line)
+        if self._columns.aimless and not self._summary.aimless:
+            self._summary.aimless = self._columns.aimless[0]
+            self._give_up_waiting("no row has what the objectives name")
 
     def _starved(self) -> bool:
         """Whether a worker stands idle, or soon will, while the search waits for rows to be committed."""

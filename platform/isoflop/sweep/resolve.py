@@ -10,6 +10,7 @@ from typing import Any
 from isoflop.core.errors import Infeasible, UserError, unknown
 from isoflop.core.hashing import content_hash
 from isoflop.core.knobs import LARGEST_COUNTED, KnobSpec, check_knobs, frozen, grid_value, placed
+from isoflop.core.public import look_beside
 from isoflop.core.yaml_source import KeyPath, Source
 from isoflop.jobs import ResolvedJob
 from isoflop.methods.base import METHODS, method_knobs
@@ -29,6 +30,7 @@ _CHECKED_POINTS = 20_000  # of a grid; impossible points beyond become rows
 def resolve(given: Any) -> Sweep:
     """Load and resolve a spec (path or dict). Raises UserError for anything that can be known before a job runs."""
     spec, source = load_spec(given)
+    look_beside(source.folder)
     import_modules(spec, source)
     branches, methods = [], {}
     zips = _zips(spec, source)
@@ -44,7 +46,7 @@ def resolve(given: Any) -> Sweep:
     _check_models(spec, source)
     tasks = _task_options(spec, source)
     _check_tasks(spec, tasks, source)
-    columns.check(spec, source)
+    columns.check(spec, source, {name: task_class(name)(**options) for name, options in tasks.items()})
     strategy = find_strategy(spec, source)
     space = SearchSpace(tuple(m.ref for m in spec.models), tuple(branches), zips, _excludes(spec, source, branches))
     _check_zips(spec, source, space, zipped)

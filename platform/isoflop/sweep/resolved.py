@@ -18,7 +18,7 @@ from isoflop.methods.base import METHODS
 from isoflop.models.family import family_of
 from isoflop.search import Config, SearchSpace, Strategy
 from isoflop.sweep.spec import SweepSpec
-from isoflop.tasks.base import task_class, task_of
+from isoflop.tasks.base import Task, task_class, task_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class Sweep:
     space: SearchSpace
     task_options: Mapping[str, dict[str, Any]]
     branch_methods: Mapping[str, tuple[str, ...]]
+
+    @cached_property
+    def tasks(self) -> dict[str, Task]:
+        """The tasks with their options."""
+        return {name: task_class(name)(**options) for name, options in self.task_options.items()}
 
     def methods_of(self, config: Config) -> tuple[MethodSpec, ...]:
         """The methods of a point with all of their knobs."""

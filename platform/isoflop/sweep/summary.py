@@ -16,6 +16,7 @@ class Summary:
         affinity: share of handed-out jobs that found their model warm.
         reason: why it ended, where there is more to say than that everything is done.
         untracked: what MLflow does not show of the sweep, why, and what helps; empty when it shows everything.
+        aimless: which objective names what no row has, why the session ended; empty when all is well.
     """
 
     cached: int = 0
@@ -32,6 +33,7 @@ class Summary:
     affinity: float = 0.0
     reason: str = ""
     untracked: str = ""
+    aimless: str = ""
 
     @property
     def ran(self) -> int:

@@ -44,6 +44,8 @@ class Task(ABC):
     ``feed_forward``, whose occupant it tells of every pass that it scores); methods that act, or are measured, there and
     nowhere else are refused by other tasks.
     ``labelled`` is the option that the label of a reference (``lm-eval:arc_easy``) gives where it is not given itself.
+    ``metrics`` are the names of all secondary metrics that its shards may hold; None where only running tells, so that a sweep
+    can ask for any name.
     ``chance`` is the expected error of the best answerer that sees the question only, at the default options.
     """
 
@@ -51,6 +53,7 @@ class Task(ABC):
     version: ClassVar[str] = "1"
     quantity: ClassVar[str] = "error"
     needs: ClassVar[frozenset[str]] = frozenset()
+    metrics: ClassVar[tuple[str, ...] | None] = None
     chance: ClassVar[float] = float("nan")
     labelled: ClassVar[str] = ""
     hooks: ClassVar[frozenset[Hook[Any]]] = frozenset()
@@ -59,6 +62,14 @@ class Task(ABC):
     def content(self) -> str:
         """Names the outside data that the examples come from, whatever their place; part of every job id. Empty for none."""
         return ""
+
+    def reported(self) -> tuple[str, ...] | None:
+        """Secondary metrics of the task with its options; None where they cannot be told before it runs.
+
+        What a class outside isoflop inherits is not taken for its own word.
+        """
+        cls = type(self)
+        return self.metrics if "metrics" in vars(cls) or cls.__module__.startswith("isoflop.") else None
 
     def check(self, info: ModelInfo) -> None:
         """Raise Infeasible when the model cannot do this task; says what is missing."""

@@ -59,6 +59,7 @@ class ByteTask(Task):
     """
 
     version: ClassVar[str] = f"1-{python_release()}"
+    metrics: ClassVar[tuple[str, ...] | None] = ("first_bits", "accuracy")
     quantity: ClassVar[str] = "bits per byte"
     needs: ClassVar[frozenset[str]] = frozenset({"tokenizer"})
     asks: ClassVar[frozenset[Hook[Any]]] = frozenset({BYTE_VIEW})

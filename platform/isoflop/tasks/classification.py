@@ -34,6 +34,7 @@ class DigitClassification(LabelledImages):
     prefix of a longer one.
     """
 
+    metrics: ClassVar[tuple[str, ...] | None] = ("nll", "mse", "psnr", "ssim")
     chance: ClassVar[float] = 1 - 1 / world.CLASSES
 
     @torch.no_grad()

@@ -50,6 +50,7 @@ class DigitSceneTask(Task):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({f"vocabulary:{world.VOCABULARY}"})
+    metrics: ClassVar[tuple[str, ...] | None] = ("nll",)
     hooks: ClassVar[frozenset[Hook[Any]]] = frozenset({VISUAL_TOKENS})
 
     examples: Annotated[int, Knob(low=1, high=1_000_000, doc="number of test questions, one image each")] = 2000

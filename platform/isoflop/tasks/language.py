@@ -41,6 +41,7 @@ class BitsPerByte(LanguageTask):
     version: ClassVar[str] = f"1-{python_release()}"
     quantity: ClassVar[str] = "bits per byte"
     needs: ClassVar[frozenset[str]] = frozenset({"tokenizer"})
+    metrics: ClassVar[tuple[str, ...] | None] = ("nll", "accuracy")
 
     examples: Annotated[int, Knob(low=1, high=100_000, doc="most windows")] = 128
     tokens: Annotated[int, Knob(low=4, high=100_000, doc="length of a window", unit="tokens")] = 256

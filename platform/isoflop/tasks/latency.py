@@ -40,6 +40,7 @@ class GenerationLatency(Task):
 
     version: ClassVar[str] = "1"
     quantity: ClassVar[str] = "seconds per token"
+    metrics: ClassVar[tuple[str, ...] | None] = ("prompt_seconds", "step_seconds")
     asks: ClassVar[frozenset[Hook[Any]]] = frozenset({FEED_FORWARD})
     hooks: ClassVar[frozenset[Hook[Any]]] = frozenset({ATTENTION})
 

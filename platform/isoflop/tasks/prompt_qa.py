@@ -54,6 +54,7 @@ class PromptQa(Task):
     """
 
     version: ClassVar[str] = "1"
+    metrics: ClassVar[tuple[str, ...] | None] = ("nll", "answer_kept", "prompt_tokens", "evidence_kept")
     hooks: ClassVar[frozenset[Hook[Any]]] = frozenset({PROMPT_TEXT})
     asks: ClassVar[frozenset[Hook[Any]]] = frozenset({PROMPT_TEXT, FEED_FORWARD})
     chance: ClassVar[float] = 1.0 - 1.0 / world.CHOICES

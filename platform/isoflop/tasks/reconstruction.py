@@ -37,6 +37,7 @@ class Reconstruction(LabelledImages):
     """
 
     quantity: ClassVar[str] = "distortion"
+    metrics: ClassVar[tuple[str, ...] | None] = ("mse", "psnr", "ssim")
     needs: ClassVar[frozenset[str]] = frozenset({LABELLED_IMAGES})
     hooks: ClassVar[frozenset[Hook[Any]]] = frozenset({PIXELS})
 

@@ -26,6 +26,7 @@ class SymbolTask(LanguageTask):
     """Base class of ``kv-recall`` and ``kv-copy``."""
 
     needs: ClassVar[frozenset[str]] = frozenset({f"vocabulary:{world.VOCABULARY}"})
+    metrics: ClassVar[tuple[str, ...] | None] = ("nll",)
 
     query: Annotated[str, Knob(choices=("blind", "aware"), doc="whether the prompt tells what will be asked")] = "blind"
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import knob_specs
+from isoflop.costs.names import is_measured
 from isoflop.methods.base import METHODS, Method
 from isoflop.methods.probe import Probe
 from isoflop.testing.configurations import (
@@ -157,6 +158,9 @@ def check_footprint(cls: type[Method], probe: Probe) -> None:
         for name, value in costs.items():
             assert isinstance(value, (int, float)), f"footprint {name} is a {type(value).__name__}"
             assert math.isfinite(value), f"footprint {name} = {value}"
+        if cls.footprint.__module__.startswith("isoflop."):
+            strange = [name for name in costs if not is_measured(name)]
+            assert not strange, f"footprint gives {strange}, which isoflop.costs.names does not know"
         if "ratio" in costs:
             assert math.isclose(costs["ratio"], bare / cost, rel_tol=1e-6), (
                 f"{method} claims ratio {costs['ratio']:g}; measured are {bare:g} without and {cost:g} with it"

@@ -22,6 +22,7 @@ import numpy as np
 from isoflop.core.errors import Infeasible
 from isoflop.core.hook import names_of
 from isoflop.core.knobs import KnobValue, knob_specs
+from isoflop.costs.names import MEASURED, is_measured
 from isoflop.tasks.base import TASKS, Shard, Task
 from isoflop.testing.declarations import declared, declares_hooks, refuses_wrong_knobs
 from isoflop.testing.global_state import random_state_untouched
@@ -93,7 +94,7 @@ def check_impossible_models(cls: type[Task], probe: TaskProbe) -> None:
 
 
 def check_scores(cls: type[Task], probe: TaskProbe) -> None:
-    """At least one shard; in each, ids, finite errors and finite metrics of one length; every shard has the same metrics."""
+    """At least one shard; in each, ids, finite errors and finite metrics of one length; every shard has the same, declared metrics."""
     shards = _shards(cls, probe)
     assert shards, "evaluate() yields no shard"
     for number, shard in enumerate(shards):
@@ -104,6 +105,9 @@ def check_scores(cls: type[Task], probe: TaskProbe) -> None:
             )
             assert np.isfinite(values).all(), f"shard {number}: {name} holds {values}"
         assert shard.metrics.keys() == shards[0].metrics.keys(), f"shard {number} has metrics {sorted(shard.metrics)}"
+    names = probe.task(cls).reported()
+    strange = [] if names is None else sorted(set(shards[0].metrics) - set(names) - set(MEASURED))
+    assert not strange, f"metrics {strange} are not among {cls.__name__}.metrics, {names}"
 
 
 def check_order(cls: type[Task], probe: TaskProbe) -> None:
@@ -168,6 +172,8 @@ def check_measure(cls: type[Task], probe: TaskProbe) -> None:
     assert first.keys() == second.keys(), (
         f"measure() gives other keys each time: {sorted(first.keys() ^ second.keys())}"
     )
+    strange = [name for name in first if cls.measure.__module__.startswith("isoflop.") and not is_measured(name)]
+    assert not strange, f"measure() gives {strange}, which isoflop.costs.names does not know"
     for name, value in first.items():
         assert isinstance(name, str), f"measure() names a cost {name!r}"
         assert name, "measure() gives a cost without a name"

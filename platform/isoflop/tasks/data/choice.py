@@ -36,6 +36,7 @@ class Choice(LanguageDataTask):
     """
 
     version: ClassVar[str] = "1"
+    metrics: ClassVar[tuple[str, ...] | None] = ("nll", "margin")
 
     question: Annotated[str, Knob(doc="field of the question")] = "question"
     options: Annotated[str, Knob(doc="field of the options, a list")] = "options"

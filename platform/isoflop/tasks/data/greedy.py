@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from isoflop.core.knobs import Knob
 from isoflop.models.contexts import Contexts
@@ -17,6 +17,8 @@ from isoflop.tasks.data.prompts import PromptText, PromptTokenizer, TokenPrompt
 @dataclass(frozen=True, kw_only=True)
 class GreedyTask(LanguageDataTask):
     """Base class: says when an answer has ended, and what it is worth. Secondary metric: ``tokens``, how many were generated."""
+
+    metrics: ClassVar[tuple[str, ...] | None] = ("tokens",)
 
     max_tokens: Annotated[int, Knob(low=1, high=100_000, doc="most generated tokens", unit="tokens")] = 32
 

@@ -40,6 +40,7 @@ class ImageClasses(DataTask):
     """
 
     version: ClassVar[str] = "1"
+    metrics: ClassVar[tuple[str, ...] | None] = ("nll",)
 
     image: Annotated[str, Knob(doc="field of a table that holds paths of images")] = "image"
     label: Annotated[str, Knob(doc="field of a table that holds the class")] = "label"

@@ -45,6 +45,7 @@ class Needle(ContextTask):
     """
 
     version: ClassVar[str] = "1"
+    metrics: ClassVar[tuple[str, ...] | None] = ("tokens", "found")
     asks: ClassVar[frozenset[Hook[Any]]] = frozenset({PROMPT_TEXT})
 
     haystack: Annotated[str, Knob(path=True, doc="text file or folder of text files to hide facts in")]

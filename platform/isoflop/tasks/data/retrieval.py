@@ -40,6 +40,7 @@ class Retrieval(Task):
     """
 
     version: ClassVar[str] = "1"
+    metrics: ClassVar[tuple[str, ...] | None] = ("mrr", "rank")
     needs: ClassVar[frozenset[str]] = frozenset({"tokenizer"})
     asks: ClassVar[frozenset[Hook[Any]]] = frozenset()
 

@@ -43,6 +43,7 @@ class Text(ContextTask, DataTask):
 
     version: ClassVar[str] = "1"
     quantity: ClassVar[str] = "bits per byte"
+    metrics: ClassVar[tuple[str, ...] | None] = ("nll", "accuracy", "bytes")
     asks: ClassVar[frozenset[Hook[Any]]] = frozenset({FEED_FORWARD})
 
     field: Annotated[str, Knob(doc="field of a row that holds the text; not for text files")] = "text"

@@ -33,6 +33,7 @@ class Vqa(DataTask):
     """
 
     version: ClassVar[str] = "2"
+    metrics: ClassVar[tuple[str, ...] | None] = ("tokens",)
 
     image: Annotated[str, Knob(doc="field of paths of images")] = "image"
     question: Annotated[str, Knob(doc="field of the question")] = "question"
