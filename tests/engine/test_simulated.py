@@ -8,7 +8,7 @@ from isoflop.execute.simulated import Rates
 from isoflop.sweep.resolve import resolve
 from isoflop.sweep.simulate import Simulation, simulate
 
-JOBS = 600
+JOBS = 400
 
 
 def run(rates: Rates, nodes: int = 5, slots: int = 4, seed: int = 0) -> Simulation:
@@ -42,5 +42,7 @@ def test_lost_nodes_and_failures_lose_no_job_and_cost_little() -> None:
 
 def test_a_simulation_is_reproducible() -> None:
     first, second = run(Rates(node_hours=2.0), seed=3), run(Rates(node_hours=2.0), seed=3)
-    assert (first.jobs, first.failed) == (second.jobs, second.failed)
-    assert first.makespan == pytest.approx(second.makespan, rel=0.05)
+    real = {"driver_ms", "real_seconds"}
+    assert {k: v for k, v in first.to_dict().items() if k not in real} == {
+        k: v for k, v in second.to_dict().items() if k not in real
+    }

@@ -147,6 +147,27 @@ def test_a_lost_worker_is_blamed_on_its_running_job_only() -> None:
     assert len(queue) == 1  # nobody's fault: its attempt is given back
 
 
+@pytest.mark.parametrize("killer", [0, 1])
+def test_where_one_of_two_killed_its_worker_each_runs_alone_and_only_the_killer_is_blamed(killer: int) -> None:
+    queue = WorkQueue(retries=0)
+    jobs = [add(queue, 0), add(queue, 1)]
+    items = tuple(i for i in (queue.next_for("a"), queue.next_for("a", behind=True)) if i is not None)
+    assert [i.alone for i in items] == [False, False]
+    assert queue.worker_lost("a", items, blame_first=True, certain=False) == []
+    assert len(queue) == 2
+    assert queue.next_for("b", behind=True) is None  # neither stands behind another
+    blamed = []
+    for worker in "bc":
+        item = queue.next_for(worker)
+        assert item is not None
+        assert item.alone
+        if item.job.id == jobs[killer].id:
+            blamed += queue.worker_lost(worker, (item,), blame_first=True, certain=True)
+        else:
+            assert queue.job_done(item.job.id).attempt == 1
+    assert [(p.job.id, p.attempt) for p in blamed] == [(jobs[killer].id, 1)]
+
+
 def test_a_stage_that_fails_for_good_takes_its_jobs_along_and_no_others() -> None:
     queue = WorkQueue(retries=1)
     base, weights, other = FakeStage("base"), FakeStage("weights"), FakeStage("other")
@@ -247,15 +268,18 @@ def test_every_job_ends_exactly_once_whatever_happens(data: st.DataObject) -> No
         for pending in failure.jobs if failure else ():
             end(pending.job.id, "stage")
 
-    steps = 0
+    steps, idle = 0, ""
     while len(queue) or any(held.values()):
         steps += 1
         assert steps < 2000, "the queue does not come to an end"
-        worker = data.draw(st.sampled_from(sorted(held)))
-        items = held[worker]
-        if len(items) < 2 and not (items and items[0].kind == "stage"):
-            item = queue.next_for(worker, jobs_only=bool(items))
+        # one that had nothing to do is not asked again at once: nobody waits for ever
+        others = {name for name in held if held[name]} or set(held) - {idle}
+        worker = data.draw(st.sampled_from(sorted(others if idle else held)))
+        idle, items = "", held[worker]
+        if len(items) < 2 and not (items and (items[0].kind == "stage" or items[0].alone)):
+            item = queue.next_for(worker, behind=bool(items))
             if item is not None:
+                assert not (items and item.alone)
                 assert set(item.needs) <= there
                 if item.kind == "stage":
                     assert item.stage not in computing, "two workers compute one stage"
@@ -263,14 +287,16 @@ def test_every_job_ends_exactly_once_whatever_happens(data: st.DataObject) -> No
                 items.append(item)
                 continue
         if not items:
+            idle = worker
             continue
         what = data.draw(st.sampled_from(["ok", "ok", "ok", "fail", "infeasible", "lost"]))
         if what == "lost":
             held[worker] = []
             computing -= {i.stage for i in items}
-            blame = data.draw(st.booleans())
-            for pending in queue.worker_lost(worker, tuple(items), blame):
+            blame, certain = data.draw(st.booleans()), data.draw(st.booleans())
+            for pending in queue.worker_lost(worker, tuple(items), blame, certain):
                 assert blame or pending.misfortunes > 10
+                assert certain or len(items) == 1 or not blame
                 end(pending.job.id, "lost")
             if items[0].kind == "stage" and not queue.stage_attempts_left(items[0].stage):
                 fail_stage(items[0].stage, "failed")

@@ -33,6 +33,7 @@ class WorkItem:
         stage: key of the stage to compute, for ``kind="stage"``.
         needs: keys of the stages that must be at hand first, dependencies first.
         slots: workers' places on one host that it fills (``Stage.slots``).
+        alone: its worker has nothing else meanwhile, so that a death of the worker is its own doing.
     """
 
     id: str
@@ -41,6 +42,7 @@ class WorkItem:
     stage: str = ""
     needs: tuple[str, ...] = ()
     slots: int = 1
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Lost:
 
     Attributes:
         blame: whether the running item may be what killed it.
+        certain: whether the first item was the running one for sure. It may have ended, and its result been lost with the
+            worker, when a later one killed it.
         gone: stages that no worker can reach without it.
     """
 
@@ -76,6 +80,7 @@ class Lost:
     items: tuple[WorkItem, ...]
     reason: str
     blame: bool = True
+    certain: bool = True
     gone: frozenset[str] = frozenset()
 
 

@@ -302,7 +302,9 @@ class RayExecutor(Executor):
             ray.kill(target.actor, no_restart=True)
         self._lose(target, reason, blame)
 
-    def _lose(self, worker: _Worker, reason: str, blame: bool = True, kill: bool = True) -> None:
+    def _lose(
+        self, worker: _Worker, reason: str, blame: bool = True, kill: bool = True, certain: bool = True
+    ) -> None:
         items = tuple(item for item, _ in worker.items)
         before = self.cached_stages()
         self._forget(worker)
@@ -310,7 +312,7 @@ class RayExecutor(Executor):
             with contextlib.suppress(RayError):
                 ray.kill(worker.actor, no_restart=True)
         gone = frozenset(before - self.cached_stages())
-        self._events.append(Lost(worker.id, items, reason, blame, gone))
+        self._events.append(Lost(worker.id, items, reason, blame, certain, gone))
         self._last_node_check = 0.0
 
     def _lose_to(self, worker: _Worker, error: RayError) -> None:
@@ -319,7 +321,9 @@ class RayExecutor(Executor):
         if worker.info.node not in self._node_ids():
             self._lose(worker, _gone(worker.info), blame=False)
         else:
-            self._lose(worker, worker.reason or _last_line(error), not isinstance(error, ActorUnavailableError))
+            # Ray sends a result while the next call runs already: one of an item that has ended may die with the process.
+            blame = not isinstance(error, ActorUnavailableError)
+            self._lose(worker, worker.reason or _last_line(error), blame, certain=len(worker.items) == 1)
 
     def _forget(self, worker: _Worker) -> None:
         self._workers.pop(worker.id, None)

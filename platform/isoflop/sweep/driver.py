@@ -77,7 +77,7 @@ class Driver:
         self._queue = WorkQueue(sweep.spec.limits.retries)
         self._slots: dict[str, Slot] = {}
         self._places = Places()
-        self._outbox = Outbox(ledger, self._on_spoilt)
+        self._outbox = Outbox(ledger, self._on_spoilt, clock)
         self._columns = ColumnWatch(sweep.spec, sweep.source, sweep.tasks)
         self._interrupts = Interrupts()
         self._started_workers = False
@@ -233,13 +233,13 @@ class Driver:
         for level in range(self._pacing.depth):
             for worker in workers:
                 slot = self._slots[worker.id]
-                if len(slot.items) != level or (level and slot.items[0].kind == "stage"):
+                if len(slot.items) != level or (level and (slot.items[0].kind == "stage" or slot.items[0].alone)):
                     continue
                 if self._places.taken(worker.id) or (level and self._places.wanted(worker.node)):
                     continue
                 if self._spending.ended(self._queue.running) is not None:
                     return
-                item = self._queue.next_for(worker.id, jobs_only=bool(level), room=rooms[worker.node])
+                item = self._queue.next_for(worker.id, behind=bool(level), room=rooms[worker.node])
                 if item is None:
                     continue
                 if item.slots == 1:
@@ -333,7 +333,7 @@ class Driver:
         waiting = self._places.lost(event.worker)
         if waiting is not None:
             self._queue.give_back(waiting)
-        exhausted: list[Pending] = self._queue.worker_lost(event.worker, event.items, event.blame)
+        exhausted: list[Pending] = self._queue.worker_lost(event.worker, event.items, event.blame, event.certain)
         for item in event.items[:1]:
             if item.kind == "stage" and not self._queue.stage_attempts_left(item.stage):
                 failure = self._queue.stage_failed(item.stage, "failed", "WorkerLost", event.reason)

@@ -21,10 +21,17 @@ class Outbox:
 
     Args:
         on_spoilt: told of a row that no ledger can take, as it was and as it is kept.
+        clock: monotonic seconds; another one in simulated time, whose commits would else depend on how busy the host is.
     """
 
-    def __init__(self, ledger: Ledger, on_spoilt: Callable[[Row, Row], None] = lambda was, kept: None) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        on_spoilt: Callable[[Row, Row], None] = lambda was, kept: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._on_spoilt = on_spoilt
+        self._clock = clock
         self._ledger = ledger
         self._rows: list[Row] = []
         self._last_commit = 0.0
@@ -39,8 +46,7 @@ class Outbox:
     @property
     def due(self) -> bool:
         """Whether the rows have waited long enough, or are many."""
-        # real seconds, also in simulated time: this paces writes to a disk
-        return time.monotonic() - self._last_commit >= _COMMIT_SECONDS or len(self._rows) >= _COMMIT_ROWS
+        return self._clock() - self._last_commit >= _COMMIT_SECONDS or len(self._rows) >= _COMMIT_ROWS
 
     def commit(self) -> list[Row]:
         """Write all rows; returns them as the ledger has them."""
@@ -52,7 +58,7 @@ class Outbox:
             self._ledger.append(self._rows)
         rows, self._rows = self._rows, []
         self._ledger.fold(_FOLD_FILES)
-        self._last_commit = time.monotonic()
+        self._last_commit = self._clock()
         first = self._ledger.sequence - len(rows) + 1
         for offset, row in enumerate(rows):
             row["sequence"] = first + offset

@@ -32,6 +32,7 @@ class Pending:
     attempt: int = 0
     avoid: str | None = None  # worker on which it failed last
     misfortunes: int = 0
+    alone: bool = False  # it, or another that its worker had with it, killed the worker
 
 
 @dataclass
@@ -156,16 +157,17 @@ class WorkQueue:
 
     # dispatch
 
-    def next_for(self, worker: str, jobs_only: bool = False, room: float = math.inf) -> WorkItem | None:
+    def next_for(self, worker: str, behind: bool = False, room: float = math.inf) -> WorkItem | None:
         """The best item for a worker, or None when there is nothing for it now.
 
         Args:
+            behind: it is to stand behind another item: neither a stage nor a job that is to be alone does.
             room: slots that a stage may ask for on the worker's host.
         """
-        pending = self._next_job(worker)
+        pending = self._next_job(worker, behind)
         if pending is not None:
             return self._start_job(pending, worker)
-        stage = None if jobs_only else self._next_stage(room)
+        stage = None if behind else self._next_stage(room)
         if stage is None:
             return None
         stage.running = True
@@ -177,7 +179,7 @@ class WorkQueue:
         self._running[pending.job.id] = pending
         self.dispatched += 1
         self._touch(worker, pending.model_key)
-        return WorkItem(f"j{next(self._ids)}", "job", pending.job, needs=pending.stages)
+        return WorkItem(f"j{next(self._ids)}", "job", pending.job, needs=pending.stages, alone=pending.alone)
 
     def _touch(self, worker: str, model_key: str) -> None:
         """The worker loads or reuses a model; what it will have dropped for that is forgotten."""
@@ -209,7 +211,7 @@ class WorkQueue:
             del self._startable[best.key]
         return best
 
-    def _next_job(self, worker: str) -> Pending | None:
+    def _next_job(self, worker: str, behind: bool) -> Pending | None:
         if not self._ready:
             return None
         warm = self._warm.get(worker, OrderedDict())
@@ -219,7 +221,7 @@ class WorkQueue:
         for key in keys:
             bucket = self._ready[key]
             for index, pending in enumerate(bucket):
-                if pending.avoid == worker and others:
+                if (pending.avoid == worker and others) or (behind and pending.alone):
                     continue
                 del bucket[index]
                 if not bucket:
@@ -303,14 +305,20 @@ class WorkQueue:
         else:
             del self._stages[state.key]
 
-    def worker_lost(self, worker: str, items: tuple[WorkItem, ...], blame_first: bool) -> list[Pending]:
+    def worker_lost(
+        self, worker: str, items: tuple[WorkItem, ...], blame_first: bool, certain: bool = True
+    ) -> list[Pending]:
         """Requeue what a dead worker had; returns jobs that have used up their attempts.
 
         The first item was running. Where that may be what killed the worker it loses an attempt, as it does when it has
-        been there too often to be innocent; the others only waited.
+        been there too often to be innocent; the others only waited. Where it is not ``certain`` which of several was
+        running, nobody loses one: each runs alone from now on, so that the next death tells.
         """
         for key in self._warm.pop(worker, ()):
             self._holders[key] -= 1
+        if blame_first and not certain and len(items) > 1:
+            self._suspect(items)
+            return []
         exhausted: list[Pending] = []
         for index, item in enumerate(items):
             lost = self._stages.get(item.stage) if item.kind == "stage" else self._running.get(item.job.id)
@@ -329,6 +337,13 @@ class WorkQueue:
                 else:
                     self._admit(lost)
         return exhausted
+
+    def _suspect(self, items: tuple[WorkItem, ...]) -> None:
+        for item in items:
+            pending = self._running.get(item.job.id) if item.kind == "job" else None
+            if pending is not None:
+                pending.alone = True
+            self.give_back(item)
 
     def stages_lost(self, keys: Set[str]) -> None:
         """No worker can reach these stages any more: they are computed again before the jobs that need them."""
