@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from helpers import run_local, scores, toy
+from helpers import Lines, run_local, scores, toy
 
 import isoflop
 from isoflop.execute.ray_worker import RayWorker
@@ -130,21 +130,34 @@ def run(
     """Run the toy sweep on two "nodes": stage -> how often it was computed, after checking the rows."""
     from isoflop.execute import Resources, ray_executor
 
-    monkeypatch.setattr(ray_executor.RayExecutor, "_node_ids", lambda self: {f"w{i}" for i in range(9)})
+    class Both(ray_executor.RayExecutor):
+        """Begins when both workers are there, however long one of them takes."""
+
+        def _node_ids(self) -> set[str]:
+            return {f"w{i}" for i in range(9)}
+
+        def start(self) -> None:
+            super().start()
+            while len(self.workers()) < 2:
+                self._greet(timeout=1.0)
+
     spec = toy(tasks=[{"toy-task": {"seconds": 0.1}}, "toy-other"])
 
     def start(worker: type[RayWorker], large: int) -> Counter[str]:
-        monkeypatch.setattr(ray_executor, "RayWorker", worker)
-        monkeypatch.setattr(
-            "isoflop.sweep.api.make_executor",
-            lambda sweep, *_: ray_executor.RayExecutor(
-                Resources(), "auto", tmp_path / "cache", None, sweep.spec.imports,
-                shared_stages=tmp_path / "shared", large_stage=large,
-            ),
-        )  # fmt: skip
-        opened = isoflop.run(spec, store=str(tmp_path / "store"), tracking_uri="none")
+        told = Lines()
+        with monkeypatch.context() as patch:
+            patch.setattr(ray_executor, "RayWorker", worker)
+            patch.setattr(
+                "isoflop.sweep.api.make_executor",
+                lambda sweep, *_: Both(
+                    Resources(), "auto", tmp_path / "cache", None, sweep.spec.imports,
+                    shared_stages=tmp_path / "shared", large_stage=large,
+                ),
+            )  # fmt: skip
+            opened = isoflop.run(spec, store=str(tmp_path / "store"), tracking_uri="none", progress=told)
         assert scores(opened.results()) == scores(run_local(spec, tmp_path / "alone").results())
         logs = {name: toy_parts.log_lines(tmp_path / "cache" / name) for name in ("w0", "w1")}
+        print(*told.lines, logs, sep="\n")  # shown when a test fails
         assert all(any(line.startswith("eval") for line in lines) for lines in logs.values())  # both took part
         assert not list((tmp_path / "shared").glob(".*"))
         return Counter(line for lines in logs.values() for line in lines if line.startswith("stage"))
@@ -160,7 +173,7 @@ def test_large_stages_go_through_the_shared_folder(run: Any, tmp_path: Path) -> 
     computed = run(Apart, 0)
     assert len(computed) == 3
     assert set(computed.values()) == {1}
-    assert "toy-weights" in in_shared(tmp_path)
+    assert "toy-base" in in_shared(tmp_path)  # computed on one, needed for weights on the other
 
 
 def test_small_stages_do_not(run: Any, tmp_path: Path) -> None:

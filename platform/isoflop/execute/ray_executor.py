@@ -302,9 +302,7 @@ class RayExecutor(Executor):
             ray.kill(target.actor, no_restart=True)
         self._lose(target, reason, blame)
 
-    def _lose(
-        self, worker: _Worker, reason: str, blame: bool = True, kill: bool = True, certain: bool = True
-    ) -> None:
+    def _lose(self, worker: _Worker, reason: str, blame: bool = True, kill: bool = True, certain: bool = True) -> None:
         items = tuple(item for item, _ in worker.items)
         before = self.cached_stages()
         self._forget(worker)
