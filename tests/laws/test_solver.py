@@ -207,7 +207,7 @@ def test_within_bounds_the_optimum_is_scipys(law: str, seed: int) -> None:
         return np.sqrt(w) * (LAWS.get(law).evaluate(x, p) - y)
 
     expected = least_squares(residual, start, bounds=(low, high), xtol=1e-15, ftol=1e-15, gtol=1e-15)
-    assert found.loss[0] == pytest.approx(2 * expected.cost, rel=1e-9)
+    assert 2 * expected.cost * (1 - 1e-6) <= found.loss[0] <= 2 * expected.cost * (1 + 1e-9)  # scipy stays inside
     assert (found.p[0] >= low * (1 - 1e-12)).all()
     assert (found.p[0] <= high * (1 + 1e-12)).all()
     assert found.status[0] == CONVERGED
