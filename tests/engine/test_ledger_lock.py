@@ -88,7 +88,7 @@ def test_who_may_not_lock_keeps_no_file_open(tmp_path: Path) -> None:
     for _ in range(3):
         with pytest.raises(LedgerBusy):
             local(tmp_path).lock()
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) <= before  # others may be closed meanwhile, by whoever collects garbage
     book.unlock()
 
 

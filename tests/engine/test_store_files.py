@@ -28,6 +28,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def descriptors() -> set[str]:
+    """Open now; what earlier tests left may be closed at any time by whoever collects garbage."""
     return set(os.listdir("/proc/self/fd"))
 
 
@@ -98,14 +99,14 @@ def test_what_is_no_plain_file_is_refused_at_once(tmp_path: Path, make: Callable
         open_plain(path, flags)
     told = (caught.value.errno, caught.value.strerror, caught.value.filename)
     assert told == (errno.EINVAL, "no plain file", str(path))
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 def test_a_folder_is_no_plain_file(tmp_path: Path) -> None:
     before = descriptors()
     with pytest.raises(OSError, match="no plain file"):
         open_plain(a_folder(tmp_path), os.O_RDONLY)
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
