@@ -105,7 +105,7 @@ class Scripted(Executor):
         """A worker has died, and another of another name takes its place."""
         items = tuple(self.held.pop(worker))
         self.held[worker + "'"] = []
-        return Lost(worker, items, reason, blame, gone)
+        return Lost(worker, items, reason, blame, gone=gone)
 
 
 @dataclass
