@@ -29,7 +29,10 @@ from isoflop.models.hooks.attention import ATTENTION, CacheReport
 from isoflop.models.metering import meter
 from isoflop.models.vlm import VlmBatch, VlmModel
 
-REPEATS = 5
+REPEATS = (3, 5)
+"""Fewest and most timings of a call."""
+PATIENCE = 1.0
+"""Seconds after which the fewest are enough."""
 MakeBatch = Callable[[dict[LayerKey, Tensor]], VlmBatch]
 
 
@@ -105,10 +108,11 @@ def decoder_cache(model: DecoderModel, forward: Callable[[], Any]) -> CacheRepor
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Median wall seconds of a call after one warm-up."""
+    """Median wall seconds of a call after one warm-up; calls that take long, and differ less, are timed less often."""
     call()
-    times = []
-    for _ in range(REPEATS):
+    times: list[float] = []
+    fewest, most = REPEATS
+    while len(times) < (fewest if sum(times) > PATIENCE else most):
         started = time.perf_counter()
         call()
         if device.type == "cuda":

@@ -33,6 +33,10 @@ from isoflop.tasks.language_task import lm_info, lm_model
 
 MOST_TOKENS = 2**14
 """Tokens of one batch of contexts, padding included."""
+MOST_PADDING = 0.25
+"""Padding of a batch over its tokens, from which shorter rows have one of their own; ``FREE_PADDING`` tokens are not counted."""
+FREE_PADDING = 128
+"""A pass for itself reads all weights, which takes as long as computing about so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -188,16 +192,21 @@ class ContextTask(Task):
 
 
 def batches_of(kinds: Sequence[Any], lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Numbers of rows that share a batch: of one kind and similar length, ``MOST_TOKENS`` at most with their padding."""
+    """Numbers of rows that share a batch: of one kind and similar length, ``MOST_TOKENS`` at most with their padding.
+
+    One long row would make all others as long: of the 24 paragraphs of ``sweeps/real.yaml`` in one batch two thirds was padding.
+    """
     of_kind: dict[Any, list[int]] = {}
     for number, kind in enumerate(kinds):
         of_kind.setdefault(kind, []).append(number)
     for numbers in of_kind.values():
         batch: list[int] = []
+        real = 0
         for number in sorted(numbers, key=lengths.__getitem__):
-            if batch and lengths[number] * (len(batch) + 1) > MOST_TOKENS:
+            size, real = lengths[number] * (len(batch) + 1), real + lengths[number]
+            if batch and (size > MOST_TOKENS or size - real > FREE_PADDING + MOST_PADDING * real):
                 yield batch
-                batch = []
+                batch, real = [], lengths[number]
             batch.append(number)
         yield batch
 
@@ -208,16 +217,17 @@ def score_tails(contexts: Contexts, rows: Sequence[tuple[Sequence[Ids], int]]) -
     Args:
         rows: tails of each context, and how many tokens at their beginning are given.
     """
-    most = max(len(tails) for tails, _ in rows)
-    found: list[list[tuple[float, bool]]] = [[] for _ in rows]
-    for place in range(most):
+    # the shortest of each together, and so on: what one pass scores is of similar length
+    orders = [sorted(range(len(tails)), key=lambda n: len(tails[n])) for tails, _ in rows]
+    found: list[dict[int, tuple[float, bool]]] = [{} for _ in rows]
+    for place in range(max(map(len, orders))):
         # a context with fewer tails has its last one scored again, so that rows stay together
-        tails = [tails[min(place, len(tails) - 1)] for tails, _ in rows]
+        chosen = [order[min(place, len(order) - 1)] for order in orders]
+        tails = [tails[n] for n, (tails, _) in zip(chosen, rows, strict=True)]
         scores = contexts.score(tails, [len(tail) - given for tail, (_, given) in zip(tails, rows, strict=True)])
-        for row, (own, _) in enumerate(rows):
-            if place < len(own):
-                found[row].append((float(scores.nll_B[row]), bool(scores.greedy_B[row])))
-    return found
+        for row, n in enumerate(chosen):
+            found[row][n] = (float(scores.nll_B[row]), bool(scores.greedy_B[row]))
+    return [[own[n] for n in range(len(own))] for own in found]
 
 
 @dataclass(frozen=True, kw_only=True)

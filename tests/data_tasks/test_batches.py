@@ -1,0 +1,96 @@
+"""Rows that share a batch, and what measuring costs runs: no row is lost, little is padding, nothing is run twice for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from isoflop.methods.base import build
+from isoflop.methods.kv_cache.probe import untrained_decoder
+from isoflop.models.contexts import Contexts, Scores, read_contexts
+from isoflop.models.hooks.attention import ATTENTION
+from isoflop.models.metering import metered
+from isoflop.tasks.data.costs import Priced, costs_of
+from isoflop.tasks.data.language import FREE_PADDING, MOST_PADDING, MOST_TOKENS, batches_of, score_tails
+
+RNG = np.random.default_rng(3)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        RNG.integers(20, 400, 60),
+        RNG.lognormal(4, 1.5, 80).astype(int) + 1,
+        np.full(300, 150),
+        np.array([MOST_TOKENS + 1, 5, 5]),
+        np.array([7]),
+    ],
+    ids=["even", "skewed", "equal", "beyond", "one"],
+)
+def test_batches_hold_every_row_once_and_little_padding(lengths: np.ndarray) -> None:
+    kinds = [n % 2 for n in range(len(lengths))]
+    batches = list(batches_of(kinds, lengths.tolist()))
+    assert sorted(n for batch in batches for n in batch) == list(range(len(lengths)))
+    for batch in batches:
+        size, real = lengths[batch].max() * len(batch), lengths[batch].sum()
+        assert len({kinds[n] for n in batch}) == 1
+        assert len(batch) == 1 or size <= MOST_TOKENS
+        assert size - real <= FREE_PADDING + MOST_PADDING * real
+    if len(set(lengths.tolist())) == 1:  # nothing would be padding: as few batches as fit
+        room = MOST_TOKENS // int(lengths[0])
+        assert len(batches) == sum(-(-kinds.count(kind) // room) for kind in set(kinds))
+
+
+class Counted(Contexts):
+    """Scores a tail by its own numbers, and counts the tokens of the passes."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def score(self, tails: Sequence[Sequence[int]], scored: Sequence[int]) -> Scores:
+        self.tokens += len(tails) * max(map(len, tails))
+        values = np.array([sum(tail[-count:]) for tail, count in zip(tails, scored, strict=True)], dtype=float)
+        return Scores(values, np.zeros(len(tails)), np.asarray(scored, dtype=float))
+
+
+def test_options_of_similar_length_are_scored_together() -> None:
+    rows = [
+        ([RNG.integers(1, 99, n).tolist() for n in RNG.permutation(sizes)], 1)
+        for sizes in ([4, 9, 30, 31], [5, 10, 28], [6, 32])
+    ]
+    counted = Counted()
+    found = score_tails(counted, rows)
+    assert [[nll for nll, _ in row] for row in found] == [[sum(tail[1:]) for tail in tails] for tails, _ in rows]
+    assert counted.tokens == 3 * (6 + 32 + 32 + 32)
+
+
+@pytest.mark.parametrize("method", ["", "snapkv"])
+def test_an_example_is_run_no_more_than_its_costs_need(method: str) -> None:
+    """Counted and its cache measured in one pass where a method keeps it; the first is timed, and measured for its peak."""
+    lm = untrained_decoder()
+    runs: list[int] = []
+
+    def priced(number: int) -> Priced:
+        def run(prepared: Any) -> None:
+            runs.append(number)
+            with read_contexts(lm, [list(range(1, 20 + 10 * number))]) as contexts:
+                contexts.score([[1, 2, 3]], [2])
+
+        return Priced(lambda: None, run, 20, 18, 20)
+
+    examples = [priced(n) for n in range(3)]
+    if not method:
+        costs_of(lm, examples)
+    else:
+        with build(method, {"keep": 0.5, "window": 4}).apply(lm, None):
+            costs_of(lm, examples)
+            told = metered(lm, ATTENTION)
+            costs_of(lm, examples[:1])
+            assert told == metered(lm, ATTENTION)  # of the first example
+    measured = 1 if method else 2
+    whole = runs[: runs.index(0) + 1] if method else runs
+    assert [whole.count(n) for n in (1, 2)] == [measured, measured]
+    assert 4 + measured <= runs.count(0) <= (2 if method else 1) * (7 + measured)
