@@ -20,7 +20,7 @@ help:
 	@echo "make format      let ruff mend what it can"
 	@echo "make schema      write sweeps/sweep.schema.json anew"
 	@echo "make golden      write golden numbers of what is new, or has a new version, into tests/golden"
-	@echo "make pictures    draw the README's pictures from the quickstart's results (needs Chromium and chromedriver)"
+	@echo "make pictures    draw the README's pictures from the results of quickstart and real (needs Chromium and chromedriver)"
 	@echo "make outcomes    run every method's sweep (hours), test its claims, write dashboards/outcomes anew"
 	@echo "make clean       remove $(VENV) and what builds and tools left"
 
@@ -69,6 +69,7 @@ pictures: $(READY)
 	$(BIN)/python -m isoflop.dashboards.pictures
 
 outcomes: $(READY)
+	$(BIN)/isoflop fetch smollm2-135m-instruct documents
 	$(BIN)/python -m isoflop.dashboards.outcomes
 
 golden: $(READY)

@@ -1,4 +1,4 @@
-"""The README's pictures, drawn anew from a sweep: ``make pictures``.
+"""The README's pictures, drawn anew from the sweeps of `make quickstart` and `make real`: ``make pictures``.
 
 A headless Chromium takes them, since what people look at is what a browser makes of a figure, of the report, and of MLflow.
 """
@@ -19,12 +19,17 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import plotly.graph_objects as go
 from PIL import Image
+from plotly.subplots import make_subplots
 
 from isoflop.core.errors import UserError
 from isoflop.dashboards.figures import frontier_figure
+from isoflop.dashboards.palette import LIGHT, series
 from isoflop.dashboards.report import report_html
+from isoflop.methods.base import METHODS
 from isoflop.sweep.api import SweepResults, open_sweep, own_tracking_uri
+from isoflop.sweep.asking import answers
 from isoflop.track.attach import experiment_id
 from isoflop.track.links import runs_view
 from isoflop.track.views import BEST
@@ -86,6 +91,40 @@ def frontier(sweep: SweepResults, target: Path) -> None:
 def report(sweep: SweepResults, target: Path) -> None:
     """The head of the sweep's report."""
     _photograph_html(report_html(sweep), 1100, 1180, target)
+
+
+def real(sweep: SweepResults, target: Path) -> None:
+    """What methods on the cache cost, a panel per task: error over their share of its bytes."""
+    table = sweep.results()
+    family = {name for name in METHODS.names() if METHODS.get(name).family == "kv-cache"}
+    found = answers(table, share=1.0, cost="kv_bytes", where=_one_of("method", {"none", *family}))
+    figure = make_subplots(
+        1, len(found), subplot_titles=[answer.key["task"] for answer in found], horizontal_spacing=0.06
+    )
+    methods = list(dict.fromkeys(c["method"] for answer in found for c in answer.candidates))
+    for place, answer in enumerate(found, 1):
+        for k, method in enumerate(methods):
+            own = sorted((c["share"], c["error"]) for c in answer.candidates if c["method"] == method)
+            x, y = ([pair[n] for pair in own] for n in (0, 1))
+            if method == "none":
+                figure.add_hline(y[0], line_dash="dot", line_color=LIGHT["faint"], row=1, col=place)
+                continue
+            trace = go.Scatter(
+                x=x, y=y, name=method, mode="lines+markers", line_color=series(k - 1), showlegend=place == 1
+            )
+            figure.add_trace(trace, row=1, col=place)
+    figure.update_xaxes(title_text="share of the cache's bytes", range=[0, 0.8], dtick=0.25)
+    figure.update_yaxes(rangemode="tozero")
+    figure.update_layout(
+        template="plotly_white", width=1100, height=330, margin={"l": 45, "r": 10, "t": 35, "b": 45}, font_size=12
+    )
+    figure.update_layout(legend={"orientation": "h", "y": -0.28}, yaxis_title="error (text: bits per byte)")
+    body = figure.to_html(full_html=False, include_plotlyjs=True, config={"displayModeBar": False})
+    _photograph_html(f"<body style='margin:0'>{body}</body>", 1100, 340, target)
+
+
+def _one_of(column: str, names: set[str]) -> str:
+    return f"{column} IN ({', '.join(repr(name) for name in sorted(names))})"
 
 
 def _photograph_html(html: str, width: int, height: int, target: Path) -> None:
@@ -153,22 +192,28 @@ def _until(found: Any, what: str) -> Any:
     raise UserError(f"{what} was not there after {_PATIENCE:g} s")
 
 
-PICTURES = {"frontier": frontier, "report": report, "mlflow": mlflow}
+PICTURES = {
+    "frontier": (frontier, "quickstart"),
+    "report": (report, "quickstart"),
+    "mlflow": (mlflow, "quickstart"),
+    "real": (real, "real"),
+}
+"""What draws each, and of which sweep."""
 
 
 def main() -> None:
     """Command line: the sweep to draw, and which pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sweep", default="quickstart")
+    parser.add_argument("--sweep", help="draw another sweep than the picture's own")
     parser.add_argument("--store")
     parser.add_argument("--folder", type=Path, default=Path("dashboards/pictures"))
     parser.add_argument("--only", nargs="*", choices=list(PICTURES), default=list(PICTURES))
     arguments = parser.parse_args()
     try:
-        sweep = open_sweep(arguments.sweep, arguments.store)
         arguments.folder.mkdir(parents=True, exist_ok=True)
         for name in arguments.only:
-            PICTURES[name](sweep, (arguments.folder / f"{name}.png").resolve())
+            draw, own = PICTURES[name]
+            draw(open_sweep(arguments.sweep or own, arguments.store), (arguments.folder / f"{name}.png").resolve())
             print(arguments.folder / f"{name}.png")
     except UserError as error:
         sys.exit(f"isoflop: {error}")

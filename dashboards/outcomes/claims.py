@@ -3,6 +3,8 @@
 ``claims/<family>.yaml`` says, method by method, what to expect and which rows of which sweep would show it: ``a`` should have
 less error than ``b`` (expect: better), more (worse, for controls that must lose), or at most ``margin`` more (equal). With
 ``y`` the same is said of another number of the rows: a metric, a cost.
+
+A file is a list of claims, or a mapping of ``title``, ``about`` and ``claims`` whose claims have a section of their own on the page.
 """
 
 from __future__ import annotations
@@ -25,6 +27,20 @@ EXPECTATIONS = ("better", "worse", "equal")
 
 
 @dataclass(frozen=True)
+class Section:
+    """What stands together on the page, whatever the method.
+
+    Attributes:
+        name: the file's, as ``--only`` takes it.
+        title, about: the heading, and what a reader must know of all its claims.
+    """
+
+    name: str
+    title: str
+    about: str = ""
+
+
+@dataclass(frozen=True)
 class Claim:
     """One expectation.
 
@@ -39,6 +55,7 @@ class Claim:
         margin: for ``equal``.
         y: what is compared: ``error``, or a column, metric or cost of the rows, of which better is less.
         why: the likely reason where it does not show, for people.
+        section: where it stands on the page; None: with the others of its method.
     """
 
     method: str
@@ -52,6 +69,12 @@ class Claim:
     margin: float = 0.0
     y: str = ERROR
     why: str = ""
+    section: Section | None = None
+
+    @property
+    def heading(self) -> str:
+        """The section's name, or the method's."""
+        return self.section.name if self.section else self.method
 
     @property
     def test(self) -> str:
@@ -71,7 +94,8 @@ class Claim:
         return "not separated" if result.verdict == "not separated" else "reversed"
 
 
-_ALLOWED = tuple(f.name for f in fields(Claim))
+_ALLOWED = tuple(f.name for f in fields(Claim) if f.name != "section")
+_OF_SECTION = ("title", "about", "claims")
 
 
 def load_claims(path: Path = CLAIMS) -> list[Claim]:
@@ -85,6 +109,9 @@ def _claims_of(file: Path) -> Iterator[Claim]:
         entries = yaml.safe_load(file.read_text()) or []
     except yaml.YAMLError as error:
         raise UserError(f"{file}: no YAML: {' '.join(str(error).split())}") from None
+    section = None
+    if isinstance(entries, dict) and "claims" in entries:
+        section, entries = _section_of(file, entries), entries["claims"]
     if not isinstance(entries, list):
         raise UserError(f"{file}: a {type(entries).__name__}; wanted is a list of claims")
     for number, entry in enumerate(entries, 1):
@@ -95,11 +122,23 @@ def _claims_of(file: Path) -> Iterator[Claim]:
             if key not in _ALLOWED:
                 raise unknown("key", key, _ALLOWED, f"{where} ({entry.get('claim', '?')})")
         try:
-            claim = Claim(**entry)
+            claim = Claim(**entry, section=section)
         except TypeError as error:
             raise UserError(f"{where} ({entry.get('claim', '?')}): {error}") from None
         _check(claim, where)
         yield claim
+
+
+def _section_of(file: Path, entries: dict[str, Any]) -> Section:
+    for key in entries:
+        if key not in _OF_SECTION:
+            raise unknown("key", key, _OF_SECTION, str(file))
+    for key in ("title", "about"):
+        if not isinstance(entries.get(key, ""), str):
+            raise UserError(f"{file}: {key} = {entries[key]!r}; allowed: text")
+    if not entries.get("title"):
+        raise UserError(f"{file}: claims of a section need its title")
+    return Section(file.stem, entries["title"], entries.get("about", "").strip())
 
 
 def _check(claim: Claim, where: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from isoflop.dashboards.outcomes.claims import Claim
 from isoflop.dashboards.outcomes.record import PERCENTILE, Record
 from isoflop.frontier.composition import Composed, Configuration
-from isoflop.frontier.paired import ERROR, Paired
+from isoflop.frontier.paired import ERROR, EXAMPLES, Paired
 
 _DAGGER = (
     "† Judged by an older percentile bootstrap over repeats and examples. With three repeats such an interval covers about 80 %\n"
@@ -26,17 +26,18 @@ def page(claims: Sequence[Claim], record: Record) -> str:
         "# Outcomes at small scale",
         "",
         "Written by `make outcomes`; do not edit. Errors are means over matched runs; the difference is that of the same",
-        "examples, with a 95 % interval, Student's over repeats. Tiny models trained on the spot, on a laptop's CPU: an",
-        "ordering that shows here says that the method does what its paper says, not that it would win at scale, and one",
-        "that does not show says as much about the scale as about the method.",
+        "examples, with a 95 % interval, Student's over repeats; *over examples* where a sweep has one repeat because nothing",
+        "in it is random. Most models are tiny and trained on the spot, on a laptop's CPU: an ordering that shows here says that",
+        "the method does what its paper says, not that it would win at scale, and one that does not show says as much about the",
+        "scale as about the method.",
         "",
         *_summary(claims, record),
     ]
     if any(c.test in record.numbers and record.numbers[c.test].interval == PERCENTILE for c in claims):
         lines += ["", _DAGGER]
-    for method in dict.fromkeys(claim.method for claim in claims):
-        own = [claim for claim in claims if claim.method == method]
-        lines += ["", f"## {method} ({own[0].paper})", ""]
+    for heading in dict.fromkeys(claim.heading for claim in claims):
+        own = [claim for claim in claims if claim.heading == heading]
+        lines += ["", *_head(own[0]), ""]
         lines += [
             "| claim | outcome | error a | error b | difference [95 %] | pairs | sweep |",
             "|---|---|---|---|---|---|---|",
@@ -49,13 +50,20 @@ def page(claims: Sequence[Claim], record: Record) -> str:
     return "\n".join(lines) + "\n\n" + composition_page(record.composition, record.joint)
 
 
+def _head(claim: Claim) -> list[str]:
+    """The heading under which a claim stands, and what is to be known of all beneath it."""
+    if claim.section is None:
+        return [f"## {claim.method} ({claim.paper})"]
+    return [f"## {claim.section.title}", *(["", claim.section.about] if claim.section.about else [])]
+
+
 def _summary(claims: Sequence[Claim], record: Record) -> list[str]:
-    """How many claims of each method show, as a table."""
+    """How many claims of each method or section show, as a table."""
     lines = ["| method | shows | not separated | reversed |", "|---|---|---|---|"]
-    for method in dict.fromkeys(claim.method for claim in claims):
-        own = [(c, record.numbers[c.test]) for c in claims if c.method == method and c.test in record.numbers]
+    for heading in dict.fromkeys(claim.heading for claim in claims):
+        own = [(c, record.numbers[c.test]) for c in claims if c.heading == heading and c.test in record.numbers]
         count = Counter(claim.shows(numbers) for claim, numbers in own)
-        lines.append(f"| {method} | " + " | ".join(str(count[k] or "") for k in OUTCOMES) + " |")
+        lines.append(f"| {heading} | " + " | ".join(str(count[k] or "") for k in OUTCOMES) + " |")
     return lines
 
 
@@ -66,9 +74,13 @@ def _row(claim: Claim, numbers: Paired | None) -> str:
         return f"| {sentence} | not judged | | | | | {claim.sweep} |"
     ends = f"[{numbers.low:+.4f}, {numbers.high:+.4f}]" if math.isfinite(numbers.low) else "(one repeat: no interval)"
     difference = f"{numbers.difference:+.4f} {ends}" + ("†" if numbers.interval == PERCENTILE else "")
+    if numbers.interval == EXAMPLES:
+        pairs = f"{numbers.pairs}, over {numbers.examples} examples"
+    else:
+        pairs = f"{numbers.pairs} in {numbers.repeats} repeats"
     return (
         f"| {sentence} | **{claim.shows(numbers)}** | {numbers.a:.4f} | {numbers.b:.4f} | "
-        f"{difference} | {numbers.pairs} in {numbers.repeats} repeats | {claim.sweep} |"
+        f"{difference} | {pairs} | {claim.sweep} |"
     )
 
 

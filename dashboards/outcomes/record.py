@@ -76,7 +76,7 @@ def _composed(part: Mapping[str, Any]) -> Composed:
 
 def _read(kind: Any, entry: Mapping[str, Any]) -> Any:
     """A dataclass from JSON; the inverse of :func:`_plain`."""
-    return kind(**{f.name: _number(entry[f.name]) for f in fields(kind)})
+    return kind(**{f.name: _number(entry[f.name]) for f in fields(kind) if f.name in entry})
 
 
 def _number(value: Any) -> Any:

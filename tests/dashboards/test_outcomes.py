@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
+from fetched_cases import stand_ins
 
 from isoflop.core.errors import UserError
 from isoflop.dashboards.outcomes import RECORD, Claim, Record, judge, load_claims, page
@@ -30,8 +31,13 @@ def test_every_claim_names_a_sweep_and_a_method_that_exist() -> None:
 
 
 @pytest.mark.parametrize("sweep", sorted({c.sweep for c in load_claims()}))
-def test_both_sides_of_every_claim_select_jobs_of_the_sweep(sweep: str) -> None:
+def test_both_sides_of_every_claim_select_jobs_of_the_sweep(
+    sweep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On rows made of the sweep's own jobs, so that a misspelt knob or an excluded value is found without running it."""
+    if "public:" in (SWEEPS / f"{sweep}.yaml").read_text():
+        monkeypatch.setenv("ISOFLOP_CACHE", str(tmp_path))
+        stand_ins()
     from isoflop.frontier import sql
     from isoflop.jobs.runner import Outcome
     from isoflop.sweep.resolve import resolve
@@ -94,6 +100,44 @@ def test_a_claim_about_another_column_is_judged_on_it_and_says_so() -> None:
     row = "| new has less (compared: share) | **shows** | 0.1100 | 0.3100 | -0.2000 [-0.2000, -0.2000] | 3 in 3 repeats | s |"
     assert row in page([claim], record)
     assert "| new has less (compared: share) | not judged |" in page([claim], Record())
+
+
+def test_a_claim_of_one_repeat_is_judged_over_examples_and_says_so() -> None:
+    rows = [
+        {"job_id": f"{m}-{t}", "model": "x", "task": t, "method": m, "repeat": 0, "status": "ok", "error": 0.5,
+         "scores": [e] * n}
+        for t, n in (("one", 30), ("two", 20))
+        for m, e in (("new", 0.0), ("old", 1.0))
+    ]  # fmt: skip
+    claim = Claim("new", "arXiv 1", "s", "new beats old", "method = 'new'", "method = 'old'")
+    record = Record(judge([claim], lambda name: to_table(rows)))
+    assert claim.shows(record.numbers[claim.test]) == "shows"
+    assert "] | 2, over 50 examples | s |" in page([claim], record)
+
+
+def test_claims_of_a_section_stand_together_whatever_their_method(tmp_path: Path) -> None:
+    (tmp_path / "real.yaml").write_text(
+        "title: A real model\nabout: Deterministic.\nclaims:\n"
+        + "".join(f"- {{method: {m}, paper: p, sweep: s, claim: {m} wins, a: {m}, b: x}}\n" for m in ("one", "two"))
+    )
+    (tmp_path / "other.yaml").write_text("- {method: one, paper: p, sweep: s, claim: one elsewhere, a: c, b: x}\n")
+    claims = load_claims(tmp_path)
+    record = Record({claim.test: _numbers(-0.2, -0.1) for claim in claims})
+    shown = page(claims, record)
+    section = shown.partition("## A real model\n\nDeterministic.\n")[2].partition("\n## ")[0]
+    assert [f"{m} wins" in section for m in ("one", "two")] == [True, True]
+    assert "one elsewhere" in shown.partition("## one (p)")[2].partition("\n## ")[0]
+    assert "| one | 1 |  |  |" in shown
+    assert "| real | 2 |  |  |" in shown
+
+
+def test_numbers_written_before_a_field_was_known_are_read(tmp_path: Path) -> None:
+    claim = Claim("m", "p", "s", "c", "a", "b")
+    Record({claim.test: _numbers(-0.2, -0.1)}).save([claim], tmp_path / "outcomes.json")
+    data = json.loads((tmp_path / "outcomes.json").read_text())
+    del data["claims"][0]["examples"]
+    (tmp_path / "outcomes.json").write_text(json.dumps(data))
+    assert Record.load(tmp_path / "outcomes.json").numbers == {claim.test: _numbers(-0.2, -0.1)}
 
 
 def test_what_was_not_judged_says_so() -> None:
@@ -163,6 +207,11 @@ _GOOD = "method: a, paper: p, sweep: s, claim: c, a: x, b: y"
         (f"- {{{_GOOD}, expect: equal, margin: -1}}", "entry 1: margin = -1"),
         (f"- {{{_GOOD}, margin: 0.1}}", "entry 1: margin = 0.1; .*expect: equal"),
         (f"- {{{_GOOD}, why: 3}}", "entry 1: why = 3"),
+        (f"- {{{_GOOD}, section: s}}", "'section'"),
+        (f"claims: [{{{_GOOD}}}]", "need its title"),
+        (f"titel: a\nclaims: [{{{_GOOD}}}]", "'titel'.*title"),
+        ("title: a\nabout: [b]\nclaims: []", "about = "),
+        ("title: a\nclaims: b", "a str; wanted is a list"),
     ],
 )
 def test_a_wrong_entry_is_told_by_file_and_number(text: str, told: str, tmp_path: Path) -> None:

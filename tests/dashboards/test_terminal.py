@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,8 +16,10 @@ from rich.console import Console
 from isoflop.cli import cli
 from isoflop.cli.catalog import _flowing
 from isoflop.cli.error_table import print_errors
-from isoflop.cli.report import print_report
+from isoflop.cli.report import measured_frontier, print_measured, print_report, to_ask
+from isoflop.ledger.schema import to_table
 from isoflop.methods.base import METHODS
+from isoflop.sweep.asking import answers, best_at_shares
 from isoflop.sweep.results import usable
 
 if TYPE_CHECKING:
@@ -52,6 +56,47 @@ def test_frontier_has_a_line_per_budget(lawful: Reported) -> None:
         if re.match(r" *[\d.]+(e-?\d+)?( °)?  ", line) and "N=" in line
     ]
     assert len(lines) == len(points)
+
+
+def test_where_no_law_is_asked_for_the_rows_answer_and_say_why(compared: Reported, lawful: Reported) -> None:
+    """A sentence per task and share, in the terminal and for programs; sweeps with laws have their own end."""
+    found = measured_frontier(compared.sweep)
+    assert found is not None
+    out = io.StringIO()
+    print_measured(Console(file=out, width=80), compared.sweep, found)
+    lines = out.getvalue().splitlines()
+    assert re.match(
+        "(one model size is|the YAML asks for) no law; at shares of what is compressed, the rows answer:$", lines[0]
+    )
+    assert max(map(len, lines)) <= 120  # as wide as every answer
+    tasks = set(usable(compared.sweep.results())["task"].to_pylist())
+    for task in tasks:
+        assert any(line.startswith(f"{task} on ") and "at half" in line for line in lines)
+    shown = CliRunner().invoke(cli, ["show", compared.sweep.name, "--store", compared.sweep.store.uri, "--json"])
+    assert [a["sentence"] for a in json.loads(shown.output)["answers"]] == [a.sentence for a in found]
+    assert measured_frontier(lawful.sweep) is None
+
+
+def test_a_sweep_that_compresses_several_things_is_answered_for_each_and_its_hint_works(tmp_path: Path) -> None:
+    rows = [
+        {"job_id": method, "model": "m", "task": "t", "method": method, "family": family, "repeat": 0, "status": "ok", "error": error,
+         "scores": [error] * 4, "knobs": "{}", "N": 10.0, "ratio": ratio,
+         "kv_bytes": kv, "weight_bytes": w, "footprint": [("kv_bytes", kv), ("kv_bytes_dense", 100.0), ("weight_bytes", w), ("weight_bytes_dense", 900.0)]}
+        for method, family, error, ratio, kv, w in (
+            ("none", "visual-tokens", 0.1, None, 100.0, 900.0),
+            ("snapkv", "kv-cache", 0.2, 2.0, 50.0, 900.0),
+            ("rtn", "weights", 0.3, 4.0, 100.0, 225.0),
+        )
+    ]  # fmt: skip
+    found = best_at_shares(to_table(rows), (0.5,))
+    assert found is not None
+    assert [(a.sentence.partition(":")[0], "snapkv" in a.sentence, "rtn" in a.sentence) for a in found] == [
+        ("t on m, at half the bytes of the KV cache", True, False),
+        ("t on m, at half the bytes of the weights", False, True),
+    ]
+    assert to_ask("s", found) == "frontier s --share 0.5 --cost kv_bytes"
+    assert answers(to_table(rows), share=0.5, cost="kv_bytes").answers
+    assert best_at_shares(to_table(rows[:1]), (0.5,)) is None
 
 
 def test_settings_that_do_not_fit_beside_each_other_stand_below_each_other(compared: Reported) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
+from fetched_cases import stand_ins
 
-from isoflop.core.public import public_root
 from isoflop.core.yaml_source import load_yaml
 from isoflop.sweep.resolve import resolve
-from isoflop.testing.task_probes import reader_of_text
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("real", "real-prompts")
@@ -20,18 +18,7 @@ GROUPS = (64, 128)
 @pytest.fixture
 def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ISOFLOP_CACHE", str(tmp_path))
-    model, _ = reader_of_text()
-    folder = public_root() / "smollm2-135m-instruct"
-    model.module.config.max_position_embeddings = 2048
-    model.module.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
-    documents = public_root() / "documents"
-    (documents / "text").mkdir(parents=True)
-    (documents / "text" / "a.txt").write_text("One sentence is here. Another one is there. " * 40)
-    choice = {"passage": "One.", "options": ["Two.", "Three."], "answer": 0}
-    lookup = {"functions": "f: does.", "function": "f", "answers": ["does."]}
-    for name, row in (("choice", choice), ("lookup", lookup)):
-        (documents / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    stand_ins()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -56,8 +56,63 @@ def test_no_gain_is_not_separated_and_roles_swap_the_sign() -> None:
 def test_examples_of_one_repeat_pair_exactly() -> None:
     table = rows(0.01, noise=0.0, repeats=1)
     result = paired(table, "method = 'new'", "method = 'old'", {"kv": 0.05})
-    assert result.low == pytest.approx(-0.01, abs=1e-6)  # the examples' own spread cancels
-    assert result.high == pytest.approx(-0.01, abs=1e-6)
+    # the examples' own spread cancels; what is left is the unseen example's weight, which may differ by as much the other way
+    assert result.low == pytest.approx(-0.01, abs=1e-6)
+    assert result.high == pytest.approx(-0.01, abs=0.0005)
+    assert (result.interval, result.examples, result.verdict) == ("examples", 200, "better")
+
+
+def one_repeat(tasks: dict[str, tuple[list[float], list[float]]]) -> pa.Table:
+    return to_table(
+        [
+            {"job_id": f"{task}-{name}", "task": task, "model": "m", "method": name, "repeat": 0, "status": "ok",
+             "error": float(np.mean(scores)), "scores": scores}
+            for task, both in tasks.items()
+            for name, scores in zip(("new", "old"), both, strict=True)
+        ]
+    )  # fmt: skip
+
+
+SIDES = "method = 'new'", "method = 'old'"
+
+
+@pytest.mark.parametrize(
+    ("differ", "verdict"), [(3, "not separated"), (5, "not separated"), (6, "better"), (12, "better")]
+)
+def test_right_and_wrong_answers_are_separated_as_by_a_sign_test(differ: int, verdict: str) -> None:
+    """A percentile bootstrap says "better" of four examples that differ and agree, which chance gives in an eighth of the cases."""
+    wrong = [1.0] * differ + [0.0] * (24 - differ)
+    assert paired(one_repeat({"t": ([0.0] * 24, wrong)}), *SIDES).verdict == verdict
+    assert paired(one_repeat({"t": (wrong, [0.0] * 24)}), *SIDES).verdict == verdict.replace("better", "worse")
+
+
+def test_answers_that_all_agree_leave_room_for_those_that_were_not_asked() -> None:
+    result = paired(one_repeat({"t": ([0.0] * 24, [0.0] * 24)}), *SIDES)
+    bound = 1 - 0.025 ** (1 / 24)  # of a share, where none of 24 was seen
+    assert (result.low, result.high) == (pytest.approx(-bound, rel=0.05), pytest.approx(bound, rel=0.05))
+
+
+def test_intervals_over_examples_cover_what_they_say() -> None:
+    """Of right and wrong answers, and of skewed scores, in two tasks of as many examples each."""
+    rng, studies = np.random.default_rng(7), 200
+    held = np.zeros(2)
+    for _ in range(studies):
+        easy = {t: rng.random((2, 20)) < [[0.3], [0.4]] for t in ("one", "two")}
+        skewed = {t: rng.exponential([[1.0], [1.5]], (2, 20)) for t in ("one", "two")}
+        for place, (drawn, truth) in enumerate(((easy, -0.1), (skewed, -0.5))):
+            result = paired(one_repeat({t: tuple(x.astype(float).tolist()) for t, x in drawn.items()}), *SIDES)
+            held[place] += result.low <= truth <= result.high
+            assert result.examples == 40
+    assert (held / studies >= 0.92).all()  # at least 95 %, less two standard errors of 200 studies
+
+
+def test_single_rows_without_scores_of_examples_separate_nothing() -> None:
+    table = to_table([{**row, "scores": None} for row in one_repeat({"t": ([0.0] * 9, [1.0] * 9)}).to_pylist()])
+    result = paired(table, *SIDES)
+    assert (result.interval, result.verdict, result.examples) == ("unbounded", "not separated", 0)
+    assert (
+        paired(one_repeat({"t": ([0.0], [1.0])}), *SIDES).verdict == "not separated"
+    )  # one example says nothing of chance
 
 
 def test_nothing_to_pair_and_unknown_columns_are_told() -> None:

@@ -14,8 +14,9 @@ from rich.text import Text
 
 from isoflop.cli.common import console, duration, emit, grid, json_option, store_option
 from isoflop.cli.live import LiveProgress, PlainProgress
-from isoflop.cli.report import print_report
+from isoflop.cli.report import measured_frontier, print_measured, print_report, to_ask
 from isoflop.dashboards.session import conclude, draw
+from isoflop.frontier.answers import Answers
 from isoflop.ledger import Store
 from isoflop.sweep.api import EXECUTORS, RunOptions, SweepResults, run_resolved
 from isoflop.sweep.plan import Plan, make_plan
@@ -113,24 +114,28 @@ def _run(sweep: Sweep, as_json: bool, report: bool, options: RunOptions) -> int:
     summary = opened.summary
     assert summary is not None
     findings = opened.findings_of_run
+    measured = measured_frontier(opened)
     data = {
         "name": opened.name,
         "store": opened.store.shown,
         "summary": vars(summary) | {"ran": summary.ran},
         "report": opened.conclusion.path or None,
         **findings.to_dict(),
+        **({"answers": measured.to_dict()["answers"]} if measured is not None else {}),
     }
-    emit(data, as_json, lambda: _print_end(opened, options))
+    emit(data, as_json, lambda: _print_end(opened, options, measured))
     if summary.interrupted:
         return 130
     return 1 if summary.failed or summary.untracked else 0
 
 
-def _print_end(opened: SweepResults, options: RunOptions) -> None:
+def _print_end(opened: SweepResults, options: RunOptions, measured: Answers | None) -> None:
     out = console()
     summary = opened.summary
     assert summary is not None
     print_report(out, opened, opened.findings_of_run)
+    if measured is not None:
+        print_measured(out, opened, measured)
     for line in opened.search_lines():
         out.print(Text(line))
     parts = [
@@ -166,12 +171,19 @@ def _print_end(opened: SweepResults, options: RunOptions) -> None:
     hints.append(("report", opened.conclusion.path or f"{program} report {opened.name}{where}"))
     if options.tracking_uri != "none":
         hints.append(("browse", f"{program} ui{where}"))
+    if measured is not None:
+        asked = f"{program} {to_ask(opened.name, measured)}{where}"
+        hints += [
+            ("ask", asked),
+            ("save", f"{asked} --save {opened.name}.png"),
+            ("", f"{asked} --save {opened.name}.csv"),
+        ]
     if opened.spec.frontiers:
         argument = f", store={opened.store.shown!r}" if where else ""
         asked = f"import isoflop; print(isoflop.open('{opened.name}'{argument}).frontier())"
         hints.append(("ask", f'{python} -c "{asked}"'))
     for what, how in hints:
-        click.echo(f"{what + ':':11} {how}")  # never broken over lines: these are to be copied
+        click.echo(f"{what + ':' if what else '':11} {how}")  # never broken over lines: these are to be copied
 
 
 def _programs() -> tuple[str, str]:

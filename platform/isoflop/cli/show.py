@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from isoflop.cli.common import console, duration, emit, grid, json_option, show, store_option
-from isoflop.cli.report import print_report
+from isoflop.cli.report import measured_frontier, print_measured, print_report
 from isoflop.ledger import Ledger, Store
 from isoflop.sweep.api import open_sweep
 from isoflop.sweep.compression import COLUMNS as COMPRESSION_COLUMNS
@@ -98,6 +98,7 @@ def show_command(name: str, store: str | None, rows: bool, failed: bool, as_json
     ]
     stale = opened.results(["job_id"], everything=True).num_rows - table.num_rows
     findings = None if rows or failed else opened.findings()
+    measured = None if findings is None else measured_frontier(opened)
     searched = opened.search_findings()
     data: dict[str, Any] = {
         "name": name,
@@ -108,6 +109,7 @@ def show_command(name: str, store: str | None, rows: bool, failed: bool, as_json
         "failures": bad,
         "rows": _rows(table) if rows else None,
         **(findings.to_dict() if findings is not None else {}),
+        **({"answers": measured.to_dict()["answers"]} if measured is not None else {}),
         **({f"{opened.spec.search.sampler}_search": searched} if searched is not None else {}),
     }
 
@@ -123,6 +125,8 @@ def show_command(name: str, store: str | None, rows: bool, failed: bool, as_json
             return
         assert findings is not None
         print_report(out, opened, findings)
+        if measured is not None:
+            print_measured(out, opened, measured)
         for line in opened.search_lines():
             out.print(Text(line))
         _print_placement(table)

@@ -51,7 +51,9 @@ def from_hub(folder: Path, downloads: Path, say: Say) -> Mapping[str, Any]:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     say(f"asking the Hugging Face hub for {REPOSITORY}")
-    downloads = downloads / "hub"  # of its own: where the hub is away, a folder with anything in it passes for the snapshot
+    downloads = (
+        downloads / "hub"
+    )  # of its own: where the hub is away, a folder with anything in it passes for the snapshot
     heard = logging.getLogger("huggingface_hub").level
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are told by the one line below
     try:

@@ -125,7 +125,7 @@ def gather(candidates: Sequence[Candidate], seed: int = 0, draws: int = DRAWS) -
     found, unseen = np.broadcast_to(errors.mean(axis=0), (draws, count)).copy(), np.zeros((draws, count))
     examples = sum(len(b) for b in blocks)
     if blocks and examples >= 2:
-        moved, weight = _over_examples(blocks, rng, draws)
+        moved, weight = over_examples(blocks, rng, draws)
         found += moved
         unseen += weight[:, None]
     if len(shared) > 1:
@@ -135,7 +135,7 @@ def gather(candidates: Sequence[Candidate], seed: int = 0, draws: int = DRAWS) -
         error=errors.mean(axis=0),
         draws=_equals_equal(found, errors, blocks),
         unseen=unseen,
-        reach=_reach(blocks) if blocks else 0.0,
+        reach=reach_of(blocks) if blocks else 0.0,
         surest=np.ones((count, count))
         if _right_or_wrong(blocks)
         else _surest(np.full(count, max([len(shared), *map(len, blocks)]))),
@@ -198,7 +198,7 @@ def _blocks(candidates: Sequence[Candidate], shared: Sequence[int]) -> list[Arra
     return blocks
 
 
-def _over_examples(blocks: Sequence[Array], rng: np.random.Generator, draws: int) -> tuple[Array, Array]:
+def over_examples(blocks: Sequence[Array], rng: np.random.Generator, draws: int) -> tuple[Array, Array]:
     """Deviations (D, C) of the mean over examples, and the unseen one's weight (D,).
 
     Repeats with as many examples share their weights: that is right where they score the same ones, and no harm elsewhere.
@@ -233,7 +233,7 @@ def _right_or_wrong(blocks: Sequence[Array]) -> bool:
     return bool(blocks) and all(bool(np.isin(b, (0.0, 1.0)).all()) for b in blocks)
 
 
-def _reach(blocks: Sequence[Array]) -> float:
+def reach_of(blocks: Sequence[Array]) -> float:
     """How far apart an example can put two candidates: 1 for scores that are right or wrong, else what was seen."""
     scores = np.concatenate(blocks)
     if _right_or_wrong(blocks):

@@ -6,8 +6,11 @@ of the same repeat share a seed. The interval is Student's over repeats, each wi
 over so few would cover far less than it says (three repeats: about 80 % instead of 95 %). Examples of a repeat need no
 resampling then, since their noise is part of what differs between repeats.
 
-A single repeat says nothing of others: its interval resamples examples and holds for that seed alone. Of other columns
-(a metric, a cost) rows hold one number, so that a single repeat leaves the interval unbounded.
+A single repeat says nothing of others, or is all there is to know, where nothing is random but the choice of examples (a checkpoint
+as it is, greedy answers). Its interval is over examples and holds for that seed alone: the Bayesian bootstrap of ``evidence``,
+with an unseen example that speaks against either end. Of right and wrong answers that is the sign test at 5 %: a difference is
+separated from 0 where six examples differ and agree, or correspondingly more. Where rows hold one number instead of scores (also
+any other column: a metric, a cost) a single repeat leaves the interval unbounded.
 """
 
 from __future__ import annotations
@@ -23,10 +26,11 @@ import pyarrow as pa
 from scipy import stats
 
 from isoflop.core.errors import UserError
+from isoflop.frontier.evidence import over_examples, reach_of
 from isoflop.frontier.query import sql
 
 ERROR = "error"
-DRAWS = 2000
+DRAWS = 20_000
 LEVEL = 0.95
 STUDENT, EXAMPLES, UNBOUNDED = "student", "examples", "unbounded"
 """Kinds of intervals: over repeats; over the examples of a single repeat; none."""
@@ -42,6 +46,7 @@ class Paired:
         pairs: row pairs; ``repeats``: different repeats among them.
         cells: one entry per value of the matched columns: those values, ``a``, ``b``, ``difference``, ``pairs``.
         interval: its kind.
+        examples: different examples that it is over, where it is over examples.
     """
 
     a: float
@@ -53,6 +58,7 @@ class Paired:
     repeats: int
     cells: list[dict[str, Any]]
     interval: str = STUDENT
+    examples: int = 0
 
     @property
     def verdict(self) -> str:
@@ -95,8 +101,13 @@ def paired(
         gaps = [mine - theirs for mine, theirs in values]
         differences = [(row["repeat"], np.array([gap])) for (row, _), gap in zip(pairs, gaps, strict=True)]
     repeats = len({repeat for repeat, _ in differences})
-    kind = STUDENT if repeats > 1 else EXAMPLES if y == ERROR else UNBOUNDED
-    low, high = _over_examples([d for _, d in differences], seed) if kind == EXAMPLES else over_repeats(differences)
+    blocks = [_scores(row, other) for row, other in pairs] if y == ERROR and repeats == 1 else []
+    scored = {(row["task"], len(b)) for (row, _), b in zip(pairs, blocks, strict=True)} if blocks else set()
+    kind = STUDENT if repeats > 1 else EXAMPLES if blocks and all(n > 1 for _, n in scored) else UNBOUNDED
+    if kind == EXAMPLES:
+        low, high = _interval([row["task"] for row, _ in pairs], blocks, seed)
+    else:
+        low, high = over_repeats(differences)
     return Paired(
         a=float(np.mean([mine for mine, _ in values])),
         b=float(np.mean([theirs for _, theirs in values])),
@@ -107,6 +118,7 @@ def paired(
         repeats=repeats,
         cells=_cells(pairs, values, list(tolerances)),
         interval=kind,
+        examples=sum(n for _, n in scored) if kind == EXAMPLES else 0,
     )
 
 
@@ -160,24 +172,35 @@ def _number(row: Mapping[str, Any], y: str) -> float:
     return float(value)
 
 
-def _difference(row: Mapping[str, Any], other: Mapping[str, Any]) -> np.ndarray:
+def _scores(row: Mapping[str, Any], other: Mapping[str, Any]) -> np.ndarray:
+    """Of the same examples, (n, 2); none where rows do not have the same ones."""
     mine, theirs = (np.asarray(r["scores"] or (), dtype=float) for r in (row, other))
-    if mine.shape != theirs.shape or not len(mine):  # no pairing by example: the means alone
+    return np.stack((mine, theirs), axis=1) if mine.shape == theirs.shape else np.empty((0, 2))
+
+
+def _difference(row: Mapping[str, Any], other: Mapping[str, Any]) -> np.ndarray:
+    scores_N2 = _scores(row, other)
+    if not len(scores_N2):  # no pairing by example: the means alone
         return np.array([row["error"] - other["error"]])
-    return mine - theirs
+    return np.asarray(scores_N2[:, 0] - scores_N2[:, 1])
 
 
-def _over_examples(differences: Sequence[np.ndarray], seed: int) -> tuple[float, float]:
-    """Percentile interval of the mean of the pairs of one repeat: examples are drawn, the same for all its pairs."""
+def _interval(tasks: Sequence[str], blocks: Sequence[np.ndarray], seed: int) -> tuple[float, float]:
+    """Over examples: drawn together for all pairs of a task, which score the same ones, and apart for different tasks."""
     rng = np.random.default_rng(seed)
-    sums: dict[int, np.ndarray] = {}  # examples -> sum over pairs
-    for d in differences:
-        sums[len(d)] = sums.get(len(d), 0.0) + d
-    means = np.zeros(DRAWS)
-    for size, summed in sorted(sums.items()):
-        means += np.array([summed[rng.integers(0, size, size)].mean() for _ in range(DRAWS)]) / len(differences)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    groups: dict[tuple[str, int], list[np.ndarray]] = {}
+    for task, block in zip(tasks, blocks, strict=True):
+        groups.setdefault((task, len(block)), []).append(block)
+    means, unseen = np.zeros(DRAWS), np.zeros(DRAWS)
+    for _, group in sorted(groups.items(), key=lambda item: item[0]):
+        share, scores_N2 = len(group) / len(blocks), np.mean(group, axis=0)
+        moved_D2, weight_D = over_examples(group, rng, DRAWS)
+        means += share * (scores_N2[:, 0].mean() - scores_N2[:, 1].mean() + moved_D2[:, 0] - moved_D2[:, 1])
+        unseen += share * reach_of(group) * weight_D
+    return (
+        float(np.quantile(means - unseen, (1 - LEVEL) / 2)),
+        float(np.quantile(means + unseen, (1 + LEVEL) / 2)),
+    )
 
 
 def over_repeats(differences: Sequence[tuple[int, np.ndarray]]) -> tuple[float, float]:

@@ -30,6 +30,8 @@ WORDS = {
     "seconds": ("seconds of an answer", "s"),
 }
 """Measured costs by name: what they are called in a sentence, and their unit."""
+OR = " or "
+"""Between the costs of answers to several."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,24 @@ def answers(
     return Answers(
         found, _words(cost)[0] if cost else f"share of {measured.compared(configs)}, of the uncompressed", notes
     )
+
+
+def best_at_shares(table: Tabular, shares: Sequence[float]) -> Answers | None:
+    """What is best at shares of the uncompressed cost, apart for each thing that methods compress (a cache, weights, prompts).
+
+    None where nothing is compressed, or there is nothing to compare it with.
+    """
+    configs = read_configs(_rows(table, "error", None, None, None)[0])
+    kinds = dict.fromkeys(c.compression.of for c in configs if c.compression and not c.uncompressed)
+    found: list[Answer] = []
+    for kind in kinds:
+        names = {c.method for c in configs if c.uncompressed or (c.compression and c.compression.of == kind)}
+        listed = ", ".join("'" + name.replace("'", "''") + "'" for name in sorted(names))
+        try:
+            found += answers(table, share=shares, where=f"method IN ({listed})")
+        except UserError:
+            continue  # no cost that all of them have
+    return Answers(found, OR.join(kinds)) if found else None
 
 
 def only_cost(configs: Sequence[Config]) -> str | None:
