@@ -30,7 +30,7 @@ from isoflop.frontier.evidence import over_examples, reach_of
 from isoflop.frontier.query import sql
 
 ERROR = "error"
-DRAWS = 20_000
+DRAWS = 10_000
 LEVEL = 0.95
 STUDENT, EXAMPLES, UNBOUNDED = "student", "examples", "unbounded"
 """Kinds of intervals: over repeats; over the examples of a single repeat; none."""
