@@ -12,7 +12,7 @@ WORKERS := $(if $(filter-out 0 1,$(TEST_WORKERS)),-n $(TEST_WORKERS) --dist load
 help:
 	@echo "make setup       install everything into $(VENV); every target below does so by itself"
 	@echo "make quickstart  run the laptop sweep, show its law and frontier (minutes)"
-	@echo "make real        fetch SmolLM2-135M once (93 MB), sweep it, show what compression costs (within an hour on 2 cores)"
+	@echo "make real        fetch SmolLM2-135M once (93 MB), sweep it, show what compression costs (within half an hour on 2 cores)"
 	@echo "make test        run the tests (minutes)"
 	@echo "make test-all    the slow ones too: clusters, many kills, whole trainings"
 	@echo "make test-cpus   those that touch a model, as if on every processor up to this one, with one thread and two (an hour or two)"
