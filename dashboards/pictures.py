@@ -104,7 +104,7 @@ def real(sweep: SweepResults, target: Path) -> None:
     methods = list(dict.fromkeys(c["method"] for answer in found for c in answer.candidates))
     for place, answer in enumerate(found, 1):
         for k, method in enumerate(methods):
-            own = sorted((c["share"], c["error"]) for c in answer.candidates if c["method"] == method)
+            own = sorted((c["cost"], c["error"]) for c in answer.candidates if c["method"] == method)
             x, y = ([pair[n] for pair in own] for n in (0, 1))
             if method == "none":
                 figure.add_hline(y[0], line_dash="dot", line_color=LIGHT["faint"], row=1, col=place)

@@ -35,7 +35,7 @@ class Choice(LanguageDataTask):
     follows after a space. ``answer`` holds the option's number, counted from 0, its letter, or its text.
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     metrics: ClassVar[tuple[str, ...] | None] = ("nll", "margin")
 
     question: Annotated[str, Knob(doc="field of the question")] = "question"
