@@ -5,13 +5,13 @@ Log axes for sizes and costs, intervals as bands, colours from :mod:`isoflop.das
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 
 from isoflop.core.errors import UserError
-from isoflop.dashboards.palette import SERIES, faded, series, symbol
+from isoflop.dashboards.palette import LIGHT, SERIES, faded, series, symbol
 from isoflop.frontier.answers import Answers
 from isoflop.frontier.methods import MethodComparison
 from isoflop.frontier.rate_tables import RateCurves
@@ -204,17 +204,19 @@ def _rate_curves(found: RateCurves) -> go.Figure:
 
 
 def _answers(found: Answers) -> go.Figure:
-    figure = _figure(title="error over cost, as measured", xaxis_title=found.cost, yaxis_title="error")
-    figure.update_xaxes(type="log")
     asked: dict[str, int] = {}
     for answer in found:
         asked[answer.question] = max(len(answer.candidates), asked.get(answer.question, 0))
     widest = max(asked, key=lambda question: asked[question])  # whose candidates hold those of the others
     groups = {" · ".join(answer.key.values()): answer for answer in found if answer.question == widest}
+    label = next((answer.axis for answer in groups.values() if answer.axis), found.cost)
+    figure = _figure(title="error over cost, as measured", xaxis_title=label, yaxis_title="error")
+    figure.update_xaxes(type="log")
     k = 0
     for name, answer in groups.items():
-        for method in dict.fromkeys(c["method"] for c in answer.candidates):
-            own = sorted((c for c in answer.candidates if c["method"] == method), key=lambda c: c["cost"])
+        compressed = [c for c in answer.candidates if not c["uncompressed"]]
+        for method in dict.fromkeys(c["method"] for c in compressed):
+            own = sorted((c for c in compressed if c["method"] == method), key=lambda c: c["cost"])
             figure.add_trace(
                 go.Scatter(
                     x=[c["cost"] for c in own],
@@ -228,7 +230,22 @@ def _answers(found: Answers) -> go.Figure:
                 )
             )
             k += 1
+        if answer.reference is not None and answer.reference["cost"]:
+            called = f"{name}: uncompressed" if len(groups) > 1 else "uncompressed"
+            _add_reference(figure, answer.reference, [c["cost"] for c in compressed], called)
     return figure
+
+
+def _add_reference(figure: go.Figure, dense: Mapping[str, Any], costs: Sequence[float], name: str) -> None:
+    """A star where the uncompressed model is, and its error over the costs of all others."""
+    cost, error, grey = dense["cost"], dense["error"], LIGHT["faint"]
+    ends = [min([cost, *costs]), max([cost, *costs])]
+    line = {"color": grey, "dash": "dash", "width": 1}
+    figure.add_trace(go.Scatter(x=ends, y=[error, error], mode="lines", line=line, showlegend=False, hoverinfo="skip"))
+    mark = {"symbol": "star", "size": 13, "color": grey}
+    figure.add_trace(
+        go.Scatter(x=[cost], y=[error], text=[dense["configuration"]], name=name, mode="markers", marker=mark)
+    )
 
 
 def _method_comparison(found: MethodComparison) -> go.Figure:

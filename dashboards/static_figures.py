@@ -6,13 +6,16 @@ It knows what :mod:`isoflop.dashboards.plots` uses: lines, markers, filled bands
 from __future__ import annotations
 
 import io
+import math
 import re
 from typing import Any
 
 import plotly.graph_objects as go
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 from isoflop.core.errors import UserError
 from isoflop.dashboards.palette import LIGHT, SERIES
@@ -30,6 +33,7 @@ _MARKERS = {
     "hexagon": "h",
 }
 _INCHES = (6.4, 4.2)
+_LARGE = EngFormatter(sep="")
 
 
 def drawn(figure: go.Figure, kind: str, dpi: int = 200) -> bytes:
@@ -48,6 +52,7 @@ def drawn(figure: go.Figure, kind: str, dpi: int = 200) -> bytes:
         getattr(axes, f"set_{name}label")(axis.title.text or "")
         if axis.type == "log":
             getattr(axes, f"set_{name}scale")("log")
+            _tick(getattr(axes, f"{name}axis"), *getattr(axes, f"get_{name}lim")())
     axes.grid(True, color=LIGHT["grid"], linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -58,6 +63,15 @@ def drawn(figure: go.Figure, kind: str, dpi: int = 200) -> bytes:
         dated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind, {})  # the same figure, the same bytes
         still.savefig(out, format=kind, dpi=dpi, metadata=dated)
     return out.getvalue()
+
+
+def _tick(axis: Axis, low: float, high: float) -> None:
+    """Ticks of a logarithmic axis in plain numbers, a few of them whatever it spans."""
+    decades = math.log10(high / low) if 0 < low < high < math.inf else 1.0
+    digits = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0) if decades < 0.7 else (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=digits, numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _LARGE(value) if abs(value) >= 1e4 else f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _add(axes: Axes, trace: Any, colour: str) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isoflop.core.errors import UserError
+from isoflop.tasks.base import task_of
 from isoflop.tasks.data.rows import chosen, named, read
 
 ROWS = [{"q": f"question {n}", "a": f"{n}"} for n in range(7)]
@@ -145,10 +146,75 @@ def test_wrong_files_are_refused_in_one_line(tmp_path: Path, name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+OTHER = {
+    "cells.jsonl": (b"q,a\n1,2\n", r"cells\.jsonl:1: is no JSON .*; it looks like csv: name it cells\.csv$"),
+    "tabs.jsonl": (b"q\ta\n1\t2\n", r"it looks like tsv: name it tabs\.tsv$"),
+    "list.jsonl": (b'[{"q": 1}]', r"it looks like json: name it list\.json$"),
+    "wide.jsonl": (b'[\n {"q": 1}\n]', r"it looks like json: name it wide\.json$"),
+    "lines.json": (b'{"q": 1}\n{"q": 2}\n', r"it looks like jsonl: name it lines\.jsonl$"),
+    "lines.csv": (b'{"q": 1, "a": 2}\n{"q": 2, "a": 3}\n', r"it looks like jsonl: name it lines\.jsonl$"),
+    "table.csv": (b"PAR1\x15\x00", r"it looks like parquet: name it table\.parquet$"),
+    "table.jsonl": (b"ARROW1\x00\x00\xff", r"it looks like arrow: name it table\.arrow$"),
+    "cells.parquet": (b"q,a\n1,2\n", r"it looks like csv: name it cells\.csv$"),
+    "cells.jsonl.gz": (gzip.compress(b"q,a\n1,2\n"), r"it looks like csv: name it cells\.csv\.gz$"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_file_in_another_form_than_its_name_says_is_told_which(tmp_path: Path, name: str) -> None:
+    content, message = OTHER[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name in WRONG if name.endswith(("l", "v"))])
+def test_a_broken_file_of_its_own_form_is_not_told_another(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(WRONG[name][0])
+    with pytest.raises(UserError) as caught:
+        read(str(tmp_path / name))
+    assert "looks like" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_rows_know_where_they_stand(tmp_path: Path, name: str) -> None:
+    found = read(str(write(tmp_path / name)))
+    for index, row in enumerate(found.rows):
+        assert found.place(index) == f"row {ROWS.index(dict(row)) + 1} of {tmp_path / name}"
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("choice", {"context": "p", "question": "q", "options": "o", "answer": "gold"}),
+        ("generate", {"prompt": "{p} {q}", "context": "p", "references": "gold"}),
+    ],
+)
+def test_a_row_that_cannot_be_asked_says_where_it_stands(tmp_path: Path, task: str, options: dict) -> None:
+    rows = [{"p": f"p{n}", "q": f"q{n}", "o": ["a", "b"], "gold": None if n == 3 else "a"} for n in range(6)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    asked = task_of(task, {"data": str(path), **options})
+    refused = []
+    for example in asked.examples():  # type: ignore[attr-defined]
+        try:
+            asked.check_example(example)  # type: ignore[attr-defined]
+        except UserError as error:
+            refused.append(str(error))
+    assert len(refused) == 1
+    assert refused[0].startswith(f"task {task}: row 4 of {path}: ")
+    assert "'gold'" in refused[0]
+
+
 def test_a_missing_file_names_its_nearest_neighbour(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / f"other{number}.bin").touch()
+    with pytest.raises(UserError, match=r"no file or folder 'xyz\.jsonl' in .*; it holds 40 others$"):
+        read(str(tmp_path / "xyz.jsonl"))
     write(tmp_path / "questions.jsonl")
-    with pytest.raises(UserError, match=r"did you mean 'questions\.jsonl'"):
+    with pytest.raises(UserError, match=r"did you mean 'questions\.jsonl'") as caught:
         read(str(tmp_path / "question.jsonl"))
+    assert "other1" not in str(caught.value)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no table file"):
         read(str(tmp_path / "empty"))

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers import run_local, toy
 
 from isoflop.core.errors import StopNow
+from isoflop.execute import LocalExecutor
+from isoflop.jobs import Runner
 from isoflop.sweep.interrupts import Interrupts
 
 
@@ -94,3 +100,46 @@ def test_in_another_thread_signals_are_left_alone() -> None:
     thread.start()
     thread.join()
     assert found == [signal.getsignal(signal.SIGINT)]
+
+
+def test_a_handler_that_a_library_puts_under_pythons_own_is_taken_back(tmp_path: Path) -> None:
+    """As Ray's, which prints a stack of C++ for a SIGTERM; Python does not know of it."""
+    interrupts, lines = Interrupts(), []
+    with (tmp_path / "stack.txt").open("w") as stack, interrupts.watched(lambda: "", lines.append):
+        faulthandler.register(signal.SIGTERM, stack, chain=True)
+        try:
+            interrupts.keep()
+            send(signal.SIGTERM)
+            wait_for(lambda: lines)
+        finally:
+            interrupts.keep()
+            faulthandler.unregister(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    assert interrupts.draining
+    assert (tmp_path / "stack.txt").read_text() == ""
+
+
+def test_a_sweep_takes_its_signals_back_from_what_its_workers_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_parts: object
+) -> None:
+    started, run_job = LocalExecutor.start, Runner.run_job
+
+    def start(self: LocalExecutor) -> None:
+        started(self)
+        faulthandler.register(signal.SIGTERM, stack, chain=True)
+
+    def run(self: Runner, *arguments: Any) -> Any:
+        send(signal.SIGTERM)
+        return run_job(self, *arguments)
+
+    monkeypatch.setattr(LocalExecutor, "start", start)
+    monkeypatch.setattr(Runner, "run_job", run)
+    with (tmp_path / "stack.txt").open("w") as stack:
+        try:
+            summary = run_local(toy(), tmp_path).summary
+        finally:
+            faulthandler.unregister(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    assert summary.interrupted
+    assert summary.ran == 1
+    assert (tmp_path / "stack.txt").read_text() == ""

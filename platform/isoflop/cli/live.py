@@ -14,7 +14,7 @@ from rich.text import Text
 from isoflop.cli.common import duration
 from isoflop.sweep.progress import Snapshot
 
-_REFRESH_SECONDS = 0.25
+_REFRESHES = 4.0  # a second
 _PLAIN_SECONDS = 30.0
 _MAX_WORKERS = 8
 _STAYS = (  # in a line that is not only the latest event
@@ -29,8 +29,8 @@ class LiveProgress:
         self._console = console
         self._name = name
         self._last = ""
-        self._drawn = 0.0
-        self._live = Live(console=console, auto_refresh=False, transient=True)
+        # a thread draws: what runs in this very process, of the local executor, keeps this one busy
+        self._live = Live(console=console, refresh_per_second=_REFRESHES, transient=True)
 
     def __enter__(self) -> LiveProgress:
         self._live.start()
@@ -40,11 +40,8 @@ class LiveProgress:
         self._live.stop()
 
     def update(self, snapshot: Snapshot) -> None:
-        """Redraw, at most four times a second."""
-        if time.monotonic() - self._drawn < _REFRESH_SECONDS:
-            return
-        self._drawn = time.monotonic()
-        self._live.update(self._render(snapshot), refresh=True)
+        """What is drawn from now on."""
+        self._live.update(self._render(snapshot))
 
     def line(self, text: str) -> None:
         """Remember the latest event; failures stay on the screen."""

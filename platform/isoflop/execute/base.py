@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from isoflop.jobs import Job
 
@@ -100,7 +100,12 @@ OnShard = Callable[[ShardReport], bool]
 
 
 class Executor(ABC):
-    """Life cycle: ``start``, any number of ``submit`` and ``poll``, ``close``. Items of a worker run in order."""
+    """Life cycle: ``start``, any number of ``submit`` and ``poll``, ``close``. Items of a worker run in order.
+
+    ``here``: they run in this process, inside of ``poll``.
+    """
+
+    here: ClassVar[bool] = False
 
     @abstractmethod
     def start(self) -> None:

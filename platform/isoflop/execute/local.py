@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections import deque
 from pathlib import Path
+from typing import ClassVar
 
 from isoflop.execute.base import Done, Event, Executor, ShardReport, WorkerInfo, WorkItem
 from isoflop.jobs import Runner
@@ -20,6 +21,7 @@ class LocalExecutor(Executor):
     """
 
     NAME = "local"
+    here: ClassVar[bool] = True
 
     def __init__(self, cache_dir: str | Path | None = None, device: str | None = None, threads: int = 1) -> None:
         self._runner = Runner(cache_dir, device, name=self.NAME)

@@ -39,6 +39,17 @@ class Asked:
     seed: int = 0
 
     @property
+    def axis(self) -> str:
+        """What costs are, as the label of an axis."""
+        if self.unit:
+            return self.cost
+        return (
+            f"share left of {self.cost}"
+            if self.cost.startswith("what ")
+            else f"{self.cost}, as a share of the uncompressed model's"
+        )
+
+    @property
     def where(self) -> str:
         """The beginning of a sentence."""
         return " on ".join(self.key.values())
@@ -55,6 +66,7 @@ class Answer:
         candidates: what was compared: title, method, model, cost, share, error, and the probability that was asked for.
         unknown: why the answer, or how sure it is, cannot be known.
         notes: what a reader must know.
+        axis: what the candidates' costs are; reference: the uncompressed candidate, at such a cost.
     """
 
     question: str
@@ -64,6 +76,8 @@ class Answer:
     candidates: list[dict[str, Any]] = field(default_factory=list)
     unknown: str = ""
     notes: list[str] = field(default_factory=list)
+    axis: str = ""
+    reference: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -102,18 +116,38 @@ class Answers(Result):
         names = list(dict.fromkeys(name for row in rows for name in row))
         return pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
 
+    def told(self) -> tuple[list[tuple[str, list[str]]], list[str]]:
+        """Sentences with their notes, and the notes that hold for all of them: each once.
+
+        A note that several answers of one task and model share stands behind the last of them.
+        """
+        everywhere = (
+            [n for n in self.answers[0].notes if all(n in a.notes for a in self.answers)] if len(self) > 1 else []
+        )
+        pairs: list[tuple[str, list[str]]] = []
+        for i, a in enumerate(self.answers):
+            if any(a.sentence == sentence for sentence, _ in pairs):  # several questions without an answer
+                continue
+            later = {note for b in self.answers[i + 1 :] if b.key == a.key for note in b.notes}
+            own = [n for n in dict.fromkeys(a.notes) if n not in later and n not in everywhere]
+            pairs.append((a.sentence, own))
+        return pairs, list(dict.fromkeys([*everywhere, *self.notes]))
+
     def __str__(self) -> str:
         lines: list[str] = []
-        for a in self.answers:
-            lines += wrapped(a.sentence, "", "  ")
-            for note in a.notes:
+        pairs, everywhere = self.told()
+        for sentence, notes in pairs:
+            lines += wrapped(sentence, "", "  ")
+            for note in notes:
                 lines += wrapped(f"! {note}", "  ", "    ")
-        for note in self.notes:
+        for note in everywhere:
             lines += wrapped(f"! {note}", "", "  ")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        return "".join(f"<p>{html.escape(' '.join([a.sentence, *a.notes]))}</p>" for a in self.answers)
+        pairs, everywhere = self.told()
+        texts = [". ".join([sentence, *notes]) for sentence, notes in pairs] + everywhere
+        return "".join(f"<p>{html.escape(text)}</p>" for text in texts)
 
 
 def reference(candidates: Sequence[Candidate]) -> Candidate | None:
@@ -128,8 +162,22 @@ def no_reference(question: str, asked: Asked, values: dict[str, Any]) -> Answer:
     return Answer(question, dict(asked.key), f"{asked.where}: unknown: {missing}", values, unknown=missing)
 
 
+def only_reference(question: str, asked: Asked, values: dict[str, Any], dense: Candidate) -> Answer:
+    """The answer where nothing but uncompressed models was measured."""
+    missing = "only the uncompressed baseline was measured"
+    words = f"{asked.where}: unknown: {missing}, {dense.title}; run a method beside it"
+    return Answer(question, dict(asked.key), words, values, unknown=missing)
+
+
+def fewer(cost: str) -> str:
+    """The beginning of "fewer bytes" and "less of what its method cuts"."""
+    return f"less of {cost}" if cost.startswith("what ") else f"fewer {cost}"
+
+
 def spent(c: Candidate, asked: Asked) -> str:
     """A cost in words: with its unit, or as a part of the uncompressed one."""
+    if not asked.unit and c.cost == 1:
+        return "all of them"
     return f"{short(c.cost)} of them" if not asked.unit else quantity(c.cost, asked.unit)
 
 

@@ -8,7 +8,19 @@ from typing import Any
 import numpy as np
 
 from isoflop.core.numbers import quantity, short
-from isoflop.frontier.answers import Answer, Asked, chance, listed, no_reference, part, reference, row_of, spent
+from isoflop.frontier.answers import (
+    Answer,
+    Asked,
+    chance,
+    fewer,
+    listed,
+    no_reference,
+    only_reference,
+    part,
+    reference,
+    row_of,
+    spent,
+)
 from isoflop.frontier.evidence import Candidate, gather
 
 _SLACK = 0.05  # half of a cache is at most 52.5 % of it, since some tokens are always kept
@@ -31,7 +43,10 @@ def best(candidates: Sequence[Candidate], asked: Asked, budget: float, share: bo
     values: dict[str, Any] = dict.fromkeys(
         ("budget", "configuration", "method", "model", "error", "uncompressed_error", "cost", "probability")
     )
-    values |= {"budget": budget, "cheapest": min(c.cost for c in candidates)}
+    values |= {"model": asked.key.get("model"), "budget": budget, "cheapest": min(c.cost for c in candidates)}
+    dense = reference(candidates)
+    if share and not fits and dense is not None and all(c.uncompressed for c in candidates):
+        return only_reference("best", asked, values, dense)
     if not fits:
         cheapest = min(candidates, key=lambda c: c.cost)
         words = f"nothing that was measured fits; the cheapest, {cheapest.title}, takes {spent(cheapest, asked)}"
@@ -41,7 +56,7 @@ def best(candidates: Sequence[Candidate], asked: Asked, budget: float, share: bo
     order = sorted(range(len(fits)), key=lambda i: (found.error[i], fits[i].cost, fits[i].title))
     first = order[0]
     chosen = fits[first]
-    dense = reference([c for c in candidates if c.model == chosen.model])
+    dense = reference([c for c in candidates if c.model == chosen.model])  # of the chosen one's model
     plain = None if dense is None else _mean_error(dense, chosen)
     probability = None if sure is None else float(sure[first])
     ties = [fits[i].title for i in order[1:] if found.error[i] == found.error[first]]
@@ -65,7 +80,7 @@ def best(candidates: Sequence[Candidate], asked: Asked, budget: float, share: bo
         row_of(c, asked, float(found.error[i]), None if sure is None else float(sure[i])) for i, c in enumerate(fits)
     ]
     values |= {
-        "configuration": chosen.title, "method": chosen.method, "model": chosen.model or None, "error": float(found.error[first]),
+        "configuration": chosen.title, "method": chosen.method, "model": chosen.model or asked.key.get("model"), "error": float(found.error[first]),
         "uncompressed_error": plain, "cost": chosen.cost, "probability": probability,
     }  # fmt: skip
     return Answer("best", dict(asked.key), head + words, values, [rows[i] for i in order], found.unknown, notes)
@@ -89,8 +104,11 @@ def largest_ratio(candidates: Sequence[Candidate], asked: Asked, margin: float) 
     if dense is None:
         return no_reference("largest ratio", asked, values)
     tried = [c for c in candidates if _ratio(c, dense) > 1 and not c.uncompressed]
+    if all(c.uncompressed for c in candidates):
+        return only_reference("largest ratio", asked, values, dense)
     if not tried:
-        return Answer("largest ratio", dict(asked.key), f"{asked.where}: nothing takes less {'of ' * asked.cost.startswith('what ')}{asked.cost} than uncompressed", values, unknown="nothing is compressed")  # fmt: skip
+        words = f"{asked.where}: nothing takes {fewer(asked.cost)} than uncompressed"
+        return Answer("largest ratio", dict(asked.key), words, values, unknown="nothing is compressed")
     found = gather([dense, *tried], asked.seed)
     ratios = [_ratio(c, dense) for c in tried]
     inside = [found.at_most(i + 1, 0, margin) for i in range(len(tried))]

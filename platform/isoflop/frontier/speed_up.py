@@ -19,7 +19,7 @@ import numpy as np
 from isoflop.core.errors import UserError, unknown
 from isoflop.core.expressions import Array
 from isoflop.core.numbers import short
-from isoflop.frontier.answers import Answer, Asked, no_reference, reference, row_of
+from isoflop.frontier.answers import Answer, Asked, no_reference, only_reference, reference, row_of
 from isoflop.frontier.evidence import Candidate, Evidence, gather
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
@@ -46,8 +46,7 @@ def speed_up(
     measured = [dense, *(c for c in candidates if not c.uncompressed)]
     families = _families(measured)
     if not families:
-        words = f"{asked.where}: nothing but the uncompressed model was measured"
-        return [Answer("speed-up", dict(asked.key), words, dict.fromkeys(_NAMES), unknown="nothing is compressed")]
+        return [only_reference("speed-up", asked, dict.fromkeys(_NAMES), dense)]
     rivals = _rivals(families, measured, versus)
     found = gather(measured, asked.seed)
     curves = _Curves.of(measured, families, found, margin, asked.seed)

@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from isoflop.core.errors import UserError, unknown
-from isoflop.frontier.answers import Answer, Answers, Asked, reference
+from isoflop.frontier.answers import Answer, Answers, Asked, reference, row_of
 from isoflop.frontier.evidence import Candidate
 from isoflop.frontier.questions import best, largest_ratio
 from isoflop.frontier.speed_up import speed_up as speed_ups
 from isoflop.laws.table import Tabular, as_table, column, where
+from isoflop.ledger.schema import FOOTPRINT_COLUMNS
 from isoflop.sweep.configs import COSTS, Config, amounts_of, costs_of, read_configs, words
 from isoflop.sweep.outside import NAMELESS, as_rows
 from isoflop.sweep.results import usable
@@ -127,7 +128,8 @@ def answers(
             key = _key(scene, next(iter(models))) if len(models) == 1 else {"task": scene}
             candidates, more = measured.candidates(own, name, several=len(models) > 1)
             if candidates:
-                found.append(_noted(best(candidates, _asked(key, name, level, seed), money), more))
+                what = _asked(key, name, level, seed)
+                found.append(_noted(best(candidates, what, money), more, what, candidates if len(models) == 1 else ()))
         for model in dict.fromkeys(c.model for c in own):
             mine = [c for c in own if c.model == model]
             found += _of_model(measured, mine, _key(scene, model), asked, cost, level, seed)
@@ -185,20 +187,25 @@ def _of_model(
             dense = reference(candidates)
             parts = [] if dense is None else [replace(c, cost=c.cost / dense.cost, costs={}) for c in candidates]
         if parts:
-            found.append(_noted(best(parts, replace(what, unit=""), share, share=True), notes))
+            part = replace(what, unit="")
+            found.append(_noted(best(parts, part, share, share=True), notes, part, parts))
         else:
             missing = "no uncompressed run whose cost a share could be of; add the method none"
             values = {"budget": share, "configuration": None}
             found.append(Answer("best", key, f"{what.where}: unknown: {missing}", values, unknown=missing))
     if asked.within is not None:
-        found.append(_noted(largest_ratio(candidates, what, asked.within), notes))
+        found.append(_noted(largest_ratio(candidates, what, asked.within), notes, what, candidates))
     if asked.speed_up:
-        found += [_noted(a, notes) for a in speed_ups(candidates, what, asked.within or 0.0, asked.versus)]
+        answered = speed_ups(candidates, what, asked.within or 0.0, asked.versus)
+        found += [_noted(a, notes, what, candidates) for a in answered]
     return found
 
 
-def _noted(answer: Answer, notes: Sequence[str]) -> Answer:
-    return replace(answer, notes=[*answer.notes, *notes])
+def _noted(answer: Answer, notes: Sequence[str], asked: Asked, candidates: Sequence[Candidate]) -> Answer:
+    """An answer with what holds for all of its candidates, and with what a figure of it needs."""
+    dense = reference(candidates)
+    mark = None if dense is None else row_of(dense, asked, float(np.mean(list(dense.errors.values()))), None)
+    return replace(answer, notes=[*answer.notes, *notes], axis=asked.axis, reference=mark)
 
 
 def _asked(key: Mapping[str, str], cost: str | None, level: float, seed: int, compared: str = "") -> Asked:
@@ -244,6 +251,14 @@ def _rows(
     return good, notes
 
 
+def _measured_names(rows: pa.Table, configs: Sequence[Config]) -> list[str]:
+    """What a cost can be called here: costs that some row knows, axes, and what is in their footprints."""
+    costs = [name for name in WORDS if any(c.costs.get(name) for c in configs)]
+    axes = [name for name in ("N", "V", "Q", "bits", *FOOTPRINT_COLUMNS) if rows[name].null_count < rows.num_rows]
+    more = {name for footprint in rows["footprint"].to_pylist() for name, _ in footprint or ()}
+    return list(dict.fromkeys([*costs, *axes, *(f"footprint.{name}" for name in sorted(more - {*costs, *axes}))]))
+
+
 class _Measured:
     """The rows behind configurations, and what they cost."""
 
@@ -255,7 +270,7 @@ class _Measured:
                 values = column(rows, cost, "cost")
             except UserError as error:
                 if cost.isidentifier():
-                    raise unknown("cost", cost, [*WORDS, *rows.column_names]) from None
+                    raise unknown("cost", cost, _measured_names(rows, configs)) from None
                 raise error from None
             self._expression = dict(zip(rows["job_id"].to_pylist(), values.tolist(), strict=True))
 

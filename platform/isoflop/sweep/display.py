@@ -64,7 +64,8 @@ class Display:
         state, done = self._state, self.summary
         state.done, state.cached = done.done, done.cached
         state.ok, state.failed, state.infeasible, state.pruned = done.ok, done.failed, done.infeasible, done.pruned
-        state.running, state.waiting = self.queue.running, len(self.queue)
+        state.running, behind = self._running()
+        state.waiting = len(self.queue) + behind
         state.total = self.spending.expected_jobs(points)
         state.elapsed = self.spending.elapsed
         state.eta = self._eta(state)
@@ -80,6 +81,11 @@ class Display:
             for worker, slot in self.slots.items()
         }
         self.progress.update(state)
+
+    def _running(self) -> tuple[int, int]:
+        """Jobs that workers run, and those that they were handed besides, which wait for the one before them."""
+        busy = [slot.items for slot in self.slots.values() if slot.items]
+        return sum(items[0].kind == "job" for items in busy), sum(len(items) - 1 for items in busy)
 
     def title(self, item: WorkItem) -> str:
         """A job or a stage for people."""
@@ -100,10 +106,9 @@ class Display:
         now, busy = self.clock(), [slot for slot in self.slots.values() if slot.items]
         first = [(slot.items[0], now - slot.since) for slot in busy]
         running = [(self.queue.kind(i.stage) if i.kind == "stage" else JOB, since) for i, since in first]
-        behind = sum(len(slot.items) - 1 for slot in busy)  # jobs handed out that wait for the one before them
         unseen = state.total - state.done - state.running - state.waiting
         waiting = self.queue.stages_waiting()
-        return self.time_left.left(running, waiting, state.waiting + behind, max(0, unseen), len(self.slots))
+        return self.time_left.left(running, waiting, state.waiting, max(0, unseen), len(self.slots))
 
     def _idle(self, worker: str) -> str:
         """What a worker without work does: nothing, or it leaves its place to a stage of several processes."""

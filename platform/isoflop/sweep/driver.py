@@ -154,6 +154,7 @@ class Driver:
 
     def _step(self) -> bool:
         """One round; False when nothing is left to do."""
+        self._interrupts.keep()
         if not self._interrupts.draining:
             self._ask()
             self._dispatch()
@@ -161,6 +162,7 @@ class Driver:
         thinking = self._proposer.pending and not self._pacing.exhausted
         if not busy and not self._outbox and (self._interrupts.draining or not (len(self._queue) or thinking)):
             return False
+        self._show(force=self._executor.here)  # what is shown stays until poll is over
         for event in self._executor.poll(_POLL_SECONDS if not self._outbox else 0.02):
             if isinstance(event, Done):
                 self._on_done(event)
@@ -169,7 +171,6 @@ class Driver:
         self._enforce_deadlines()
         self._commit(force=not busy)  # no more rows are about to come
         self._ledger.keep_lease()
-        self._show()
         return True
 
     def _busy(self) -> bool:
@@ -214,6 +215,7 @@ class Driver:
         """Bring the executor up when there is the first thing to run: a finished sweep is opened again in a moment."""
         with self._interrupts.at_once():
             self._executor.start()
+        self._interrupts.keep()
         self._started_workers = True
         if self._executor.dashboard:
             self._progress.line(f"Ray's dashboard: {self._executor.dashboard}")

@@ -24,6 +24,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.draining = False
         self._at_once = False
+        self._handler: Callable[[int, Any], None] | None = None
 
     @contextmanager
     def watched(self, running: Callable[[], str], tell: Callable[[str], None]) -> Iterator[None]:
@@ -56,17 +57,25 @@ class Interrupts:
         os.set_blocking(theirs, False)
         fd = signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
         old = {s: signal.signal(s, interrupt) for s in _SIGNALS}
+        self._handler = interrupt
         thread = threading.Thread(target=announce, name="announces signals", daemon=True)
         thread.start()
         try:
             yield
         finally:
+            self._handler = None
             for number, handler in old.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(fd)
             os.close(theirs)
             thread.join()
             os.close(ours)
+
+    def keep(self) -> None:
+        """Take the signals back: a library that came up since (Ray's own, which prints a stack of C++) may have taken them."""
+        if self._handler is not None:
+            for number in _SIGNALS:
+                signal.signal(number, self._handler)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -78,7 +79,8 @@ def as_rows(
         groups.setdefault((task or y, model or NAMELESS, methods[i] or "(no method)", settings), []).append(i)
     groups = _by_setting(groups, numbers, plain, texts["repeat"], texts["example"])
     repeats = _repeats(texts["repeat"], table.num_rows)
-    rows, notes = _joined(groups, repeats, texts["example"], errors)
+    unused = _unused(table, y, names)
+    rows, notes = _joined(groups, repeats, texts["example"], errors, unused)
     out = [
         _row(place, key, repeat, members, scores, error, numbers, plain)
         for place, (key, repeat, members, scores, error) in enumerate(rows)
@@ -86,6 +88,26 @@ def as_rows(
     if texts["repeat"] is None and texts["example"] is None:
         notes.append("rows name no repeat or example: they are compared unpaired")
     return schema.to_table(out), notes
+
+
+def _unused(table: pa.Table, y: str, names: Mapping[str, str]) -> dict[str, list[Any]]:
+    """Columns that nothing asks for, which may hold settings."""
+    words = set(re.findall(r"\w+", " ".join([y, *names.values()]))) | set(names.values())
+    known = {*_TEXTS, *_AXES, *_COSTS, "error"}
+    return {
+        c: table[c].to_pylist()
+        for c in table.column_names
+        if c not in words and c not in known and not c.startswith(_KNOB)
+    }
+
+
+def _tell_apart(members: Sequence[int], unused: Mapping[str, Sequence[Any]]) -> str:
+    """What to do about rows that nothing tells apart: the columns that would, of those that nothing asks for."""
+    several = [c for c, values in unused.items() if len({str(values[i]) for i in members}) > 1]
+    if not several:
+        return "tell settings apart with a column knob.NAME"
+    pairs = ",".join(f"knob.{map_name(c)}={map_name(c)}" for c in several[:4])
+    return f"where {' or '.join(map(map_name, several[:4]))} is a setting of the method, say so: --map {pairs}"
 
 
 def _shown(names: Sequence[str]) -> str:
@@ -159,6 +181,7 @@ def _joined(
     repeats: Sequence[int],
     examples: Sequence[str | None] | None,
     errors: Any,
+    unused: Mapping[str, Sequence[Any]],
 ) -> tuple[list[tuple[Any, int, list[int], list[float], float]], list[str]]:
     """(configuration, repeat, its rows, scores by example, error) per row of a ledger, and what was left out."""
     found: dict[tuple[Any, int], list[int]] = {}
@@ -172,7 +195,7 @@ def _joined(
             if len(members) > 1:
                 raise UserError(
                     f"rows {members[0]} and {members[1]} (the first is 0) are both {' '.join(map(str, key[2:4]))} of task {key[0]} and one repeat; "
-                    "tell them apart with a column knob.NAME (settings), repeat or example"
+                    f"{_tell_apart(members, unused)}; or with columns repeat or example"
                 )  # fmt: skip
         return [(key, repeat, m, [], float(errors[m[0]])) for (key, repeat), m in found.items()], []
     good: dict[tuple[Any, int], set[str]] = {}
@@ -181,7 +204,7 @@ def _joined(
         twice = next((e for e, n in Counter(ids).items() if n > 1), None)
         if twice is not None or None in ids:
             what = "a row has no example" if None in ids else f"example {twice!r} stands twice"
-            help = "" if None in ids else "; tell settings apart with a column knob.NAME"
+            help = "" if None in ids else f"; {_tell_apart(members, unused)}"
             raise UserError(f"{what} in {' '.join(map(str, key[2:4]))} of task {key[0]}; each configuration has one row per example and repeat{help}")  # fmt: skip
         good[key, repeat] = {str(examples[i]) for i in members if math.isfinite(errors[i])}
     shared, sparse = _shared(good)

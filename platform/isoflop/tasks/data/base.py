@@ -6,7 +6,7 @@ A field that names data is part of a job's id by the data's content, and not by 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated
 
@@ -23,10 +23,11 @@ from isoflop.tasks.data.rows import Row, Rows, chosen, read
 
 @dataclass(frozen=True)
 class Example:
-    """A row with its number."""
+    """A row with its number; ``place`` is where it stands in a file, for messages."""
 
     id: int
     row: Row
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ def _check_examples(task: DataTask, content: str) -> None:
 def drawn(rows: Rows, limit: int, seed: int) -> list[Example]:
     """At most ``limit`` examples, 0 for all."""
     places = chosen(len(rows), limit or None, seed, rows.ids_N)
-    return [Example(int(rows.ids_N[place]), rows.rows[place]) for place in places]
+    return [Example(int(rows.ids_N[place]), rows.rows[place], rows.place(place)) for place in places]
 
 
 def shards(task: Task, examples: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
@@ -95,6 +96,7 @@ def shards(task: Task, examples: Sequence[Example], size: int, seed: int) -> Ite
 
 
 def bad_row(task: Task, example: Example, problem: str) -> UserError:
-    """The error for an example that cannot be used: names the data and shows the row."""
+    """The error for an example that cannot be used: says where it stands, and shows the row."""
     row = str(dict(example.row))
-    return UserError(f"task {task.name}: {problem}; the row is {row[:160]}{'…' if len(row) > 160 else ''}")
+    where = f"{example.place}: " if example.place else ""
+    return UserError(f"task {task.name}: {where}{problem}; the row is {row[:160]}{'…' if len(row) > 160 else ''}")

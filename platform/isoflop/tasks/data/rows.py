@@ -15,7 +15,9 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,12 +40,21 @@ class Rows:
         rows: fields by name.
         ids_N: the examples' numbers, from their content.
         content: names all of them together, whatever their order.
+        origins: file and number of each row, from 1, where they are known.
     """
 
     name: str
     rows: tuple[Row, ...]
     ids_N: np.ndarray
     content: str
+    origins: tuple[tuple[str, int], ...] = ()
+
+    def place(self, index: int) -> str:
+        """Where a row stands, for messages."""
+        if not self.origins:
+            return ""
+        file, number = self.origins[index]
+        return f"row {number} of {file}"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -94,10 +105,13 @@ def suffix_of(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 
-def named(rows: Sequence[Row], name: str, keys: Sequence[str] | None = None) -> Rows:
+def named(
+    rows: Sequence[Row], name: str, keys: Sequence[str] | None = None, origins: Sequence[tuple[str, int]] = ()
+) -> Rows:
     """Rows with their numbers.
 
     Args:
+        origins: file and number of each row.
         keys: what names each row; by default the canonical JSON of its fields.
     """
     keys = [canonical_json(row) for row in rows] if keys is None else keys
@@ -109,7 +123,9 @@ def named(rows: Sequence[Row], name: str, keys: Sequence[str] | None = None) -> 
     order = sorted(range(len(rows)), key=numbers.__getitem__)
     ids_N = np.array([numbers[place] for place in order], dtype=np.int64)
     content = hashlib.sha256(ids_N.astype("<i8").tobytes()).hexdigest()[:20]
-    return Rows(name, tuple(rows[place] for place in order), ids_N, content)
+    return Rows(
+        name, tuple(rows[place] for place in order), ids_N, content, tuple(origins[place] for place in order if origins)
+    )
 
 
 def example_number(key: str, copy: int = 0) -> int:
@@ -139,11 +155,7 @@ def _files(data: str, split: str, kinds: Mapping[str, Any], what: str) -> list[P
         return [path]
     if not path.is_dir():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise (
-            unknown("file or folder", path.name, beside, f"data {data}")
-            if beside
-            else UserError(f"data {data}: no such file or folder")
-        )
+        raise (_missing(data, path, beside) if beside else UserError(f"data {data}: no such file or folder"))
     found = data_files(path, kinds)
     if not found:
         raise UserError(f"data {data}: the folder holds no {what} file; allowed: {allowed}")
@@ -154,6 +166,13 @@ def _files(data: str, split: str, kinds: Mapping[str, Any], what: str) -> list[P
             f"{', '.join(str(p.relative_to(path)) for p in found[:10])}"
         )
     return of_split
+
+
+def _missing(data: str, path: Path, beside: Sequence[str]) -> UserError:
+    """The error for a file that is not there: names the nearest ones, however many there are."""
+    near = get_close_matches(path.name, beside, n=3, cutoff=0.5)
+    hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else f"; it holds {len(beside)} others"
+    return UserError(f"data {data}: no file or folder {path.name!r} in {path.parent}{hint}")
 
 
 def data_files(folder: Path, kinds: Mapping[str, Any], split: str = "") -> list[Path]:
@@ -179,17 +198,25 @@ def _state(path: Path) -> tuple[int, int]:
 
 @lru_cache(maxsize=32)  # by size and time of change, so that a file that was written anew is read anew
 def _of_files(files: tuple[tuple[Path, int, int], ...], name: str) -> Rows:
-    rows = [row for path, _, _ in files for row in _read_file(path)]
+    rows: list[Row] = []
+    origins: list[tuple[str, int]] = []
+    for path, _, _ in files:
+        own = _read_file(path)
+        rows += own
+        file = str(path)
+        origins += [(file, number) for number in range(1, len(own) + 1)]
     if not rows:
         raise UserError(f"data {name}: holds no rows")
-    return named(rows, name)
+    return named(rows, name, origins=origins)
 
 
 def _read_file(path: Path) -> list[Row]:
     try:
+        if suffix_of(path) in SEPARATORS and other_form(path):  # read as such it would be cells without sense
+            raise UserError(f"data {path}: holds no cells")
         return list(READERS[suffix_of(path)](path))
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{error}{other_form(path)}") from None
     except (
         OSError,
         ValueError,
@@ -198,8 +225,34 @@ def _read_file(path: Path) -> list[Row]:
         csv.Error,
     ) as error:  # Arrow's own errors are ValueErrors and OSErrors, too
         raise UserError(
-            f"data {path}: cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
+            f"data {path}: cannot be read: {str(error).splitlines()[0] if str(error) else error!r}{other_form(path)}"
         ) from None
+
+
+def other_form(path: Path) -> str:
+    """Words on what a file seems to hold, where its name says something else; empty where it does not."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            head = file.read(4096)
+    except (OSError, EOFError, zlib.error):
+        return ""
+    kind = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None) or _form_of(head)
+    if kind is None or READERS[kind] is READERS[suffix_of(path)] or {kind, suffix_of(path)} <= set(SEPARATORS):
+        return ""
+    own = path.name.removesuffix(".gz")
+    return f"; it looks like {kind[1:]}: name it {own.removesuffix(Path(own).suffix)}{kind}{path.name[len(own) :]}"
+
+
+def _form_of(head: bytes) -> str | None:
+    """The ending for a text that begins so."""
+    first = head.decode("utf-8-sig", "replace").lstrip().partition("\n")[0].strip()
+    if first.startswith("{"):
+        with suppress(ValueError, RecursionError):
+            return ".jsonl" if isinstance(json.loads(first), dict) else None
+        return None
+    if first.startswith("["):
+        return ".json" if first[1:].lstrip()[:1] in ("", "{", "]") else None
+    return next((kind for kind, mark in SEPARATORS.items() if mark in first), None)
 
 
 def text_of(path: Path) -> str:
@@ -277,12 +330,13 @@ def _arrow(path: Path) -> Iterator[Row]:
     yield from table.to_pylist()
 
 
+SEPARATORS = {".tsv": "\t", ".csv": ","}
+_MAGIC = {b"PAR1": ".parquet", b"ARROW1": ".arrow"}
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,
-    ".csv": _separated(","),
-    ".tsv": _separated("\t"),
+    **{kind: _separated(mark) for kind, mark in SEPARATORS.items()},
     ".parquet": _parquet,
     ".arrow": _arrow,
     ".feather": _arrow,
