@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from click.testing import CliRunner
 
+from isoflop.cli import cli
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.methods.base import METHODS, build
 from isoflop.models.family import family_of
 from isoflop.search.law.axes import AxisSpec
 from isoflop.sweep.law_axes import axes_of, planned_axes
+from isoflop.sweep.plan import make_plan
 from isoflop.sweep.resolve import resolve
 from isoflop.sweep.searching import problem_of
 
@@ -53,6 +58,33 @@ def test_a_knob_that_counts_something_else_is_no_axis() -> None:
     found = planned_axes(sweep, {LLAVA: 1.0})
     assert "V" not in found
     assert read(found["bits"], "bitstack", bits=4.0) == 4.0
+
+
+@pytest.mark.parametrize(("options", "bits"), [({}, 32), ({"served": "bfloat16"}, 16), ({"dtype": "float16"}, 16)])
+def test_a_plan_says_what_its_ratios_are_against(options: dict[str, Any], bits: int, tmp_path: Path) -> None:
+    """As they are measured: against what the model's elements count, which is 32 bits of a checkpoint in float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+    }
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(tmp_path / "llm")
+    sweep = {
+        "name": "s", "models": [{"hf:llm": options}], "methods": [{"rtn": {"bits": [4, 8]}}], "tasks": ["generation-latency"],
+    }  # fmt: skip
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(sweep))
+    plan = make_plan(resolve(path), str(tmp_path / "store"))
+    assert plan.dense_bits == {"hf:llm": bits}
+    assert plan.axes["rtn"]["ratio"] == (bits / 8, bits / 4)
+    said = CliRunner().invoke(cli, ["plan", str(path), "--store", str(tmp_path / "store")]).output
+    assert f"these ratios are against {bits} bits per element" in said
+    assert ("{served: bfloat16}" in said) == (bits == 32)
+    assert family_of("hf:llm").info("hf:llm", options).dense_bits == bits
 
 
 def test_several_methods_share_an_axis_and_a_composition_plans_through() -> None:

@@ -219,6 +219,9 @@ def _print_plan(plan: Plan) -> None:
     for method, axes in plan.axes.items():
         ends = (f"{axis} {low:.4g}" + (f" … {high:.4g}" if high > low else "") for axis, (low, high) in axes.items())
         out.print(f"{method} plans {', '.join(ends)}")
+    if any({"ratio", "bits"} <= set(axes) for axes in plan.axes.values()):
+        for line in _dense_bits(plan):
+            out.print(Text(line))
     if plan.stages:
         rows = []
         for stage in plan.stages:
@@ -256,3 +259,14 @@ def _print_plan(plan: Plan) -> None:
         out.print(Text(f"infeasible: {line}", style="yellow"))
     if len(plan.infeasible) > 10:
         out.print(f"… and {len(plan.infeasible) - 10} more infeasible points")
+
+
+def _dense_bits(plan: Plan) -> list[str]:
+    """What ratios of bits are against."""
+    lines = []
+    for bits in sorted(set(plan.dense_bits.values())):
+        models = [model for model, own in plan.dense_bits.items() if own == bits]
+        whose = "" if len(models) == len(plan.dense_bits) else f" of {', '.join(models)}"
+        hint = "; {served: bfloat16} beside the model counts 16" if bits == 32 else ""
+        lines.append(f"these ratios are against {bits} bits per element{whose}{hint}")
+    return lines

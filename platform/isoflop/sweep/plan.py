@@ -47,6 +47,8 @@ class Plan:
         flops: per answer, summed over finished jobs' answers; None when nothing has run.
         forecast: what the search's answer is expected to cost, where it says.
         axes: of each method, the least and the most that its configurations plan on an axis (``Method.axes``).
+        dense_bits: of each model, what an element counts where nothing compresses it (``ModelInfo.dense_bits``): what planned
+            and measured ratios of bits are against.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Plan:
     budget: dict[str, Any]
     forecast: Forecast | None = None
     axes: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    dense_bits: dict[str, int] = field(default_factory=dict)
 
     @property
     def left(self) -> int | None:
@@ -95,6 +98,7 @@ class Plan:
             "sampled": self.sampled,
             "budget": self.budget,
             "axes": {method: {axis: list(ends) for axis, ends in found.items()} for method, found in self.axes.items()},
+            "dense_bits": self.dense_bits,
             "forecast": None if self.forecast is None else self.forecast.to_dict(),
         }
 
@@ -129,6 +133,7 @@ def make_plan(sweep: Sweep, store_uri: str | None = None, cache_dir: Path | None
         budget={k: v for k, v in spec.budget.model_dump().items() if v is not None},
         forecast=_forecast(sweep, store),
         axes=_axes(sample),
+        dense_bits={job.job.model: job.info.dense_bits for job in sample},
     )
 
 
