@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -121,6 +122,26 @@ def wild_table(rng: Rng) -> dict[str, Any]:
     return {name: COLUMNS[pick(rng, PLAIN if rng.random() < 0.6 else list(COLUMNS))](rng, rows) for name in names}
 
 
+def rows_table(rng: Rng) -> dict[str, Any]:
+    """A table of methods that can be asked without a law, with at most one column as it should not be."""
+    settings = [("none", 1.0), *((m, k) for m in ("a", "b")[: int(rng.integers(0, 3))] for k in (0.5, 0.25))]
+    examples = int(rng.integers(1, 6))
+    rows = [(m, k, e) for m, k in settings for e in range(examples)]
+    n = len(rows)
+    table: dict[str, Any] = {
+        "method": [m for m, _, _ in rows], "knob.keep": [k for _, k, _ in rows], "example": [e for _, _, e in rows],
+        "error": [float(v) for v in (rng.random(n) < 0.4)] if rng.random() < 0.5 else list(rng.random(n)),
+        "kv_bytes": [1e3 * k for _, k, _ in rows], "flops": [1e9 * k for _, k, _ in rows], "seconds": list(rng.random(n)),
+        "task": [pick(rng, ("t", "u")) if rng.random() < 0.1 else "t" for _ in rows],
+    }  # fmt: skip
+    for name in ("knob.keep", "example", "task", "seconds", "kv_bytes"):
+        if rng.random() < 0.15:
+            del table[name]
+    if rng.random() < 0.4:
+        table[pick(rng, list(table))] = COLUMNS[pick(rng, list(COLUMNS))](rng, n)
+    return table
+
+
 RAW = (
     b"", b"\n", b"\xef\xbb\xbfN,V,error\n1,2,.5\n", "N,V,größe\n1,1,2\n".encode("latin-1"), "N,V,error\n1,1,2\n".encode("utf-16"),
     b"N;V;error\n1;1;.5\n2;2;.4\n", b"N,V,error\n1,1\n", b"N,V,error\n" + b"1,1,.5\n" * 50, b"N,N,error\n1,1,.5\n", b"\x00\x01\xff" * 100,
@@ -129,7 +150,7 @@ RAW = (
 )  # fmt: skip
 
 
-def write(rng: Rng, folder: Path) -> Path:
+def write(rng: Rng, folder: Path, good: Callable[[Rng], dict[str, Any]] = good_table) -> Path:
     """A file with a table, or with something else."""
     suffix = pick(rng, (".csv", ".csv", ".parquet", ".parquet", ".parquet", ".jsonl", ".arrow", ".tsv", ""))
     path = folder / f"t{suffix}"
@@ -137,7 +158,7 @@ def write(rng: Rng, folder: Path) -> Path:
         path.write_bytes(pick(rng, RAW))
         return path
     try:
-        table = pa.table(good_table(rng) if rng.random() < 0.7 else wild_table(rng))
+        table = pa.table(good(rng) if rng.random() < 0.7 else wild_table(rng))
         if suffix == ".parquet":
             pa.parquet.write_table(table, path)
         elif suffix == ".arrow":
@@ -213,14 +234,46 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "--hold": ("V=4", "N=1e9", "V=0", "V=-1", "V=nan", "N=1e9", "N=1e9,V=4", "W=1", "V=inf"),
     "--forms": ("product,semilog", "product,a*N**b*V**c", "product,product", "", "nope", "a*N+b", "chinchilla,power", "N*V"),
     "--along": ("N", "V", "D", "nope", ""),
+    "--share": ("0.5", "0.25,0.5", *NUMBERS),
+    "--within": ("0.1", "0.01", *NUMBERS),
+    "--versus": ("a", "none", "b", "nope", ""),
+    "--baseline": ("none", "a", "nope", ""),
+    "--speed-up": (),
+    "--measured": (),
+    "--price": ("kv_bytes", "flops", "seconds", "bytes", "weight_bytes", "gpu", "flops+1", "kv_bytes*0", "-flops", "error", ""),
+    "--save": ("x.csv", "x.json", "x.tex", "x.png", "x.svg", "x.html", "x.parquet", "x.docx", "x", "no/x.csv"),
+    "--names": ("knob.keep=keep", "method=method", "method=example", "repeat=example", "error=error", "knob.x=task", "bytes=kv_bytes*2", "x=y"),
     "--store": (".", ".", "/nonexistent/x", "a://b", "http://x", "\udcff"),
 }  # fmt: skip
 FLAGS = (*["--json"] * 12, "--help", "--nope")
 SHARED = ("--y", "--map", "--objective", "--delta", "--weights", "--where", "--seed", "--separator", "--store")
 FITTED = ("--law", "--by", "--cluster", "--bootstrap", "--scheme", "--bounds", "--fix", "--level")
+ASKED = (
+    "--share",
+    "--within",
+    "--speed-up",
+    "--measured",
+    "--versus",
+    "--baseline",
+    "--budget",
+    "--price",
+    "--save",
+    "--names",
+)
+SPELLED = {"--price": "--cost", "--names": "--map"}  # options whose values are others where rows answer
 TAKES = {
     "fit": SHARED + FITTED,
     "compare": (*SHARED, "--forms", "--along", "--bootstrap", "--by"),
+    "answers": (
+        *ASKED,
+        *ASKED,
+        "--y",
+        "--where",
+        "--seed",
+        "--level",
+        "--separator",
+        "--law",
+    ),  # of frontier, without a law
     "frontier": (*SHARED, *FITTED, "--cost", "--q", "--budget", "--sizes", "--tokens", "--limits", "--hold"),
 }
 
@@ -228,20 +281,26 @@ TAKES = {
 def line(rng: Rng, folder: Path) -> list[str]:
     command = pick(rng, list(TAKES))
     path = (
-        str(write(rng, folder))
+        str(write(rng, folder, rows_table if command == "answers" else good_table))
         if rng.random() < 0.97
         else pick(rng, ("nope.csv", str(folder), "n" * 300, "sweep", "\udcff.csv", ""))
     )
-    arguments = [command, path]
-    if rng.random() < 0.7:
+    asking = command == "answers"
+    arguments = ["frontier" if asking else command, path]
+    if asking and rng.random() < 0.9:
+        arguments += ["--measured", "--cost", pick(rng, ("kv_bytes", "flops"))]
+    if not asking and rng.random() < 0.7:
         arguments += ["--map", "N=N,V=V"]
     if command == "frontier" and rng.random() < 0.7:
         arguments += ["--q", "50"]
-    if command != "compare":
+    if command != "compare" and not asking:
         arguments += ["--bootstrap", pick(rng, ("0", "40"))]
     tame = rng.random() < 0.5  # the first values of each option are good ones: these lines get further
     for option in map(str, rng.permutation(TAKES[command])[: int(rng.integers(0, 5))]):
-        arguments += [option, pick(rng, OPTIONS[option][:2] if tame else OPTIONS[option])]
+        arguments.append(SPELLED.get(option, option))
+        if OPTIONS[option]:
+            value = pick(rng, OPTIONS[option][:2] if tame else OPTIONS[option])
+            arguments.append(str(folder / value) if option == "--save" else value)
     if rng.random() < 0.5:
         arguments.append(pick(rng, FLAGS))
     return arguments
@@ -321,6 +380,19 @@ def test_some_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_many_command_lines(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = LINES // CHUNKS
     assert tried(chunk * size, size, tmp_path, monkeypatch) == []
+
+
+def test_every_option_is_tried() -> None:
+    from isoflop.cli import cli
+
+    context = click.Context(cli)
+    for name in ("fit", "compare", "frontier"):
+        command = cli.get_command(context, name)
+        assert command is not None
+        known = {o for p in command.params if isinstance(p, click.Option) for o in p.opts} - {"--json", "--help"}
+        takers = [name, "answers"] if name == "frontier" else [name]
+        tried = {SPELLED.get(o, o) for taker in takers for o in TAKES[taker]} | {"--save"}
+        assert known <= tried, f"{name}: {sorted(known - tried)}"
 
 
 def test_the_fuzzer_notices() -> None:

@@ -194,7 +194,7 @@ def _joined(
         for (key, _), members in found.items():
             if len(members) > 1:
                 raise UserError(
-                    f"rows {members[0]} and {members[1]} (the first is 0) are both {' '.join(map(str, key[2:4]))} of task {key[0]} and one repeat; "
+                    f"rows {members[0]} and {members[1]} (the first is 0) are both {_called(key)} of task {key[0]} and one repeat; "
                     f"{_tell_apart(members, unused)}; or with columns repeat or example"
                 )  # fmt: skip
         return [(key, repeat, m, [], float(errors[m[0]])) for (key, repeat), m in found.items()], []
@@ -205,7 +205,7 @@ def _joined(
         if twice is not None or None in ids:
             what = "a row has no example" if None in ids else f"example {twice!r} stands twice"
             help = "" if None in ids else f"; {_tell_apart(members, unused)}"
-            raise UserError(f"{what} in {' '.join(map(str, key[2:4]))} of task {key[0]}; each configuration has one row per example and repeat{help}")  # fmt: skip
+            raise UserError(f"{what} in {_called(key)} of task {key[0]}; each configuration has one row per example and repeat{help}")  # fmt: skip
         good[key, repeat] = {str(examples[i]) for i in members if math.isfinite(errors[i])}
     shared, sparse = _shared(good)
     rows: list[tuple[Any, int, list[int], list[float], float]] = []
@@ -239,6 +239,11 @@ def _shared(good: Mapping[tuple[Any, int], set[str]]) -> tuple[dict[tuple[str, i
     return shared, sparse
 
 
+def _called(key: Sequence[str]) -> str:
+    """A method with its settings, from (task, model, method, settings)."""
+    return " ".join([key[2], *(f"{k} {v}" for k, v in json.loads(key[3]).items())])
+
+
 def _left_out(sparse: Mapping[tuple[Any, int], str]) -> list[str]:
     """A line per configuration, of the first few."""
     by_key: dict[Any, str] = {}
@@ -246,8 +251,7 @@ def _left_out(sparse: Mapping[tuple[Any, int], str]) -> list[str]:
         by_key.setdefault(key, share)
     notes = []
     for key, share in by_key.items():
-        called = " ".join([key[2], *(f"{k} {v}" for k, v in json.loads(key[3]).items())])
-        notes.append(f"{called} of task {key[0]} is left out: it has finite errors on {share} examples")
+        notes.append(f"{_called(key)} of task {key[0]} is left out: it has finite errors on {share} examples")
     more = [f"and {len(notes) - 5} more configurations are left out for that"] * (len(notes) > 5)
     return notes[:5] + more
 
