@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from isoflop.sweep.resolve import resolve
 from isoflop.tasks.base import TASKS
 from isoflop.tasks.data.choice import Choice
 from isoflop.tasks.harness.common import HarnessTask
+from isoflop.tasks.language_task import SIZES
 
 pytestmark = pytest.mark.usefixtures("toy_parts")
 OWN = Path(__file__).parents[2] / "sweeps" / "own"
@@ -49,6 +51,16 @@ def test_every_method_of_isoflop_measures_costs_that_are_known() -> None:
     assert strange == []
     assert all(map(is_measured, ("ratio_kv_cache", "bits_weights", "modelled_ms_10gbit", "kv_bytes")))
     assert not any(map(is_measured, ("acuracy", "ratio_", "kv-bytes")))
+
+
+def test_costs_that_only_some_models_or_methods_have_are_known_too() -> None:
+    """Sizes of a model that laws ask for, and all that the recorded runs of every task and method hold."""
+    recorded = [json.loads(path.read_text()) for path in (Path(__file__).parents[1] / "golden").glob("*.json")]
+    methods = [key.partition(".")[2] for r in recorded if r["kind"] == "method" for key in r["numbers"]]
+    costs = {name for name in methods if "outputs" not in name} - {"cost"}
+    costs |= {key.removeprefix("costs.") for r in recorded for key in r["numbers"] if key.startswith("costs.")}
+    assert len(costs) > 50
+    assert [name for name in (*SIZES, *sorted(costs)) if not is_measured(name)] == []
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ MEASURED: dict[str, str] = {
     "tokens_mean": "patches that a block sees on average",
     "layers": "layers of the model",
     "width": "width of the model",
+    "train_tokens": "tokens that the model was trained on",
     "seconds": "seconds of an answer",
     "eval_seconds": "seconds of all examples",
     "peak_bytes": "most bytes held at once while answering",

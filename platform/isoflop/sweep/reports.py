@@ -88,8 +88,9 @@ class Reports:
             allowed = [f"footprint.{name}" for name in MEASURED]
         guess = nearest(f"{record}.{key}", allowed)
         hint = f" (did you mean {guess!r}?)" if guess else ""
+        shown = ", ".join(allowed[:12]) + (", … (isoflop.costs.names has them all)" if len(allowed) > 12 else "")
         raise UserError(
-            f"{where}: no part of this sweep reports {record + '.' + key!r}{hint}; allowed: {', '.join(allowed) or 'columns'}"
+            f"{where}: no part of this sweep reports {record + '.' + key!r}{hint}; allowed: {shown or 'columns'}"
         )
 
     def _refuse_misspelt(self, metric: str, where: str) -> None:
