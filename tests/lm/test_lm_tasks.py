@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -94,8 +95,9 @@ def test_an_oracle_makes_no_error_and_a_liar_nothing_else(recall_lm: LmModel, lm
     class Fixed(LmModel):
         shift = 0
 
-        def logits(self, batch: LmBatch) -> torch.Tensor:
-            return F.one_hot((batch.targets_BT.clamp(min=0) + self.shift) % 128, 128).float() * 50
+        def scored_logits(self, batch: LmBatch, most: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            targets_S = batch.targets_BT[batch.targets_BT != NOT_SCORED]
+            yield F.one_hot((targets_S + self.shift) % 128, 128).float() * 50, targets_S
 
     oracle, liar = Fixed(recall_lm.info, recall_lm.module), Fixed(recall_lm.info, recall_lm.module)
     liar.shift = 1

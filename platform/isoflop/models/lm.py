@@ -21,12 +21,15 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.stage import StageContext
 from isoflop.models.base import ModelInfo
 from isoflop.models.decoder_model import DecoderModel, decoder_of
+from isoflop.models.heads import head_logits
 from isoflop.models.hooks.attention import ATTENTION, AttentionPolicy
 from isoflop.models.worlds.calibration import CalibrationText
 from isoflop.models.worlds.lm_text import TokenizerSource, TokensStage
 from isoflop.models.worlds.text_pool import TrainingPool
 
 NOT_SCORED = -100
+MOST_LOGITS = 2**24
+"""Numbers of one tensor of logits, unless a pass cannot do with fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,16 +99,34 @@ class LmModel(DecoderModel):
 
         A cache that spans layers takes two passes, the prompt through all layers first, or one per token behind it.
         """
+        return torch.cat([output.logits for output in self._passes(self.module, batch)], dim=1)
+
+    def scored_logits(self, batch: LmBatch, most: int = MOST_LOGITS) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits (S, W) of the scored positions, row by row, and their targets (S,); at most ``most`` numbers at a time.
+
+        The decoder runs once, its head on nothing but what is scored.
+        """
+        outputs = list(self._passes(self.decoder, batch))
+        states_BTd = torch.cat([output.last_hidden_state for output in outputs], dim=1)
+        scored_BT = batch.targets_BT != NOT_SCORED
+        states_Sd, targets_S = states_BTd[scored_BT], batch.targets_BT[scored_BT]
+        size = max(1, most // self.info.geometry["vocab_size"])
+        for part_Sd, wanted_S in zip(states_Sd.split(size), targets_S.split(size), strict=True):
+            yield head_logits(self.module, self.decoder, outputs[-1], part_Sd), wanted_S
+
+    def _passes(self, module: Any, batch: LmBatch) -> Iterator[Any]:
+        """Outputs of the language model, or of its decoder, over the columns of a batch, in as many passes as it takes."""
         policy = self.occupant(ATTENTION)
         if policy is not None and policy.spans_layers and batch.prefix:
-            return self._in_passes(batch, policy, 1 if policy.token_by_token else None)
+            yield from self._in_passes(module, batch, policy, 1 if policy.token_by_token else None)
+            return
         with self.compressing_prefix(batch.prefix) if batch.prefix else nullcontext():
-            return self.module(
+            yield module(
                 input_ids=batch.ids_BT,
                 attention_mask=None if batch.valid_BT is None else batch.valid_BT.long(),
                 position_ids=positions_of(batch),
                 use_cache=False,
-            ).logits
+            )
 
     @torch.no_grad()
     def stepwise_logits(self, batch: LmBatch) -> Tensor:
@@ -113,27 +134,21 @@ class LmModel(DecoderModel):
         policy = self.occupant(ATTENTION)
         if policy is None or not batch.prefix:
             raise ValueError("stepwise_logits needs a method on the KV cache and a prompt")
-        return self._in_passes(batch, policy, 1)
+        return torch.cat([output.logits for output in self._in_passes(self.module, batch, policy, 1)], dim=1)
 
-    def _in_passes(self, batch: LmBatch, policy: AttentionPolicy, stride: int | None) -> Tensor:
+    def _in_passes(self, module: Any, batch: LmBatch, policy: AttentionPolicy, stride: int | None) -> Iterator[Any]:
         """The prompt, and what is behind it: ``stride`` tokens in each pass, or all in one."""
         positions_BT, length = positions_of(batch), batch.ids_BT.shape[1]
         starts = [0, *range(batch.prefix, length, stride or max(length - batch.prefix, 1))]
-        parts = []
         with policy.session():
             for start, stop in pairwise([*starts, length]):
-                prompt = start == 0 and batch.valid_BT is not None
-                parts.append(
-                    self.module(
-                        input_ids=batch.ids_BT[:, start:stop],
-                        attention_mask=batch.valid_BT[:, :stop].long()
-                        if prompt and batch.valid_BT is not None
-                        else None,
-                        position_ids=positions_BT[:, start:stop],
-                        use_cache=False,
-                    ).logits
+                valid_BT = None if start or batch.valid_BT is None else batch.valid_BT[:, :stop].long()
+                yield module(
+                    input_ids=batch.ids_BT[:, start:stop],
+                    attention_mask=valid_BT,
+                    position_ids=positions_BT[:, start:stop],
+                    use_cache=False,
                 )
-        return torch.cat(parts, dim=1)
 
     @contextmanager
     def serving(self) -> Iterator[Any]:

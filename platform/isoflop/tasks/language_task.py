@@ -20,6 +20,7 @@ from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.models.base import Model, ModelInfo
+from isoflop.models.budget import tokens_at_once
 from isoflop.models.counting import flops_of
 from isoflop.models.features import batches
 from isoflop.models.hooks.feed_forward import FEED_FORWARD
@@ -27,8 +28,6 @@ from isoflop.models.lm import NOT_SCORED, LmBatch, LmInfo, LmModel
 from isoflop.tasks.base import Shard, Task
 from isoflop.tasks.footprint import byte_costs, decoder_cache, peak_bytes_of, seconds_of
 
-MOST_LOGITS = 2**24
-"""Logits of one forward pass, batch times tokens times vocabulary."""
 SIZES = ("width", "layers", "train_tokens")
 """What a row says of its model besides N, for laws."""
 
@@ -109,7 +108,8 @@ class LanguageTask(Task):
         lm = lm_model(model, self.name)
         suite = self.suite(lm.info, ctx)
         order_N = self.order(seed, len(suite))
-        size = max(1, MOST_LOGITS // (suite.sequences.ids_BT.shape[1] * lm.info.geometry["vocab_size"]))
+        length = suite.sequences.ids_BT.shape[1]
+        size = tokens_at_once(lm, length) // length
         for part in batches(len(order_N), self.shard):
             ids = order_N[part]
             pieces = [(score(lm, suite.rows(ids[piece])), observed(lm)) for piece in batches(len(ids), size)]
@@ -145,12 +145,15 @@ class LanguageTask(Task):
 def score(model: LmModel, batch: LmBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each sequence: summed negative log-likelihood in nats, right tokens, scored tokens; each (B,)."""
     batch = batch.to(model.device)
-    logits_BTW = model.logits(batch).float()
-    nll_BT = F.cross_entropy(logits_BTW.transpose(1, 2), batch.targets_BT, reduction="none", ignore_index=NOT_SCORED)
+    nll, right = [], []
+    for logits_SW, targets_S in model.scored_logits(batch):
+        nll.append(F.cross_entropy(logits_SW.float(), targets_S, reduction="none").double())
+        right.append((logits_SW.argmax(-1) == targets_S).double())
     scored_BT = batch.targets_BT != NOT_SCORED
-    right_BT = (logits_BTW.argmax(-1) == batch.targets_BT) & scored_BT
-    columns = nll_BT.double().sum(1), right_BT.sum(1).double(), scored_BT.sum(1).double()
-    return tuple(column.cpu().numpy() for column in columns)  # type: ignore[return-value]
+    rows_S = scored_BT.nonzero()[:, 0]
+    zero_B = torch.zeros(len(scored_BT), dtype=torch.float64, device=rows_S.device)
+    columns = (zero_B.index_add(0, rows_S, torch.cat(x)) if x else zero_B for x in (nll, right))
+    return *(column.cpu().numpy() for column in columns), scored_BT.sum(1).double().cpu().numpy()
 
 
 def observed(model: LmModel) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.models.base import Model, ModelInfo
+from isoflop.models.budget import tokens_at_once
 from isoflop.models.counting import flops_of
 from isoflop.models.features import batches
 from isoflop.models.hooks.attention import CacheReport
@@ -30,7 +31,7 @@ from isoflop.models.worlds import fact_world as world
 from isoflop.models.worlds.fact_world import FactQuestion
 from isoflop.tasks.base import TASKS, Shard, Task
 from isoflop.tasks.footprint import byte_costs, decoder_cache, peak_bytes_of, seconds_of
-from isoflop.tasks.language_task import MOST_LOGITS, lm_info, lm_model, observed, score
+from isoflop.tasks.language_task import lm_info, lm_model, observed, score
 
 MEASURED = 8
 """Examples over which costs are averaged, since prompts differ in length."""
@@ -210,7 +211,7 @@ def answers(
             are none of the task's examples.
     """
     nll_B, wrong_B = np.zeros(len(prompts)), np.zeros(len(prompts))
-    for numbers in alike(prompts, MOST_LOGITS // lm.info.geometry["vocab_size"]):
+    for numbers in alike(prompts, tokens_at_once(lm, max((prompt.length for prompt in prompts), default=1))):
         nll, right, scored = score(lm, answer_batch([prompts[number] for number in numbers]))
         nll_B[numbers], wrong_B[numbers] = nll, (right < scored).astype(np.float64)
         if noted is not None:

@@ -147,7 +147,7 @@ class ImageQuestions:
         kinds = [
             (len(p.before), len(p.behind), tail) for p, tail in zip(prompts, tails or [0] * len(prompts), strict=True)
         ]
-        return list(batches_of(kinds, [sum(kind) + patches for kind in kinds]))
+        return list(batches_of(self._vlm, kinds, [sum(kind) + patches for kind in kinds]))
 
     def _read(self, prompts: Sequence[ImagePrompt]) -> SegmentedPrompt:
         hidden = self._vlm.look(self._images(prompts), torch.tensor([prompt.id for prompt in prompts]))

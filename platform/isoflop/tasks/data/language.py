@@ -20,7 +20,9 @@ from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
 from isoflop.models.base import Model, ModelInfo
+from isoflop.models.budget import tokens_at_once
 from isoflop.models.contexts import Contexts, Ids, read_contexts, room_for
+from isoflop.models.decoder_model import DecoderModel
 from isoflop.models.hooks.feed_forward import FEED_FORWARD
 from isoflop.models.hooks.prompt_text import PROMPT_TEXT, Document
 from isoflop.models.lm import LmModel
@@ -31,8 +33,6 @@ from isoflop.tasks.data.prompts import PromptText, PromptTokenizer, Template, To
 from isoflop.tasks.data.rows import Rows
 from isoflop.tasks.language_task import lm_info, lm_model
 
-MOST_TOKENS = 2**14
-"""Tokens of one batch of contexts, padding included."""
 MOST_PADDING = 0.25
 """Padding of a batch over its tokens, from which shorter rows have one of their own; ``FREE_PADDING`` tokens are not counted."""
 FREE_PADDING = 128
@@ -166,7 +166,7 @@ class ContextTask(Task):
         """Numbers of examples that share a batch."""
         observing = lm.occupant(FEED_FORWARD) is not None
         kinds = [(self.alike(one), tuple(map(len, one.tails)) if observing else None) for one in asked]
-        return batches_of(kinds, [one.length for one in asked])
+        return batches_of(lm, kinds, [one.length for one in asked])
 
     @torch.no_grad()
     def measure(self, model: Model, ctx: StageContext) -> dict[str, float]:
@@ -191,8 +191,8 @@ class ContextTask(Task):
             return self.scores_of(contexts, [asked], tokens)
 
 
-def batches_of(kinds: Sequence[Any], lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Numbers of rows that share a batch: of one kind and similar length, ``MOST_TOKENS`` at most with their padding.
+def batches_of(model: DecoderModel, kinds: Sequence[Any], lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Numbers of rows that share a batch: of one kind and similar length, as many as a pass has memory for with their padding.
 
     One long row would make all others as long: of the 24 paragraphs of ``sweeps/real.yaml`` in one batch two thirds was padding.
     """
@@ -204,7 +204,8 @@ def batches_of(kinds: Sequence[Any], lengths: Sequence[int]) -> Iterator[list[in
         real = 0
         for number in sorted(numbers, key=lengths.__getitem__):
             size, real = lengths[number] * (len(batch) + 1), real + lengths[number]
-            if batch and (size > MOST_TOKENS or size - real > FREE_PADDING + MOST_PADDING * real):
+            most = tokens_at_once(model, lengths[number])
+            if batch and (size > most or size - real > FREE_PADDING + MOST_PADDING * real):
                 yield batch
                 batch, real = [], lengths[number]
             batch.append(number)

@@ -123,7 +123,7 @@ class Retrieval(Task):
         lengths = [max(len(p.context) + len(tail) for p, tail in row) for row in pairs]
         room_for(lm, max(lengths), f"task {self.name}: a document with a query")
         scores_QD = np.zeros((len(queries), len(documents)))
-        for batch in batches_of([None] * len(documents), lengths):
+        for batch in batches_of(lm, [None] * len(documents), lengths):
             with read_contexts(lm, [pairs[number][0][0].context for number in batch]) as contexts:
                 for place in range(len(queries)):
                     rows = [pairs[number][place] for number in batch]

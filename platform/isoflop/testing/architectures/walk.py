@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from isoflop.methods.base import build
 from isoflop.models.checkpoints.source import brief
 from isoflop.models.decoder_model import decoder_of, layers_of
 from isoflop.models.family import family_of
-from isoflop.models.lm import LmBatch, LmModel
+from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.taps import Tap, attention_in
 from isoflop.testing.architectures.small import RESERVED, WORDS, Architecture, NotSmall, small_config
@@ -123,6 +123,12 @@ def one_pass(subject: Subject) -> None:
         subject.compare("one pass", model.logits(batch))
         same("one pass over one text", model.logits(bare)[0], subject.alone[0])
     subject.compare("the model as it was", model.logits(plain))
+    for every in (1, 3):
+        targets_1T = torch.full_like(bare.ids_BT, NOT_SCORED)
+        targets_1T[:, ::every] = 1
+        asked = replace(bare, targets_BT=targets_1T, prefix=0)
+        found_SW = torch.cat([logits_SW for logits_SW, _ in model.scored_logits(asked, most=5 * WORDS)])
+        same(f"the head on one position of {every}", found_SW, subject.alone[0][::every])
 
 
 def step_by_step(subject: Subject) -> None:

@@ -1,0 +1,59 @@
+"""The output head of a Hugging Face language model, by itself: logits of some positions, without those of the others.
+
+With a vocabulary of 128,000 words, logits of all positions of a long text take far more memory than the pass that gives them.
+What an architecture does behind its head (caps, scales) is its own: so its own forward pass runs, with the decoder's states
+put in the place of the decoder.
+
+Shape suffixes: B rows, T tokens, S scored positions, d width, W vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Given(nn.Module):
+    """Stands where a decoder was, and gives what it gave; all else that is asked of it the decoder answers."""
+
+    def __init__(self, decoder: nn.Module, output: Any) -> None:
+        super().__init__()
+        object.__setattr__(self, "decoder", decoder)  # not a part of this one
+        self.output = output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["decoder"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output
+
+
+def head_logits(module: Any, decoder: nn.Module, output: Any, states_Sd: Tensor) -> Tensor:
+    """Logits (S, W) of states (S, d).
+
+    Args:
+        module: the language model.
+        decoder: inside it; its layers do not run.
+        output: what ``decoder`` gave in the pass that the states are from.
+    """
+    cut = type(output)(**{**output, "last_hidden_state": states_Sd[None]})
+    ids_1S = torch.zeros(1, len(states_Sd), dtype=torch.int64, device=states_Sd.device)
+    with _in_place_of(module, decoder, _Given(decoder, cut)):
+        logits_SW: Tensor = module(input_ids=ids_1S, use_cache=False).logits[0]
+    return logits_SW
+
+
+@contextmanager
+def _in_place_of(module: nn.Module, decoder: nn.Module, other: nn.Module) -> Iterator[None]:
+    name = next(name for name, found in module.named_modules() if found is decoder)
+    parent, _, own = name.rpartition(".")
+    place = module.get_submodule(parent)
+    place._modules[own] = other
+    try:
+        yield
+    finally:
+        place._modules[own] = decoder
