@@ -295,10 +295,10 @@ class Office:
         self.queue.add(job, MadeUpJob(*stages))  # type: ignore[arg-type]
         return job
 
-    def end(self, stage: str, status: str = "ok") -> None:
+    def end(self, stage: str, status: str = "ok", seconds: float = 0.0) -> None:
         """The worker that computes a stage is done with it."""
         name, found = next((w, i) for w, i in self.workers.given if i.stage == stage)
-        result: dict[str, Any] = {"ok": status == "ok", "status": status, "seconds": 0.0}
+        result: dict[str, Any] = {"ok": status == "ok", "status": status, "seconds": seconds}
         self.driver._on_done(Done(name, found, {**result, "error_type": "X", "error_text": "no"}))
 
     def lose(self, name: str, gone: frozenset[str] = frozenset()) -> None:
@@ -321,6 +321,15 @@ def test_a_stage_goes_to_a_host_that_has_its_slots(ledger: Ledger) -> None:
     office.add(2, MadeUpStage("narrow"))
     office.round()
     assert office.workers.stages == [("a0", "narrow"), ("b0", "wide")]
+
+
+def test_seconds_of_a_stage_count_for_all_its_slots(ledger: Ledger) -> None:
+    office = Office(ledger, *(worker(f"b{n}", "large") for n in range(3)))
+    office.driver._display.title = lambda item: item.stage  # type: ignore[method-assign]
+    office.add(0, MadeUpStage("wide", slots=3))
+    office.round()
+    office.end("wide", seconds=2.0)
+    assert office.driver._summary.stage_seconds == 6.0
 
 
 def test_without_a_large_host_the_largest_takes_it(ledger: Ledger) -> None:

@@ -71,17 +71,17 @@ class Lost:
 
     Attributes:
         blame: whether the running item may be what killed it.
+        gone: stages that no worker can reach without it.
         certain: whether the first item was the running one for sure. It may have ended, and its result been lost with the
             worker, when a later one killed it.
-        gone: stages that no worker can reach without it.
     """
 
     worker: str
     items: tuple[WorkItem, ...]
     reason: str
     blame: bool = True
-    certain: bool = True
     gone: frozenset[str] = frozenset()
+    certain: bool = True
 
 
 @dataclass(frozen=True)

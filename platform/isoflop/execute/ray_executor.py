@@ -310,7 +310,7 @@ class RayExecutor(Executor):
             with contextlib.suppress(RayError):
                 ray.kill(worker.actor, no_restart=True)
         gone = frozenset(before - self.cached_stages())
-        self._events.append(Lost(worker.id, items, reason, blame, certain, gone))
+        self._events.append(Lost(worker.id, items, reason, blame, gone, certain))
         self._last_node_check = 0.0
 
     def _lose_to(self, worker: _Worker, error: RayError) -> None:
