@@ -14,8 +14,10 @@ from torch import Tensor
 
 from isoflop.kernels.dispatch import operation
 
-_BLOCK_VALUES = 1 << 22
-"""Probabilities that the twin holds at a time."""
+_BLOCK_VALUES = {"cpu": 1 << 22, "cuda": 1 << 27}
+"""Probabilities that the twin holds at a time: what stays near a processor; on a GPU, enough to keep it busy."""
+_LEAST_ROWS = 32
+"""Queries of a block; where those of all heads would be fewer, heads take turns."""
 
 
 def _supported(
@@ -57,6 +59,27 @@ def column_scores(
     Returns:
         S_BGWS, float32. Softmax and sums are computed in float32.
     """
+    given = scaling, weight_BWT, q_positions_BT, k_positions_BS, valid_BS
+    batch, heads, queries, _ = q_BHTD.shape
+    groups, keys = k_BGSD.shape[1], k_BGSD.shape[2]
+    most = _BLOCK_VALUES.get(q_BHTD.device.type, _BLOCK_VALUES["cuda"])
+    if most // max(1, batch * heads * keys) >= min(_LEAST_ROWS, queries):
+        return _summed(q_BHTD, k_BGSD, *given, most)
+    pairs = zip(q_BHTD.split(heads // groups, dim=1), k_BGSD.split(1, dim=1), strict=True)
+    return torch.cat([_summed(q_BRTD, k_B1SD, *given, most) for q_BRTD, k_B1SD in pairs], dim=1)
+
+
+def _summed(
+    q_BHTD: Tensor,
+    k_BGSD: Tensor,
+    scaling: float,
+    weight_BWT: Tensor,
+    q_positions_BT: Tensor,
+    k_positions_BS: Tensor,
+    valid_BS: Tensor | None,
+    most: int,
+) -> Tensor:
+    """``column_scores`` in blocks of queries with at most so many probabilities."""
     batch, heads, queries, width = q_BHTD.shape
     groups, keys = k_BGSD.shape[1], k_BGSD.shape[2]
     q_BGRTD = q_BHTD.float().reshape(batch, groups, heads // groups, queries, width) * scaling
@@ -64,7 +87,7 @@ def column_scores(
     scores_BGWS = k_BG1DS.new_zeros(batch, groups, weight_BWT.shape[1], keys)
     if keys == 0:
         return scores_BGWS
-    rows = max(1, _BLOCK_VALUES // max(1, batch * heads * keys))
+    rows = max(1, most // max(1, batch * heads * keys))
     for start, end in zip(range(0, queries, rows), _last_keys(q_positions_BT, k_positions_BS, rows), strict=True):
         block = slice(start, start + rows)
         seen_BTS = k_positions_BS[:, None, :end] <= q_positions_BT[:, block, None]

@@ -8,6 +8,7 @@ Shape suffixes: B batch, H query heads, G key-value heads, T tokens, P chosen qu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,9 @@ from isoflop.kernels.column_scores import column_scores
 from isoflop.kernels.decode_segments import decode_segments
 from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.segments import LayerStore, segment_logits
+
+
+_SMALLEST = 2.0**-150  # rounds to 0 in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +55,23 @@ def attention_scores(call: AttentionCall, queries: QueryWeights) -> Tensor:
 def forgetting(call: AttentionCall, alpha: float) -> QueryWeights:
     """Every query, weighted by ``alpha`` to the power of its age (0 for the last); alpha 1 is H2O, alpha 0 the last query.
 
-    Ages are of queries, not of keys, and powers are taken in float32 (A2SF, arXiv 2407.20485).
+    Ages are of queries, not of keys, and powers are taken in float32 (A2SF, arXiv 2407.20485). Queries so old that nothing
+    is left of their weight are left out.
     """
     order_BT = call.order_BT.expand(call.q_BHTD.shape[0], -1)
-    age_BT = order_BT.amax(-1, keepdim=True) - order_BT
-    return QueryWeights(real(call) * torch.tensor(alpha, dtype=torch.float32, device=age_BT.device) ** age_BT)
+    counting = slice(
+        order_BT.shape[1] - int(min(order_BT.shape[1], _remembered(alpha))), None
+    )  # padding is on the left
+    age_BP = (order_BT.amax(-1, keepdim=True) - order_BT)[:, counting]
+    power_BP = torch.tensor(alpha, dtype=torch.float32, device=age_BP.device) ** age_BP
+    return QueryWeights(real(call)[:, counting] * power_BP)
+
+
+def _remembered(alpha: float) -> float:
+    """Queries whose weight is more than nothing in float32, the last one included."""
+    if alpha >= 1:
+        return math.inf
+    return 1 if alpha <= 0 else math.ceil(math.log(_SMALLEST) / math.log(alpha)) + 2
 
 
 def window(call: AttentionCall, size: int) -> QueryWeights:

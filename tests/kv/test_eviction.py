@@ -19,6 +19,7 @@ from isoflop.methods.kv_cache.eviction import Eviction
 from isoflop.methods.kv_cache.h2o import H2O
 from isoflop.methods.kv_cache.knorm import Knorm
 from isoflop.methods.kv_cache.probe import KvCacheProbe
+from isoflop.methods.kv_cache.scores import forgetting
 from isoflop.methods.kv_cache.select import count_of
 from isoflop.methods.kv_cache.snapkv import SnapKV
 from isoflop.methods.kv_cache.streaming_llm import StreamingLLM
@@ -75,6 +76,23 @@ def test_uniform_attention_has_a_closed_form(alpha: float) -> None:
         sum(alpha ** (length - 1 - q) / (q + 1) for q in range(j, length)) * HEADS / GROUPS for j in range(length)
     ]
     torch.testing.assert_close(A2SF(alpha=alpha).score(call)[0, 0], torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pads", [0, 5])
+@pytest.mark.parametrize("alpha", [0.0, 1e-30, 0.5, 0.9, 1.0])
+def test_queries_that_are_forgotten_are_left_out_and_no_others(alpha: float, pads: int) -> None:
+    length = 200
+    valid_BT = torch.arange(length)[None] >= pads
+    zeros = torch.zeros(1, 1, length, 2)
+    order_BT = (valid_BT.long().cumsum(-1) - 1).clamp(min=0)
+    queries = forgetting(AttentionCall(0, zeros, zeros, zeros, 1.0, order_BT, valid_BT if pads else None), alpha)
+    age_T = torch.arange(length - 1, -1, -1).clamp(max=length - 1 - pads)
+    every_T = torch.tensor(alpha, dtype=torch.float32) ** age_T * valid_BT[0]
+    chosen = queries.weight_BP.shape[1]
+    assert torch.equal(queries.weight_BP[0], every_T[length - chosen :])
+    assert not every_T[: length - chosen].any()
+    assert chosen == {0.0: 1, 1.0: length}.get(alpha, chosen)
+    assert alpha not in (1e-30, 0.5) or chosen < length
 
 
 def test_forgetting_keeps_younger_tokens() -> None:
