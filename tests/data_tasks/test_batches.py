@@ -10,11 +10,13 @@ import pytest
 
 from isoflop.methods.base import build
 from isoflop.methods.kv_cache.probe import untrained_decoder
+from isoflop.models import budget
+from isoflop.models.budget import tokens_at_once
 from isoflop.models.contexts import Contexts, Scores, read_contexts
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.metering import metered
 from isoflop.tasks.data.costs import Priced, costs_of
-from isoflop.tasks.data.language import FREE_PADDING, MOST_PADDING, MOST_TOKENS, batches_of, score_tails
+from isoflop.tasks.data.language import FREE_PADDING, MOST_PADDING, batches_of, score_tails
 
 RNG = np.random.default_rng(3)
 
@@ -25,22 +27,25 @@ RNG = np.random.default_rng(3)
         RNG.integers(20, 400, 60),
         RNG.lognormal(4, 1.5, 80).astype(int) + 1,
         np.full(300, 150),
-        np.array([MOST_TOKENS + 1, 5, 5]),
+        np.array([2**15, 5, 5]),
         np.array([7]),
     ],
     ids=["even", "skewed", "equal", "beyond", "one"],
 )
-def test_batches_hold_every_row_once_and_little_padding(lengths: np.ndarray) -> None:
+def test_batches_hold_every_row_once_and_little_padding(lengths: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = untrained_decoder()
+    monkeypatch.setattr(budget, "HOST_BYTES", 2**25)
     kinds = [n % 2 for n in range(len(lengths))]
-    batches = list(batches_of(kinds, lengths.tolist()))
+    batches = list(batches_of(lm, kinds, lengths.tolist()))
     assert sorted(n for batch in batches for n in batch) == list(range(len(lengths)))
     for batch in batches:
         size, real = lengths[batch].max() * len(batch), lengths[batch].sum()
         assert len({kinds[n] for n in batch}) == 1
-        assert len(batch) == 1 or size <= MOST_TOKENS
+        assert len(batch) == 1 or size <= tokens_at_once(lm, int(lengths[batch].max()))
         assert size - real <= FREE_PADDING + MOST_PADDING * real
     if len(set(lengths.tolist())) == 1:  # nothing would be padding: as few batches as fit
-        room = MOST_TOKENS // int(lengths[0])
+        room = tokens_at_once(lm, int(lengths[0])) // int(lengths[0])
+        assert room > 1 or len(lengths) == 1
         assert len(batches) == sum(-(-kinds.count(kind) // room) for kind in set(kinds))
 
 
