@@ -19,7 +19,6 @@ from isoflop.kernels.decode_segments import decode_segments
 from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.segments import LayerStore, segment_logits
 
-
 _SMALLEST = 2.0**-150  # rounds to 0 in float32
 
 
