@@ -152,8 +152,8 @@ def score(model: LmModel, batch: LmBatch) -> tuple[np.ndarray, np.ndarray, np.nd
     scored_BT = batch.targets_BT != NOT_SCORED
     rows_S = scored_BT.nonzero()[:, 0]
     zero_B = torch.zeros(len(scored_BT), dtype=torch.float64, device=rows_S.device)
-    columns = (zero_B.index_add(0, rows_S, torch.cat(x)) if x else zero_B for x in (nll, right))
-    return *(column.cpu().numpy() for column in columns), scored_BT.sum(1).double().cpu().numpy()
+    nll_B, right_B = (zero_B.index_add(0, rows_S, torch.cat(x)) if x else zero_B for x in (nll, right))
+    return nll_B.cpu().numpy(), right_B.cpu().numpy(), scored_BT.sum(1).double().cpu().numpy()
 
 
 def observed(model: LmModel) -> dict[str, np.ndarray]:
