@@ -41,8 +41,8 @@ def to_ask(name: str, found: Answers) -> str:
 def print_measured(out: Console, opened: SweepResults, found: Answers) -> None:
     """The answers, and why there is no law."""
     sizes = len(set(usable(opened.results())["N"].to_pylist()))
-    why = "one model size is no law" if sizes == 1 else "the YAML asks for no law"
-    out.print(Text(f"{why}; at shares of what is compressed, the rows answer:"))
+    why = "one model size: no law can be fitted" if sizes == 1 else "the YAML asks for no law"
+    out.print(Text(f"{why}. Measured, at shares of what is compressed:"))
     out.print(Text(str(found)))
     out.print()
 
