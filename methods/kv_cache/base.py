@@ -258,6 +258,12 @@ class CompressedCache(AttentionPolicy):
         finally:
             self._stores = None
 
+    def stores(self) -> dict[int, LayerStore]:
+        """What each layer holds in the open session, by its number. Raises ValueError outside one."""
+        if self._stores is None:
+            raise ValueError(f"method {self.method.name}: no session is open")
+        return self._stores
+
     def forget(self) -> None:
         """Nothing has been run yet, as far as ``report`` knows; a session goes on."""
         self._reports = {}
