@@ -131,11 +131,10 @@ class MatrixCodecMethod(WeightMethod):
 
     def encode_model(self, model: Model, statistics: Statistics | None = None) -> Artefact:
         """Every view of a model as it is now."""
-        payloads = {}
+        views = linear_views(model)
+        known = ((view, None) for view in views) if statistics is None else statistics.each(views)
         with torch.no_grad():
-            for view in linear_views(model):
-                payloads[view.name] = self.encode(view.weight(), statistics.of(view) if statistics else None)
-        return Artefact(payloads)
+            return Artefact({view.name: self.encode(view.weight(), stats) for view, stats in known})
 
     def served(self, model: Model, views: list[LinearView], prepared: Any) -> Served:
         """Those of the artefact; without calibration it is encoded here."""

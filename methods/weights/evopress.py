@@ -131,8 +131,7 @@ class LevelMethod(SearchMethod):
         space = self.space(views)
         payloads: dict[str, Payload] = {}
         errors: dict[str, dict[int, float]] = {}
-        for view, low, high in zip(views, space.low, space.high, strict=True):
-            stats = statistics.of(view)
+        for (view, stats), low, high in zip(statistics.each(views), space.low, space.high, strict=True):
             found = {
                 level: self.codec(view, views, level).encode(view.weight(), stats) for level in range(low, high + 1)
             }

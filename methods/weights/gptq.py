@@ -63,7 +63,7 @@ class Gptq(CalibratedMethod):
             return DensePayload.of(weight_OI)
         assert stats is not None
         rule = GridRule(weight_OI, self.bits, self.group)
-        obs_sweep(weight_OI, stats.hessian_II, rule, self.damp)
+        obs_sweep(weight_OI, stats.curvature(self.damp, weight_OI.dtype), rule)
         return GridPayload.of_codes(rule.codes_OI, rule.scale_OG, rule.zero_OG, self.bits, self.group)
 
 
@@ -79,23 +79,27 @@ class GridRule:
         self.bits = bits
         self.span = min(group, cols)
         groups = math.ceil(cols / self.span)
-        self.codes_OI = weight_OI.new_zeros(rows, cols, dtype=torch.uint8)
+        self._codes_IO = weight_OI.new_zeros(cols, rows, dtype=torch.uint8)
         self.scale_OG = weight_OI.new_zeros(rows, groups, dtype=torch.float16)
         self.zero_OG = torch.zeros_like(self.scale_OG)
+
+    @property
+    def codes_OI(self) -> Tensor:
+        """Codes on the grids."""
+        return self._codes_IO.T.contiguous()
 
     def enter(self, weight_OW: Tensor, curvature_W: Tensor, start: int) -> None:
         """Fit the grid of a group."""
         low_O, high_O = weight_OW.float().aminmax(dim=1)
         number = start // self.span
         self.scale_OG[:, number], self.zero_OG[:, number] = grid_of(low_O, high_O, self.bits)
+        self._step_O = self.scale_OG[:, number].to(weight_OW.dtype)
+        self._zero_O = self.zero_OG[:, number].to(weight_OW.dtype)
+        self._divisor_O = self._step_O.masked_fill(self._step_O == 0, math.inf)  # a constant group has code 0 alone
 
     def fix(self, column_O: Tensor, index: int) -> Tensor:
         """The nearest values on the group's grids."""
-        number = index // self.span
-        step_O = self.scale_OG[:, number].to(column_O.dtype)
-        zero_O = self.zero_OG[:, number].to(column_O.dtype)
-        steps_O = (column_O - zero_O) / torch.where(step_O == 0, torch.ones_like(step_O), step_O)
-        codes_O = (steps_O + 0.5).floor().clamp(0, 2**self.bits - 1)
-        codes_O = torch.where(step_O == 0, torch.zeros_like(codes_O), codes_O)
-        self.codes_OI[:, index] = codes_O.to(torch.uint8)
-        return codes_O * step_O + zero_O
+        steps_O = (column_O - self._zero_O).div_(self._divisor_O)
+        codes_O = steps_O.add_(0.5).floor_().clamp_(0, 2**self.bits - 1)
+        self._codes_IO[index] = codes_O
+        return codes_O.mul_(self._step_O).add_(self._zero_O)

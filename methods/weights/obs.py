@@ -4,17 +4,23 @@ One sweep serves GPTQ (arXiv 2210.17323) and SparseGPT (arXiv 2301.00774); they 
 the ``Rule``. With H the Hessian of the layer-wise squared error and U the upper Cholesky factor of H⁻¹, fixing column j
 at q_j moves the columns behind it by -(w_j - q_j)/U_jj · U_j,>j (equations 3 and 4 of GPTQ).
 
-Shape suffixes: O outputs (rows), I inputs (columns), W columns of a block.
+Columns take up errors as late as they can: a range of columns is swept in halves, and the errors of the first half reach the second
+in one product of matrices. Only inside ranges of a few columns they move one by one. The matrix is swept transposed, so that a
+column lies in one piece.
+
+Shape suffixes: O outputs (rows), I inputs (columns), W columns of a range.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-BLOCK = 128
+RANGE = 32
+"""Columns among which errors are taken up one by one."""
 
 
 class Rule(Protocol):
@@ -22,7 +28,7 @@ class Rule(Protocol):
 
     @property
     def span(self) -> int:
-        """Columns that are decided on together; the sweep's blocks hold whole spans, or spans whole blocks."""
+        """Columns that are decided on together."""
 
     def enter(self, weight_OW: Tensor, curvature_W: Tensor, start: int) -> None:
         """Called at every multiple of ``span`` with the columns of the span as they are now.
@@ -36,49 +42,94 @@ class Rule(Protocol):
         """The column that takes the place of column ``index``."""
 
 
+@dataclass(frozen=True, eq=False)
+class Curvature:
+    """What a sweep knows of the inputs; matrices that read the same inputs share it.
+
+    Attributes:
+        factor_II: U, see above.
+        dead_I: inputs that are always zero, unless nothing was observed at all.
+    """
+
+    factor_II: Tensor
+    dead_I: Tensor
+
+    @classmethod
+    def of(cls, hessian_II: Tensor, damp: float, dtype: torch.dtype = torch.float32) -> Curvature:
+        """Work it out in float64.
+
+        Args:
+            hessian_II: of the inputs; any positive factor gives the same.
+            damp: added to the diagonal, relative to its mean.
+            dtype: to keep it in.
+        """
+        dead_I = hessian_II.diagonal() == 0
+        return cls(inverse_factor(hessian_II, damp).to(dtype), dead_I & ~dead_I.all())
+
+
 def inverse_factor(hessian_II: Tensor, damp: float) -> Tensor:
     """Upper Cholesky factor U of (H + damp · mean(diag H) · 1)⁻¹ = UᵀU, in float64.
 
     Columns that no input ever reaches get H_jj = 1, as in the published code; without any input H is the identity.
     """
-    hessian_II = hessian_II.double().clone()
-    diagonal_I = hessian_II.diagonal()
+    found_II = hessian_II.to(torch.float64, copy=True)
+    diagonal_I = found_II.diagonal()
     diagonal_I[diagonal_I == 0] = 1.0
     diagonal_I += damp * diagonal_I.mean()
-    lower_II = torch.linalg.cholesky(hessian_II)
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower_II), upper=True)
+    found_II = torch.linalg.cholesky(
+        found_II
+    )  # one name, so that no more than two of these matrices are alive at a time
+    found_II = torch.cholesky_inverse(found_II)
+    return torch.linalg.cholesky(found_II, upper=True)
 
 
 @torch.no_grad()
-def obs_sweep(weight_OI: Tensor, hessian_II: Tensor, rule: Rule, damp: float) -> Tensor:
+def obs_sweep(weight_OI: Tensor, curvature: Curvature, rule: Rule) -> Tensor:
     """The matrix (O, I) after the sweep, column for column what ``rule.fix`` returned.
 
     Weights whose input is always zero start at zero, as in the published codes, unless nothing was observed at all.
 
     Args:
         weight_OI: computed in float32, or in float64 when it comes so.
-        hessian_II: of the inputs; any positive factor gives the same.
-        damp: added to the diagonal, relative to its mean.
+        curvature: of the inputs.
     """
     work = torch.float64 if weight_OI.dtype == torch.float64 else torch.float32
-    weight_OI = weight_OI.to(work, copy=True)
-    dead_I = hessian_II.diagonal() == 0
-    if not bool(dead_I.all()):
-        weight_OI[:, dead_I] = 0
-    factor_II = inverse_factor(hessian_II, damp).to(work)
-    result_OI = torch.empty_like(weight_OI)
-    cols = weight_OI.shape[1]
-    block = max(BLOCK - BLOCK % rule.span, rule.span)
-    for start in range(0, cols, block):
-        stop = min(start + block, cols)
-        errors_OW = torch.empty_like(weight_OI[:, start:stop])
+    sweep = _Sweep(weight_OI, curvature, rule, work)
+    sweep.run(0, weight_OI.shape[1])
+    return sweep.result_IO.T
+
+
+class _Sweep:
+    """A matrix on its way. Behind the sweep ``left_IO`` holds errors in the place of columns, which are needed no more."""
+
+    def __init__(self, weight_OI: Tensor, curvature: Curvature, rule: Rule, dtype: torch.dtype) -> None:
+        self.left_IO = weight_OI.T.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        self.left_IO[curvature.dead_I] = 0
+        self.result_IO = torch.empty_like(self.left_IO)
+        self.factor_II = curvature.factor_II.to(dtype)
+        self.diagonal_I = self.factor_II.diagonal().tolist()
+        self.rule = rule
+
+    def run(self, start: int, stop: int) -> None:
+        """Sweep columns that have taken up the errors of all before ``start``: whole spans, or a part of one."""
+        size, span = stop - start, self.rule.span
+        if size <= RANGE:
+            self._one_by_one(start, stop)
+            return
+        half = (size + 1) // 2
+        middle = start + (-(-half // span) * span if size > span else half)
+        self.run(start, middle)
+        self.left_IO[middle:stop].addmm_(
+            self.factor_II[start:middle, middle:stop].T, self.left_IO[start:middle], alpha=-1
+        )
+        self.run(middle, stop)
+
+    def _one_by_one(self, start: int, stop: int) -> None:
         for j in range(start, stop):
-            if j % rule.span == 0:
-                end = min(j + rule.span, cols)
-                rule.enter(weight_OI[:, j:end], factor_II.diagonal()[j:end], j)
-            result_OI[:, j] = rule.fix(weight_OI[:, j], j)
-            error_O = (weight_OI[:, j] - result_OI[:, j]) / factor_II[j, j]
-            weight_OI[:, j + 1 : stop] -= error_O[:, None] * factor_II[j, j + 1 : stop]
-            errors_OW[:, j - start] = error_O
-        weight_OI[:, stop:] -= errors_OW @ factor_II[start:stop, stop:]
-    return result_OI
+            if j % self.rule.span == 0:
+                end = j + self.rule.span
+                self.rule.enter(self.left_IO[j:end].T, self.factor_II.diagonal()[j:end], j)
+            fixed_O = self.rule.fix(self.left_IO[j], j)
+            self.result_IO[j] = fixed_O
+            error_O = self.left_IO[j].sub_(fixed_O).div_(self.diagonal_I[j])
+            self.left_IO[j + 1 : stop].addr_(self.factor_II[j, j + 1 : stop], error_O, alpha=-1)

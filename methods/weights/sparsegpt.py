@@ -57,7 +57,7 @@ class SparseGpt(CalibratedPruner):
             return DensePayload.of(weight_OI)
         assert stats is not None
         rule = MaskRule(weight_OI, self.sparsity, pattern_of(self.pattern), self.mask_block)
-        swept_OI = obs_sweep(weight_OI, stats.hessian_II, rule, self.damp)
+        swept_OI = obs_sweep(weight_OI, stats.curvature(self.damp, weight_OI.dtype), rule)
         return self.stored(swept_OI.to(weight_OI.dtype), rule.keep_OI)
 
 

@@ -10,7 +10,7 @@ Shape suffixes: O outputs, I inputs, N tokens, B samples.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor
 from isoflop.core.hashing import derive_seed
 from isoflop.core.stage import StageContext
 from isoflop.methods.calibration import OnModel
+from isoflop.methods.weights.obs import Curvature
 from isoflop.methods.weights.views import LinearView, linear_views, observed
 from isoflop.models.base import Model
 
@@ -45,6 +46,15 @@ class ViewStats:
     hessian_II: Tensor
     norms_I: Tensor
     scales_I: Tensor
+    _curvatures: dict[tuple[float, torch.dtype], Curvature] = field(default_factory=dict, repr=False)
+
+    def curvature(self, damp: float, dtype: torch.dtype) -> Curvature:
+        """What an OBS sweep over weights of a type knows of the inputs; worked out once, since many matrices may ask."""
+        key = damp, torch.float64 if dtype == torch.float64 else torch.float32
+        if key not in self._curvatures:
+            self._curvatures.clear()  # one of them is as large as the Hessian
+            self._curvatures[key] = Curvature.of(self.hessian_II, *key)
+        return self._curvatures[key]
 
 
 @dataclass
@@ -132,6 +142,15 @@ class Statistics:
         with self._reader() as read:
             hessian, norms, scales = (read(f"{name}/{part}").to(device) for part in ("hessian", "norms", "scales"))
         return ViewStats(self._tokens[name], hessian, norms, scales)
+
+    def each(self, views: Iterable[LinearView]) -> Iterator[tuple[LinearView, ViewStats]]:
+        """Views with their statistics, those of one input at a time: what neighbours share is read and worked out once."""
+        owner, stats = "", None
+        for view in views:
+            if stats is None or self.owner[view.name] != owner:
+                owner, stats = self.owner[view.name], None  # let the last one go first
+                stats = self.of(view)
+            yield view, stats
 
     def scales(self, view: LinearView) -> Tensor:
         """``ViewStats.scales_I`` alone."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
+from weight_cases import context, llama
 
 from isoflop.methods.weights import obs
 from isoflop.methods.weights.gptq import Gptq, GridRule
-from isoflop.methods.weights.obs import obs_sweep
+from isoflop.methods.weights.obs import Curvature, obs_sweep
 from isoflop.methods.weights.payloads import GridPayload
 from isoflop.methods.weights.sparsegpt import MaskRule, SparseGpt
 from isoflop.methods.weights.statistics import ViewStats
@@ -42,13 +45,13 @@ def column_by_column(weight: Tensor, hessian: Tensor, rule: GridRule | MaskRule)
     return weight
 
 
-@pytest.mark.parametrize(("block", "group"), [(128, 8), (8, 8), (16, 8), (8, 24), (128, 24)])
+@pytest.mark.parametrize(("block", "group"), [(128, 8), (8, 8), (16, 8), (8, 24), (128, 24), (4, 5), (4, 7), (1, 9)])
 def test_gptq_equals_brute_force(block: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also whatever the width of the lazily updated blocks."""
-    monkeypatch.setattr(obs, "BLOCK", block)
+    """Also whatever the width of the ranges inside which errors move one by one."""
+    monkeypatch.setattr(obs, "RANGE", block)
     weight, _, hessian = problem()
     fast, slow = GridRule(weight, 3, group), GridRule(weight, 3, group)
-    swept = obs_sweep(weight, hessian, fast, 0.01)
+    swept = obs_sweep(weight, Curvature.of(hessian, 0.01, torch.float64), fast)
     reference = column_by_column(weight, damped(hessian, 0.01), slow)
     assert torch.equal(fast.codes_OI, slow.codes_OI)
     assert torch.allclose(swept, reference, atol=1e-9)
@@ -58,7 +61,7 @@ def test_gptq_equals_brute_force(block: int, group: int, monkeypatch: pytest.Mon
 def test_sparsegpt_equals_brute_force(pattern: tuple[int, int] | None, block: int) -> None:
     weight, _, hessian = problem()
     fast, slow = MaskRule(weight, 0.5, pattern, block), MaskRule(weight, 0.5, pattern, block)
-    swept = obs_sweep(weight, hessian, fast, 0.01)
+    swept = obs_sweep(weight, Curvature.of(hessian, 0.01, torch.float64), fast)
     reference = column_by_column(weight, damped(hessian, 0.01), slow)
     assert torch.equal(fast.keep_OI, slow.keep_OI)
     assert torch.allclose(swept, reference, atol=1e-9)
@@ -77,11 +80,29 @@ def test_removing_the_first_weight_alone_costs_what_the_theory_says() -> None:
         def fix(self, column_O: Tensor, index: int) -> Tensor:
             return torch.zeros_like(column_O) if index == 0 else column_O
 
-    moved = obs_sweep(weight, hessian, First(), 0.0)
+    moved = obs_sweep(weight, Curvature.of(hessian, 0.0, torch.float64), First())
     delta = moved - weight
     cost = 0.5 * (delta @ hessian @ delta.T).item()
     expected = weight[0, 0].item() ** 2 / (2 * torch.linalg.inv(hessian)[0, 0].item())
     assert cost == pytest.approx(expected, rel=1e-8)
+
+
+def test_matrices_with_one_input_share_one_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is encoded with one factorisation for each of q-k-v, o, gate-up and down, and one alive at a time."""
+    alive: weakref.WeakSet[Curvature] = weakref.WeakSet()
+    most, made = 0, 0
+    work_out = Curvature.of
+
+    def counted(*args: object) -> Curvature:
+        nonlocal most, made
+        found = work_out(*args)  # type: ignore[arg-type]
+        alive.add(found)
+        most, made = max(most, len(alive)), made + 1
+        return found
+
+    monkeypatch.setattr(Curvature, "of", counted)
+    Gptq(bits=4, group=8, n_calib=2).calibrate(llama(), context(), 0)
+    assert (made, most) == (2 * 4, 1)
 
 
 def stats_of(hessian: Tensor) -> ViewStats:
