@@ -327,7 +327,7 @@ class CompressedCache(AttentionPolicy):
             outs.append(self.method.step(piece, store, self._prepared))
             start += piece.q_BHTD.shape[2]
         self._note(self._counted(tokens), store)
-        return torch.cat(outs, dim=1)
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
     def _span(self, stores: dict[int, LayerStore]) -> None:
         """What a cache that spans layers does when a pass has been through all of them; shared tensors count once."""
@@ -389,5 +389,6 @@ def append_recent(store: LayerStore, call: AttentionCall) -> None:
 
 
 def empty_recent(call: AttentionCall) -> DenseSegment:
-    """A segment without tokens, to which later ones are added."""
-    return DenseSegment(key_positions(call)[:, :, :0], None, call.k_BGTD[:, :, :0], call.v_BGTD[:, :, :0])
+    """A segment without tokens, to which later ones are added; it keeps none of the call's tensors alive."""
+    positions_BG0 = key_positions(call)[:, :, :0].clone()
+    return DenseSegment(positions_BG0, None, *(torch.empty_like(x[:, :, :0]) for x in (call.k_BGTD, call.v_BGTD)))

@@ -10,7 +10,7 @@ N candidates, D head width.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
 import torch
@@ -144,7 +144,9 @@ class Rolling(Eviction):
 
     def advance(self, query: AttentionCall, store: LayerStore) -> Tensor:
         """Take in one token per row, (B, 1, H, D); rows for which it is padding stay as they are."""
-        kept = _appended(store.segments[0], query)
+        kept = store.segments[0]
+        assert isinstance(kept, DenseSegment)
+        _take_in(kept, query)
         out_B1HD, p_BH1N = attend_segments(query.q_BHTD, [kept], query.scaling, query.order_BT)
         if query.valid_BT is not None:  # a padding query may see nothing at all
             out_B1HD, p_BH1N = out_B1HD.nan_to_num(), p_BH1N.nan_to_num()
@@ -155,7 +157,7 @@ class Rolling(Eviction):
         if over or kept.tokens > max(tally.held):
             live_BGN = None if kept.log_bias_BGN is None else kept.log_bias_BGN == 0
             chosen = self.choose(scores_BGN, kept.positions_BGN, tally.seen, tally.held, live_BGN)
-            kept, scores_BGN = _kept(kept, chosen), chosen.of_heads(scores_BGN.shape[1]).take(scores_BGN)
+            kept, scores_BGN = _kept(kept, chosen, growing=True), chosen.of_heads(scores_BGN.shape[1]).take(scores_BGN)
         store.segments = [kept]
         self._keep_scores(store, scores_BGN)
         return out_B1HD
@@ -184,20 +186,15 @@ class Rolling(Eviction):
         store.extra = [scores_BGN.view(torch.int32)] if self.remembers else []
 
 
-def _kept(segment: DenseSegment, chosen: KeptTokens) -> DenseSegment:
-    bias_BGN = chosen.bias(segment.k_BGND.dtype)
-    return DenseSegment(
-        chosen.take(segment.positions_BGN), bias_BGN, chosen.take(segment.k_BGND), chosen.take(segment.v_BGND)
-    )
+def _kept(segment: DenseSegment, chosen: KeptTokens, growing: bool = False) -> DenseSegment:
+    return segment.taken(chosen.index_BGM, chosen.bias(segment.k_BGND.dtype), growing)
 
 
-def _appended(segment: Any, query: AttentionCall) -> DenseSegment:
-    """The segment with one more token per row; padding gets a bias of -inf."""
-    bias_BGN = segment.log_bias_BGN
-    if bias_BGN is None and query.valid_BT is not None:
-        bias_BGN = torch.zeros_like(segment.k_BGND[..., 0])
-    joined = replace(segment, log_bias_BGN=bias_BGN)
-    joined.append(query.k_BGTD, query.v_BGTD, key_positions(query))
+def _take_in(segment: DenseSegment, query: AttentionCall) -> None:
+    """Add one more token per row; padding gets a bias of -inf."""
+    if segment.log_bias_BGN is None and query.valid_BT is not None:
+        segment.log_bias_BGN = torch.zeros_like(segment.k_BGND[..., 0])
+    segment.append(query.k_BGTD, query.v_BGTD, key_positions(query))
     if query.valid_BT is not None:
-        joined.log_bias_BGN[:, :, -1].masked_fill_(~query.valid_BT, float("-inf"))
-    return joined
+        assert segment.log_bias_BGN is not None
+        segment.log_bias_BGN[:, :, -1].masked_fill_(~query.valid_BT, float("-inf"))

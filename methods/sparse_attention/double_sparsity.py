@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from isoflop.core.errors import Infeasible
@@ -22,6 +21,7 @@ from isoflop.methods.kv_cache.quantised import EXACT
 from isoflop.methods.sparse_attention.base import SparseAttention, visible
 from isoflop.methods.sparse_attention.labels import Contributions, LabelStage, contributions, pick, ranked
 from isoflop.models.base import Model, ModelInfo
+from isoflop.models.growing import Rooms
 from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.segments import LayerStore
 
@@ -109,8 +109,8 @@ class DoubleSparsity(SparseAttention):
             k_BSTD = k_BSTD.repeat_interleave(tokens.q_BHTD.shape[1] // k_BSTD.shape[1], dim=1)
         channels_Sr = self._channels(tokens, store, prepared)
         new = self._packed(pick(k_BSTD, channels_Sr))
-        labels = store.state.get("labels")
-        store.state["labels"] = new if labels is None else joined(labels, new)
+        labels, rooms = store.state.get("labels"), store.state.setdefault("rooms", Rooms())
+        store.state["labels"] = new if labels is None else joined(labels, new, rooms)
         store.extra = list(parts(store.state["labels"]))
 
     def approximate(self, query: AttentionCall, store: LayerStore, prepared: Any) -> Tensor:
@@ -148,15 +148,20 @@ class DoubleSparsity(SparseAttention):
         return labels_BSTr if self.label_bits >= EXACT else quant_pack(labels_BSTr, self.label_bits, -1)
 
 
-def joined(a: Tensor | Packed, b: Tensor | Packed) -> Tensor | Packed:
-    """Labels of more tokens; each token has a grid of its own, so nothing is quantised anew."""
+def joined(a: Tensor | Packed, b: Tensor | Packed, rooms: Rooms) -> Tensor | Packed:
+    """Labels of more tokens; each token has a grid of its own, so nothing is quantised anew.
+
+    Args:
+        rooms: where ``a`` grows.
+    """
     if isinstance(a, Packed) and isinstance(b, Packed):
         shape = (*a.shape[:2], a.shape[2] + b.shape[2], a.shape[3])
-        codes, scale, zero = (torch.cat(pair, dim=2) for pair in zip(a.tensors(), b.tensors(), strict=True))
+        pairs = zip(("codes", "scale", "zero"), a.tensors(), b.tensors(), strict=True)
+        codes, scale, zero = (rooms.append(name, *pair) for name, *pair in pairs)
         return Packed(codes, scale, zero, a.bits, shape, a.axis, a.group)
     assert isinstance(a, Tensor)
     assert isinstance(b, Tensor)
-    return torch.cat((a, b), dim=2)
+    return rooms.append("labels", a, b)
 
 
 def dense(labels: Tensor | Packed) -> Tensor:

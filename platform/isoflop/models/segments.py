@@ -23,6 +23,7 @@ from torch import Tensor
 
 from isoflop.kernels.decode_segments import SegmentPart, decode_segments
 from isoflop.kernels.quant import Packed
+from isoflop.models.growing import Rooms
 from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.hooks.occupant import tensor_bytes
 
@@ -86,6 +87,7 @@ class DenseSegment(Segment):
 
     k_BGND: Tensor
     v_BGND: Tensor
+    _rooms: Rooms = field(default_factory=Rooms, init=False, repr=False, compare=False)
 
     def keys(self) -> Tensor:
         """As stored."""
@@ -103,11 +105,20 @@ class DenseSegment(Segment):
         """Add tokens at the end; of all heads of the layer, whatever the segment covers."""
         if self.heads_G is not None:
             k_BGTD, v_BGTD, positions_BGT = (x[:, self.heads_G] for x in (k_BGTD, v_BGTD, positions_BGT))
-        self.k_BGND = torch.cat((self.k_BGND, k_BGTD), dim=2)
-        self.v_BGND = torch.cat((self.v_BGND, v_BGTD), dim=2)
-        self.positions_BGN = torch.cat((self.positions_BGN, positions_BGT), dim=2)
+        self.k_BGND = self._rooms.append("k", self.k_BGND, k_BGTD)
+        self.v_BGND = self._rooms.append("v", self.v_BGND, v_BGTD)
+        self.positions_BGN = self._rooms.append("positions", self.positions_BGN, positions_BGT)
         if self.log_bias_BGN is not None:
-            self.log_bias_BGN = torch.cat((self.log_bias_BGN, torch.zeros_like(k_BGTD[..., 0])), dim=2)
+            self.log_bias_BGN = self._rooms.append("bias", self.log_bias_BGN, torch.zeros_like(k_BGTD[..., 0]))
+
+    def taken(self, index_BGM: Tensor, log_bias_BGM: Tensor | None, growing: bool = False) -> DenseSegment:
+        """A copy of the tokens at some places of each head; with room where more are to follow."""
+        rooms = Rooms()
+        named = {"positions": self.positions_BGN, "k": self.k_BGND, "v": self.v_BGND}
+        positions_BGM, *kept = (rooms.gather(name, x, index_BGM, growing) for name, x in named.items())
+        segment = DenseSegment(positions_BGM, log_bias_BGM, *kept, heads_G=self.heads_G)
+        segment._rooms = rooms
+        return segment
 
     def of_heads(self, heads_G: Tensor) -> DenseSegment:
         """A copy that covers some of the heads of a segment that covers all."""
