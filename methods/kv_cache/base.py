@@ -55,6 +55,8 @@ from isoflop.models.segments import (
     whole_prompt,
 )
 
+from isoflop.models.windows import WindowCache
+
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe
 
@@ -178,7 +180,7 @@ class Counted:
 
     Attributes:
         rows: of the batch.
-        dense: bytes of all tokens that one row has brought the layer so far, kept whole.
+        dense: bytes of all tokens that one row has brought the layer so far, kept whole; of its window's where it has one.
     """
 
     layer: int
@@ -195,7 +197,7 @@ class CompressedCache(AttentionPolicy):
         dense_bits: see ``ModelInfo``.
     """
 
-    held_in_session = ("_stores", "_passed", "_last", "_widths", "_carrying", "_prompt_passed")
+    held_in_session = ("_stores", "_windows", "_passed", "_last", "_widths", "_carrying", "_prompt_passed")
 
     def __init__(self, method: KvCacheMethod, prepared: Any, dense_bits: int) -> None:
         self.method = method
@@ -206,6 +208,7 @@ class CompressedCache(AttentionPolicy):
         self._prepared = prepared
         self._dense_bits = dense_bits
         self._stores: dict[int, LayerStore] | None = None
+        self._windows: dict[int, WindowCache] = {}
         self._passed: dict[int, int | Tensor] = {}
         self._prompts: dict[int, tuple[float, float]] = {}
         self._reports: dict[int, CacheReport] = {}
@@ -240,6 +243,8 @@ class CompressedCache(AttentionPolicy):
         """Plain causal attention, the one-pass form, or a step of a session."""
         if self._stores is None and self.prefix is None:
             return causal_attention(call)
+        if call.window is not None:
+            return self._within_window(call)
         self._carrying.enter(call.layer)
         ids_BT = self._ids_BT
         if ids_BT is not None and ids_BT.shape == (call.q_BHTD.shape[0], call.q_BHTD.shape[2]):
@@ -252,11 +257,11 @@ class CompressedCache(AttentionPolicy):
     def session(self) -> Iterator[None]:
         """A step-by-step run; see ``AttentionPolicy``."""
         self._stores, self._passed, self._carrying = {}, {}, Carrying()
-        self._last = {}
+        self._windows, self._last = {}, {}
         try:
             yield
         finally:
-            self._stores = None
+            self._stores, self._windows = None, {}
 
     def stores(self) -> dict[int, LayerStore]:
         """What each layer holds in the open session, by its number. Raises ValueError outside one."""
@@ -285,6 +290,20 @@ class CompressedCache(AttentionPolicy):
         new = call.q_BHTD.shape[2] if call.valid_BT is None else call.valid_BT.sum(-1, keepdim=True)
         self._passed[call.layer] = before + new
         return replace(call, order_BT=order_of(call.valid_BT, call.q_BHTD.shape[2], call.q_BHTD.device, before))
+
+    def _within_window(self, call: AttentionCall) -> Tensor:
+        """A layer that no method acts on: exact, and counted as the window that its cache holds."""
+        if self._stores is None:
+            out_BTHD, first = causal_attention(call), True
+        else:
+            call, first = self._continued(call), call.layer not in self._windows
+            out_BTHD = self._windows.setdefault(call.layer, WindowCache()).attend(call)
+        if first:
+            prompt = self._counted(slice_call(call, 0, self.prefix)).dense
+            self._prompts[call.layer] = prompt, prompt
+        held = self._counted(call).dense
+        self._reports[call.layer] = CacheReport(held, held, *self._prompts[call.layer], held)
+        return out_BTHD
 
     def _in_session(self, call: AttentionCall, stores: dict[int, LayerStore]) -> Tensor:
         if call.layer in stores:
@@ -360,7 +379,10 @@ class CompressedCache(AttentionPolicy):
 
     def _counted(self, call: AttentionCall) -> Counted:
         token = sum(tensor_bytes(t[:1, :, :1], self._dense_bits) for t in (call.k_BGTD, call.v_BGTD))
-        return Counted(call.layer, call.q_BHTD.shape[0], (int(call.order_BT.max()) + 1) * token)
+        tokens = int(call.order_BT.max()) + 1
+        return Counted(
+            call.layer, call.q_BHTD.shape[0], token * (tokens if call.window is None else min(call.window, tokens))
+        )
 
     def _stored_bytes(self, store: LayerStore, counted: set[int] | None) -> float:
         held = [*store.resident(), *store.recent.tensors()]

@@ -22,6 +22,7 @@ from isoflop.testing.architectures import (
     page,
     rows,
     small_config,
+    some_windows,
 )
 from isoflop.testing.architectures.page import PAGE
 from isoflop.testing.architectures.walk import examined
@@ -30,18 +31,29 @@ KNOWN = {architecture.model_type: architecture for architecture in architectures
 EXACT = ["exact"] * 3
 UNTAPPED = ["exact", "exact", "refused: the attention that tokens get cannot be read off {}"]
 Expected = list[str] | str
-LMS: dict[str, tuple[bool, Expected]] = {
+SOME = "windows"
+LMS: dict[str, tuple[bool | str, Expected]] = {
     "llama": (False, EXACT),
     "qwen3_moe": (False, EXACT),
     "mistral": (True, EXACT),
     "gemma3_text": (True, EXACT),
     "modernbert-decoder": (True, EXACT),
+    "gemma3_text with windows": (SOME, UNTAPPED),
+    "olmo3 with windows": (SOME, UNTAPPED),
     "gpt2": (False, UNTAPPED),
     "opt": (False, UNTAPPED),
     "hunyuan_v1_dense": (False, UNTAPPED),
     "smollm3": (False, UNTAPPED),
     "fuyu": (False, UNTAPPED),
-    "modernbert-decoder as it comes": (False, "refused: ModernBertDecoderForCausalLM attends within windows"),
+    "modernbert-decoder as it comes": (False, UNTAPPED),
+    "moshi": (
+        False,
+        "refused: MoshiForCausalLM attends within windows (sliding_window = 4), and hands none to its attention",
+    ),
+    "mistral as it comes": (
+        False,
+        "refused: MistralForCausalLM attends within windows (sliding_window = 4) in every layer",
+    ),
     "doge": (False, "refused: DogeForCausalLM: attention with a mask of the architecture's own"),
     "diffllama": (False, "refused: DiffLlamaForCausalLM calls its attention 2 times"),
     "llama4_text": (True, "refused: Llama4ForCausalLM scales queries by how much transformers' own cache holds"),
@@ -49,7 +61,7 @@ LMS: dict[str, tuple[bool, Expected]] = {
     "musicgen": (False, "refused: transformers builds no causal language model"),
     "bert": (False, "refused: BertLMHeadModel keeps its layers elsewhere"),
 }
-"""By the type of a config: whether without windows, and what is found. What no walk found until there was one is among them."""
+"""By the type of a config: whether without windows, or with some, and what is found. What no walk found until there was one is among them."""
 LLAVAS: dict[str, tuple[bool, Expected]] = {
     "llama": (False, EXACT),
     "gemma2": (True, EXACT),
@@ -70,8 +82,10 @@ def _quiet() -> None:
     transformers.logging.set_verbosity_error()
 
 
-def changes_of(name: str, full: bool) -> dict[str, Any]:
-    return full_attention(small_config(name)) if full else {}
+def changes_of(name: str, how: bool | str) -> dict[str, Any]:
+    if how == SOME:
+        return some_windows(small_config(name))
+    return full_attention(small_config(name)) if how else {}
 
 
 def compare(found: Any, expected: Expected) -> None:

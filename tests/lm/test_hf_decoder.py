@@ -33,6 +33,7 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     "falcon": (transformers.FalconConfig, r"does not call its attention through", "FalconForCausalLM"),
     "bloom": (transformers.BloomConfig, r"does not call its attention through", "BloomForCausalLM"),
     "windows": (lambda **k: transformers.MistralConfig(**{**GQA, **k}, sliding_window=16), r"within windows .*16", "MistralForCausalLM"),
+    "chunks": (lambda **k: transformers.Llama4TextConfig(**{**GQA, **k}, head_dim=8), r"within windows .*chunked", "Llama4ForCausalLM"),
     "dynamic rotation": (
         lambda **k: transformers.LlamaConfig(**{**GQA, **k}, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
         r"rotates a text of another length in another way", "LlamaForCausalLM",
@@ -92,6 +93,15 @@ def test_attention_that_cannot_be_replaced_is_refused_when_planned(case: str, in
         config = llava(config, transformers.CLIPVisionConfig(**VISION), "default")
     found = refused(config, tmp_path)
     assert re.search(message, found), found
+
+
+def test_windows_in_some_layers_are_refused_where_tokens_leave_between_layers(tmp_path: Path) -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    text = transformers.Gemma3TextConfig(**GQA, head_dim=8, sliding_window=16, layer_types=kinds)
+    found = refused(llava(text, transformers.CLIPVisionConfig(**VISION), "default"), tmp_path)
+    assert re.search(
+        r"attends within windows \(sliding_attention, sliding_window = 16\), and tokens that leave", found
+    ), found
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,45 @@ def test_the_attention_hook_gives_stock_logits(model: LmModel) -> None:
         assert ((ours - stock)[real]).abs().max() <= 5 * rounding
 
 
+MIXED = ["sliding_attention", "full_attention"]
+WINDOWED: dict[str, Any] = {
+    "Qwen2": lambda: transformers.Qwen2Config(**GQA, use_sliding_window=True, sliding_window=6, layer_types=MIXED),
+    "Gemma3": lambda: transformers.Gemma3TextConfig(**GQA, head_dim=8, sliding_window=6, layer_types=MIXED),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+@torch.no_grad()
+def test_windows_in_some_layers_are_described_and_counted(name: str, tmp_path: Path) -> None:
+    model = loaded(saved(WINDOWED[name](), tmp_path / "model"), tmp_path)
+    assert model.info.geometry["windows"] == (6, None)
+    token = 2 * 2 * 8 * 4
+    assert [model.dense_cache_bytes(tokens) for tokens in (5, 20)] == [10 * token, 26 * token]
+    batch = padded()
+    stock = model.logits(LmBatch(batch.ids_BT, batch.targets_BT, 0, batch.valid_BT))
+    with build("full-cache", {}).apply(model, None):
+        for found in (model.logits(batch), model.stepwise_logits(batch)):
+            torch.testing.assert_close(found[batch.valid_BT], stock[batch.valid_BT], atol=1e-5, rtol=1e-4)
+
+
+def test_a_window_that_no_text_leaves_is_none(tmp_path: Path) -> None:
+    """Phi-3 with long contexts: a window of 262,144 tokens, and room for 131,072."""
+    wide = transformers.MistralConfig(**GQA, sliding_window=SHAPE["max_position_embeddings"])
+    model = loaded(saved(wide, tmp_path / "model"), tmp_path)
+    assert "windows" not in model.info.geometry
+    assert model.dense_cache_bytes(64) == 2 * 64 * 2 * 2 * 8 * 4
+
+
+def test_an_attention_that_is_not_told_of_its_window_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from isoflop.models.hooks import attention
+
+    monkeypatch.setattr(attention, "_window", lambda module, given: None)
+    with pytest.raises(Infeasible, match="hands none to its attention in layer 0"):
+        loaded(saved(WINDOWED["Gemma3"](), tmp_path / "model"), tmp_path)
+
+
 @torch.no_grad()
 def test_padding_on_the_left_changes_nothing(model: LmModel) -> None:
     batch = padded()
@@ -117,9 +156,14 @@ def _in_a_layer(name: str) -> bool:
         (transformers.FalconConfig(**SHAPE), r"FalconForCausalLM does not call its attention through"),
         (transformers.MistralConfig(**GQA, sliding_window=16), r"attends within windows .*16"),
         (transformers.Gemma2Config(**{**GQA, "head_dim": 8}, layer_types=["full_attention"] * 2), r"caps its attention logits"),
-        (transformers.Gemma2Config(**{**GQA, "head_dim": 8}), r"attends within windows .*sliding_attention"),
+        (transformers.Gemma2Config(**{**GQA, "head_dim": 8}), r"caps its attention logits"),
+        (
+            transformers.Qwen2Config(**GQA, use_sliding_window=True, sliding_window=16, layer_types=["sliding_attention"] * 2),
+            r"within windows \(sliding_attention, sliding_window = 16\) in every layer",
+        ),
+        (transformers.Llama4TextConfig(**GQA, head_dim=8), r"attends within windows \(chunked_attention\)"),
     ],
-    ids=["falcon", "mistral with windows", "gemma2 with full attention", "gemma2"],
+    ids=["falcon", "mistral with windows", "gemma2 with full attention", "gemma2", "windows everywhere", "chunks"],
 )  # fmt: skip
 def test_other_attention_is_refused_when_a_sweep_is_planned(config: Any, message: str, tmp_path: Path) -> None:
     config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]

@@ -55,10 +55,12 @@ class DecoderModel(Model):
         return next(self.module.parameters()).device
 
     def dense_cache_bytes(self, tokens: int) -> float:
-        """Bytes of a key-value cache that holds so many tokens whole in every layer, one request."""
+        """Bytes of a key-value cache that holds so many tokens whole in every layer, or its window of them, one request."""
         shape = self.info.geometry
         width = shape.get("head_width", shape["width"] // shape["heads"])
-        return 2 * shape["layers"] * shape["kv_heads"] * width * tokens * self.info.dense_bits / 8
+        windows = shape.get("windows") or [None] * shape["layers"]
+        held = sum(tokens if window is None else min(window, tokens) for window in windows)
+        return 2 * held * shape["kv_heads"] * width * self.info.dense_bits / 8
 
     @contextmanager
     def compressing_prefix(self, tokens: int, examples_B: Tensor | None = None) -> Iterator[None]:

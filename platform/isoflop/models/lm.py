@@ -43,7 +43,8 @@ class LmInfo(ModelInfo):
         test: held-out text of what it was trained for, in its tokens; None for that of the English corpus.
         pool: the training documents that data-selection methods choose from, or None.
 
-    ``geometry`` holds ``width``, ``layers``, ``heads``, ``kv_heads``, ``head_width``, ``vocab_size``, ``positions``.
+    ``geometry`` holds ``width``, ``layers``, ``heads``, ``kv_heads``, ``head_width``, ``vocab_size``, ``positions``,
+    and where some layers attend within windows ``windows``, one for each layer, None for all tokens before.
     """
 
     text: CalibrationText | None
@@ -163,7 +164,7 @@ class LmModel(DecoderModel):
 
         policy = self.occupant(ATTENTION)
         if policy is None:
-            yield DynamicCache()
+            yield DynamicCache(config=self.decoder.config)
             return
         with policy.session():
             yield SessionCache()

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from isoflop.core.errors import Infeasible
 from isoflop.models.hooks.attention import AttentionCall, AttentionPolicy, CacheReport, causal_attention, order_of
 from isoflop.models.segments import DenseSegment, attend_segments, key_positions, stored_bytes, whole_prompt
 
@@ -38,6 +39,10 @@ class WholeCache(AttentionPolicy):
         """Causal attention over the tokens that the layer has seen, (B, T, H, D)."""
         if self._held is None:
             return causal_attention(call)
+        if call.window is not None:
+            raise Infeasible(
+                f"layer {call.layer} attends within a window of {call.window} tokens, which is not held step by step here"
+            )
         before, length = self._passed.get(call.layer, 0), call.q_BHTD.shape[2]
         self._passed[call.layer] = before + (length if call.valid_BT is None else call.valid_BT.sum(-1, keepdim=True))
         if call.layer not in self._held:

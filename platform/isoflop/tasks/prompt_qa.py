@@ -163,7 +163,7 @@ class PromptQa(Task):
             "flops": method + language,
             "flops_llm": language,
             "flops_method": method,
-            **byte_costs(lm, cache, lm.dense_cache_bytes(1) * float(np.mean([p.length for p in whole]))),
+            **byte_costs(lm, cache, float(np.mean([lm.dense_cache_bytes(p.length) for p in whole]))),
             "seconds": seconds_of(answer, lm.device),
             "peak_bytes": float(lm.resident_bytes() + peak_bytes_of(answer, lm.device)),
         }

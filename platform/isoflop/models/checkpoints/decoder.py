@@ -44,18 +44,20 @@ def without_weights(ref: str, config: Any, what: str, make: Callable[[], Any]) -
         ) from error
 
 
-def decoder_geometry(ref: str, decoder: Any, name: str) -> dict[str, Any]:
-    """``width``, ``layers``, ``heads``, ``kv_heads``, ``head_width``, ``vocab_size`` and ``matrices`` of a Hugging Face decoder.
+def decoder_geometry(ref: str, decoder: Any, name: str, windows: bool = True) -> dict[str, Any]:
+    """``width``, ``layers``, ``heads``, ``kv_heads``, ``head_width``, ``vocab_size`` and ``matrices`` of a Hugging Face decoder,
+    and ``windows`` where some of its layers attend within windows: by layer, None for one that attends to all tokens before.
 
     Heads are those that the first layer's attention is called with, which configs name in different ways.
 
     Args:
         decoder: on the device ``meta``; see ``DecoderModel.decoder``.
         name: of the architecture, for messages.
+        windows: whether layers may attend within windows, as long as some do not.
 
     Raises:
         Infeasible: no list of layers, layers that call their attention never or more than once in a pass, layers of other kinds
-            (windows, recurrences), capped logits, attention sinks, masks of an architecture's own, heads that differ between the
+            (recurrences, windows in all of them or where none may be), capped logits, attention sinks, masks of an architecture's own, heads that differ between the
             layers, keys and values of different widths, or attention that does not go through transformers' interface.
     """
     config = decoder.config
@@ -67,6 +69,12 @@ def decoder_geometry(ref: str, decoder: Any, name: str) -> dict[str, Any]:
     _refuse_other_layers(ref, config, name)
     calls, failed = _attention_calls(ref, decoder, name)
     _refuse_uneven_calls(ref, calls, len(layers_of(decoder)), name, failed)
+    widths = _windows(ref, config, calls, name)
+    if any(widths) and not windows:
+        raise Infeasible(
+            f"model {ref}: {name} attends within windows ({_kinds(config)}), and tokens that leave between its layers would leave "
+            "them without a width; allowed here: full attention in every layer"
+        )
     call = calls[0]
     heads, head_width = call.q_BHTD.shape[1], call.q_BHTD.shape[3]
     if call.v_BGTD.shape[3] != head_width:
@@ -81,6 +89,7 @@ def decoder_geometry(ref: str, decoder: Any, name: str) -> dict[str, Any]:
         "head_width": head_width,
         "vocab_size": int(config.vocab_size),
         "matrices": matrix_shapes(decoder),
+        **({"windows": widths} if any(widths) else {}),
     }
 
 
@@ -93,17 +102,16 @@ def ropes_of(config: Any) -> list[dict[str, Any]]:
 
 def _refuse_other_layers(ref: str, config: Any, name: str) -> None:
     kinds = set(getattr(config, "layer_types", None) or [])
-    others = sorted(kinds - {"full_attention"})
-    window = getattr(config, "sliding_window", None)
+    others = sorted(kinds - {"full_attention", "sliding_attention"})
     if others and not any("sliding" in kind or "chunk" in kind for kind in others):
         raise Infeasible(
             f"model {ref}: {name} has layers that do not attend to all tokens before ({', '.join(others)}); "
-            "allowed: full attention in every layer"
+            "allowed: full attention, or sliding windows in some layers"
         )
-    if others or (window is not None and not kinds):
+    if others:
         raise Infeasible(
-            f"model {ref}: {name} attends within windows ({', '.join(others) or f'sliding_window = {window}'}); "
-            "allowed: full attention in every layer"
+            f"model {ref}: {name} attends within windows ({', '.join(others)}); allowed: full attention, or sliding windows in some "
+            "layers"
         )
     softcap = getattr(config, "attn_logit_softcapping", None)
     if softcap is not None:
@@ -126,6 +134,34 @@ def _refuse_other_layers(ref: str, config: Any, name: str) -> None:
             f"model {ref}: {name} takes keys and values of its last {shared} layers from layers before them (num_kv_shared_layers), whose "
             "bytes would count twice; allowed: keys and values of its own in every layer"
         )
+
+
+def _windows(ref: str, config: Any, calls: list[AttentionCall], name: str) -> tuple[int | None, ...]:
+    """The window that each layer hands to its attention; what its config says besides is refused."""
+    found = tuple(call.window for call in calls)
+    width, positions = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
+    cuts = width is not None and (positions is None or width < positions)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if any(found) or cuts else ""] * len(found)
+    for layer, (kind, window) in enumerate(zip(kinds, found, strict=True)):
+        if (kind == "sliding_attention" and cuts) != (window is not None):
+            said = "none" if window is None else f"one of {window} tokens"
+            raise Infeasible(
+                f"model {ref}: {name} attends within windows ({_kinds(config)}), and hands {said} to its attention in layer {layer}; "
+                "allowed: layers that hand over the window that their config names"
+            )
+    if all(found):
+        raise Infeasible(
+            f"model {ref}: {name} attends within windows ({_kinds(config)}) in every layer, whose caches hold nothing to compress; "
+            "allowed: full attention in some layers"
+        )
+    return found
+
+
+def _kinds(config: Any) -> str:
+    """What a config says of its windows, for messages."""
+    kinds = set(getattr(config, "layer_types", None) or [])
+    said = [f"sliding_window = {getattr(config, 'sliding_window', None)}"]
+    return ", ".join([*sorted(kinds - {"full_attention"}), *said])
 
 
 def _attention_calls(ref: str, decoder: Any, name: str) -> tuple[list[AttentionCall], Exception | None]:

@@ -78,7 +78,7 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
             f"tower of the type {vision.model_type}; allowed: {strategy!r}"
         )
     decoder = decoder_skeleton(config, ref)
-    geometry = decoder_geometry(ref, decoder, type(decoder).__name__)
+    geometry = decoder_geometry(ref, decoder, type(decoder).__name__, windows=False)
     grid = int(vision.image_size) // int(vision.patch_size)
     vocabulary = (getattr(config, "isoflop", None) or {}).get("vocabulary")
     return VlmInfo(

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from isoflop.core.errors import Infeasible
 from isoflop.core.hook import Hook
 from isoflop.models.hooks.occupant import Occupant
+from isoflop.models.windows import windowed_attention
 
 IMPLEMENTATION = "isoflop"
 _WITHOUT_EFFECT = frozenset(
@@ -32,7 +33,7 @@ _WITHOUT_EFFECT = frozenset(
     }
 )  # fmt: skip
 """What modules hand to their attention function that changes nothing in a causal pass without training. Anything else
-may change the softmax (sinks, caps, windows, biases, packed sequences)."""
+may change the softmax (sinks, caps, biases, packed sequences), but for windows, which a call says."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class AttentionCall:
         carried: what layers before this one have left about these very tokens in this pass, by name, and where this layer
             leaves something for those behind it. Empty at the first layer of every pass. The policy sees to it that
             tokens which a layer takes at once have one memory, so that what is left holds for each query by itself.
+        window: tokens that each query sees, itself included; None where it sees all before it. A policy leaves layers with a
+            window as they are: their caches hold no more (see ``isoflop.models.windows``).
     """
 
     layer: int
@@ -65,6 +68,7 @@ class AttentionCall:
     ids_BT: Tensor | None = None
     examples_B: Tensor | None = None
     carried: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -208,7 +212,9 @@ def once_per_pass(decoder: Any, attend: Attend) -> Iterator[None]:
 
 
 def causal_attention(call: AttentionCall) -> Tensor:
-    """Plain causal attention over the tokens of the call, (B, T, H, D)."""
+    """Plain causal attention over the tokens of the call, within its window if it has one, (B, T, H, D)."""
+    if call.window is not None:
+        return windowed_attention(call.q_BHTD, call.k_BGTD, call.v_BGTD, call.scaling, call.window, call.valid_BT)
     mask = None
     if call.valid_BT is not None:
         length = call.valid_BT.shape[1]
@@ -279,6 +285,8 @@ def own_last_row(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         del _ACTIVE[id(config)]
         if occupied is not None:
             _ACTIVE[id(config)] = occupied
+    if call.window is not None:
+        raise Infeasible(f"{type(attention).__name__} attends within a window of {call.window} tokens")
     heads, groups = call.q_BHTD.shape[1], call.k_BGTD.shape[1]
     k_BHTD = call.k_BGTD.repeat_interleave(heads // groups, dim=1)
     logits_BHT = (call.q_BHTD[:, :, -1:].float() @ k_BHTD.float().transpose(-1, -2))[:, :, 0] * call.scaling
@@ -298,6 +306,7 @@ def supports_attention(module: Any) -> bool:
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
+    window = _window(module, kwargs.pop("sliding_window", None))
     changes = sorted(name for name, value in kwargs.items() if value is not None and name not in _WITHOUT_EFFECT)
     if changes:
         raise Infeasible(
@@ -309,8 +318,14 @@ def _attention(
         )
     valid_BT = None if attention_mask is None else attention_mask.bool()[:, -query.shape[2] :]
     order_BT = order_of(valid_BT, query.shape[2], query.device)
-    call = AttentionCall(module.layer_idx, query, key, value, scaling, order_BT, valid_BT)
+    call = AttentionCall(module.layer_idx, query, key, value, scaling, order_BT, valid_BT, window=window)
     return _ACTIVE[id(module.config)](call).contiguous(), None
+
+
+def _window(module: Any, given: int | None) -> int | None:
+    """A layer's window; None where no text of the model is longer."""
+    positions = getattr(module.config, "max_position_embeddings", None)
+    return None if given is None or (positions is not None and given >= positions) else given
 
 
 def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

@@ -52,7 +52,7 @@ def costs_of(lm: LmModel, examples: Sequence[Priced]) -> dict[str, float]:
     def answer() -> Any:
         return examples[0].run(examples[0].prepare())
 
-    dense = float(np.mean([example.dense for example in examples]))
+    dense = float(np.mean([lm.dense_cache_bytes(example.dense) for example in examples]))
     return {
         "visual_tokens": 0.0,
         "text_tokens": float(np.mean([example.length for example in examples])),
@@ -60,7 +60,7 @@ def costs_of(lm: LmModel, examples: Sequence[Priced]) -> dict[str, float]:
         "flops": method + language,
         "flops_llm": language,
         "flops_method": method,
-        **byte_costs(lm, cache, lm.dense_cache_bytes(1) * dense),
+        **byte_costs(lm, cache, dense),
         "seconds": seconds_of(answer, lm.device),
         "peak_bytes": float(lm.resident_bytes() + peak_bytes_of(answer, lm.device)),
     }

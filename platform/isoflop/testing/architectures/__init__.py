@@ -2,7 +2,14 @@
 
 from isoflop.testing.architectures.llava import LLAVA_CHECKS, LlavaSubject, examine_llava
 from isoflop.testing.architectures.page import Row, page, rows
-from isoflop.testing.architectures.small import Architecture, NotSmall, architectures, full_attention, small_config
+from isoflop.testing.architectures.small import (
+    Architecture,
+    NotSmall,
+    architectures,
+    full_attention,
+    small_config,
+    some_windows,
+)
 from isoflop.testing.architectures.walk import CHECKS, Check, Finding, Findings, Subject, Wrong, examine, same
 
 __all__ = [
@@ -25,4 +32,5 @@ __all__ = [
     "rows",
     "same",
     "small_config",
+    "some_windows",
 ]

@@ -20,7 +20,15 @@ from typing import Any
 from isoflop.core.errors import unknown
 from isoflop.models import checkpoints
 from isoflop.testing.architectures.llava import LLAVA_CHECKS, examine_llava
-from isoflop.testing.architectures.small import Architecture, NotSmall, architectures, full_attention, small_config
+from isoflop.testing.architectures.small import (
+    FULL,
+    Architecture,
+    NotSmall,
+    architectures,
+    full_attention,
+    small_config,
+    some_windows,
+)
 from isoflop.testing.architectures.walk import CHECKS, EXACT, Findings, examine
 
 PAGE = Path(checkpoints.__file__).parent / "architectures.md"
@@ -57,7 +65,7 @@ class Row:
 
 
 def rows(examine_one: Examine = examine, names: Iterable[str] | None = None) -> list[Row]:
-    """Walk: every architecture as its config comes, and without windows and caps where it has some.
+    """Walk: every architecture as its config comes, with windows in some layers where it can have some, and without windows and caps.
 
     Args:
         examine_one: ``examine`` or ``examine_llava``.
@@ -130,10 +138,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _configs(architecture: Architecture) -> list[dict[str, Any]]:
     try:
-        changes = full_attention(small_config(architecture.model_type))
+        config = small_config(architecture.model_type)
     except NotSmall:
         return [{}]
-    return [{}, changes] if changes else [{}]
+    return [{}, *(changes for changes in (some_windows(config), full_attention(config)) if changes)]
 
 
 def _taken(title: str, checks: list[str], found: Sequence[Row]) -> list[str]:
@@ -153,7 +161,9 @@ def _others(title: str, found: Sequence[Row]) -> list[str]:
 
 
 def _said(name: str, value: Any) -> str:
-    return "full attention" if name == "layer_types" else f"{name} = {value}"
+    if name != "layer_types":
+        return f"{name} = {value}"
+    return "full attention" if value == FULL else "windows in every other layer"
 
 
 def _cell(text: str) -> str:

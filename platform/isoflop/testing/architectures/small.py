@@ -38,6 +38,7 @@ SIZES: tuple[tuple[str, int], ...] = (
 """How whole numbers of a config are called, and what they become where they are larger."""
 
 FULL = ["full_attention", "full_attention"]
+SOME = ["sliding_attention", "full_attention"]
 _ASSISTANT_TEXT = {
     "hidden_size_per_layer_input": 0,
     "vocab_size_per_layer_input": 0,
@@ -119,6 +120,15 @@ def full_attention(config: Any) -> dict[str, Any]:
     elif own.get("sliding_window") is not None and not own.get("layer_types"):
         off["sliding_window"] = None
     return off
+
+
+def some_windows(config: Any) -> dict[str, Any]:
+    """Changes that give an architecture windows in its first layer only, without caps; empty when it has some so, or has none."""
+    own: dict[str, Any] = config.to_dict()
+    kinds = own.get("layer_types") or []
+    if "sliding_attention" not in kinds or (set(kinds) == set(SOME) and own.get("attn_logit_softcapping") is None):
+        return {}
+    return {**full_attention(config), "layer_types": SOME}
 
 
 def _shrunk(kind: Any, fixed: dict[str, Any]) -> Any:
