@@ -54,7 +54,6 @@ from isoflop.models.segments import (
     stored_bytes,
     whole_prompt,
 )
-
 from isoflop.models.windows import WindowCache
 
 if TYPE_CHECKING:
