@@ -178,11 +178,14 @@ def test_after_a_failure_models_are_loaded_afresh(tmp_path: Path, toy_parts: Mod
     assert len(toy_parts.log_lines(tmp_path / "cache", "load")) == (1 if kept else 2)
 
 
-def test_a_worker_keeps_the_models_that_it_used_last(tmp_path: Path, toy_parts: ModuleType) -> None:
+def test_a_worker_keeps_the_models_that_it_used_last(
+    tmp_path: Path, toy_parts: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isoflop.jobs.warm.MOST_WARM", 2)
     (tmp_path / "cache").mkdir()
     sweep = resolve(toy(models=["toy/s", "toy/m", "toy/l"], tasks=["toy-task"], methods=["toy-full"]))
     jobs = {job.model: job for config in sweep.space.grid() for job in sweep.jobs_of(config)}
-    runner = Runner(tmp_path / "cache", keep_models=2)
+    runner = Runner(tmp_path / "cache")
     asked = [
         "toy/s",
         "toy/m",

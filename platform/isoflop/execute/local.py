@@ -54,7 +54,7 @@ class LocalExecutor(Executor):
         def on_shard(shard: int, mean: float, examples: int) -> bool:
             return watcher is not None and watcher(ShardReport(self.NAME, item, shard, mean, examples))
 
-        return [Done(self.NAME, item, self._runner.run_job(item.job, on_shard))]
+        return [Done(self.NAME, item, self._runner.run_job(item.job, on_shard, item.alone))]
 
     def kill(self, worker: str, reason: str, blame: bool = True) -> None:
         """Nothing: the worker is this very process."""

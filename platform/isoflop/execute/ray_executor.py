@@ -240,7 +240,7 @@ class RayExecutor(Executor):
         if item.kind == "stage":
             ref = target.actor.run_stage.remote(item.job.to_dict(), item.stage, fetch)
         else:
-            ref = target.actor.run_job.remote(item.id, item.job.to_dict(), fetch)
+            ref = target.actor.run_job.remote(item.id, item.job.to_dict(), fetch, item.alone)
         target.items.append((item, ref))
         self._by_ref[ref] = (target, item)
 

@@ -77,7 +77,7 @@ class RayWorker:
             "shared": self._shared is not None,
         }
 
-    def run_job(self, item: str, job: dict[str, Any], fetch: dict[str, list[Any]]) -> Outcome:
+    def run_job(self, item: str, job: dict[str, Any], fetch: dict[str, list[Any]], alone: bool = False) -> Outcome:
         """Run a job; its own failures come back as an outcome."""
         built = Job.from_dict(job)
         self._fetch(built, fetch)
@@ -87,7 +87,7 @@ class RayWorker:
                 self._reports.append((item, shard, mean, examples))
                 return item in self._stop
 
-        return self._runner.run_job(built, on_shard)
+        return self._runner.run_job(built, on_shard, alone)
 
     def run_stage(self, job: dict[str, Any], key: str, fetch: dict[str, list[Any]]) -> dict[str, Any]:
         """Compute one stage of a job."""

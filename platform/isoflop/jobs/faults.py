@@ -41,17 +41,25 @@ def is_interrupt(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt) and main and not taken
 
 
-def status_of(error: BaseException, fresh: bool) -> Status:
-    """Too little memory is a property of the configuration, unless an earlier job of this process may have leaked it.
-
-    Args:
-        fresh: nothing else has run in this process before.
-    """
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the host or of an accelerator."""
     import torch
 
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+def status_of(error: BaseException, fresh: bool, alone: bool) -> Status:
+    """Too little memory is a property of the configuration, unless something else in this process may have taken it.
+
+    Args:
+        fresh: nothing else has run in this process before: earlier jobs may have leaked memory of the host.
+        alone: no other model was warm, on the accelerator say.
+    """
     if isinstance(error, MemoryError):
         return "infeasible" if fresh else "failed"
-    return "infeasible" if isinstance(error, (Infeasible, torch.OutOfMemoryError)) else "failed"
+    if is_out_of_memory(error):
+        return "infeasible" if alone else "failed"
+    return "infeasible" if isinstance(error, Infeasible) else "failed"
 
 
 def describe(error: BaseException) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import resource
 import socket
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,9 +17,10 @@ import numpy as np
 from isoflop.core.errors import Infeasible
 from isoflop.core.stage import Stage
 from isoflop.core.text import safe_name, safe_text
-from isoflop.jobs.faults import describe, is_interrupt, is_transient, status_of
+from isoflop.jobs.faults import describe, is_interrupt, is_out_of_memory, is_transient, status_of
 from isoflop.jobs.job import Job, ResolvedJob, versions_of
 from isoflop.jobs.traces import Trace, traces_of
+from isoflop.jobs.warm import WarmModels
 from isoflop.methods.base import ADDITIVE_COSTS, Method
 from isoflop.models.base import Model
 from isoflop.stages import StageCache
@@ -44,6 +43,7 @@ class Outcome:
         traces: of the methods' inner steps, by name, thinned.
         error_type, error_text: of a job that failed or was infeasible.
         transient: whether another attempt may help, where it failed.
+        crowded: it ran out of memory that others in its process may have taken: it is to be tried alone, in a fresh one.
     """
 
     status: Status
@@ -56,6 +56,7 @@ class Outcome:
     error_type: str = ""
     error_text: str = ""
     transient: bool = True
+    crowded: bool = False
     started: float = 0.0
     seconds: float = 0.0
     host: str = ""
@@ -71,25 +72,24 @@ class Runner:
     Args:
         cache_dir: root of the stage cache.
         device: torch device; chosen from torch when None.
-        keep_models: how many loaded models stay warm.
         name: of the worker, for provenance.
     """
 
-    def __init__(
-        self, cache_dir: str | Path | None = None, device: str | None = None, keep_models: int = 4, name: str = "driver"
-    ) -> None:
+    def __init__(self, cache_dir: str | Path | None = None, device: str | None = None, name: str = "driver") -> None:
         self.cache = StageCache(cache_dir, device or _pick_device())
         self.name = name
-        self._keep_models = keep_models
-        self._models: OrderedDict[str, Model] = OrderedDict()
+        self._models = WarmModels(self.cache.device)
         self._used = False
 
-    def run_job(self, job: Job, on_shard: OnShard | None = None) -> Outcome:
+    def run_job(self, job: Job, on_shard: OnShard | None = None, alone: bool = False) -> Outcome:
         """Run one job to its end; never raises for the job's own failures.
 
         Args:
             on_shard: called after each shard with (shard index, mean error so far, examples so far); True stops the job.
+            alone: without other models in memory.
         """
+        if alone:
+            self._models.clear()
         out = Outcome(
             "failed",
             started=time.time(),
@@ -100,16 +100,20 @@ class Runner:
         clock = time.monotonic()
         computed_before = len(self.cache.computed)
         fresh, self._used = not self._used, True
+        warm = set(self._models.held())
         try:
-            self._run(_resolve(job), out, on_shard)
+            resolved = _resolve(job)
+            warm.discard(resolved.model_key)
+            self._run(resolved, out, on_shard)
         except Infeasible as error:
             out.status, out.error_type, out.error_text = "infeasible", "Infeasible", safe_text(error)
         except BaseException as error:  # also SystemExit, GeneratorExit and the panics of libraries in Rust
             if is_interrupt(error):
                 raise
-            out.status, out.transient = status_of(error, fresh), is_transient(error)
+            out.status, out.transient = status_of(error, fresh, not warm), is_transient(error)
+            out.crowded = out.status == "failed" and is_out_of_memory(error)
             out.error_type, out.error_text = type(error).__name__, describe(error)
-            self._forget_models()
+            self._models.clear()  # nothing is known of their state
         out.seconds = time.monotonic() - clock
         out.stages_computed = self.cache.computed[computed_before:]
         return out
@@ -117,6 +121,7 @@ class Runner:
     def run_stage(self, job: Job, key: str) -> dict[str, Any]:
         """Compute the stage ``key`` of ``job``: ``{"ok": True, "seconds": …, "bytes": …}`` or the error as text."""
         fresh, self._used = not self._used, True
+        warm = len(self._models)
         try:
             stage = _stage(job, key)
             seconds = self.cache.ensure(stage)
@@ -124,9 +129,11 @@ class Runner:
         except BaseException as error:
             if is_interrupt(error):
                 raise
+            if is_out_of_memory(error):
+                self._models.clear()
             return {
                 "ok": False,
-                "status": status_of(error, fresh),
+                "status": status_of(error, fresh, not warm),
                 "transient": is_transient(error),
                 "error_type": type(error).__name__,
                 "error_text": describe(error),
@@ -179,25 +186,14 @@ class Runner:
         out.status = "pruned" if stopped else "ok"
 
     def _model(self, resolved: ResolvedJob, out: Outcome) -> Model:
-        key = resolved.model_key
-        if key in self._models:
-            self._models.move_to_end(key)
+        warm = self._models.get(resolved.model_key)
+        if warm is not None:
             out.model_was_warm = True
-            return self._models[key]
+            return warm
+        self._models.make_room(resolved.info)
         model = resolved.family.load(resolved.info, resolved.weights, self.cache)
-        self._models[key] = model
-        while len(self._models) > self._keep_models:
-            self._models.popitem(last=False)
+        self._models.put(resolved.model_key, model)
         return model
-
-    def _forget_models(self) -> None:
-        """After a failure nothing is known of the state of warm models: load them afresh."""
-        self._models.clear()
-        gc.collect()
-        import torch
-
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 class VersionMismatch(RuntimeError):

@@ -316,10 +316,10 @@ class Driver:
         job = event.item.job
         self._display.time_left.took(JOB, outcome.seconds)
         self._pacing.took(outcome.seconds)
-        if outcome.error_type == "MemoryError":
+        if outcome.error_type == "MemoryError" or outcome.crowded:
             self._executor.kill(event.worker, "ran out of memory; another takes its place", blame=False)
         if outcome.status == "failed":
-            exhausted = self._queue.job_failed(job.id, event.worker, outcome.transient)
+            exhausted = self._queue.job_failed(job.id, event.worker, outcome.transient, outcome.crowded)
             if exhausted is None:
                 self._progress.line(
                     f"{job_title(job)} failed, will be tried again: {outcome.error_type}: {outcome.error_text}"

@@ -32,7 +32,7 @@ class Pending:
     attempt: int = 0
     avoid: str | None = None  # worker on which it failed last
     misfortunes: int = 0
-    alone: bool = False  # it, or another that its worker had with it, killed the worker
+    alone: bool = False  # it ran out of memory, or it or another of its worker killed that
 
 
 @dataclass
@@ -272,10 +272,15 @@ class WorkQueue:
         """A job has its final result."""
         return self._running.pop(job_id)
 
-    def job_failed(self, job_id: str, worker: str, transient: bool = True) -> Pending | None:
+    def job_failed(self, job_id: str, worker: str, transient: bool = True, crowded: bool = False) -> Pending | None:
         """A job failed; None when it is queued again, else the job to be recorded as failed: its attempts are used up, or
-        another one would not help."""
+        another one would not help. One that was ``crowded`` runs alone from now on, which costs it no attempt."""
         pending = self._running.pop(job_id)
+        if crowded and not pending.alone:
+            pending.alone = True
+            pending.attempt -= 1
+            self._admit(pending)
+            return None
         if not transient or pending.attempt > self._retries:
             return pending
         pending.avoid = worker
