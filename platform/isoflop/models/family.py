@@ -120,6 +120,21 @@ def split_ref(ref: str) -> tuple[str, dict[str, Any]]:
     return plain, options
 
 
+def all_options(ref: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The given options with those that the reference names; these may be given again, but not otherwise.
+
+    Raises:
+        UserError: they are given otherwise.
+    """
+    named = split_ref(ref)[1]
+    for name, value in named.items():
+        if name in options and options[name] != value:
+            raise UserError(
+                f"model {ref}: {name} = {options[name]!r} is given beside the reference; allowed: one of both"
+            )
+    return {**options, **named}
+
+
 def _scalar(text: str) -> Any:
     for kind in (int, float):
         try:

@@ -222,14 +222,14 @@ def _stepped(
 
 def _check_models(spec: SweepSpec, source: Source) -> None:
     """Every model exists, and none stands there twice under two spellings of its options."""
-    seen: dict[tuple[str, str], str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
     for index, entry in enumerate(spec.models):
         where = source.where(("models", index))
         try:
             info = family_of(entry.ref, where).info(entry.ref, entry.options)
         except UserError as error:
             raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
-        same = seen.setdefault((entry.ref.partition("?")[0], info.version), entry.ref)
+        same = seen.setdefault((entry.ref.partition("?")[0], info.version, info.options), entry.ref)
         if same != entry.ref:
             raise UserError(f"{where}: {entry.ref} is the same model as {same}, with the same options; keep one")
 

@@ -1,6 +1,6 @@
 """The family ``hf``: checkpoints from a local folder or the Hugging Face hub, offline first.
 
-``hf:<path>`` names a folder in ``save_pretrained`` form, ``hf:<owner>/<repo>`` a repository on the hub. A repository is
+Options may stand in a reference, ``hf:<path>?dtype=bfloat16``. ``hf:<path>`` names a folder in ``save_pretrained`` form, ``hf:<owner>/<repo>`` a repository on the hub. A repository is
 looked for in the local cache; it is downloaded only when it is not there and the hub can be reached. Weights are read
 from safetensors files only; code in a repository runs only when the sweep sets ``trust_remote_code`` for that model.
 
@@ -23,8 +23,18 @@ from isoflop.models.base import Model, ModelInfo
 from isoflop.models.checkpoints import llava as hf_llava
 from isoflop.models.checkpoints import lm as hf_lm
 from isoflop.models.checkpoints import vit as vit_hf
-from isoflop.models.checkpoints.source import FAMILY, Content, Options, architecture_of, content_of, locate, read_config
-from isoflop.models.family import FAMILIES, ModelFamily, without_defaults
+from isoflop.models.checkpoints.source import (
+    AUTO,
+    FAMILY,
+    Content,
+    Options,
+    architecture_of,
+    content_of,
+    locate,
+    own_dtype,
+    read_config,
+)
+from isoflop.models.family import FAMILIES, ModelFamily, all_options, split_ref, without_defaults
 from isoflop.models.lm import LmInfo
 from isoflop.models.vit import VitInfo
 
@@ -77,13 +87,23 @@ class HuggingFace(ModelFamily):
 
     def info(self, ref: str, options: Mapping[str, Any]) -> ModelInfo:
         """Describe a checkpoint from its config, without loading weights."""
-        checked = check_knobs(Options, options, f"model {ref}")
-        source = locate(ref, Options(**checked).revision, weights=False)  # type: ignore[arg-type]
+        checked, source = _checked(ref, options)
         return _describe(ref, tuple(sorted(checked.items())), source, content_of(source))
 
     def canonical_options(self, ref: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of ``Options`` that differ from its defaults."""
-        return without_defaults(Options, options, f"model {ref}")
+        """The fields of ``Options`` that differ from its defaults, without those that the reference names.
+
+        The type is the one that is computed in: what a default does is known to the id of a job, and float32, the default of
+        older stores, stands in no id of a checkpoint in float32.
+        """
+        given = all_options(ref, options)
+        found = without_defaults(Options, given, f"model {ref}")
+        checked, source = _checked(ref, options)
+        found["dtype"] = checked["dtype"]
+        if checked["dtype"] == own_dtype(source) == "float32":
+            del found["dtype"]
+        named = split_ref(ref)[1]
+        return {name: value for name, value in found.items() if name not in named}
 
     def trained_with(self, info: ModelInfo, methods: tuple[Any, ...]) -> tuple[Any, ...]:
         """None: a checkpoint is trained already."""
@@ -99,6 +119,16 @@ class HuggingFace(ModelFamily):
         options = Options(**dict(info.options))
         source = locate(info.ref, options.revision, weights=True)
         return _kind(info.ref, architecture_of(info.ref, source)).load(info, source, options, ctx)
+
+
+def _checked(ref: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
+    """All options of a model, the type as it is computed in; and the folder with its files."""
+    checked: dict[str, Any] = dict(check_knobs(Options, all_options(ref, options), f"model {ref}"))
+    source = locate(ref, checked["revision"], weights=False)
+    if checked["dtype"] == AUTO:
+        architecture_of(ref, source)  # there is a config, and it can be read
+        checked["dtype"] = own_dtype(source)
+    return checked, source
 
 
 @lru_cache(maxsize=256)

@@ -18,9 +18,11 @@ from isoflop.core.errors import UserError, nearest
 from isoflop.core.hashing import file_hash
 from isoflop.core.knobs import Knob
 from isoflop.core.public import local_path, looked_at
+from isoflop.models.family import split_ref
 
 FAMILY = "hf"
 CONFIG_FILES = ("config.json", "preprocessor_config.json")
+AUTO = "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Content = tuple[tuple[str, str], ...]
 
@@ -30,11 +32,25 @@ class Options:
     """Options of an ``hf:`` model in a sweep."""
 
     revision: Annotated[str, Knob(doc="branch, tag or commit on the hub; ignored for a folder")] = "main"
-    dtype: Annotated[str, Knob(choices=tuple(DTYPES), doc="type of the weights in memory")] = "float32"
+    dtype: Annotated[
+        str,
+        Knob(
+            choices=(AUTO, *DTYPES),
+            doc="type that weights have in memory and the model computes in; auto: the checkpoint's own, by its config",
+        ),
+    ] = AUTO
     served: Annotated[
-        str, Knob(choices=("", *DTYPES), doc="what float32 weights and caches are counted as; empty for what they are")
+        str,
+        Knob(
+            choices=("", *DTYPES),
+            doc="what weights and caches count where the model computes in float32, which it goes on to do; empty for 32 bits",
+        ),
     ] = ""
     trust_remote_code: Annotated[bool, Knob(doc="run Python code from the repository")] = False
+
+    def __post_init__(self) -> None:
+        if self.dtype == AUTO:
+            raise ValueError("the type of a checkpoint is its own until its config has been read")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -56,7 +72,7 @@ def locate(ref: str, revision: str, weights: bool) -> Path:
     Raises:
         UserError: no such folder, and neither the local cache nor the hub has such a repository.
     """
-    name = ref.removeprefix("hf:")
+    name = split_ref(ref)[0].removeprefix("hf:")
     path = local_path(name, f"model {ref}")
     if path.is_dir():
         return path.resolve()
@@ -103,6 +119,15 @@ def architecture_of(ref: str, source: Path) -> str:
     except ValueError as error:
         raise UserError(f"model {ref}: {path} is no valid JSON ({error})") from error
     return str((stored.get("architectures") or ["unknown"])[0])
+
+
+def own_dtype(source: Path) -> str:
+    """The type that a checkpoint's config names, which is that of its weights; float32 where it names none of ``DTYPES``."""
+    stored = json.loads((source / "config.json").read_text())
+    inner = stored.get("text_config") or {}
+    named = [holder.get(key) for holder in (stored, inner) for key in ("dtype", "torch_dtype")]
+    found = next((str(name).removeprefix("torch.") for name in named if name), "")
+    return found if found in DTYPES else "float32"
 
 
 def read_config(source: Path, options: Options) -> Any:

@@ -29,7 +29,7 @@ from isoflop.core.hook import Hook
 from isoflop.core.knobs import check_knobs, knob_specs
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import Checkpoint, Model, ModelInfo
-from isoflop.models.family import FAMILIES, ModelFamily, split_ref, without_defaults
+from isoflop.models.family import FAMILIES, ModelFamily, all_options, split_ref, without_defaults
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.byte_view import BYTE_VIEW
 from isoflop.models.hooks.documents import DOCUMENTS, DocumentChooser
@@ -91,14 +91,14 @@ class TinyLm(ModelFamily):
     def info(self, ref: str, options: Mapping[str, Any]) -> LmInfo:
         """Describe a member; ``options`` are fields of its corpus' recipe."""
         recipe = RECIPES[self._corpus(ref)]
-        checked = check_knobs(recipe, _all_options(ref, options), f"model {ref}")
+        checked = check_knobs(recipe, all_options(ref, options), f"model {ref}")
         named = {k: v for k, v in checked.items() if k not in LATER_OPTIONS or v != knob_specs(recipe)[k].default}
         return _info(ref, tuple(sorted(named.items())))
 
     def canonical_options(self, ref: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of the recipe that differ from its defaults, without those that the reference names."""
         named = split_ref(ref)[1]
-        found = without_defaults(RECIPES[self._corpus(ref)], _all_options(ref, options), f"model {ref}")
+        found = without_defaults(RECIPES[self._corpus(ref)], all_options(ref, options), f"model {ref}")
         return {name: value for name, value in found.items() if name not in named}
 
     def weights(self, info: ModelInfo, methods: tuple[Taught, ...], seed: int) -> Stage:
@@ -171,17 +171,6 @@ class TinyLm(ModelFamily):
         if plain not in self.members():
             raise unknown("model", plain, self.members())
         return _parts(plain)[0]
-
-
-def _all_options(ref: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The given options with those that the reference names; these may be given again, but not otherwise."""
-    named = split_ref(ref)[1]
-    for name, value in named.items():
-        if name in options and options[name] != value:
-            raise UserError(
-                f"model {ref}: {name} = {options[name]!r} is given beside the reference; allowed: one of both"
-            )
-    return {**options, **named}
 
 
 def _exchanged(info: ModelInfo, size: str, seed: int, tokens: TokensStage, method: ExchangingMethod) -> Stage:
