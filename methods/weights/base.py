@@ -9,7 +9,7 @@ Shape suffixes: O outputs (rows), I inputs (columns).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
@@ -24,7 +24,13 @@ from isoflop.methods.base import Method
 from isoflop.methods.calibration import OnModel
 from isoflop.methods.weights.artefact import Artefact, Serving
 from isoflop.methods.weights.payloads import Payload
-from isoflop.methods.weights.statistics import CalibrationStage, Statistics, ViewStats, calibration_seed, collect
+from isoflop.methods.weights.statistics import (
+    CalibrationStage,
+    Statistics,
+    ViewStats,
+    calibration_seed,
+    collect_by_block,
+)
 from isoflop.methods.weights.views import LinearView, linear_views
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.hooks.matrices import MATRICES
@@ -131,10 +137,13 @@ class MatrixCodecMethod(WeightMethod):
 
     def encode_model(self, model: Model, statistics: Statistics | None = None) -> Artefact:
         """Every view of a model as it is now."""
-        views = linear_views(model)
+        return Artefact(self.encode_views(linear_views(model), statistics))
+
+    @torch.no_grad()
+    def encode_views(self, views: Sequence[LinearView], statistics: Statistics | None) -> dict[str, Payload]:
+        """Some views, by name."""
         known = ((view, None) for view in views) if statistics is None else statistics.each(views)
-        with torch.no_grad():
-            return Artefact({view.name: self.encode(view.weight(), stats) for view, stats in known})
+        return {view.name: self.encode(view.weight(), stats) for view, stats in known}
 
     def served(self, model: Model, views: list[LinearView], prepared: Any) -> Served:
         """Those of the artefact; without calibration it is encoded here."""
@@ -164,7 +173,13 @@ class CalibratedMethod(MatrixCodecMethod):
 
     def calibrate(self, model: Model, ctx: StageContext, seed: int) -> Artefact:
         """What the stage computes, on a loaded model."""
-        return self.encode_model(model, collect(model, ctx, self.n_calib, calibration_seed(seed)))
+        payloads: dict[str, Payload] = {}
+
+        def take(views: list[LinearView], statistics: Statistics) -> None:
+            payloads.update(self.encode_views(views, statistics))
+
+        collect_by_block(model, ctx, self.n_calib, calibration_seed(seed), take)
+        return Artefact(payloads)
 
     def served(self, model: Model, views: list[LinearView], prepared: Any) -> Served:
         """Those of the stage."""

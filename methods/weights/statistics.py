@@ -10,7 +10,7 @@ Shape suffixes: O outputs, I inputs, N tokens, B samples.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +22,15 @@ from torch import Tensor
 from isoflop.core.hashing import derive_seed
 from isoflop.core.stage import StageContext
 from isoflop.methods.calibration import OnModel
+from isoflop.methods.weights.blockwise import BlockPasses
 from isoflop.methods.weights.obs import Curvature
 from isoflop.methods.weights.views import LinearView, linear_views, observed
 from isoflop.models.base import Model
 
-_TENSORS = "statistics.safetensors"
+_TENSORS = "statistics-{}.safetensors"
 _INDEX = "statistics.json"
+STRIPE = 256
+"""Rows of a Gram matrix that are added to at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,17 +71,22 @@ class _Sums:
         x = x.detach().float()
         x_BNI = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
         x_NI = x_BNI.flatten(0, 1)
-        self.gram_II += x_NI.T @ x_NI
+        for start in range(0, x_NI.shape[1], STRIPE):  # the lower half is the upper one's mirror image
+            rows = slice(start, start + STRIPE)
+            self.gram_II[rows, start:].addmm_(x_NI[:, rows].T, x_NI[:, start:])
         self.norms_I += x_BNI.norm(dim=1).sum(0)
         self.tokens += x_NI.shape[0]
         self.samples += x_BNI.shape[0]
 
     def tensors(self) -> dict[str, Tensor]:
-        return {
-            "hessian": self.gram_II * (2 / max(self.tokens, 1)),
-            "norms": self.gram_II.diagonal().clamp(min=0).sqrt(),
-            "scales": self.norms_I / max(self.samples, 1),
-        }
+        """Once, at the end: the Hessian takes the place of the sum."""
+        norms_I = self.gram_II.diagonal().clamp(min=0).sqrt()
+        for start in range(0, len(norms_I), STRIPE):
+            rows = slice(start, start + STRIPE)
+            self.gram_II[rows, rows] = self.gram_II[rows, rows].triu() + self.gram_II[rows, rows].triu(1).T
+            self.gram_II[start + STRIPE :, rows] = self.gram_II[rows, start + STRIPE :].T
+        hessian_II = self.gram_II.mul_(2 / max(self.tokens, 1))
+        return {"hessian": hessian_II, "norms": norms_I, "scales": self.norms_I / max(self.samples, 1)}
 
 
 @dataclass
@@ -102,35 +110,55 @@ class _Collector:
     def end_batch(self) -> None:
         self._seen.clear()
 
+    def statistics(self, views: Sequence[LinearView]) -> Statistics:
+        """Those of all views; an expert that no token was routed to has zeros."""
+        for view in views:
+            if view.name not in self.owner:
+                empty = view.weight().new_zeros
+                self.owner[view.name] = view.name
+                self.sums[view.name] = _Sums(empty(view.cols, view.cols).float(), empty(view.cols).float())
+        tensors: dict[str, Tensor | Path] = {
+            f"{name}/{part}": t for name, sums in self.sums.items() for part, t in sums.tensors().items()
+        }
+        return Statistics(tensors, self.owner, {name: sums.tokens for name, sums in self.sums.items()})
+
+
+Take = Callable[[list[LinearView], "Statistics"], None]
+"""Is given some views with their statistics, and must not keep the latter if memory is to stay small."""
+
 
 @torch.no_grad()
-def collect(model: Model, ctx: StageContext, examples: int, seed: int) -> Statistics:
-    """Run ``examples`` calibration examples through the model as it is now."""
+def collect_by_block(model: Model, ctx: StageContext, examples: int, seed: int, take: Take) -> None:
+    """Run calibration examples through the model as it is now, block by block where it can be (see ``BlockPasses``)."""
     views = linear_views(model)
-    collector = _Collector()
-    with observed(views, collector):
-        for batch in model.calibration(ctx, examples, seed):
-            model.supervised(batch)
-            collector.end_batch()
-    for view in views:
-        if view.name not in collector.owner:
-            empty = view.weight().new_zeros
-            collector.owner[view.name] = view.name
-            collector.sums[view.name] = _Sums(empty(view.cols, view.cols).float(), empty(view.cols).float())
-    tensors = {f"{name}/{part}": t for name, sums in collector.sums.items() for part, t in sums.tensors().items()}
-    return Statistics(tensors, collector.owner, {name: sums.tokens for name, sums in collector.sums.items()})
+
+    @contextmanager
+    def watching(some: list[LinearView]) -> Iterator[Callable[[], None]]:
+        collector = _Collector()
+        with observed(some, collector):
+            yield collector.end_batch
+        take(some, collector.statistics(some))
+
+    BlockPasses(model, views, list(model.calibration(ctx, examples, seed))).run(watching)
+
+
+def collect(model: Model, ctx: StageContext, examples: int, seed: int) -> Statistics:
+    """The statistics of all blocks at once."""
+    found = Statistics({}, {}, {})
+    collect_by_block(model, ctx, examples, seed, lambda _, part: found.take(part))
+    return found
 
 
 class Statistics:
     """Statistics of every view of a model, by the view's name; read from disk one matrix at a time.
 
     Args:
-        tensors: ``<view>/hessian`` … by name, or the folder to read them from.
+        tensors: ``<view>/hessian`` … by name, or the file to read them from by ``<view>``.
         owner: of each view, the view whose tensors it shares.
         tokens: of each owner, the inputs seen.
     """
 
-    def __init__(self, tensors: dict[str, Tensor] | Path, owner: dict[str, str], tokens: dict[str, int]) -> None:
+    def __init__(self, tensors: dict[str, Tensor | Path], owner: dict[str, str], tokens: dict[str, int]) -> None:
         self._tensors = tensors
         self.owner = owner
         self._tokens = tokens
@@ -139,8 +167,7 @@ class Statistics:
         """Statistics of one view, on the device of its weights."""
         name = self.owner[view.name]
         device = view.holder.device
-        with self._reader() as read:
-            hessian, norms, scales = (read(f"{name}/{part}").to(device) for part in ("hessian", "norms", "scales"))
+        hessian, norms, scales = (self._read(name, part).to(device) for part in ("hessian", "norms", "scales"))
         return ViewStats(self._tokens[name], hessian, norms, scales)
 
     def each(self, views: Iterable[LinearView]) -> Iterator[tuple[LinearView, ViewStats]]:
@@ -154,32 +181,50 @@ class Statistics:
 
     def scales(self, view: LinearView) -> Tensor:
         """``ViewStats.scales_I`` alone."""
-        with self._reader() as read:
-            return read(f"{self.owner[view.name]}/scales").to(view.holder.device)
+        return self._read(self.owner[view.name], "scales").to(view.holder.device)
+
+    def take(self, other: Statistics) -> None:
+        """Add those of other views."""
+        self._tensors |= other._tensors
+        self.owner |= other.owner
+        self._tokens |= other._tokens
 
     def save(self, folder: Path) -> None:
-        """Write everything into a folder."""
+        """Write everything into a folder, behind what was saved there before."""
         from safetensors.torch import save_file
 
-        assert isinstance(self._tensors, dict)
-        save_file({name: t.cpu().contiguous() for name, t in self._tensors.items()}, folder / _TENSORS)
-        (folder / _INDEX).write_text(json.dumps({"owner": self.owner, "tokens": self._tokens}) + "\n")
+        index = _read_index(folder)
+        file = _TENSORS.format(len(set(index["files"].values())))
+        held = {name: t for name, t in self._tensors.items() if isinstance(t, Tensor)}
+        save_file({name: t.cpu().contiguous() for name, t in held.items()}, folder / file)
+        index["owner"] |= self.owner
+        index["tokens"] |= self._tokens
+        index["files"] |= dict.fromkeys(self._tokens, file)
+        (folder / _INDEX).write_text(json.dumps(index) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Statistics:
         """The inverse of :meth:`save`; tensors are read when they are asked for."""
-        index = json.loads((folder / _INDEX).read_text())
-        return cls(folder, index["owner"], index["tokens"])
+        index = _read_index(folder)
+        return cls({name: folder / file for name, file in index["files"].items()}, index["owner"], index["tokens"])
 
-    @contextmanager
-    def _reader(self) -> Iterator[Any]:
+    def _read(self, owner: str, part: str) -> Tensor:
         from safetensors import safe_open
 
-        if isinstance(self._tensors, dict):
-            yield self._tensors.__getitem__
-            return
-        with safe_open(self._tensors / _TENSORS, framework="pt") as file:
-            yield file.get_tensor
+        found = self._tensors.get(f"{owner}/{part}", self._tensors.get(owner))
+        if not isinstance(found, Path):
+            assert found is not None
+            return found
+        with safe_open(found, framework="pt") as file:
+            read: Tensor = file.get_tensor(f"{owner}/{part}")
+        return read
+
+
+def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
+    """Empty where nothing was saved; folders of older stores have one file for everything, and do not name it."""
+    path = folder / _INDEX
+    index = json.loads(path.read_text()) if path.exists() else {"owner": {}, "tokens": {}}
+    return {"files": dict.fromkeys(index["tokens"], "statistics.safetensors"), **index}
 
 
 @dataclass(frozen=True)
@@ -191,9 +236,10 @@ class CalibrationStage(OnModel):
     n_calib: int
 
     def compute(self, ctx: StageContext, folder: Path) -> None:
-        """One pass through the model."""
+        """One pass through the model; each block is written before the next one runs."""
         with self.model(ctx) as model:
-            collect(model, ctx, self.n_calib, calibration_seed(self.seed)).save(folder)
+            seed = calibration_seed(self.seed)
+            collect_by_block(model, ctx, self.n_calib, seed, lambda _, found: found.save(folder))
 
     def load(self, ctx: StageContext, folder: Path) -> Statistics:
         """The statistics, read lazily."""
