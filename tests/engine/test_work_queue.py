@@ -168,6 +168,50 @@ def test_where_one_of_two_killed_its_worker_each_runs_alone_and_only_the_killer_
     assert [(p.job.id, p.attempt) for p in blamed] == [(jobs[killer].id, 1)]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_to_run_alone_waits_for_no_more_than_what_its_worker_has(workers: int) -> None:
+    """However many others wait, and however long the search goes on adding to them."""
+    queue = WorkQueue(retries=0)
+    crowded = add(queue, 0)
+    item = queue.next_for("w0")
+    assert item is not None
+    for number in range(1, 21):
+        add(queue, number)
+    held: dict[str, list[WorkItem]] = {f"w{n}": [] for n in range(workers)}
+    for name, items in held.items():
+        items += [i for i in (queue.next_for(name),) if i is not None]
+    assert queue.job_failed(crowded.id, "w0", crowded=True) is None
+    assert len(queue) == 21 - workers
+    ended = 0
+    while not any(i.alone for items in held.values() for i in items):
+        for name, items in held.items():
+            if len(items) < 2 and not (items and items[0].alone):
+                items += [i for i in (queue.next_for(name, behind=bool(items)),) if i is not None]
+        for items in held.values():
+            if items and not items[0].alone:
+                queue.job_done(items.pop(0).job.id)
+                ended += 1
+    assert ended <= 2 * workers
+    assert [i.job.id for items in held.values() for i in items if i.alone] == [crowded.id]
+
+
+def test_after_a_job_that_ran_alone_its_worker_has_no_other_model_warm() -> None:
+    queue = WorkQueue(retries=0)
+    first = add(queue, 0, "first")
+    assert queue.next_for("a") is not None
+    queue.job_done(first.id)
+    crowded = add(queue, 1, "crowded")
+    assert queue.next_for("a") is not None
+    assert queue.job_failed(crowded.id, "a", crowded=True) is None
+    alone = queue.next_for("a")
+    assert alone is not None
+    assert alone.alone
+    queue.job_done(crowded.id)
+    add(queue, 2, "first")
+    assert queue.next_for("a") is not None
+    assert queue.affinity_hits == 0  # both were loaded again
+
+
 def test_a_stage_that_fails_for_good_takes_its_jobs_along_and_no_others() -> None:
     queue = WorkQueue(retries=1)
     base, weights, other = FakeStage("base"), FakeStage("weights"), FakeStage("other")

@@ -1,8 +1,8 @@
 """What to run next, and where: jobs, the stages they share, warm models, attempts. Pure bookkeeping, no clock, no Ray.
 
 A stage is computed by exactly one worker, and the jobs that need it wait until it is there: single flight falls out of
-there being one queue. A worker is given, in this order: a job whose model it holds warm, a job whose model no other
-worker holds, any job, the stage that most jobs wait for. Results therefore come as early as they can.
+there being one queue. A worker is given, in this order: a job that is to run alone, one whose model it holds warm, one whose
+model no other worker holds, any job, the stage that most jobs wait for. Results therefore come as early as they can.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ class WorkQueue:
         self._kinds: dict[str, str] = {}
         self._blocked: dict[str, Pending] = {}
         self._ready: OrderedDict[str, deque[Pending]] = OrderedDict()
+        self._alone: deque[Pending] = deque()  # ready, and each for a worker that has nothing else
         self._running: dict[str, Pending] = {}
         self._dependents: dict[str, list[str]] = {}
         self._startable: dict[str, None] = {}  # stages whose dependencies are there, oldest first
@@ -119,7 +120,8 @@ class WorkQueue:
         """Ready when its stages are there, else blocked until they are."""
         missing = [key for key in pending.stages if key not in self._available]
         if not missing:
-            self._ready.setdefault(pending.model_key, deque()).append(pending)
+            ready = self._alone if pending.alone else self._ready.setdefault(pending.model_key, deque())
+            ready.append(pending)
             return
         self._blocked[pending.job.id] = pending
         for key in missing:
@@ -133,7 +135,7 @@ class WorkQueue:
 
     def __len__(self) -> int:
         """Jobs that are not running yet."""
-        return len(self._blocked) + sum(len(q) for q in self._ready.values())
+        return len(self._blocked) + len(self._alone) + sum(len(q) for q in self._ready.values())
 
     @property
     def running(self) -> int:
@@ -161,7 +163,8 @@ class WorkQueue:
         """The best item for a worker, or None when there is nothing for it now.
 
         Args:
-            behind: it is to stand behind another item: neither a stage nor a job that is to be alone does.
+            behind: it is to stand behind another item: neither a stage nor a job that is to be alone does. Nothing else does
+                while such a job waits, so that the worker comes to have nothing, which is when it is given that first of all.
             room: slots that a stage may ask for on the worker's host.
         """
         pending = self._next_job(worker, behind)
@@ -178,6 +181,8 @@ class WorkQueue:
         pending.attempt += 1
         self._running[pending.job.id] = pending
         self.dispatched += 1
+        if pending.alone:
+            self._cool(worker)
         self._touch(worker, pending.model_key)
         return WorkItem(f"j{next(self._ids)}", "job", pending.job, needs=pending.stages, alone=pending.alone)
 
@@ -191,6 +196,11 @@ class WorkQueue:
         warm.move_to_end(model_key)
         while len(warm) > _WARM_MODELS:
             self._holders[warm.popitem(last=False)[0]] -= 1
+
+    def _cool(self, worker: str) -> None:
+        """The worker has no warm models any more."""
+        for key in self._warm.pop(worker, ()):
+            self._holders[key] -= 1
 
     def _note_startable(self, state: _StageState) -> None:
         if not state.running and state.deps <= self._available:
@@ -212,22 +222,31 @@ class WorkQueue:
         return best
 
     def _next_job(self, worker: str, behind: bool) -> Pending | None:
-        if not self._ready:
+        if behind and any(not self._avoids(worker, pending) for pending in self._alone):
             return None
+        if (pending := self._take(worker, self._alone)) is not None:
+            return pending
         warm = self._warm.get(worker, OrderedDict())
         keys = [k for k in reversed(warm) if k in self._ready]
         keys += sorted((k for k in self._ready if k not in warm), key=lambda k: self._holders[k] > 0)
-        others = len(self._warm) > 1
         for key in keys:
             bucket = self._ready[key]
-            for index, pending in enumerate(bucket):
-                if (pending.avoid == worker and others) or (behind and pending.alone):
-                    continue
-                del bucket[index]
+            if (pending := self._take(worker, bucket)) is not None:
                 if not bucket:
                     del self._ready[key]
                 return pending
         return None
+
+    def _avoids(self, worker: str, pending: Pending) -> bool:
+        return pending.avoid == worker and len(self._warm) > 1
+
+    def _take(self, worker: str, jobs: deque[Pending]) -> Pending | None:
+        place = next((n for n, pending in enumerate(jobs) if not self._avoids(worker, pending)), None)
+        if place is None:
+            return None
+        pending = jobs[place]
+        del jobs[place]
+        return pending
 
     def stages_exist(self, keys: set[str]) -> None:
         """Stages that some host has on disk already."""
@@ -319,8 +338,7 @@ class WorkQueue:
         been there too often to be innocent; the others only waited. Where it is not ``certain`` which of several was
         running, nobody loses one: each runs alone from now on, so that the next death tells.
         """
-        for key in self._warm.pop(worker, ()):
-            self._holders[key] -= 1
+        self._cool(worker)
         if blame_first and not certain and len(items) > 1:
             self._suspect(items)
             return []
@@ -360,7 +378,9 @@ class WorkQueue:
             for dep in state.deps & lost:
                 self._startable.pop(state.key, None)
                 self._dependents.setdefault(dep, []).append(state.key)
-        waiting = [p for bucket in self._ready.values() for p in bucket] + list(self._blocked.values())
+        ready = [*self._alone, *(p for bucket in self._ready.values() for p in bucket)]
+        waiting = [*ready, *self._blocked.values()]
+        self._alone.clear()
         self._ready.clear()
         for pending in waiting:
             self._admit(pending)
@@ -374,6 +394,7 @@ class WorkQueue:
         """Forget everything that is not running; returns how many jobs that were."""
         dropped = len(self)
         self._blocked.clear()
+        self._alone.clear()
         self._ready.clear()
         self._startable.clear()
         self._stages = {k: s for k, s in self._stages.items() if s.running}
