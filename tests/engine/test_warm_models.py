@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import Lines, run_local, toy
 
-from isoflop.jobs import Runner
+from isoflop.jobs import Job, Runner, warm
 from isoflop.jobs.warm import MOST_WARM, WarmModels, memory_of
 from isoflop.models.base import ModelInfo
 from isoflop.models.family import family_of
@@ -62,6 +62,50 @@ def test_small_models_stay_warm_up_to_a_number(info: ModelInfo) -> None:
 def test_this_host_has_memory() -> None:
     free, total = memory_of("cpu")
     assert 0 < free <= total
+
+
+def test_files_that_were_read_are_no_memory_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A control group counts them as used, and lets go of them where somebody needs the room."""
+    gib = 2**30
+    files = {
+        "/proc/meminfo": [f"MemTotal: {64 * 2**20} kB", f"MemAvailable: {60 * 2**20} kB"],
+        "/sys/fs/cgroup/memory.max": [str(16 * gib)],
+        "/sys/fs/cgroup/memory.current": [str(15 * gib)],
+        "/sys/fs/cgroup/memory.stat": [f"anon {5 * gib}", f"inactive_file {8 * gib}", f"active_file {2 * gib}"],
+    }
+    monkeypatch.setattr(warm, "_lines", lambda path: files.get(path, []))
+    assert memory_of("cpu") == (11 * gib, 16 * gib)
+    del files["/sys/fs/cgroup/memory.stat"]
+    assert memory_of("cpu") == (1 * gib, 16 * gib)
+    files["/sys/fs/cgroup/memory.max"] = ["max"]
+    assert memory_of("cpu") == (60 * gib, 64 * gib)
+
+
+def test_a_stage_that_ran_out_of_memory_beside_models_is_computed_without_them(
+    tmp_path: Path, toy_parts: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same attempt, as the models were none of its doing; and what then fails is the stage's own."""
+    runner = Runner(tmp_path, "cpu")
+    seen: list[int] = []
+    enough = 0
+
+    def ensure(stage: Any) -> float:
+        seen.append(len(runner._models))
+        if seen[-1] > enough:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 1.0
+
+    monkeypatch.setattr("isoflop.jobs.runner._stage", lambda job, key: None)
+    monkeypatch.setattr(runner.cache, "ensure", ensure)
+    monkeypatch.setattr(runner.cache, "size", lambda stage: 0)
+    job = Job(model="toy/s", methods=(), task="toy-task", repeat=0, seed=0)
+    runner._models.put("a", object())  # type: ignore[arg-type]
+    assert runner.run_stage(job, "key") == {"ok": True, "seconds": 1.0, "bytes": 0}
+    assert seen == [1, 0]
+    enough = -1
+    runner._models.put("a", object())  # type: ignore[arg-type]
+    assert runner.run_stage(job, "key")["status"] == "infeasible"
+    assert seen == [1, 0, 1, 0]
 
 
 def test_what_ran_out_of_memory_beside_others_is_tried_alone_and_only_then_infeasible(

@@ -119,25 +119,35 @@ class Runner:
         return out
 
     def run_stage(self, job: Job, key: str) -> dict[str, Any]:
-        """Compute the stage ``key`` of ``job``: ``{"ok": True, "seconds": …, "bytes": …}`` or the error as text."""
+        """Compute the stage ``key`` of ``job``: ``{"ok": True, "seconds": …, "bytes": …}`` or the error as text.
+
+        Where it ran out of memory beside warm models, it is computed again without them.
+        """
         fresh, self._used = not self._used, True
         warm = len(self._models)
+        result, crowded = self._try_stage(job, key, fresh)
+        if crowded and warm:
+            self._models.clear()  # here, where the error's frames hold nothing any more
+            result, _ = self._try_stage(job, key, fresh)
+        return result
+
+    def _try_stage(self, job: Job, key: str, fresh: bool) -> tuple[dict[str, Any], bool]:
+        """``run_stage``'s result, and whether the stage ran out of memory."""
         try:
             stage = _stage(job, key)
             seconds = self.cache.ensure(stage)
-            return {"ok": True, "seconds": seconds, "bytes": self.cache.size(stage)}
+            return {"ok": True, "seconds": seconds, "bytes": self.cache.size(stage)}, False
         except BaseException as error:
             if is_interrupt(error):
                 raise
-            if is_out_of_memory(error):
-                self._models.clear()
-            return {
+            failed = {
                 "ok": False,
-                "status": status_of(error, fresh, not warm),
+                "status": status_of(error, fresh, alone=not self._models.held()),
                 "transient": is_transient(error),
                 "error_type": type(error).__name__,
                 "error_text": describe(error),
             }
+            return failed, is_out_of_memory(error)
 
     def stage_files(self, job: Job, key: str) -> dict[str, bytes]:
         """The files of a computed stage, to be sent to another host."""
