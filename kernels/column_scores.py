@@ -85,7 +85,7 @@ def _summed(
     q_BGRTD = q_BHTD.float().reshape(batch, groups, heads // groups, queries, width) * scaling
     k_BG1DS = k_BGSD.float().transpose(-1, -2).unsqueeze(2)
     scores_BGWS = k_BG1DS.new_zeros(batch, groups, weight_BWT.shape[1], keys)
-    if keys == 0:
+    if not q_BHTD.numel() or keys == 0:
         return scores_BGWS
     rows = max(1, most // max(1, batch * heads * keys))
     for start, end in zip(range(0, queries, rows), _last_keys(q_positions_BT, k_positions_BS, rows), strict=True):

@@ -100,3 +100,11 @@ def test_a_batch_mate_changes_nothing() -> None:
 def test_no_keys_give_no_scores() -> None:
     q, k, weight = made(1, 2, 1, 4, 0, 1)
     assert column_scores(q, k, 1.0, weight, torch.arange(4)[None], torch.zeros(1, 0)).shape == (1, 1, 1, 0)
+
+
+@pytest.mark.parametrize("batch, queries", [(2, 0), (0, 3), (0, 0)])
+def test_no_queries_give_scores_of_0(batch: int, queries: int) -> None:
+    q, k, weight = made(batch, 4, 2, queries, 5, 1)
+    at_q, at_k = (torch.arange(n).expand(batch, -1) for n in (queries, 5))
+    found = column_scores(q, k, 1.0, weight, at_q, at_k)
+    assert torch.equal(found, torch.zeros(batch, 2, 1, 5))

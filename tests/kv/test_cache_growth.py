@@ -61,6 +61,17 @@ def test_no_two_owners_write_into_the_same_room() -> None:
     assert [s.k_BGND[0, 0, :, 0].tolist() for s in (segment, part, twin)] == [[0, 0, 1], [0, 0, 2], [0, 0, 0]]
 
 
+@torch.no_grad()
+def test_a_part_of_the_rows_or_heads_grows_by_itself() -> None:
+    """Its memory begins where that of the whole does."""
+    rooms, whole = Rooms(), torch.zeros(2, 3, 1, 4)
+    whole = rooms.append("x", whole, whole)
+    for part in (whole[:1], whole[:, :1]):
+        new = torch.ones_like(part[:, :, :1])
+        assert torch.equal(rooms.append("x", part, new), torch.cat((part, new), dim=2))
+    assert not whole.any()
+
+
 def test_gradients_flow_through_what_has_grown() -> None:
     k, positions = torch.randn(1, 1, 3, 2, requires_grad=True), torch.arange(3)[None, None]
     segment = DenseSegment(positions, None, k, k)

@@ -59,8 +59,9 @@ def _room(tokens: int) -> int:
 
 
 def _begins(held: Tensor, buffer: Tensor) -> bool:
-    """Whether ``held`` is a view of the buffer's beginning."""
-    return held.data_ptr() == buffer.data_ptr() and held.stride() == buffer.stride()
+    """Whether ``held`` is a view of the buffer's beginning, of all rows and heads."""
+    whole = (*held.shape[:2], *held.shape[3:]) == (*buffer.shape[:2], *buffer.shape[3:])
+    return whole and held.data_ptr() == buffer.data_ptr() and held.stride() == buffer.stride()
 
 
 def _empty(like: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
