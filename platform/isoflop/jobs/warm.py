@@ -86,8 +86,8 @@ def memory_of(kind: str) -> tuple[float, float]:
         # files that were read count as used, though they make room where somebody needs it: weights, above all
         stat = dict(line.split() for line in _lines("/sys/fs/cgroup/memory.stat"))
         files = float(stat.get("active_file", 0)) + float(stat.get("inactive_file", 0))
-        free = float(limit[0]) - float(used[0]) + files
-        return min(host_free, free), min(host_total, float(limit[0]))
+        own_free = float(limit[0]) - float(used[0]) + files
+        return min(host_free, own_free), min(host_total, float(limit[0]))
     return host_free, host_total
 
 
