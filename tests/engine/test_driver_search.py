@@ -205,6 +205,20 @@ def test_a_search_without_an_aim_gives_up(
     assert budget_lines(found.lines) == [gave_up]
 
 
+def test_a_search_without_an_aim_does_not_go_on_when_it_is_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first trial has jobs without a row, which no row's column would make worth their time."""
+    monkeypatch.setattr(Outbox, "due", property(lambda self: True))
+    spec = jobs_without_stages(3, repeats=4, objectives=[{"metric": "nothing"}])
+    first = play(spec, tmp_path, nothing)
+    assert 0 < first.summary.ran < 4
+    again = play(spec, tmp_path, nothing)
+    assert "'nothing'" in again.summary.aimless
+    assert again.executor.given == []
+    assert len(budget_lines(again.lines)) == 1
+
+
 # who is given what
 
 

@@ -123,9 +123,9 @@ class Driver:
         self._tracker.catch_up(everything)
         table = self._sweep.current(everything)
         self._count_rows(table)
-        self._tell_missing(self._columns.see_table(table))
         for trial, jobs in self._trials.restore(table, self._again):
             self._enqueue(trial, jobs)
+        self._tell_missing(self._columns.see_table(table))
         if self._ledger.set_aside:
             self._progress.line(
                 f"{len(self._ledger.set_aside)} unreadable ledger files were set aside; their jobs run again"
