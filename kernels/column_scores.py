@@ -12,12 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from isoflop.kernels.blocks import LEAST_ROWS, block_values
 from isoflop.kernels.dispatch import operation
-
-_BLOCK_VALUES = {"cpu": 1 << 22, "cuda": 1 << 27}
-"""Probabilities that the twin holds at a time: what stays near a processor; on a GPU, enough to keep it busy."""
-_LEAST_ROWS = 32
-"""Queries of a block; where those of all heads would be fewer, heads take turns."""
 
 
 def _supported(
@@ -62,8 +58,8 @@ def column_scores(
     given = scaling, weight_BWT, q_positions_BT, k_positions_BS, valid_BS
     batch, heads, queries, _ = q_BHTD.shape
     groups, keys = k_BGSD.shape[1], k_BGSD.shape[2]
-    most = _BLOCK_VALUES.get(q_BHTD.device.type, _BLOCK_VALUES["cuda"])
-    if most // max(1, batch * heads * keys) >= min(_LEAST_ROWS, queries):
+    most = block_values(q_BHTD.device)
+    if most // max(1, batch * heads * keys) >= min(LEAST_ROWS, queries):  # otherwise heads take turns
         return _summed(q_BHTD, k_BGSD, *given, most)
     pairs = zip(q_BHTD.split(heads // groups, dim=1), k_BGSD.split(1, dim=1), strict=True)
     return torch.cat([_summed(q_BRTD, k_B1SD, *given, most) for q_BRTD, k_B1SD in pairs], dim=1)

@@ -30,6 +30,7 @@ from torch import Tensor
 from isoflop.core.errors import Infeasible
 from isoflop.core.hook import Hook
 from isoflop.core.stage import StageContext
+from isoflop.kernels.blocks import queries_at_once
 from isoflop.methods.base import Method
 from isoflop.methods.kv_cache.carrying import Carrying
 from isoflop.models.base import Model, ModelInfo
@@ -334,12 +335,17 @@ class CompressedCache(AttentionPolicy):
         return out_BTHD, store
 
     def _go_on(self, tokens: AttentionCall, store: LayerStore) -> Tensor:
-        """Tokens behind the prompt, in pieces within which the store does not change."""
+        """Tokens behind the prompt, in pieces within which the store does not change.
+
+        Nor do they hold more queries than can be read for at once, so that memory does not grow with their number. That goes
+        by the tokens that have come and not by those that are left, which makes pieces the same in all layers.
+        """
+        rows, heads, length = tokens.q_BHTD.shape[:3]
+        most = queries_at_once(tokens.q_BHTD.device, rows * heads, int(tokens.order_BT.max()) + 1)
         start, outs = 0, []
-        while start < tokens.q_BHTD.shape[2]:
+        while start < length:
             stride = self.method.stride(store)
-            stop = tokens.q_BHTD.shape[2] if stride is None else start + stride
-            piece = slice_call(tokens, start, stop)
+            piece = slice_call(tokens, start, start + (most if stride is None else min(most, stride)))
             piece = self._carrying.onto(piece, (self._widths[tokens.layer], start, start + piece.q_BHTD.shape[2]))
             append_recent(store, piece)
             outs.append(self.method.step(piece, store, self._prepared))

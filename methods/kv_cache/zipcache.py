@@ -85,8 +85,10 @@ class ZipCache(TwoTier):
             counts_BT = order_BT.amax(-1, keepdim=True) + 1 - order_BT
         else:
             assert queries.index_BP is not None
-            sees_BPT = order_BT.gather(1, queries.index_BP)[:, :, None] >= order_BT[:, None]
-            counts_BT = (sees_BPT * queries.weight_BP[:, :, None]).sum(1)
+            probes_BT = torch.zeros_like(order_BT, dtype=queries.weight_BP.dtype)
+            probes_BT.scatter_add_(1, order_BT.gather(1, queries.index_BP), queries.weight_BP)
+            later_BT = probes_BT.flip(-1).cumsum(-1).flip(-1)  # probes from each number in the row on
+            counts_BT = later_BT.gather(1, order_BT)
         return counts_BT.float().clamp(min=1.0)
 
 

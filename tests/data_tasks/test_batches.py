@@ -16,7 +16,7 @@ from isoflop.models.contexts import Contexts, Scores, read_contexts
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.metering import metered
 from isoflop.tasks.data.costs import Priced, costs_of
-from isoflop.tasks.data.language import FREE_PADDING, MOST_PADDING, batches_of, score_tails
+from isoflop.tasks.data.language import FREE_PADDING, MOST_MASKED, MOST_PADDING, batches_of, score_tails
 
 RNG = np.random.default_rng(3)
 
@@ -47,6 +47,17 @@ def test_batches_hold_every_row_once_and_little_padding(lengths: np.ndarray, mon
         room = tokens_at_once(lm, int(lengths[0])) // int(lengths[0])
         assert room > 1 or len(lengths) == 1
         assert len(batches) == sum(-(-kinds.count(kind) // room) for kind in set(kinds))
+
+
+def test_long_contexts_that_would_need_a_mask_stand_apart() -> None:
+    """Hugging Face's own attention masks every pair of tokens where contexts are padded; ours leaves padding out."""
+    lm = untrained_decoder()
+    lengths = [10, 11, MOST_MASKED + 3, MOST_MASKED + 2, MOST_MASKED + 3]
+    arguments = lm, [None] * 5, [n + 5 for n in lengths], lengths
+    assert sorted(batches_of(*arguments)) == [[0, 1], [2, 4], [3]]
+    with build("full-cache", {}).apply(lm, None):
+        assert sorted(map(sorted, batches_of(*arguments))) == [[0, 1], [2, 3, 4]]
+    assert sorted(map(sorted, batches_of(*arguments[:3]))) == [[0, 1], [2, 3, 4]]
 
 
 class Counted(Contexts):

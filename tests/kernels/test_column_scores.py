@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from isoflop.kernels import column_scores as module
+from isoflop.kernels import blocks
 from isoflop.kernels.column_scores import column_scores
 
 
@@ -47,7 +47,7 @@ def test_scores_equal_loops(
     heads: int, groups: int, sets: int, padded: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With grouped heads, padding on either side per row, and queries that see nothing; in one block and row by row."""
-    monkeypatch.setattr(module, "_BLOCK_VALUES", dict.fromkeys(("cpu", "cuda"), block))
+    monkeypatch.setattr(blocks, "BLOCK_VALUES", dict.fromkeys(("cpu", "cuda"), block))
     q, k, weight = made(2, heads, groups, 9, 9, sets)
     at = torch.arange(9).expand(2, -1)
     valid = torch.stack([at[0] >= padded, at[0] < 9 - padded]) if padded else None

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from isoflop.core.errors import Infeasible
+from isoflop.kernels.blocks import queries_at_once
 from isoflop.models.hooks.attention import ATTENTION, AttentionPolicy
 from isoflop.models.hooks.feed_forward import FEED_FORWARD
 from isoflop.models.lm import LmModel
@@ -149,7 +150,7 @@ class Contexts:
 
     def _pieces(self, length: int, rows: int) -> Iterator[tuple[int, int]]:
         size = max(1, MOST_LOGITS // (rows * self._lm.info.geometry["vocab_size"]))
-        size = 1 if self._cache.token_by_token else size
+        size = min(size, self._cache.most_tokens(rows) or size)
         for start in range(0, length, size):
             yield start, min(start + size, length)
 
@@ -195,7 +196,6 @@ class _Cache:
         last_BW: logits behind the contexts' last tokens.
     """
 
-    token_by_token = False
     last_BW: Tensor
 
     def __init__(self, lm: LmModel) -> None:
@@ -212,6 +212,10 @@ class _Cache:
     def go_on(self, ids_BT: Tensor, positions_BT: Tensor, keep: int) -> Tensor:
         """Logits of the last ``keep`` tokens, (B, keep, W)."""
         raise NotImplementedError
+
+    def most_tokens(self, rows: int) -> int | None:
+        """Of each row in one pass behind the contexts; None for any number."""
+        return None
 
     @contextmanager
     def returning(self) -> Iterator[None]:
@@ -260,6 +264,10 @@ class _Whole(_Cache):
             use_cache=True,
         )
 
+    def most_tokens(self, rows: int) -> int | None:
+        """As many as have a mask of a block's size: Hugging Face makes one of the pass by all tokens so far."""
+        return queries_at_once(self._lm.device, rows, self._cache.get_seq_length())
+
     @contextmanager
     def returning(self) -> Iterator[None]:
         held, valid_BT, tokens = self._cache, self._valid_BT, self._cache.get_seq_length()
@@ -280,7 +288,10 @@ class _Compressed(_Cache):
     def __init__(self, lm: LmModel, policy: AttentionPolicy) -> None:
         super().__init__(lm)
         self._policy = policy
-        self.token_by_token = policy.token_by_token
+
+    def most_tokens(self, rows: int) -> int | None:
+        """One, where the policy wants a pass per token."""
+        return 1 if self._policy.token_by_token else None
 
     @contextmanager
     def open(self) -> Iterator[None]:

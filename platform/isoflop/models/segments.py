@@ -211,7 +211,7 @@ def attend_segments(
     """
     segments = [segment for segment in segments if segment.tokens]
     logits = [segment_logits(q_BHTD, s, scaling, order_BT) for s in segments]
-    p_BHTN = torch.cat(logits, dim=-1).softmax(-1)
+    p_BHTN = (logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)).softmax(-1)
     out_BHTD = torch.zeros_like(q_BHTD)
     for segment, p in zip(segments, p_BHTN.split([part.shape[-1] for part in logits], dim=-1), strict=True):
         v_BGND, rows_H = segment.values(), segment.query_heads(q_BHTD.shape[1])
@@ -231,12 +231,16 @@ def segment_logits(q_BHTD: Tensor, segment: Segment, scaling: float, order_BT: T
     batch, heads, length, width = q_BHTD.shape
     groups = k_BGND.shape[1]
     q_BGRD = q_BHTD.reshape(batch, groups, -1, width)  # a key-value head's query heads one after the other
-    logits = (q_BGRD.float() @ k_BGND.float().transpose(-1, -2)) * scaling
-    logits = logits.reshape(batch, groups, heads // groups, length, -1)
+    logits = (q_BGRD.float() @ k_BGND.float().transpose(-1, -2)).mul_(scaling)
+    logits = logits.view(batch, groups, heads // groups, length, -1)
     if segment.log_bias_BGN is not None:
-        logits = logits + segment.log_bias_BGN[:, :, None, None, :].float()
-    later = segment.positions_BGN[:, :, None, None, :] > order_BT[:, None, None, :, None]
-    logits = logits.masked_fill(later, float("-inf")).reshape(batch, heads, length, -1)
+        logits.add_(segment.log_bias_BGN[:, :, None, None, :].float())
+    positions_BGN = segment.positions_BGN
+    if positions_BGN.numel() and bool(
+        (positions_BGN.amax((1, 2)) > order_BT.amin(1)).any()
+    ):  # of a prompt, none is behind any query
+        logits.masked_fill_(positions_BGN[:, :, None, None, :] > order_BT[:, None, None, :, None], float("-inf"))
+    logits = logits.view(batch, heads, length, -1)
     return logits if rows_H is None else _over_all_heads(logits, rows_H, float("-inf"))
 
 

@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from isoflop.core.errors import Infeasible
+from isoflop.kernels.blocks import queries_at_once
 from isoflop.models.hooks.attention import AttentionCall, AttentionPolicy, CacheReport, causal_attention, order_of
 from isoflop.models.segments import DenseSegment, attend_segments, key_positions, stored_bytes, whole_prompt
 
@@ -55,7 +57,9 @@ class WholeCache(AttentionPolicy):
         held = self._held[call.layer]
         held.append(call.k_BGTD, call.v_BGTD, key_positions(call).expand(call.k_BGTD.shape[:3]))
         self._note(call, first=False)
-        return attend_segments(call.q_BHTD, [held], call.scaling, call.order_BT)[0]
+        most = queries_at_once(call.q_BHTD.device, call.q_BHTD.shape[0] * call.q_BHTD.shape[1], held.tokens)
+        blocks = zip(call.q_BHTD.split(most, dim=2), call.order_BT.split(most, dim=1), strict=True)
+        return torch.cat([attend_segments(q, [held], call.scaling, order)[0] for q, order in blocks], dim=1)
 
     @contextmanager
     def session(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
@@ -212,25 +213,40 @@ def once_per_pass(decoder: Any, attend: Attend) -> Iterator[None]:
 
 
 def causal_attention(call: AttentionCall) -> Tensor:
-    """Plain causal attention over the tokens of the call, within its window if it has one, (B, T, H, D)."""
+    """Plain causal attention over the tokens of the call, within its window if it has one, (B, T, H, D).
+
+    Neighbouring rows that stand in the same columns go together, without a mask: one would take memory in the square of the
+    tokens, and rules out the kernels that do without. What comes out at padding means nothing; it is finite.
+    """
     if call.window is not None:
         return windowed_attention(call.q_BHTD, call.k_BGTD, call.v_BGTD, call.scaling, call.window, call.valid_BT)
-    mask = None
-    if call.valid_BT is not None:
-        length = call.valid_BT.shape[1]
-        causal_TT = torch.ones(length, length, dtype=torch.bool, device=call.q_BHTD.device).tril()
-        diagonal_TT = torch.eye(length, dtype=torch.bool, device=call.q_BHTD.device)  # padding rows see themselves
-        mask = (causal_TT & call.valid_BT[:, None, None, :]) | diagonal_TT
-    out_BHTD = F.scaled_dot_product_attention(
-        call.q_BHTD,
-        call.k_BGTD,
-        call.v_BGTD,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=call.scaling,
-        enable_gqa=call.q_BHTD.shape[1] != call.k_BGTD.shape[1],
-    )
+    tensors = call.q_BHTD, call.k_BGTD, call.v_BGTD
+    if call.valid_BT is None:
+        return _causal(*tensors, call.scaling).transpose(1, 2)
+    out_BHTD = call.v_BGTD.new_zeros(*call.q_BHTD.shape[:3], call.v_BGTD.shape[-1])
+    for rows, columns in _standing_alike(call.valid_BT):
+        q, k, v = (x[rows][:, :, columns] for x in tensors)
+        out_BHTD[rows, :, columns] = _causal(q, k, v, call.scaling)
     return out_BHTD.transpose(1, 2)
+
+
+def _causal(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scaling: float) -> Tensor:
+    grouped = q_BHTD.shape[1] != k_BGTD.shape[1]
+    return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, scale=scaling, enable_gqa=grouped)
+
+
+def _standing_alike(valid_BT: Tensor) -> Iterator[tuple[slice, slice | Tensor]]:
+    """Neighbouring rows with their real tokens in the same columns, and those columns; rows without any are left out."""
+    host_BT = valid_BT.cpu()
+    start = 0
+    for _, alike in groupby(host_BT, key=lambda valid_T: valid_T.numpy().tobytes()):
+        stop = start + len(list(alike))
+        columns_N = host_BT[start].nonzero()[:, 0]
+        if len(columns_N):
+            first, last = int(columns_N[0]), int(columns_N[-1])
+            gapless = last - first + 1 == len(columns_N)
+            yield slice(start, stop), slice(first, last + 1) if gapless else columns_N.to(valid_BT.device)
+        start = stop
 
 
 def order_of(valid_BT: Tensor | None, length: int, device: torch.device, before: Tensor | int = 0) -> Tensor:

@@ -23,6 +23,7 @@ from isoflop.models.base import Model, ModelInfo
 from isoflop.models.budget import tokens_at_once
 from isoflop.models.contexts import Contexts, Ids, read_contexts, room_for
 from isoflop.models.decoder_model import DecoderModel
+from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.feed_forward import FEED_FORWARD
 from isoflop.models.hooks.prompt_text import PROMPT_TEXT, Document
 from isoflop.models.lm import LmModel
@@ -37,6 +38,8 @@ MOST_PADDING = 0.25
 """Padding of a batch over its tokens, from which shorter rows have one of their own; ``FREE_PADDING`` tokens are not counted."""
 FREE_PADDING = 128
 """A pass for itself reads all weights, which takes as long as computing about so many tokens."""
+MOST_MASKED = 1024
+"""Tokens up to which contexts are padded to one length where no method sits in the attention: Hugging Face then masks every pair of them."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ class ContextTask(Task):
         """Numbers of examples that share a batch."""
         observing = lm.occupant(FEED_FORWARD) is not None
         kinds = [(self.alike(one), tuple(map(len, one.tails)) if observing else None) for one in asked]
-        return batches_of(lm, kinds, [one.length for one in asked])
+        return batches_of(lm, kinds, [one.length for one in asked], [len(one.prompt.context) for one in asked])
 
     @torch.no_grad()
     def measure(self, model: Model, ctx: StageContext) -> dict[str, float]:
@@ -191,14 +194,21 @@ class ContextTask(Task):
             return self.scores_of(contexts, [asked], tokens)
 
 
-def batches_of(model: DecoderModel, kinds: Sequence[Any], lengths: Sequence[int]) -> Iterator[list[int]]:
+def batches_of(
+    model: DecoderModel, kinds: Sequence[Any], lengths: Sequence[int], contexts: Sequence[int] | None = None
+) -> Iterator[list[int]]:
     """Numbers of rows that share a batch: of one kind and similar length, as many as a pass has memory for with their padding.
 
     One long row would make all others as long: of the 24 paragraphs of ``sweeps/real.yaml`` in one batch two thirds was padding.
+
+    Args:
+        contexts: tokens of each row's context, where contexts are read first; long ones that would need a mask stand apart.
     """
     of_kind: dict[Any, list[int]] = {}
+    masked = contexts is not None and model.occupant(ATTENTION) is None
     for number, kind in enumerate(kinds):
-        of_kind.setdefault(kind, []).append(number)
+        alone = contexts[number] if masked and contexts is not None and contexts[number] > MOST_MASKED else None
+        of_kind.setdefault((kind, alone), []).append(number)
     for numbers in of_kind.values():
         batch: list[int] = []
         real = 0

@@ -123,12 +123,13 @@ class Retrieval(Task):
         lengths = [max(len(p.context) + len(tail) for p, tail in row) for row in pairs]
         room_for(lm, max(lengths), f"task {self.name}: a document with a query")
         scores_QD = np.zeros((len(queries), len(documents)))
-        for batch in batches_of(lm, [None] * len(documents), lengths):
-            with read_contexts(lm, [pairs[number][0][0].context for number in batch]) as contexts:
+        contexts = [len(row[0][0].context) for row in pairs]
+        for batch in batches_of(lm, [None] * len(documents), lengths, contexts):
+            with read_contexts(lm, [pairs[number][0][0].context for number in batch]) as documents_read:
                 for place in range(len(queries)):
                     rows = [pairs[number][place] for number in batch]
                     counts = [len(tail) - len(prompt.behind) for prompt, tail in rows]
-                    found = contexts.score([tail for _, tail in rows], counts)
+                    found = documents_read.score([tail for _, tail in rows], counts)
                     scores_QD[place, batch] = -found.nll_B / found.scored_B
         return scores_QD
 

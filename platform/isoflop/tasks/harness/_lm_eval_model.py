@@ -77,7 +77,8 @@ class HarnessModel(LM):
         groups = list(by_context.values())
         lengths = [len(p.context) + max(map(len, own)) for p, own in zip(prompts, tails, strict=True)]
         room_for(self._lm, max(lengths, default=0), f"{self._what}: a prompt with its answer")
-        for batch in batches_of(self._lm, [None] * len(prompts), lengths):
+        of_contexts = [len(prompt.context) for prompt in prompts]
+        for batch in batches_of(self._lm, [None] * len(prompts), lengths, of_contexts):
             with read_contexts(self._lm, [prompts[n].context for n in batch]) as contexts:
                 rows = [(tails[n], len(prompts[n].behind)) for n in batch]
                 for n, scores in zip(batch, score_tails(contexts, rows), strict=True):
@@ -110,9 +111,8 @@ class HarnessModel(LM):
             wanted.append(generation(options, self._what))
         said = [""] * len(requests)
         kinds = [(len(p.behind), most, ends) for p, (most, ends) in zip(prompts, wanted, strict=True)]
-        for batch in batches_of(
-            self._lm, kinds, [p.tokens + most for p, (most, _) in zip(prompts, wanted, strict=True)]
-        ):
+        lengths = [prompt.tokens + most for prompt, (most, _) in zip(prompts, wanted, strict=True)]
+        for batch in batches_of(self._lm, kinds, lengths, [len(prompt.context) for prompt in prompts]):
             most, ends = wanted[batch[0]]
             room_for(self._lm, max(prompts[n].tokens for n in batch) + most, f"{self._what}: a prompt with its answer")
             for n, text in zip(batch, self._generated([prompts[n] for n in batch], most, ends), strict=True):
