@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from isoflop.bench.prefill import METHODS, SCORED, _best, _same, bench_prefill
+from isoflop.bench.prefill_ours import loaded
 from isoflop.core.errors import UserError
 from isoflop.testing.task_probes import reader_of_text
 
@@ -34,11 +37,33 @@ def test_every_method_is_measured_and_keeping_less_changes_the_score(checkpoint:
     assert len({round(row["nll"], 6) for row in rows.values()}) > 3
 
 
+def test_our_side_computes_in_float32_as_the_other_does(tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    model, _ = reader_of_text()
+    model.module.to(torch.bfloat16).save_pretrained(half)
+    model.tokenizer.save_pretrained(half)
+    assert loaded(f"hf:{half}", str(tmp_path)).module.dtype == torch.float32
+
+
 def test_bad_input_is_said_in_a_line(checkpoint: Path) -> None:
     short = checkpoint.parent / "short.txt"
     short.write_text("the cat")
     with pytest.raises(UserError, match=f"at least {4096 + SCORED}"):
         bench_prefill(f"hf:{checkpoint}", "", str(short), (4096,), 1, 1)
+    for model, what in {
+        "nonsense": "is no checkpoint; allowed: hf:<folder>",
+        f"hf:{checkpoint}s": f"no such folder .did you mean '{checkpoint}'",
+    }.items():
+        with pytest.raises(UserError, match=f"model {model}: {what}"):
+            bench_prefill(model, "", str(short), (128,), 1, 1)
+    with pytest.raises(UserError, match=r"--peer \./no-python: no such program"):
+        bench_prefill(f"hf:{checkpoint}", "./no-python", str(short), (128,), 1, 1)
+    bare = checkpoint.parent / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(checkpoint / name, bare)
+    with pytest.raises(UserError, match=f"model hf:{bare}: has no tokenizer that can be read"):
+        bench_prefill(f"hf:{bare}", "", str(short), (128,), 1, 1)
     with pytest.raises(UserError, match="side kvpress failed: ModuleNotFoundError: No module named 'kvpress'"):
         bench_prefill(f"hf:{checkpoint}", sys.executable, str(checkpoint.parent / "text.txt"), (128,), 1, 1)
 

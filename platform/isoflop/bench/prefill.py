@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import click
 
 from isoflop.cli.common import console, emit, grid, json_option
 from isoflop.core.errors import UserError
+from isoflop.models.checkpoints.source import locate
 
 SIDES = Path(__file__).parent
 METHODS: list[tuple[str, dict[str, Any]]] = [
@@ -47,20 +49,25 @@ def bench_prefill(
     """Measure both sides alternately.
 
     Args:
-        model: ``hf:FOLDER``.
+        model: ``hf:FOLDER``, or a repository that has been downloaded or can be.
         peer: a Python that has kvpress; empty for our side alone.
 
     Raises:
-        UserError: a side fails, or the text is too short.
+        UserError: no such model or peer, a side fails, or the text is too short.
     """
-    ids = _ids(model, text)
+    if not model.startswith("hf:"):
+        raise UserError(f"model {model}: is no checkpoint; allowed: hf:<folder> or hf:<owner>/<repository>")
+    if peer and shutil.which(peer) is None:
+        raise UserError(f"--peer {peer}: no such program; allowed: a Python in whose environment kvpress is installed")
+    folder = locate(model, "main", weights=True)
+    ids = _ids(model, folder, text)
     if len(ids) < max(tokens) + SCORED:
         raise UserError(
             f"--text: has {len(ids)} tokens; allowed: at least {max(tokens) + SCORED}, the longest prompt and {SCORED} that are scored"
         )
     given = {
-        "model": model,
-        "folder": str(Path(model.removeprefix("hf:")).absolute()),
+        "model": f"hf:{folder}",
+        "folder": str(folder),
         "ids": ids,
         "tokens": list(tokens),
         "methods": METHODS,
@@ -82,10 +89,15 @@ def bench_prefill(
     }
 
 
-def _ids(model: str, text: str) -> list[int]:
+def _ids(model: str, folder: Path, text: str) -> list[int]:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model.removeprefix("hf:"))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model {model}: has no tokenizer that can be read ({str(error).strip().splitlines()[0][:200]})"
+        ) from None
     ids: list[int] = tokenizer(Path(text).read_text(errors="replace"), verbose=False)["input_ids"]
     return ids
 

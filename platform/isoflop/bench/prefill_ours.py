@@ -52,16 +52,21 @@ def _kept(lm: LmModel, method: KvCacheMethod) -> list[list[list[int]]] | None:
     return [stores[layer].segments[0].positions_BGN[0].sort(-1).values.tolist() for layer in sorted(stores)]
 
 
+def loaded(model: str, cache: str) -> LmModel:
+    """The checkpoint in float32, as the other side has it, whatever its weights are stored in."""
+    family = family_of(model)
+    info = family.info(model, {"dtype": "float32"})
+    lm = family.load(info, family.weights(info, (), 0), FolderContext(cache))
+    assert isinstance(lm, LmModel)
+    return lm
+
+
 def main() -> None:
     """Answer what the bench asked."""
     given = asked()
     torch.set_num_threads(given["threads"])
-    family = family_of(given["model"])
-    info = family.info(given["model"], {})
     with TemporaryDirectory() as folder, torch.no_grad():
-        ctx = FolderContext(folder)
-        lm = family.load(info, family.weights(info, (), 0), ctx)
-        assert isinstance(lm, LmModel)
+        lm = loaded(given["model"], folder)
         rows = []
         for tokens in given["tokens"]:
             ids, tail = given["ids"][:tokens], given["ids"][tokens : tokens + given["scored"]]
