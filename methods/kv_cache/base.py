@@ -32,6 +32,7 @@ from isoflop.core.hook import Hook
 from isoflop.core.stage import StageContext
 from isoflop.kernels.blocks import queries_at_once
 from isoflop.methods.base import Method
+from isoflop.methods.kv_cache.calls import append_recent, empty_recent, slice_call
 from isoflop.methods.kv_cache.carrying import Carrying
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.hooks.attention import (
@@ -46,7 +47,6 @@ from isoflop.models.hooks.decoder_layers import DECODER_LAYERS
 from isoflop.models.hooks.occupant import Occupant, tensor_bytes
 from isoflop.models.metering import metered
 from isoflop.models.segments import (
-    DenseSegment,
     LayerStore,
     attend_segments,
     decode_one,
@@ -104,7 +104,8 @@ class KvCacheMethod(Method):
     def read(self, query: AttentionCall, store: LayerStore, prepared: Any) -> Tensor:
         """Attention of the tokens in ``query`` (already in ``store.recent``) over the store, (B, T, H, D).
 
-        Each query must be treated as if it came alone: in a one-pass evaluation there are many of them.
+        Each query must be treated as if it came alone: in a one-pass evaluation there are many of them, though never more than
+        a block has room for.
         """
         if query.q_BHTD.shape[2] == 1:
             return decode_one(query.q_BHTD, store.all(), query.scaling)
@@ -395,27 +396,3 @@ class CompressedCache(AttentionPolicy):
             held = [t for t in held if t.data_ptr() not in counted]
             counted.update(t.data_ptr() for t in held)
         return stored_bytes(held, self._dense_bits)
-
-
-def slice_call(call: AttentionCall, start: int, stop: int | None) -> AttentionCall:
-    """Tokens ``start`` to ``stop`` of a call."""
-    return replace(
-        call,
-        q_BHTD=call.q_BHTD[:, :, start:stop],
-        k_BGTD=call.k_BGTD[:, :, start:stop],
-        v_BGTD=call.v_BGTD[:, :, start:stop],
-        order_BT=call.order_BT[:, start:stop],
-        valid_BT=None if call.valid_BT is None else call.valid_BT[:, start:stop],
-        ids_BT=None if call.ids_BT is None else call.ids_BT[:, start:stop],
-    )
-
-
-def append_recent(store: LayerStore, call: AttentionCall) -> None:
-    """Add a call's tokens to the exact tokens behind the prompt."""
-    store.recent.append(call.k_BGTD, call.v_BGTD, key_positions(call))
-
-
-def empty_recent(call: AttentionCall) -> DenseSegment:
-    """A segment without tokens, to which later ones are added; it keeps none of the call's tensors alive."""
-    positions_BG0 = key_positions(call)[:, :, :0].clone()
-    return DenseSegment(positions_BG0, None, *(torch.empty_like(x[:, :, :0]) for x in (call.k_BGTD, call.v_BGTD)))
