@@ -130,3 +130,64 @@ def test_what_is_no_gguf_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"x\.gguf: transformers cannot read it \(.+\)"):
         convert(tmp_path / "x.gguf", tmp_path)
+
+
+@torch.no_grad()
+def test_a_file_is_a_model_by_itself(written: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    """Config, weights and tokenizer come from the file; whatever else lies in the folder is not looked at."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from isoflop.core.folder_context import FolderContext
+    from isoflop.methods.base import build
+    from isoflop.models.family import family_of
+    from isoflop.models.lm import LmBatch, LmModel
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "tiny.gguf").write_bytes(written[0].read_bytes())
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (folder / name).write_text("not looked at")
+    ref = f"hf:{folder}?gguf=tiny.gguf"
+    family = family_of(ref)
+    info = family.info(ref, {})
+    model = family.load(info, None, FolderContext(tmp_path / "cache"))
+    assert isinstance(model, LmModel)
+    assert info == family.info(ref, {"dtype": "float32"})
+    assert (info.dense_bits, info.geometry["positions"], info.geometry["kv_heads"]) == (32, 128, KV_HEADS)
+    assert model.tokenizer("ab")["input_ids"] == [64, 65]
+    assert "tokenizer" in info.offers
+    config = LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS, tie_word_embeddings=True, max_position_embeddings=128,
+    )  # fmt: skip
+    stock = LlamaForCausalLM(config).eval()
+    stock.load_state_dict({**written[1], "lm_head.weight": written[1]["model.embed_tokens.weight"]})
+    ids = torch.randint(0, len(WORDS), (2, 12), generator=torch.Generator().manual_seed(0))
+    wanted = stock(input_ids=ids).logits
+    batch = LmBatch(ids, torch.zeros_like(ids), 7)
+    torch.testing.assert_close(model.logits(LmBatch(ids, torch.zeros_like(ids))), wanted, atol=1e-5, rtol=1e-4)
+    with build("full-cache", {}).apply(model, None):
+        torch.testing.assert_close(model.stepwise_logits(batch), wanted, atol=1e-5, rtol=1e-4)
+    half = family.load(family.info(ref, {"dtype": "bfloat16"}), None, FolderContext(tmp_path / "cache"))
+    assert {p.dtype for p in half.module.parameters()} == {torch.bfloat16}  # type: ignore[attr-defined]
+
+
+def test_a_changed_file_is_another_version(written: tuple[Path, Any], tmp_path: Path) -> None:
+    from isoflop.models.family import family_of
+
+    ref = f"hf:{tmp_path}?gguf=a.gguf"
+    (tmp_path / "a.gguf").write_bytes(written[0].read_bytes())
+    before = family_of(ref).info(ref, {})
+    data = bytearray(written[0].read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "a.gguf").write_bytes(bytes(data))
+    assert family_of(ref).info(ref, {}).version != before.version
+
+
+def test_a_broken_file_is_refused_when_a_sweep_is_planned(tmp_path: Path) -> None:
+    from isoflop.models.family import family_of
+
+    (tmp_path / "x.gguf").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"x\.gguf: transformers cannot read it \(.+\)") as error:
+        family_of("hf:").info(f"hf:{tmp_path}", {"gguf": "x.gguf"})
+    assert "\n" not in str(error.value)

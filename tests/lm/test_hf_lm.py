@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +251,13 @@ def test_a_checkpoint_declares_the_world_of_symbols(recall_lm: LmModel, lm_ctx: 
     TASKS.get("kv-recall")().check(info)
     checkpoint = family_of(ref).load(info, None, lm_ctx)
     assert sum(len(b.ids_BT) for b in checkpoint.calibration(lm_ctx, 20, 0)) == 20
+
+
+def test_a_gguf_file_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model-q4.gguf").write_bytes(b"")
+    for name in ("model-q5.gguf", "../model-q4.gguf"):
+        with pytest.raises(UserError, match=r"holds no GGUF file .*allowed: model-q4\.gguf$"):
+            family_of("hf:").info(f"hf:{tmp_path}?gguf={name}", {})
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match=r"needs the package gguf: pip install 'isoflop\[gguf\]'"):
+        family_of("hf:").info(f"hf:{tmp_path}?gguf=model-q4.gguf", {})

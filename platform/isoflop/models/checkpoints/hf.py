@@ -23,6 +23,7 @@ from isoflop.models.base import Model, ModelInfo
 from isoflop.models.checkpoints import llava as hf_llava
 from isoflop.models.checkpoints import lm as hf_lm
 from isoflop.models.checkpoints import vit as vit_hf
+from isoflop.models.checkpoints.gguf import file_in
 from isoflop.models.checkpoints.source import (
     AUTO,
     FAMILY,
@@ -88,7 +89,10 @@ class HuggingFace(ModelFamily):
     def info(self, ref: str, options: Mapping[str, Any]) -> ModelInfo:
         """Describe a checkpoint from its config, without loading weights."""
         checked, source = _checked(ref, options)
-        return _describe(ref, tuple(sorted(checked.items())), source, content_of(source))
+        files = content_of(source, (checked["gguf"],), weights=False) if checked["gguf"] else content_of(source)
+        if not checked["gguf"]:
+            del checked["gguf"]  # stages of checkpoints that lie otherwise keep their keys
+        return _describe(ref, tuple(sorted(checked.items())), source, files)
 
     def canonical_options(self, ref: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of ``Options`` that differ from its defaults, without those that the reference names.
@@ -100,7 +104,7 @@ class HuggingFace(ModelFamily):
         found = without_defaults(Options, given, f"model {ref}")
         checked, source = _checked(ref, options)
         found["dtype"] = checked["dtype"]
-        if checked["dtype"] == own_dtype(source) == "float32":
+        if checked["dtype"] == "float32" and (checked["gguf"] or own_dtype(source) == "float32"):
             del found["dtype"]
         named = split_ref(ref)[1]
         return {name: value for name, value in found.items() if name not in named}
@@ -117,14 +121,18 @@ class HuggingFace(ModelFamily):
     def load(self, info: ModelInfo, weights: Stage | None, ctx: StageContext) -> Model:
         """The checkpoint on the worker's device in evaluation mode."""
         options = Options(**dict(info.options))
-        source = locate(info.ref, options.revision, weights=True)
-        return _kind(info.ref, architecture_of(info.ref, source)).load(info, source, options, ctx)
+        source = locate(info.ref, options.revision, weights=True, gguf=options.gguf)
+        return _kind(info.ref, _architecture(info.ref, source, options)).load(info, source, options, ctx)
 
 
 def _checked(ref: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
     """All options of a model, the type as it is computed in; and the folder with its files."""
     checked: dict[str, Any] = dict(check_knobs(Options, all_options(ref, options), f"model {ref}"))
-    source = locate(ref, checked["revision"], weights=False)
+    source = locate(ref, checked["revision"], weights=False, gguf=checked["gguf"])
+    if checked["gguf"]:
+        file_in(ref, source, checked["gguf"])
+        if checked["dtype"] == AUTO:  # what its packed matrices become
+            checked["dtype"] = "float32"
     if checked["dtype"] == AUTO:
         architecture_of(ref, source)  # there is a config, and it can be read
         checked["dtype"] = own_dtype(source)
@@ -134,9 +142,13 @@ def _checked(ref: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], Path
 @lru_cache(maxsize=256)
 def _describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, content: Content) -> ModelInfo:
     # The content is an argument, so that a folder whose files changed in this process is described anew.
-    kind = _kind(ref, architecture_of(ref, source))
+    kind = _kind(ref, _architecture(ref, source, Options(**dict(options))))
     version = content_hash({"files": [list(pair) for pair in content], "dtype": dict(options)["dtype"]}, 16)
     return kind.describe(ref, options, source, version)
+
+
+def _architecture(ref: str, source: Path, options: Options) -> str:
+    return str(read_config(source, options).architectures[0]) if options.gguf else architecture_of(ref, source)
 
 
 def _kind(ref: str, architecture: str) -> Kind:

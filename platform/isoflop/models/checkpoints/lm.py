@@ -10,6 +10,7 @@ from isoflop.core.hook import Hook
 from isoflop.core.stage import StageContext
 from isoflop.models.base import ModelInfo
 from isoflop.models.checkpoints.decoder import decoder_geometry, ropes_of, without_weights
+from isoflop.models.checkpoints.gguf import read_gguf
 from isoflop.models.checkpoints.source import FAMILY, Options, read_config, require_safetensors
 from isoflop.models.checkpoints.tokenizer import tokenizer_in
 from isoflop.models.decoder_model import decoder_of, layers_of
@@ -82,6 +83,9 @@ def load(info: ModelInfo, source: Path, options: Options, ctx: StageContext) -> 
 
     if not isinstance(info, LmInfo):
         raise TypeError(f"{info.ref} was not described as a language model")
+    if options.gguf:
+        module = read_gguf(source / options.gguf).to(options.torch_dtype)
+        return LmModel(info, module.to(ctx.device).eval().requires_grad_(False), tokenizer_of(info, ctx))
     require_safetensors(source)
     with no_progress_bars():
         module = AutoModelForCausalLM.from_pretrained(

@@ -18,6 +18,7 @@ from isoflop.core.errors import UserError, nearest
 from isoflop.core.hashing import file_hash
 from isoflop.core.knobs import Knob
 from isoflop.core.public import local_path, looked_at
+from isoflop.models.checkpoints.gguf import read_gguf_config
 from isoflop.models.family import split_ref
 
 FAMILY = "hf"
@@ -46,6 +47,9 @@ class Options:
             doc="what weights and caches count where the model computes in float32, which it goes on to do; empty for 32 bits",
         ),
     ] = ""
+    gguf: Annotated[
+        str, Knob(doc="a GGUF file of the folder or repository, which is read in place of everything else")
+    ] = ""
     trust_remote_code: Annotated[bool, Knob(doc="run Python code from the repository")] = False
 
     def __post_init__(self) -> None:
@@ -63,11 +67,12 @@ class Options:
         return DTYPES[self.served if self.served and self.dtype == "float32" else self.dtype].itemsize * 8
 
 
-def locate(ref: str, revision: str, weights: bool) -> Path:
+def locate(ref: str, revision: str, weights: bool, gguf: str = "") -> Path:
     """The local folder with a checkpoint's files.
 
     Args:
         weights: False when the config is enough.
+        gguf: the one file that is wanted, see ``Options``.
 
     Raises:
         UserError: no such folder, and neither the local cache nor the hub has such a repository.
@@ -82,9 +87,11 @@ def locate(ref: str, revision: str, weights: bool) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
+    patterns = [gguf] if gguf else patterns
     try:
         found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True))
-        if (found / "config.json").exists() and (not weights or any(found.glob("*.safetensors"))):
+        there = (found / "config.json").exists() and (not weights or any(found.glob("*.safetensors")))
+        if (found / gguf).is_file() if gguf else there:
             return found
     except LocalEntryNotFoundError:
         pass
@@ -131,13 +138,15 @@ def own_dtype(source: Path) -> str:
 
 
 def read_config(source: Path, options: Options) -> Any:
-    """The Hugging Face config in a folder.
+    """The Hugging Face config in a folder, or in its GGUF file.
 
     Raises:
         UserError: transformers knows no such config, or refuses its values.
     """
     from transformers import AutoConfig
 
+    if options.gguf:
+        return read_gguf_config(source / options.gguf)
     try:
         return AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # each config checks its values in a way of its own

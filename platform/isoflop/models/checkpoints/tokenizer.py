@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from isoflop.core.stage import StageContext
 from isoflop.models.byte_trees.vocabulary import not_byte_level
+from isoflop.models.checkpoints.gguf import read_gguf_tokenizer
 from isoflop.models.checkpoints.source import Content, Options, content_of, locate
 from isoflop.models.worlds.lm_text import TokenizerSource, has_tokenizer, read_tokenizer
 
@@ -45,8 +46,35 @@ class CheckpointTokenizer(TokenizerSource):
         return not_byte_level(json.loads(stored.read_text()))
 
 
+@dataclass(frozen=True)
+class GgufTokenizer(CheckpointTokenizer):
+    """The tokenizer in a GGUF file.
+
+    Args:
+        gguf: see ``Options``.
+    """
+
+    kind: ClassVar[str] = "gguf-tokenizer"
+
+    gguf: str
+
+    def load(self, ctx: StageContext, folder: Path) -> Any:
+        """The tokenizer, read from the file."""
+        return self._read()
+
+    def not_byte_level(self) -> str:
+        """Read off the tokenizer that transformers makes of the file."""
+        return not_byte_level(json.loads(self._read().backend_tokenizer.to_str()))
+
+    def _read(self) -> Any:
+        return read_gguf_tokenizer(locate(self.ref, self.revision, weights=False, gguf=self.gguf) / self.gguf)
+
+
 def tokenizer_in(ref: str, source: Path, options: Options) -> CheckpointTokenizer | None:
     """That of a checkpoint in a folder; None where it has no fast one."""
+    if options.gguf:
+        files = content_of(source, (options.gguf,), weights=False)
+        return GgufTokenizer(ref, options.revision, files, options.gguf)
     if not has_tokenizer(source):
         return None
     return CheckpointTokenizer(ref, options.revision, content_of(source, TOKENIZER_FILES, weights=False))
