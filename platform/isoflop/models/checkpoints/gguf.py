@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from copy import deepcopy
+from functools import lru_cache
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,6 +46,13 @@ def read_gguf_config(file: Path) -> Any:
     Raises:
         UserError: the package ``gguf`` is missing, or transformers cannot read the file.
     """
+    stat = file.stat()
+    return deepcopy(_config(file, stat.st_size, stat.st_mtime_ns))
+
+
+@lru_cache(maxsize=16)
+def _config(file: Path, size: int, changed_ns: int) -> Any:
+    """Kept for as long as the file's size and time of change stay: transformers takes seconds to read a vocabulary."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
