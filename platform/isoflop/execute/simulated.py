@@ -16,8 +16,7 @@ import numpy as np
 
 from isoflop.execute.base import Done, Event, Executor, Lost, WorkerInfo, WorkItem
 from isoflop.jobs import Job, Outcome, ResolvedJob
-
-_WARM_MODELS = 4
+from isoflop.jobs.warm import MOST_WARM
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ class SimulatedExecutor(Executor):
                 self.loads += 1
             slot.warm[model] = None
             slot.warm.move_to_end(model)
-            while len(slot.warm) > _WARM_MODELS:
+            while len(slot.warm) > MOST_WARM:
                 slot.warm.popitem(last=False)
         slot.started, slot.until, slot.token = self._now, self._now + seconds, next(self._tokens)
         heapq.heappush(self._heap, (slot.until, slot.token, "end", slot.info.id))

@@ -16,8 +16,8 @@ from itertools import count, islice
 from isoflop.core.stage import Stage
 from isoflop.execute import WorkItem
 from isoflop.jobs import Job, ResolvedJob
+from isoflop.jobs.warm import MOST_WARM
 
-_WARM_MODELS = 4  # as many as a worker keeps
 _STAGE_CHOICE = 64  # stages that are compared when a worker asks for one
 _MISFORTUNES = 10  # losses of a worker that may count as no fault of what it ran; more are no accident
 
@@ -194,7 +194,7 @@ class WorkQueue:
             self._holders[model_key] += 1
         warm[model_key] = None
         warm.move_to_end(model_key)
-        while len(warm) > _WARM_MODELS:
+        while len(warm) > MOST_WARM:
             self._holders[warm.popitem(last=False)[0]] -= 1
 
     def _cool(self, worker: str) -> None:
