@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -28,8 +30,9 @@ from isoflop.methods.activation_sparsity.base import ActivationSparsityMethod, R
 from isoflop.methods.activation_sparsity.cett import Contributions
 from isoflop.methods.calibration import OnModel
 from isoflop.models.base import Model, ModelInfo
-from isoflop.models.decoder_model import decoder_model
-from isoflop.models.lm import LmInfo
+from isoflop.models.decoder_model import DecoderModel, decoder_model
+from isoflop.models.heads import run_to_head
+from isoflop.models.lm import LmInfo, LmModel
 from isoflop.models.taps import ActivationTap, real_tokens
 
 
@@ -72,23 +75,27 @@ class Calibration:
         self.model = decoder_model(model, method)
         self.mlps = blocks_of(self.model, method)
         self._batches = list(model.calibration(ctx, examples, seed))
-        self._states: list[Contributions] | None = None
-        self._gates: Tensor | None = None
+        self._contributions: list[Contributions] | None = None
+        self._folder: TemporaryDirectory[str] | None = None
         self._dense: float | None = None
 
     @property
     def contributions(self) -> list[Contributions]:
-        """Those of every block, on the dense model."""
-        if self._states is None:
-            self._states = [
-                Contributions(a_SF, mlp.out_Fd()) for a_SF, mlp in zip(self._tapped("input"), self.mlps, strict=True)
+        """Those of every block, on the dense model; they lie in files, of which memory holds as much as there is room for."""
+        if self._contributions is None:
+            self._folder = TemporaryDirectory(prefix="isoflop-cett-")
+            lay = partial(_in_file, Path(self._folder.name))
+            files = self._tapped("input", Path(self._folder.name))
+            self._contributions = [
+                Contributions(a_SF, mlp.out_Fd(), lay) for a_SF, mlp in zip(files, self.mlps, strict=True)
             ]
-        return self._states
+        return self._contributions
 
     def scores(self, of: str) -> Tensor:
         """Magnitudes of all neurons on all tokens in all layers, sorted: of the ``gate``, or of the ``value``."""
-        found = self._tapped("output" if of == "gate" else "input")
-        return torch.cat([x_SF.abs().flatten() for x_SF in found]).sort().values
+        with TemporaryDirectory(prefix="isoflop-scores-") as folder:
+            found = self._tapped("output" if of == "gate" else "input", Path(folder))
+            return torch.cat([x_SF.abs().flatten() for x_SF in found]).sort().values
 
     def thresholds(self, cett: float) -> Tensor:
         """Each block's largest threshold with at most this CETT on the dense states, eps_L."""
@@ -101,9 +108,9 @@ class Calibration:
         total, tokens = 0.0, 0
         with nullcontext() if sparsity is None else sparsity.at_work(self.model):
             for batch in self._batches:
-                logits_SW, targets_S = self.model.supervised(batch)
-                total += float(F.cross_entropy(logits_SW.float(), targets_S, reduction="sum").double())
-                tokens += len(targets_S)
+                for logits_SW, targets_S in _scored(self.model, batch):
+                    total += float(F.cross_entropy(logits_SW.float(), targets_S, reduction="sum").double())
+                    tokens += len(targets_S)
                 if sparsity is not None:
                     sparsity.observed()
         return total / tokens, 1.0 if sparsity is None else sparsity.active_share()
@@ -116,18 +123,52 @@ class Calibration:
         return self._dense
 
     @torch.no_grad()
-    def _tapped(self, side: str) -> list[Tensor]:
-        """What enters the down projections, or leaves the activation functions, at the real tokens of the text, (S, F) each."""
+    def _tapped(self, side: str, folder: Path) -> list[Tensor]:
+        """What enters the down projections, or leaves the activation functions, at the real tokens of the text, (S, F) each.
+
+        Kept in files of ``folder``, batch behind batch.
+        """
+        paths = [folder / f"{side}-{mlp.layer}" for mlp in self.mlps]
+        valid_BT: Tensor | None = None
+        widths: dict[Path, int] = {}
+
+        def keep(path: Path, x_BTF: Tensor) -> None:
+            x_SF = real_tokens(x_BTF, valid_BT).cpu().contiguous()
+            widths[path] = x_SF.shape[-1]
+            with path.open("ab") as file:
+                x_SF.numpy().tofile(file)
+
         with ExitStack() as stack:
-            taps = [
-                ActivationTap(mlp.down) if side == "input" or mlp.act is None else ActivationTap(mlp.act, "output")
-                for mlp in self.mlps
-            ]
-            seen = [stack.enter_context(tap.read()) for tap in taps]
+            for mlp, path in zip(self.mlps, paths, strict=True):
+                plain = side == "input" or mlp.act is None
+                tap = ActivationTap(mlp.down) if plain or mlp.act is None else ActivationTap(mlp.act, "output")
+                stack.enter_context(tap.through(partial(keep, path)))
             for batch in self._batches:
-                self.model.supervised(batch)
-        valid = [getattr(batch, "valid_BT", None) for batch in self._batches]
-        return [torch.cat([real_tokens(x, v) for x, v in zip(block, valid, strict=True)]) for block in seen]
+                valid_BT = getattr(batch, "valid_BT", None)
+                run_to_head(self.model, batch)
+        return [_mapped(path).view(-1, widths[path]).to(self.model.device) for path in paths]
+
+
+def _scored(model: DecoderModel, batch: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and targets, few positions at a time where the model can."""
+    if isinstance(model, LmModel):
+        yield from model.scored_logits(batch.to(model.device))
+    else:
+        yield model.supervised(batch)
+
+
+def _mapped(path: Path) -> Tensor:
+    """A file's float32 numbers, not read before they are asked for; changes stay in memory."""
+    return torch.from_file(str(path), size=path.stat().st_size // 4, dtype=torch.float32)
+
+
+def _in_file(folder: Path, tensor: Tensor) -> Tensor:
+    """A float32 tensor of the processor in a new file; those of an accelerator stay where they are."""
+    if tensor.device.type != "cpu" or not tensor.numel():
+        return tensor
+    path = folder / f"laid-{len(list(folder.iterdir()))}"
+    tensor.detach().numpy().tofile(path)
+    return _mapped(path).view(tensor.shape)
 
 
 @dataclass(frozen=True)

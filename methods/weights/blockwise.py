@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from isoflop.methods.weights.fitness import rows_of
 from isoflop.methods.weights.views import LinearView
 from isoflop.models.base import Model
+from isoflop.models.heads import run_to_head
 from isoflop.models.hooks.matrices import BLOCK
 
 CLOSE = 1e-3
@@ -28,7 +29,7 @@ CLOSE = 1e-3
 
 
 class _Enough(Exception):
-    """Ends a pass behind the blocks."""
+    """Ends a pass at the last block."""
 
 
 @dataclass(eq=False)
@@ -90,7 +91,7 @@ class BlockPasses:
         if self._list is None or self._model.occupied or not self._hands_states_on():
             with watching(self._views) as ended:
                 for batch in self._batches:
-                    self._whole(batch)
+                    run_to_head(self._model, batch)
                     ended()
             return
         recorded = [self._recorded(batch) for batch in self._batches]
@@ -101,15 +102,6 @@ class BlockPasses:
                     states[place] = _run(block, calls[number], states[place])
                     calls[number] = _Call((), {})  # what only this block was given goes
                     ended()
-
-    def _whole(self, batch: Any) -> None:
-        """One pass through all blocks, up to the head of a language model."""
-        head = getattr(self._model.module, "get_output_embeddings", lambda: None)()
-        with ExitStack() as stack:
-            if head is not None and not self._model.occupied:  # an occupant may count on whole passes
-                stack.callback(head.register_forward_pre_hook(_stop).remove)
-            with suppress(_Enough):
-                self._model.supervised(batch)
 
     def _recorded(self, batch: Any) -> tuple[Any, list[_Call]]:
         """The states that the first block is given, and how each block is called besides."""
@@ -129,7 +121,7 @@ class BlockPasses:
         with ExitStack() as stack:
             for block in self._list:
                 stack.callback(block.register_forward_hook(lambda _m, _a, output: outputs.append(output)).remove)
-            self._whole(row)
+            run_to_head(self._model, row)
         if len(outputs) != len(self._list):  # blocks that run twice, or not at all
             return False
         self._wraps = [_wrap_like(output) for output in outputs]
@@ -169,10 +161,6 @@ def _replaced(blocks: nn.ModuleList, wraps: Sequence[Callable[[Tensor], Any]], c
     finally:
         for number, block in enumerate(kept):
             blocks[number] = block
-
-
-def _stop(*_: Any) -> None:
-    raise _Enough
 
 
 def _run(block: nn.Module, call: _Call, states_BTd: Tensor) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isoflop.core.folder_context import FolderContext
+from isoflop.methods.activation_sparsity import cett
 from isoflop.methods.activation_sparsity.base import Sparsity
 from isoflop.methods.activation_sparsity.calibration import Calibration, Thresholds
 from isoflop.methods.activation_sparsity.cett import Contributions
@@ -202,6 +205,57 @@ def test_a_threshold_is_the_same_whatever_was_searched_for_before(
     used = Contributions(*states)
     for target in (*targets, *data.draw(st.permutations(targets))):
         assert used.threshold(target) == alone[target]
+
+
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_few_whole_sums_are_worked_out_and_the_search_ends_where_it_would_with_all(
+    act: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On as many contributions as it takes for the short cut, made to take it from the third rank on as well."""
+    states = some_states(act, tokens=300, neurons=80)
+    targets = [0.0, 1e-4, 0.01, 0.2, 0.37, 0.8, 0.95]
+    whole = Contributions(*states)
+    wanted = [whole.search(target) for target in targets]
+    sums = 0
+    tail = Contributions._tail
+
+    def counted(self: Contributions, threshold: float) -> Tensor:
+        nonlocal sums
+        sums += 1
+        return tail(self, threshold)
+
+    monkeypatch.setattr(Contributions, "_tail", counted)
+    monkeypatch.setattr(cett, "WORTH_IT", 0)
+    for near in (2**-9, 2**-5, 1.0):
+        monkeypatch.setattr(cett, "NEAR", near)
+        sums, block = 0, Contributions(*states)
+        for target, expected in zip(targets, wanted, strict=True):
+            found = block.search(target)
+            assert (found.x, found.status, found.evaluations) == (expected.x, expected.status, expected.evaluations)
+            assert found.y == pytest.approx(expected.y, abs=1e-6)
+        most = sum(one.evaluations for one in wanted)
+        assert sums < (0.75 if near < 2**-6 else 0.5) * most
+
+
+def test_states_of_all_blocks_lie_in_files_and_memory_holds_those_of_one(
+    short_lm: LmModel, sparsity_ctx: FolderContext
+) -> None:
+    """What is worked out for a block goes when its threshold is found; what stays is mapped from files that go with the text."""
+    text = calibration_of(short_lm, sparsity_ctx)
+    text.thresholds(0.3)
+    assert text._folder is not None
+    folder = Path(text._folder.name)
+    sizes = [path.stat().st_size for path in folder.iterdir()]
+    states = [block._a_SF.numel() * 4 for block in text.contributions]
+    assert sum(sizes) == 2 * sum(states)
+    for block in text.contributions:
+        held = [value for value in vars(block).values() if isinstance(value, Tensor)]
+        laid = [tensor for tensor in held if tensor.numel() >= block._a_SF.numel()]
+        assert {id(tensor) for tensor in laid} == {id(block._a_SF), id(block._ranked)}
+        assert block._base is None
+    del text, block, held, laid
+    gc.collect()
+    assert not folder.exists()
 
 
 def test_thresholds_are_those_of_dense_states_of_training_text(short_lm: LmModel, sparsity_ctx: FolderContext) -> None:

@@ -10,7 +10,7 @@ Shape suffixes: B rows, T tokens, S scored positions, d width, W vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -45,6 +45,29 @@ def head_logits(module: Any, decoder: nn.Module, output: Any, states_Sd: Tensor)
     with _in_place_of(module, decoder, _Given(decoder, cut)):
         logits_SW: Tensor = module(input_ids=ids_1S, use_cache=False).logits[0]
     return logits_SW
+
+
+class _HeadReached(Exception):
+    """Ends a pass in front of the head."""
+
+
+def run_to_head(model: Any, batch: Any) -> None:
+    """A supervised pass of a model for what is watched inside it: a language model's ends in front of its head.
+
+    Args:
+        model: a ``Model``; where something sits in its hooks, which may count on whole passes, the pass is a whole one.
+        batch: for ``Model.supervised``.
+    """
+    head = getattr(model.module, "get_output_embeddings", lambda: None)()
+    with ExitStack() as stack:
+        if head is not None and not model.occupied:
+            stack.callback(head.register_forward_pre_hook(_end).remove)
+        with suppress(_HeadReached):
+            model.supervised(batch)
+
+
+def _end(*_: Any) -> None:
+    raise _HeadReached
 
 
 @contextmanager
