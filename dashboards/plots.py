@@ -208,7 +208,9 @@ def _answers(found: Answers) -> go.Figure:
     for answer in found:
         asked[answer.question] = max(len(answer.candidates), asked.get(answer.question, 0))
     widest = max(asked, key=lambda question: asked[question])  # whose candidates hold those of the others
-    groups = {" · ".join(answer.key.values()): answer for answer in found if answer.question == widest}
+    told = [answer for answer in found if answer.question == widest]
+    differing = [name for name in told[0].key if len({answer.key.get(name) for answer in told}) > 1]
+    groups = {" · ".join(answer.key[name] for name in differing): answer for answer in told}
     label = next((answer.axis for answer in groups.values() if answer.axis), found.cost)
     figure = _figure(title="error over cost, as measured", xaxis_title=label, yaxis_title="error")
     figure.update_xaxes(type="log")

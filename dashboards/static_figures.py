@@ -33,6 +33,8 @@ _MARKERS = {
     "hexagon": "h",
 }
 _INCHES = (6.4, 4.2)
+_LABELS_INSIDE = 6
+_LABEL_INCHES = 0.055  # of a letter of the legend
 _LARGE = EngFormatter(sep="")
 
 
@@ -56,7 +58,12 @@ def drawn(figure: go.Figure, kind: str, dpi: int = 200) -> bytes:
     axes.grid(True, color=LIGHT["grid"], linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[1]:
+    labels = axes.get_legend_handles_labels()[1]
+    if len(labels) > _LABELS_INSIDE:  # they would lie on the curves
+        widest = max(map(len, labels))
+        still.set_size_inches(_INCHES[0] + _LABEL_INCHES * widest + 0.6, _INCHES[1])
+        still.legend(fontsize=7, frameon=False, loc="outside right upper")
+    elif labels:
         axes.legend(fontsize=7, frameon=False)
     out = io.BytesIO()
     with rc_context({"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "isoflop"}):

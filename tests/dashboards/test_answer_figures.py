@@ -69,3 +69,24 @@ def test_ticks_of_a_logarithmic_axis_are_few_and_plain(low: float, span: float) 
     assert 1 <= len(texts) <= 12
     assert all(text and "$" not in text for text in texts)
     assert not any(t.get_text() for t in axes.get_xticklabels(minor=True))
+
+
+@pytest.mark.parametrize("tasks", [1, 4])
+def test_many_names_stand_beside_the_curves_and_say_only_what_differs(
+    tasks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Figure] = []
+    monkeypatch.setattr(static_figures, "Figure", lambda **given: made.append(Figure(**given)) or made[-1])
+    data = rows()
+    many = {name: values * tasks for name, values in data.items()}
+    many["task"] = [f"t{n}" for n in range(tasks) for _ in data["error"]]
+    many["model"] = ["hf:a/very-long-name"] * len(many["task"])
+    figure = plot(isoflop.answers(many, share=0.5, cost="kv_bytes"))
+    static_figures.drawn(figure, "png", dpi=30)
+    (still,) = made
+    (axes,) = still.axes
+    assert not any("very-long-name" in str(t.name) for t in figure.data)
+    assert (axes.get_legend() is None, len(still.legends)) == ((True, 1) if tasks > 1 else (False, 0))
+    if tasks > 1:
+        still.canvas.draw()
+        assert still.legends[0].get_window_extent().x0 >= axes.get_window_extent().x1
