@@ -102,7 +102,7 @@ def test_a_law_on_what_no_row_can_have(block: dict[str, Any], parts: list[str], 
 
 @pytest.mark.parametrize("metric", ["nll", "error", "flops", "kv_store_ratio", "bytes", "ratio_kv_cache", "seconds"])
 def test_what_a_row_may_have_is_taken(metric: str) -> None:
-    resolve(spec(["kv-recall"], objectives=[{"metric": metric}]))
+    assert resolve(spec(["kv-recall"], objectives=[{"metric": metric}])).spec.objectives[0].metric == metric
     resolve(spec(["kv-recall", "generation-latency"], objectives=[{"metric": "nll", "task": "kv-recall"}]))
     resolve(spec(["kv-recall"], laws=[{"law": "product", "y": "metrics.nll", "x": {"V": "footprint.text_tokens"}}]))
 

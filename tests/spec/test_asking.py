@@ -99,7 +99,7 @@ def test_what_is_named_twice_is_said_at_its_second_line(what: str, tmp_path: Pat
 
 @pytest.mark.parametrize("metric", ["nll", "weight_bytes_dense", "kv_store_ratio", "anything", "error"])
 def test_metrics_that_tasks_and_methods_may_report_are_taken(metric: str) -> None:
-    resolve(yaml.safe_load(GOOD) | {"objectives": [{"metric": metric}]})
+    assert resolve(yaml.safe_load(GOOD) | {"objectives": [{"metric": metric}]}).spec.objectives[0].metric == metric
 
 
 def test_an_objective_that_no_row_has_ends_a_search(tmp_path: Path) -> None:

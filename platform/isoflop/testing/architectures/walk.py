@@ -223,16 +223,20 @@ def _unbuilt(architecture: Architecture, source: Path, checks: Mapping[str, Chec
     """What is refused by its config alone is refused, though there is no module of it."""
     from transformers import CONFIG_MAPPING
 
+    not_built = dict.fromkeys(checks, Finding("not built", str(error)))
     try:
         config = CONFIG_MAPPING[architecture.model_type]()
         config.architectures = [architecture.module]
         config.save_pretrained(source)
+    except Exception:  # transformers' own: a config that wants what no default gives
+        return not_built
+    try:
         family_of("hf:").info(f"hf:{source}", {})
     except UserError as refused:
         return dict.fromkeys(checks, _refused(f"hf:{source}", refused))
-    except Exception:
-        pass
-    return dict.fromkeys(checks, Finding("not built", str(error)))
+    except Exception as fault:  # ours: a config that cannot be described has to be refused in a line
+        return dict.fromkeys(checks, Finding("wrong", f"raises {type(fault).__name__}: {fault}"))
+    return not_built
 
 
 def _stock(config: Any) -> Any:
