@@ -18,6 +18,7 @@ from torch import Tensor
 
 from isoflop.kernels.decode_segments import SegmentPart
 from isoflop.kernels.quant import Packed, quant_pack
+from isoflop.kernels.softmax import Softmax
 
 Arguments = dict[str, Any]
 
@@ -127,6 +128,7 @@ def scores_small() -> tuple[Case, ...]:
         _scores("a key block without weight", 1, 2, 1, 150, 150, 8, sets=1, silent=100),
         _scores("one token", 1, 1, 1, 1, 1, 8, sets=1),
         _scores("half precision", 1, 4, 2, 40, 40, 16, sets=1, dtype=torch.float16),
+        _scores("cap and sinks, padding", 2, 4, 2, 37, 37, 16, sets=2, padded=5, cap=1.5, sinks=True),
     )
 
 
@@ -154,6 +156,8 @@ def _scores(
     silent: int = 0,
     in_order: bool = False,
     dtype: torch.dtype = torch.float32,
+    cap: float | None = None,
+    sinks: bool = False,
 ) -> Case:
     def make(s: Source) -> Arguments:
         places = torch.arange(keys, device=s.device)[None]
@@ -163,7 +167,7 @@ def _scores(
         return {
             "q_BHTD": s.normal(batch, heads, queries, width, dtype=dtype),
             "k_BGSD": s.normal(batch, groups, keys, width, dtype=dtype),
-            "scaling": width**-0.5,
+            "softmax": Softmax(width**-0.5, cap, s.normal(heads) if sinks else None),
             "weight_BWT": weight,
             "q_positions_BT": chosen.sort().values if in_order else chosen,
             "k_positions_BS": places,
@@ -204,6 +208,8 @@ def decode_small() -> tuple[Case, ...]:
         _decode("keys by token", 1, 4, 2, 1, 16, lambda s: [_packed_part(s, 1, 2, 21, 16, 3, None, 4, None, k_axis=-1, k_scale=True)]),
         _decode("one token", 1, 2, 1, 1, 8, lambda s: [_dense_part(s, 1, 1, 1, 8)]),
         _decode("every entry empty", 1, 2, 1, 1, 16, empty),
+        _decode("cap and sinks", 2, 6, 2, 2, 20, mixed, cap=1.5, sinks=True),
+        _decode("every entry empty but the sink", 1, 2, 1, 1, 16, empty, sinks=True),
         _decode("half precision", 1, 4, 2, 1, 16, lambda s: [_dense_part(s, 1, 2, 40, 16, torch.float16)], torch.float16),
         _decode("half precision, packed", 1, 4, 2, 1, 16, lambda s: [_packed_part(s, 1, 2, 40, 16, 4, None, 4, None)], torch.float16),
     )  # fmt: skip
@@ -241,10 +247,16 @@ def _decode(
     parts: Callable[[Source], list[SegmentPart]],
     dtype: torch.dtype = torch.float32,
     flops: float = 0.0,
+    cap: float | None = None,
+    sinks: bool = False,
 ) -> Case:
     def make(s: Source) -> Arguments:
         q_BHTD = s.normal(batch, heads, queries, width, dtype=dtype)
-        return {"q_BHTD": q_BHTD, "segments": parts(s), "scaling": width**-0.5}
+        return {
+            "q_BHTD": q_BHTD,
+            "segments": parts(s),
+            "softmax": Softmax(width**-0.5, cap, s.normal(heads) if sinks else None),
+        }
 
     return Case(name, make, flops)
 

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from isoflop.kernels.blocks import LEAST_ROWS, block_values
 from isoflop.kernels.dispatch import operation
+from isoflop.kernels.softmax import Softmax
 
 
 def _supported(
     q_BHTD: Tensor,
     k_BGSD: Tensor,
-    scaling: float,
+    softmax: Softmax,
     weight_BWT: Tensor,
     q_positions_BT: Tensor,
     k_positions_BS: Tensor,
@@ -32,7 +33,7 @@ def _supported(
 def column_scores(
     q_BHTD: Tensor,
     k_BGSD: Tensor,
-    scaling: float,
+    softmax: Softmax,
     weight_BWT: Tensor,
     q_positions_BT: Tensor,
     k_positions_BS: Tensor,
@@ -40,13 +41,13 @@ def column_scores(
 ) -> Tensor:
     """Sum the attention that each key receives over queries, by weight, and over the query heads of its head.
 
-    ``S[b,g,w,s] = sum_t weight[b,w,t] * sum_{h in g} softmax_s(q_h[t] . k_g[s] * scaling + mask)[s]``. A query sees the
+    ``S[b,g,w,s] = sum_t weight[b,w,t] * sum_{h in g} softmax_s(logit(q_h[t] . k_g[s]) + mask)[s]``. A query sees the
     valid keys at its own position and before; a query that sees none contributes nothing.
 
     Args:
         q_BHTD: queries after RoPE; a key-value head's query heads stand one after the other.
         k_BGSD: keys after RoPE.
-        scaling: factor on the logits.
+        softmax: from products to weights; a sink takes its share of them.
         weight_BWT: 0 for queries that do not count (padding).
         q_positions_BT: position of each query; batch dimension 1 when all rows agree. Any subset, in any order.
         k_positions_BS: position of each key; batch dimension 1 when all rows agree.
@@ -55,20 +56,21 @@ def column_scores(
     Returns:
         S_BGWS, float32. Softmax and sums are computed in float32.
     """
-    given = scaling, weight_BWT, q_positions_BT, k_positions_BS, valid_BS
+    given = weight_BWT, q_positions_BT, k_positions_BS, valid_BS
     batch, heads, queries, _ = q_BHTD.shape
     groups, keys = k_BGSD.shape[1], k_BGSD.shape[2]
     most = block_values(q_BHTD.device)
     if most // max(1, batch * heads * keys) >= min(LEAST_ROWS, queries):  # otherwise heads take turns
-        return _summed(q_BHTD, k_BGSD, *given, most)
-    pairs = zip(q_BHTD.split(heads // groups, dim=1), k_BGSD.split(1, dim=1), strict=True)
-    return torch.cat([_summed(q_BRTD, k_B1SD, *given, most) for q_BRTD, k_B1SD in pairs], dim=1)
+        return _summed(q_BHTD, k_BGSD, softmax, *given, most)
+    of_group = [slice(first, first + heads // groups) for first in range(0, heads, heads // groups)]
+    each = zip(of_group, k_BGSD.split(1, dim=1), strict=True)
+    return torch.cat([_summed(q_BHTD[:, h], k_B1SD, softmax.of_heads(h), *given, most) for h, k_B1SD in each], dim=1)
 
 
 def _summed(
     q_BHTD: Tensor,
     k_BGSD: Tensor,
-    scaling: float,
+    softmax: Softmax,
     weight_BWT: Tensor,
     q_positions_BT: Tensor,
     k_positions_BS: Tensor,
@@ -78,7 +80,7 @@ def _summed(
     """``column_scores`` in blocks of queries with at most so many probabilities."""
     batch, heads, queries, width = q_BHTD.shape
     groups, keys = k_BGSD.shape[1], k_BGSD.shape[2]
-    q_BGRTD = q_BHTD.float().reshape(batch, groups, heads // groups, queries, width) * scaling
+    q_BGRTD = q_BHTD.float().reshape(batch, groups, heads // groups, queries, width) * softmax.scaling
     k_BG1DS = k_BGSD.float().transpose(-1, -2).unsqueeze(2)
     scores_BGWS = k_BG1DS.new_zeros(batch, groups, weight_BWT.shape[1], keys)
     if not q_BHTD.numel() or keys == 0:
@@ -90,8 +92,9 @@ def _summed(
         if valid_BS is not None:
             seen_BTS = seen_BTS & valid_BS[:, None, :end]
         sees_BT1 = seen_BTS.any(-1, keepdim=True)  # other rows get an even softmax and the weight 0: no NaN arises
-        logits_BGRTS = q_BGRTD[:, :, :, block] @ k_BG1DS[..., :end]
-        p_BGRTS = logits_BGRTS.masked_fill_((sees_BT1 & ~seen_BTS)[:, None, None], float("-inf")).softmax(-1)
+        logits_BGRTS = softmax.capped(q_BGRTD[:, :, :, block] @ k_BG1DS[..., :end])
+        logits_BGRTS.masked_fill_((sees_BT1 & ~seen_BTS)[:, None, None], float("-inf"))
+        p_BGRTS = softmax.weights(logits_BGRTS.flatten(1, 2)).unflatten(1, (groups, -1))
         weight_B1WT = (weight_BWT[:, :, block].float() * sees_BT1.transpose(-1, -2))[:, None]
         scores_BGWS[..., :end] += weight_B1WT @ p_BGRTS.sum(2)
     return scores_BGWS

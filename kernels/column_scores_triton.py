@@ -18,13 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LOG2_E = 1.4426950408889634  # logits are in bits: exp2 is what the hardware has
+from isoflop.kernels.softmax import Softmax
+from isoflop.kernels.softmax_triton import LOG2_E, capped, factors
 
 
 @triton.jit
-def _logits(q, k, q_position, k_position, k_valid, scaling):
+def _logits(q, k, q_position, k_position, k_valid, scaling, cap, HAS_CAP: tl.constexpr):
     """Masked logits (T, S) in float32 of query rows (T, D) against key rows (S, D)."""
     logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scaling
+    if HAS_CAP:
+        logits = capped(logits, cap)
     seen = (k_position[None, :] <= q_position[:, None]) & k_valid[None, :]
     return tl.where(seen, logits, float("-inf"))
 
@@ -44,8 +47,8 @@ def _lse_kernel(
     q_ptr, k_ptr, q_positions_ptr, k_positions_ptr, valid_ptr, lse_ptr,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_g, k_stride_s,
     q_position_stride_b, k_position_stride_b, valid_stride_b,
-    scaling, heads, repeats, queries, keys, width,
-    HAS_VALID: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, SCAN: tl.constexpr,
+    scaling, cap, heads, repeats, queries, keys, width,
+    HAS_VALID: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp (base 2) of one block of queries of one head; -inf for a query that sees nothing."""
     b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
@@ -74,7 +77,7 @@ def _lse_kernel(
         )
         k_at = k_base + s[:, None] * k_stride_s + d[None, :]
         k = tl.load(k_at, mask=s_inside[:, None] & d_inside[None, :], other=0.0)
-        logits = _logits(q, k, q_position, position, k_valid, scaling)
+        logits = _logits(q, k, q_position, position, k_valid, scaling, cap, HAS_CAP)
         higher = tl.maximum(top, tl.max(logits, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
         total = total * tl.exp2(top - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
@@ -88,8 +91,8 @@ def _sum_kernel(
     q_ptr, k_ptr, q_positions_ptr, k_positions_ptr, valid_ptr, lse_ptr, weight_ptr, out_ptr,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_g, k_stride_s,
     q_position_stride_b, k_position_stride_b, valid_stride_b, weight_stride_b,
-    scaling, groups, repeats, queries, keys, width, sets,
-    HAS_VALID: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, SCAN: tl.constexpr,
+    scaling, cap, groups, repeats, queries, keys, width, sets,
+    HAS_VALID: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, SCAN: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Column sums of one block of keys of one key-value head, over all its queries."""
@@ -126,7 +129,7 @@ def _sum_kernel(
             lse_at = lse_ptr + (b * groups * repeats + h) * queries + t
             lse = tl.load(lse_at, mask=t_inside, other=float("inf"))
             lse = tl.where(lse == float("-inf"), float("inf"), lse)  # sees nothing: probabilities 0, not NaN
-            p += tl.exp2(_logits(q, k, q_position, position, k_valid, scaling) - lse[:, None])
+            p += tl.exp2(_logits(q, k, q_position, position, k_valid, scaling, cap, HAS_CAP) - lse[:, None])
         weight_at = weight_ptr + b * weight_stride_b + w[:, None] * queries + t[None, :]
         weight = tl.load(weight_at, mask=(w < sets)[:, None] & t_inside[None, :], other=0.0)
         sums += tl.dot(weight, p, input_precision="tf32x3")
@@ -143,7 +146,7 @@ def _rows(values: Tensor, batch: int, dtype: torch.dtype) -> tuple[Tensor, int]:
 def column_scores(
     q_BHTD: Tensor,
     k_BGSD: Tensor,
-    scaling: float,
+    softmax: Softmax,
     weight_BWT: Tensor,
     q_positions_BT: Tensor,
     k_positions_BS: Tensor,
@@ -167,6 +170,7 @@ def column_scores(
     strides = (*q_BHTD.stride()[:3], *k_BGSD.stride()[:3], q_position_stride, k_position_stride, valid_stride)
     common = {
         "HAS_VALID": valid_BS is not None,
+        "HAS_CAP": softmax.cap is not None,
         "BLOCK_D": block_d,
         "SCAN": 512,
         "num_warps": 4,
@@ -174,11 +178,13 @@ def column_scores(
     }
     _lse_kernel[(triton.cdiv(queries, 2 * block), batch * heads)](
         q_BHTD, k_BGSD, q_positions, k_positions, valid, lse, *strides,
-        scaling * _LOG2_E, heads, heads // groups, queries, keys, width, BLOCK_T=2 * block, BLOCK_S=block, **common,
+        *factors(softmax), heads, heads // groups, queries, keys, width, BLOCK_T=2 * block, BLOCK_S=block, **common,
     )  # fmt: skip
+    if softmax.sinks_H is not None:
+        lse = torch.logaddexp2(lse, softmax.sinks_H.float()[:, None] * LOG2_E)
     _sum_kernel[(triton.cdiv(keys, block), batch * groups)](
         q_BHTD, k_BGSD, q_positions, k_positions, valid, lse, weight, out, *strides, weight_stride,
-        scaling * _LOG2_E, groups, heads // groups, queries, keys, width, sets,
+        *factors(softmax), groups, heads // groups, queries, keys, width, sets,
         BLOCK_T=block, BLOCK_S=block, BLOCK_W=16, **common,
     )  # fmt: skip
     return out

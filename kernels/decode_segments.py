@@ -17,6 +17,7 @@ from torch import Tensor
 
 from isoflop.kernels.dispatch import operation
 from isoflop.kernels.quant import Packed, unpack
+from isoflop.kernels.softmax import Softmax
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ def _dense(x: Tensor | Packed, channel_scale_BGD: Tensor | None) -> Tensor:
     return values if channel_scale_BGD is None else values * channel_scale_BGD.float()[:, :, None]
 
 
-def _supported(q_BHTD: Tensor, segments: Sequence[SegmentPart], scaling: float) -> bool:
+def _supported(q_BHTD: Tensor, segments: Sequence[SegmentPart], softmax: Softmax) -> bool:
     rows = q_BHTD.shape[1] // max(1, segments[0].k.shape[1]) * q_BHTD.shape[2] if segments else 0
     widths = [x.shape[-1] for part in segments for x in (part.k, part.v)]
     axes = [x.axis for part in segments for x in (part.k, part.v) if isinstance(x, Packed)]
@@ -64,18 +65,18 @@ def _supported(q_BHTD: Tensor, segments: Sequence[SegmentPart], scaling: float) 
 
 
 @operation("isoflop.kernels.decode_segments_triton:decode_segments", supports=_supported)
-def decode_segments(q_BHTD: Tensor, segments: Sequence[SegmentPart], scaling: float) -> tuple[Tensor, Tensor]:
+def decode_segments(q_BHTD: Tensor, segments: Sequence[SegmentPart], softmax: Softmax) -> tuple[Tensor, Tensor]:
     """Softmax attention over the union of segments.
 
     Args:
         q_BHTD: queries after RoPE; a key-value head's query heads stand one after the other. The kernel serves up to 64
             query rows per key-value head, the twin any number.
         segments: at least one; those without tokens are allowed.
-        scaling: factor on the logits.
+        softmax: from products to weights.
 
     Returns:
-        out_BHTD in the type of the queries, and the natural log-sum-exp of the logits, lse_BHT, in float32. A query whose
-        entries are all empty gets zeros and -inf.
+        out_BHTD in the type of the queries, and the natural log-sum-exp of the logits, sinks included, lse_BHT, in float32. A
+        query whose entries are all empty gets zeros and, without sinks, -inf.
 
     Raises:
         ValueError: no segments.
@@ -85,15 +86,15 @@ def decode_segments(q_BHTD: Tensor, segments: Sequence[SegmentPart], scaling: fl
     batch, heads, queries, width = q_BHTD.shape
     groups = segments[0].k.shape[1]
     q_BGMD = q_BHTD.float().reshape(batch, groups, -1, width)
-    logits_BGMN = torch.cat([_logits(q_BGMD, part, scaling) for part in segments], dim=-1)
+    logits_BGMN = torch.cat([_logits(q_BGMD, part, softmax) for part in segments], dim=-1)
     lse_BGM = logits_BGMN.logsumexp(-1) if logits_BGMN.shape[-1] else logits_BGMN.new_full(q_BGMD.shape[:3], -torch.inf)
     p_BGMN = (logits_BGMN - lse_BGM.nan_to_num(neginf=0.0)[..., None]).exp()
     pieces = p_BGMN.split([part.tokens for part in segments], dim=-1)
     out_BGMD = sum((p @ part.values() for p, part in zip(pieces, segments, strict=True)), start=torch.zeros(()))
     out_BHTD = out_BGMD.reshape(batch, heads, queries, -1).to(q_BHTD.dtype)
-    return out_BHTD, lse_BGM.reshape(batch, heads, queries)
+    return softmax.with_sinks(out_BHTD, lse_BGM.reshape(batch, heads, queries))
 
 
-def _logits(q_BGMD: Tensor, part: SegmentPart, scaling: float) -> Tensor:
-    logits = q_BGMD @ part.keys().transpose(-1, -2) * scaling
+def _logits(q_BGMD: Tensor, part: SegmentPart, softmax: Softmax) -> Tensor:
+    logits = softmax.logits(q_BGMD @ part.keys().transpose(-1, -2))
     return logits if part.log_bias_BGN is None else logits + part.log_bias_BGN.float()[:, :, None]

@@ -25,6 +25,8 @@ from torch import Tensor
 from isoflop.kernels.decode_segments import SegmentPart
 from isoflop.kernels.quant import Packed, unit
 from isoflop.kernels.quant_triton import load_codes
+from isoflop.kernels.softmax import Softmax
+from isoflop.kernels.softmax_triton import capped, factors
 
 _LOG2_E = tl.constexpr(1.4426950408889634)  # logits are in bits: exp2 is what the hardware has
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -89,11 +91,11 @@ def _segment_kernel(
     q_ptr, k_ptr, k_scale_ptr, k_zero_ptr, v_ptr, v_scale_ptr, v_zero_ptr, bias_ptr, k_channel_ptr, v_channel_ptr,
     out_ptr, lse_ptr,
     k_stride_b, k_stride_g, k_stride_n, v_stride_b, v_stride_g, v_stride_n,
-    scaling, groups, rows, tokens, width, v_width, k_group, v_group, k_units, v_units, chunk, first_split, splits,
+    scaling, cap, groups, rows, tokens, width, v_width, k_group, v_group, k_units, v_units, chunk, first_split, splits,
     K_LAYOUT: tl.constexpr, K_PER_ROW: tl.constexpr, K_BITS: tl.constexpr, K_U: tl.constexpr, K_BYTES: tl.constexpr,
     V_LAYOUT: tl.constexpr, V_PER_ROW: tl.constexpr, V_BITS: tl.constexpr, V_U: tl.constexpr, V_BYTES: tl.constexpr,
     K_FOLDED: tl.constexpr, V_FOLDED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_K_CHANNEL: tl.constexpr, HAS_V_CHANNEL: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_K_CHANNEL: tl.constexpr, HAS_V_CHANNEL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Attention of one key-value head's query rows over ``chunk`` tokens: normalised output and log-sum-exp (base 2)."""
@@ -121,6 +123,8 @@ def _segment_kernel(
             scale, zero = _token_grids(k_scale_ptr, k_zero_ptr, head, n, tokens)
             logits = logits * scale[None, :] + q_sum[:, None] * zero[None, :]
         logits *= scaling
+        if HAS_CAP:
+            logits = capped(logits, cap)
         if HAS_BIAS:
             bias = tl.load(bias_ptr + head * tokens + n, mask=n < tokens, other=0.0)
             logits += bias[None, :] * _LOG2_E
@@ -181,7 +185,7 @@ def _join_kernel(
     tl.store(out_at, (out / safe).to(out_ptr.dtype.element_ty), mask=dv < v_width)
 
 
-def decode_segments(q_BHTD: Tensor, segments: Sequence[SegmentPart], scaling: float) -> tuple[Tensor, Tensor]:
+def decode_segments(q_BHTD: Tensor, segments: Sequence[SegmentPart], softmax: Softmax) -> tuple[Tensor, Tensor]:
     """See ``isoflop.kernels.decode_segments.decode_segments``."""
     if not segments:
         raise ValueError("decode_segments needs at least one segment")
@@ -200,13 +204,13 @@ def decode_segments(q_BHTD: Tensor, segments: Sequence[SegmentPart], scaling: fl
     part_lse = torch.empty(all_groups, splits, rows, dtype=torch.float32, device=q.device)
     first = 0
     for part, count in zip(filled, counts, strict=True):
-        _launch(q, part, scaling, part_out, part_lse, first, count)
+        _launch(q, part, softmax, part_out, part_lse, first, count)
         first += count
     _join_kernel[(all_groups * rows,)](
         part_out, part_lse, out, lse, rows, v_width, splits,
         BLOCK_SPLITS=16, BLOCK_DV=triton.next_power_of_2(v_width), enable_fp_fusion=True,
     )  # fmt: skip
-    return out, lse
+    return softmax.with_sinks(out, lse)
 
 
 def _block(part: SegmentPart) -> int:
@@ -226,7 +230,7 @@ def _splits(parts: Sequence[SegmentPart], all_groups: int, device: torch.device)
     return found
 
 
-def _launch(q: Tensor, part: SegmentPart, scaling: float, out: Tensor, lse: Tensor, first: int, count: int) -> None:
+def _launch(q: Tensor, part: SegmentPart, softmax: Softmax, out: Tensor, lse: Tensor, first: int, count: int) -> None:
     """Attend to one segment; writes ``count`` partial results from ``first`` on."""
     all_groups, splits, rows, v_width = out.shape
     block = _block(part)
@@ -238,11 +242,11 @@ def _launch(q: Tensor, part: SegmentPart, scaling: float, out: Tensor, lse: Tens
     chunk = math.ceil(math.ceil(part.tokens / block) / count) * block
     _segment_kernel[(count, all_groups)](
         q, *k_tensors, *v_tensors, *given, out, lse, *k_strides, *v_strides,
-        scaling * _LOG2_E.value, groups, rows, part.tokens, width, v_width, *_sizes(part.k, part.v), chunk, first, splits,
+        *factors(softmax), groups, rows, part.tokens, width, v_width, *_sizes(part.k, part.v), chunk, first, splits,
         **k_constants, **v_constants, K_FOLDED=k_constants["K_LAYOUT"] == _BY_TOKEN,
         # small scales times small probabilities would leave float16's range
         V_FOLDED=v_constants["V_LAYOUT"] == _BY_TOKEN and q.dtype != torch.float16,
-        HAS_BIAS=extras[0] is not None, HAS_K_CHANNEL=extras[1] is not None, HAS_V_CHANNEL=extras[2] is not None,
+        HAS_CAP=softmax.cap is not None, HAS_BIAS=extras[0] is not None, HAS_K_CHANNEL=extras[1] is not None, HAS_V_CHANNEL=extras[2] is not None,
         BLOCK_M=max(16, triton.next_power_of_2(rows)), BLOCK_N=block,
         BLOCK_D=max(16, triton.next_power_of_2(width)), BLOCK_DV=max(16, triton.next_power_of_2(v_width)),
         num_warps=4, num_stages=3, enable_fp_fusion=True,

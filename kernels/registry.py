@@ -138,7 +138,7 @@ def _scores_peer(arguments: Arguments) -> Callable[[], Any]:
     batch, heads, queries, width = q_BHTD.shape
     groups, keys = k_BGSD.shape[1:3]
     block = max(1, (1 << 28) // (batch * heads * keys))
-    q_BGRTD = q_BHTD.reshape(batch, groups, heads // groups, queries, width) * arguments["scaling"]
+    q_BGRTD = q_BHTD.reshape(batch, groups, heads // groups, queries, width) * arguments["softmax"].scaling
     positions_BT, positions_BS = arguments["q_positions_BT"], arguments["k_positions_BS"]
 
     def run() -> Tensor:
@@ -158,7 +158,7 @@ def _scores_peer(arguments: Arguments) -> Callable[[], Any]:
 
 def _attention_peer(arguments: Arguments) -> Callable[[], Any]:
     """``scaled_dot_product_attention`` over the same tokens in a dense cache of the queries' type."""
-    q_BHTD, scaling = arguments["q_BHTD"], arguments["scaling"]
+    q_BHTD, scaling = arguments["q_BHTD"], arguments["softmax"].scaling
     parts: Sequence[SegmentPart] = arguments["segments"]
     k_BGND = torch.cat([part.keys().to(q_BHTD.dtype) for part in parts], dim=2)
     v_BGND = torch.cat([part.values().to(q_BHTD.dtype) for part in parts], dim=2)

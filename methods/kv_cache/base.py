@@ -108,8 +108,8 @@ class KvCacheMethod(Method):
         a block has room for.
         """
         if query.q_BHTD.shape[2] == 1:
-            return decode_one(query.q_BHTD, store.all(), query.scaling)
-        return attend_segments(query.q_BHTD, store.all(), query.scaling, query.order_BT)[0]
+            return decode_one(query.q_BHTD, store.all(), query.softmax)
+        return attend_segments(query.q_BHTD, store.all(), query.softmax, query.order_BT)[0]
 
     def stride(self, store: LayerStore) -> int | None:
         """How many tokens may come before ``step`` has to run; None when it never changes what later tokens read."""

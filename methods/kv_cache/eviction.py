@@ -147,7 +147,7 @@ class Rolling(Eviction):
         kept = store.segments[0]
         assert isinstance(kept, DenseSegment)
         _take_in(kept, query)
-        out_B1HD, p_BH1N = attend_segments(query.q_BHTD, [kept], query.scaling, query.order_BT)
+        out_B1HD, p_BH1N = attend_segments(query.q_BHTD, [kept], query.softmax, query.order_BT)
         if query.valid_BT is not None:  # a padding query may see nothing at all
             out_B1HD, p_BH1N = out_B1HD.nan_to_num(), p_BH1N.nan_to_num()
         received_BGN = over_group(p_BH1N[:, :, 0], query.k_BGTD.shape[1])

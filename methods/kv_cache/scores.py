@@ -46,7 +46,7 @@ def attention_scores(call: AttentionCall, queries: QueryWeights) -> Tensor:
         index_BHPD = queries.index_BP[:, None, :, None].expand(batch, heads, -1, width)
         q_BHPD, positions_BP = call.q_BHTD.gather(2, index_BHPD), order_BT.gather(1, queries.index_BP)
     scores_BG1T = column_scores(
-        q_BHPD, call.k_BGTD, call.scaling, queries.weight_BP[:, None], positions_BP, order_BT, call.valid_BT
+        q_BHPD, call.k_BGTD, call.softmax, queries.weight_BP[:, None], positions_BP, order_BT, call.valid_BT
     )
     return scores_BG1T[:, :, 0]
 
@@ -91,8 +91,8 @@ def newest_attention(query: AttentionCall, store: LayerStore) -> Tensor:
     Added up over the query heads of each key-value head, in float32. The packed part of the cache is read as codes.
     """
     parts = [segment.part() for segment in store.all() if segment.tokens]
-    lse_BH1 = decode_segments(query.q_BHTD, parts, query.scaling)[1]
-    logits_BH1N = segment_logits(query.q_BHTD, store.recent, query.scaling, query.order_BT)
+    lse_BH1 = decode_segments(query.q_BHTD, parts, query.softmax)[1]
+    logits_BH1N = segment_logits(query.q_BHTD, store.recent, query.softmax, query.order_BT)
     return over_group((logits_BH1N - lse_BH1[..., None]).exp()[:, :, 0], query.k_BGTD.shape[1])
 
 

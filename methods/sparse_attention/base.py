@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from isoflop.core.knobs import Knob
+from isoflop.kernels.softmax import Softmax
 from isoflop.methods.base import Axes
 from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, key_positions, slice_call, whole_prompt
 from isoflop.methods.kv_cache.select import check_share
@@ -123,8 +123,8 @@ class SparseAttention(KvCacheMethod):
         chosen_BSTN = self._choose(query, store, prepared)
         self._note(chosen_BSTN[:, :, -1:], whole.k_BGND.shape[1], store)
         if query.q_BHTD.shape[2] == 1:
-            return gathered_attention(query.q_BHTD, whole, chosen_BSTN[:, :, 0], query.scaling)
-        return masked_attention(query.q_BHTD, whole, chosen_BSTN, query.scaling)
+            return gathered_attention(query.q_BHTD, whole, chosen_BSTN[:, :, 0], query.softmax)
+        return masked_attention(query.q_BHTD, whole, chosen_BSTN, query.softmax)
 
     def read_bytes(self, store: LayerStore, fetched: list[Tensor], dense_bits: int) -> float:
         """Tables, and the keys and values of the tokens that the last query chose."""
@@ -171,22 +171,14 @@ def best(scores_BSTN: Tensor, counts_BT: Tensor) -> Tensor:
     return chosen_BSTN.scatter(-1, order_BSTN, first_BSTN.expand_as(order_BSTN)) & (scores_BSTN > float("-inf"))
 
 
-def masked_attention(q_BHTD: Tensor, cached: DenseSegment, chosen_BSTN: Tensor, scaling: float) -> Tensor:
+def masked_attention(q_BHTD: Tensor, cached: DenseSegment, chosen_BSTN: Tensor, softmax: Softmax) -> Tensor:
     """Attention over the chosen tokens by a mask over all of them, (B, T, H, D)."""
     heads = q_BHTD.shape[1]
     mask_BHTN = chosen_BSTN.repeat_interleave(heads // chosen_BSTN.shape[1], dim=1)
-    out_BHTD = F.scaled_dot_product_attention(
-        q_BHTD,
-        cached.k_BGND,
-        cached.v_BGND,
-        attn_mask=mask_BHTN,
-        scale=scaling,
-        enable_gqa=heads != cached.k_BGND.shape[1],
-    )
-    return out_BHTD.transpose(1, 2)
+    return softmax.attend(q_BHTD, cached.k_BGND, cached.v_BGND, mask_BHTN).transpose(1, 2)
 
 
-def gathered_attention(q_BH1D: Tensor, cached: DenseSegment, chosen_BSN: Tensor, scaling: float) -> Tensor:
+def gathered_attention(q_BH1D: Tensor, cached: DenseSegment, chosen_BSN: Tensor, softmax: Softmax) -> Tensor:
     """Attention of one query per row over the chosen tokens, which alone are read, (B, 1, H, D)."""
     batch, groups, tokens, width = cached.k_BGND.shape
     most = int(chosen_BSN.sum(-1).max())
@@ -200,4 +192,4 @@ def gathered_attention(q_BH1D: Tensor, cached: DenseSegment, chosen_BSN: Tensor,
     bias_BSM = torch.zeros(places_BSM.shape, dtype=k_BSMD.dtype, device=k_BSMD.device)
     bias_BSM = bias_BSM.masked_fill(places_BSM == tokens, float("-inf"))
     positions_BSM = torch.zeros_like(places_BSM)  # all of them lie before the query
-    return decode_one(q_BH1D, [DenseSegment(positions_BSM, bias_BSM, k_BSMD, v_BSMD)], scaling)
+    return decode_one(q_BH1D, [DenseSegment(positions_BSM, bias_BSM, k_BSMD, v_BSMD)], softmax)

@@ -121,10 +121,10 @@ class DoubleSparsity(SparseAttention):
         q_BHTr = dense(self._packed(pick(query.q_BHTD, channels_Hr)))
         labels_BSNr = dense(store.state["labels"])
         q_BSXTr = q_BHTr.unflatten(1, (labels_BSNr.shape[1], -1))
-        logits_BHTN = (q_BSXTr @ labels_BSNr[:, :, None].transpose(-1, -2)).flatten(1, 2) * query.scaling
+        logits_BHTN = query.softmax.logits((q_BSXTr @ labels_BSNr[:, :, None].transpose(-1, -2)).flatten(1, 2))
         if self.select_per == "kv-head":
             seen_B1TN = visible(query, store.segments[0])
-            p_BHTN = logits_BHTN.masked_fill(~seen_B1TN, float("-inf")).softmax(-1)
+            p_BHTN = query.softmax.weights(logits_BHTN.masked_fill(~seen_B1TN, float("-inf")))
             scores_BSTN = p_BHTN.unflatten(1, (groups, -1)).sum(2)
         else:
             scores_BSTN = logits_BHTN

@@ -19,7 +19,7 @@ SeesBHTT = Callable[[AttentionCall], Tensor]
 def logits_of(call: AttentionCall) -> Tensor:
     """Unmasked logits, (B, H, T, T)."""
     k_BHTD = call.k_BGTD.repeat_interleave(call.q_BHTD.shape[1] // call.k_BGTD.shape[1], dim=1)
-    return call.q_BHTD @ k_BHTD.transpose(-1, -2) * call.scaling
+    return call.q_BHTD @ k_BHTD.transpose(-1, -2) * call.softmax.scaling
 
 
 def causal(call: AttentionCall) -> Tensor:

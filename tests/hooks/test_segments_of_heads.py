@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from isoflop.kernels.quant import quant_pack
+from isoflop.kernels.softmax import Softmax
 from isoflop.models.segments import (
     DenseSegment,
     PackedSegment,
@@ -21,6 +23,7 @@ from isoflop.models.segments import (
 B, H, G, D, N, RECENT = 2, 6, 3, 8, 11, 4
 FULL = torch.tensor([False, True, False])
 SCALING = 0.4
+SOFTMAXES = [Softmax(SCALING), Softmax(SCALING, cap=0.7, sinks_H=torch.linspace(-1.0, 2.0, H))]
 
 
 def dense(tokens: int, seed: int, start: int, bias: bool = False) -> DenseSegment:
@@ -47,7 +50,7 @@ def banks(packed: bool) -> list[Segment]:
     return [full, short, dense(RECENT, 1, N)]
 
 
-def by_hand(q_BHTD: Tensor, segments: list[Segment], order_T: Tensor) -> Tensor:
+def by_hand(q_BHTD: Tensor, segments: list[Segment], order_T: Tensor, softmax: Softmax) -> Tensor:
     """Head by head, query by query, entry by entry, in double precision."""
     out = torch.zeros(*q_BHTD.shape, dtype=torch.float64)
     for b, h, t in torch.cartesian_prod(*(torch.arange(n) for n in q_BHTD.shape[:3])).tolist():
@@ -61,25 +64,33 @@ def by_hand(q_BHTD: Tensor, segments: list[Segment], order_T: Tensor) -> Tensor:
                 if segment.positions_BGN[b, g, n] <= order_T[t]:
                     bias = 0.0 if segment.log_bias_BGN is None else float(segment.log_bias_BGN[b, g, n])
                     key = segment.keys()[b, g, n].double()
-                    logits.append(float(q_BHTD[b, h, t].double() @ key) * SCALING + bias)
+                    logit = float(q_BHTD[b, h, t].double() @ key) * SCALING
+                    logits.append((softmax.cap * math.tanh(logit / softmax.cap) if softmax.cap else logit) + bias)
                     values.append(segment.values()[b, g, n].double())
+        if softmax.sinks_H is not None:
+            logits.append(float(softmax.sinks_H[h]))
+            values.append(torch.zeros(D, dtype=torch.float64))
         p = torch.tensor(logits, dtype=torch.float64).softmax(0)
         out[b, h, t] = p @ torch.stack(values)
     return out
 
 
+@pytest.mark.parametrize("softmax", SOFTMAXES)
 @pytest.mark.parametrize("packed", [False, True])
-def test_every_head_reads_what_covers_it(packed: bool) -> None:
+def test_every_head_reads_what_covers_it(packed: bool, softmax: Softmax) -> None:
     segments = banks(packed)
     q = torch.randn(B, H, RECENT, D, generator=torch.Generator().manual_seed(2))
     order = torch.arange(N, N + RECENT)
-    expected = by_hand(q, segments, order)
-    found, p_BHTN = attend_segments(q, segments, SCALING, order[None])
+    expected = by_hand(q, segments, order, softmax)
+    found, p_BHTN = attend_segments(q, segments, softmax, order[None])
     torch.testing.assert_close(found.transpose(1, 2).double(), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(p_BHTN.sum(-1), torch.ones(B, H, RECENT))
+    if softmax.plain:
+        torch.testing.assert_close(p_BHTN.sum(-1), torch.ones(B, H, RECENT))
+    else:
+        assert (p_BHTN.sum(-1) < 1).all()
     others = ~FULL.repeat_interleave(H // G)
     assert not p_BHTN[:, others, :, :N].any()
-    one = decode_one(q[:, :, -1:], segments, SCALING)
+    one = decode_one(q[:, :, -1:], segments, softmax)
     torch.testing.assert_close(one.transpose(1, 2).double(), expected[:, :, -1:], atol=1e-5, rtol=1e-5)
 
 
@@ -89,9 +100,9 @@ def test_segments_over_heads_alone_join_to_the_whole() -> None:
     parts: list[Segment] = [whole.of_heads(FULL), whole.of_heads(~FULL)]
     q = torch.randn(B, H, 1, D, generator=torch.Generator().manual_seed(2))
     for cut in (parts, parts[::-1]):
-        torch.testing.assert_close(decode_one(q, cut, SCALING), decode_one(q, [whole], SCALING))
-        found, _ = attend_segments(q, cut, SCALING, torch.tensor([[N]]))
-        torch.testing.assert_close(found, attend_segments(q, [whole], SCALING, torch.tensor([[N]]))[0])
+        torch.testing.assert_close(decode_one(q, cut, SOFTMAXES[1]), decode_one(q, [whole], SOFTMAXES[1]))
+        found, _ = attend_segments(q, cut, SOFTMAXES[1], torch.tensor([[N]]))
+        torch.testing.assert_close(found, attend_segments(q, [whole], SOFTMAXES[1], torch.tensor([[N]]))[0])
 
 
 def test_only_the_heads_that_a_segment_covers_cost_bytes() -> None:

@@ -85,7 +85,9 @@ def chosen(kernel: Kernel, mode: str) -> tuple[Case, ...]:
     """Small cases to interpret; to compile, the shapes and types of hardware, and one in float32."""
     if mode == "interpret":
         return kernel.small
-    return kernel.medium[:1] if mode == "compile" else (*kernel.medium, kernel.small[0])
+    if mode == "compile":
+        return kernel.medium[:1]
+    return (*kernel.medium, kernel.small[0], *(case for case in kernel.small if case.name.startswith("cap")))
 
 
 def main() -> None:

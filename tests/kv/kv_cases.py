@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from isoflop.kernels.softmax import Softmax
 from isoflop.methods.kv_cache.base import slice_call
 from isoflop.models.hooks.attention import AttentionCall
 
@@ -30,7 +31,7 @@ def a_call(
     if pads is not None:
         valid = torch.arange(length)[None] >= torch.tensor(pads)[:, None]
         positions = (valid.long().cumsum(-1) - 1).clamp(min=0)
-    return AttentionCall(layer, q, k, v, WIDTH**-0.5, positions, valid, ids)
+    return AttentionCall(layer, q, k, v, Softmax(WIDTH**-0.5), positions, valid, ids)
 
 
 def left_padded(call: AttentionCall, pads: int) -> AttentionCall:
@@ -52,7 +53,7 @@ def left_padded(call: AttentionCall, pads: int) -> AttentionCall:
 def probabilities(call: AttentionCall) -> Tensor:
     """The whole causal attention matrix, (B, H, T, T), rows of padding zero."""
     k_BHTD = call.k_BGTD.repeat_interleave(call.q_BHTD.shape[1] // call.k_BGTD.shape[1], dim=1)
-    logits = call.q_BHTD.double() @ k_BHTD.double().transpose(-1, -2) * call.scaling
+    logits = call.q_BHTD.double() @ k_BHTD.double().transpose(-1, -2) * call.softmax.scaling
     length = logits.shape[-1]
     seen = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
     if call.valid_BT is not None:

@@ -148,9 +148,9 @@ def test_gathered_attention_equals_masked_attention(sets: int) -> None:
     query = token(call, 39)
     scores = torch.randn(2, sets, 1, 40, generator=torch.Generator().manual_seed(0))
     chosen = best(scores, torch.tensor([[7], [9]]))
-    gathered = gathered_attention(query.q_BHTD, cached, chosen[:, :, 0], call.scaling)
+    gathered = gathered_attention(query.q_BHTD, cached, chosen[:, :, 0], call.softmax)
     torch.testing.assert_close(
-        gathered, masked_attention(query.q_BHTD, cached, chosen, call.scaling), atol=1e-5, rtol=1e-5
+        gathered, masked_attention(query.q_BHTD, cached, chosen, call.softmax), atol=1e-5, rtol=1e-5
     )
 
 

@@ -76,7 +76,7 @@ def test_gaps_in_positions_change_nothing(
     for layer, (call, prefix) in calls.items():
         length = call.q_BHTD.shape[2]
         row = AttentionCall(
-            layer, call.q_BHTD, call.k_BGTD, call.v_BGTD, call.scaling, torch.arange(length)[None], None, call.ids_BT
+            layer, call.q_BHTD, call.k_BGTD, call.v_BGTD, call.softmax, torch.arange(length)[None], None, call.ids_BT
         )
         expected = CompressedCache(method, None, model.info.dense_bits)
         expected.prefix, expected.examples_B = prefix, torch.tensor([0, 1])

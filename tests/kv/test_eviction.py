@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_cases import GROUPS, HEADS, a_call, column_sums, left_padded, probabilities, token
 
+from isoflop.kernels.softmax import Softmax
 from isoflop.methods.base import build
 from isoflop.methods.kv_cache.a2sf import A2SF
 from isoflop.methods.kv_cache.base import append_recent, slice_call
@@ -85,7 +86,9 @@ def test_queries_that_are_forgotten_are_left_out_and_no_others(alpha: float, pad
     valid_BT = torch.arange(length)[None] >= pads
     zeros = torch.zeros(1, 1, length, 2)
     order_BT = (valid_BT.long().cumsum(-1) - 1).clamp(min=0)
-    queries = forgetting(AttentionCall(0, zeros, zeros, zeros, 1.0, order_BT, valid_BT if pads else None), alpha)
+    queries = forgetting(
+        AttentionCall(0, zeros, zeros, zeros, Softmax(1.0), order_BT, valid_BT if pads else None), alpha
+    )
     age_T = torch.arange(length - 1, -1, -1).clamp(max=length - 1 - pads)
     every_T = torch.tensor(alpha, dtype=torch.float32) ** age_T * valid_BT[0]
     chosen = queries.weight_BP.shape[1]
@@ -153,7 +156,7 @@ def simulate(
     for now in range(q.shape[1]):
         alive.append(now)
         score[now] = 0.0
-        logits = q[:, now] @ k[alive].T * call.scaling
+        logits = q[:, now] @ k[alive].T * call.softmax.scaling
         p = np.exp(logits - logits.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
         outs.append(p @ v[alive])

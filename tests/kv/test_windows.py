@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 
 from isoflop.core.errors import Infeasible
+from isoflop.kernels.softmax import Softmax
 from isoflop.methods.base import METHODS, build
 from isoflop.methods.kv_cache.base import CompressedCache, KvCacheMethod
 from isoflop.methods.kv_cache.probe import PROMPT, TAIL, VOCABULARY, KvCacheProbe
@@ -49,7 +50,9 @@ def probe() -> WindowedProbe:
     return WindowedProbe()
 
 
-def brute(q_BHTD: Tensor, k_BGND: Tensor, v_BGND: Tensor, window: int, valid_BN: Tensor | None) -> Tensor:
+def brute(
+    q_BHTD: Tensor, k_BGND: Tensor, v_BGND: Tensor, softmax: Softmax, window: int, valid_BN: Tensor | None
+) -> Tensor:
     """A softmax for each query by itself, (B, T, H, D)."""
     batch, heads, length, _ = q_BHTD.shape
     total, groups = k_BGND.shape[2], k_BGND.shape[1]
@@ -61,7 +64,10 @@ def brute(q_BHTD: Tensor, k_BGND: Tensor, v_BGND: Tensor, window: int, valid_BN:
                 last = total - length + t
                 seen = [n for n in range(max(0, last - window + 1), last + 1) if valid_BN is None or valid_BN[b, n]]
                 seen = seen or [last]
-                out[b, h, t] = (k[seen] @ q_BHTD[b, h, t] * 0.3).softmax(0) @ v[seen]
+                logits = k[seen] @ q_BHTD[b, h, t] * 0.3
+                if softmax.cap is not None and softmax.sinks_H is not None:
+                    logits = torch.cat(((logits / softmax.cap).tanh() * softmax.cap, softmax.sinks_H[h, None]))
+                out[b, h, t] = logits.softmax(0)[: len(seen)] @ v[seen]
     return out.transpose(1, 2)
 
 
@@ -70,17 +76,18 @@ def drawn(length: int, total: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.randn(2, heads, n, 8, generator=rng) for heads, n in ((4, length), (2, total), (2, total)))  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("softmax", [Softmax(0.3), Softmax(0.3, cap=0.7, sinks_H=torch.linspace(-1.0, 2.0, 4))])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(("length", "total", "window"), [(13, 13, 4), (5, 9, 4), (1, 4, 4), (3, 3, 8), (9, 9, 1)])
 def test_each_query_sees_its_window(
-    length: int, total: int, window: int, padded: bool, monkeypatch: pytest.MonkeyPatch
+    length: int, total: int, window: int, padded: bool, softmax: Softmax, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     q, k, v = drawn(length, total)
     valid = torch.arange(total)[None] >= torch.tensor([[0], [total // 2]]) if padded else None
-    wanted = brute(q, k, v, window, valid)
+    wanted = brute(q, k, v, softmax, window, valid)
     for block in (1, 3, 256):
         monkeypatch.setattr(windows, "BLOCK", block)
-        found = windows.windowed_attention(q, k, v, 0.3, window, valid)
+        found = windows.windowed_attention(q, k, v, softmax, window, valid)
         torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
 
 
@@ -92,20 +99,20 @@ def test_a_window_goes_on_as_one_pass_and_holds_no_more(steps: list[int]) -> Non
     for count in steps:
         part, mask = slice(start, start + count), valid[:, start : start + count]
         call = AttentionCall(
-            0, q[:, :, part], k[:, :, part], v[:, :, part], 0.3, order_of(None, count, q.device), mask if start == 0 else None, window=4
+            0, q[:, :, part], k[:, :, part], v[:, :, part], Softmax(0.3), order_of(None, count, q.device), mask if start == 0 else None, window=4
         )  # fmt: skip
         outs.append(cache.attend(call))
         start += count
         assert cache.k_BGND is not None
         assert cache.k_BGND.untyped_storage().nbytes() == 4 * 2 * 2 * 8 * min(start, 4)
-    whole = AttentionCall(0, q, k, v, 0.3, order_of(valid, 13, q.device), valid, window=4)
+    whole = AttentionCall(0, q, k, v, Softmax(0.3), order_of(valid, 13, q.device), valid, window=4)
     torch.testing.assert_close(torch.cat(outs, 1), causal_attention(whole), atol=1e-6, rtol=1e-5)
 
 
 def test_tokens_behind_a_prompt_cannot_be_padding() -> None:
     q, k, v = drawn(3, 3)
     valid = torch.tensor([[True] * 3, [False, True, True]])
-    call = AttentionCall(0, q, k, v, 0.3, order_of(valid, 3, q.device), valid, window=4)
+    call = AttentionCall(0, q, k, v, Softmax(0.3), order_of(valid, 3, q.device), valid, window=4)
     cache = windows.WindowCache()
     cache.attend(call)
     with pytest.raises(ValueError, match="cannot be padding"):

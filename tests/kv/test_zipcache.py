@@ -12,6 +12,7 @@ from torch import Tensor
 
 from isoflop.core.errors import Infeasible
 from isoflop.kernels.quant import pack_bits, packed_nbytes, unpack_bits
+from isoflop.kernels.softmax import Softmax
 from isoflop.methods.base import build
 from isoflop.methods.kv_cache.base import append_recent, slice_call
 from isoflop.methods.kv_cache.probe import KvCacheProbe
@@ -220,7 +221,7 @@ def test_new_tokens_are_weighed_by_a_softmax_over_the_whole_cache() -> None:
     """By hand: the first head looks at the prompt and leaves the block e^-25; the second gives a .525 and b .475."""
     q_BHTD = torch.tensor([[[3.0, -2.0]], [[-1.0, 0.9]]])[None].expand(-1, -1, 3, -1)
     k_BGTD = torch.tensor([[8.0, 0.0], [0.0, 1.0], [1.0, 2.0]])[None, None]
-    whole = AttentionCall(0, q_BHTD, k_BGTD, k_BGTD, 1.0, torch.arange(3)[None], None)
+    whole = AttentionCall(0, q_BHTD, k_BGTD, k_BGTD, Softmax(1.0), torch.arange(3)[None], None)
     method = ZipCache(streaming_gap=2, salient_ratio=0.5, bits_hi=16, bits_lo=16)
     store = method.compress(slice_call(whole, 0, 1), None)
     tokens = slice_call(whole, 1, 3)

@@ -50,13 +50,6 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     "a mask of its own": (
         lambda **k: transformers.DogeConfig(**{**GQA, **k}), r"a mask of the architecture's own", "DogeForCausalLM",
     ),
-    "soft caps": (
-        lambda **k: transformers.Gemma2Config(**{**GQA, **k}, head_dim=8, layer_types=FULL), r"caps its attention logits", "Gemma2ForCausalLM",
-    ),
-    "sinks": (
-        lambda **k: transformers.GptOssConfig(**{**GQA, **k}, head_dim=8, num_local_experts=2, layer_types=FULL), r"attention with s_aux",
-        "GptOssForCausalLM",
-    ),
     "two widths": (
         lambda **k: transformers.DeepseekV3Config(**{**GQA, "num_key_value_heads": 4, **k}, **MLA),
         r"keys of width 24 and values of width 16", "DeepseekV3ForCausalLM",

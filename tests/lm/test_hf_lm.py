@@ -156,15 +156,13 @@ def _in_a_layer(name: str) -> bool:
     [
         (transformers.FalconConfig(**SHAPE), r"FalconForCausalLM does not call its attention through"),
         (transformers.MistralConfig(**GQA, sliding_window=16), r"attends within windows .*16"),
-        (transformers.Gemma2Config(**{**GQA, "head_dim": 8}, layer_types=["full_attention"] * 2), r"caps its attention logits"),
-        (transformers.Gemma2Config(**{**GQA, "head_dim": 8}), r"caps its attention logits"),
         (
             transformers.Qwen2Config(**GQA, use_sliding_window=True, sliding_window=16, layer_types=["sliding_attention"] * 2),
             r"within windows \(sliding_attention, sliding_window = 16\) in every layer",
         ),
         (transformers.Llama4TextConfig(**GQA, head_dim=8), r"attends within windows \(chunked_attention\)"),
     ],
-    ids=["falcon", "mistral with windows", "gemma2 with full attention", "gemma2", "windows everywhere", "chunks"],
+    ids=["falcon", "mistral with windows", "windows everywhere", "chunks"],
 )  # fmt: skip
 def test_other_attention_is_refused_when_a_sweep_is_planned(config: Any, message: str, tmp_path: Path) -> None:
     config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]

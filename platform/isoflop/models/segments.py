@@ -23,6 +23,7 @@ from torch import Tensor
 
 from isoflop.kernels.decode_segments import SegmentPart, decode_segments
 from isoflop.kernels.quant import Packed
+from isoflop.kernels.softmax import Softmax
 from isoflop.models.growing import Rooms
 from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.hooks.occupant import tensor_bytes
@@ -171,7 +172,7 @@ class LayerStore:
         return [*(t for segment in self.segments for t in segment.tensors()), *self.extra]
 
 
-def decode_one(q_BH1D: Tensor, segments: Sequence[Segment], scaling: float) -> Tensor:
+def decode_one(q_BH1D: Tensor, segments: Sequence[Segment], softmax: Softmax) -> Tensor:
     """Softmax attention of one query per row, behind all tokens of the segments: (B, 1, H, D).
 
     The same as ``attend_segments``, by the kernel that reads packed segments as codes. Segments over some of the heads are
@@ -181,24 +182,28 @@ def decode_one(q_BH1D: Tensor, segments: Sequence[Segment], scaling: float) -> T
     parts = [segment.part() for segment in segments if segment.heads_G is None]
     some = [segment for segment in segments if segment.heads_G is not None]
     if not some:
-        return decode_segments(q_BH1D, parts, scaling)[0].transpose(1, 2)
-    outs, lses = [], []
+        return decode_segments(q_BH1D, parts, softmax)[0].transpose(1, 2)
+    outs, lses, of_part = [], [], softmax.without_sinks
     if parts:
-        out_BH1D, lse_BH1 = decode_segments(q_BH1D, parts, scaling)
+        out_BH1D, lse_BH1 = decode_segments(q_BH1D, parts, of_part)
         outs.append(out_BH1D)
         lses.append(lse_BH1)
     for segment in some:
         rows_H = segment.query_heads(q_BH1D.shape[1])
         assert rows_H is not None
-        out_BR1D, lse_BR1 = decode_segments(q_BH1D[:, rows_H], [segment.part()], scaling)
+        out_BR1D, lse_BR1 = decode_segments(q_BH1D[:, rows_H], [segment.part()], of_part)
         outs.append(_over_all_heads(out_BR1D, rows_H, 0.0))
         lses.append(_over_all_heads(lse_BR1, rows_H, float("-inf")))
-    weights = torch.stack(lses).softmax(0).nan_to_num()[..., None]  # a query without any entry gets zeros
-    return sum(out * w for out, w in zip(outs, weights.to(q_BH1D.dtype), strict=True)).transpose(1, 2)
+    lse_NBH1 = torch.stack(lses)
+    weights = lse_NBH1.softmax(0).nan_to_num()[..., None]  # a query without any entry gets zeros
+    out_BH1D = sum(
+        (out * w for out, w in zip(outs, weights.to(q_BH1D.dtype), strict=True)), start=torch.zeros_like(outs[0])
+    )
+    return softmax.with_sinks(out_BH1D, lse_NBH1.logsumexp(0))[0].transpose(1, 2)
 
 
 def attend_segments(
-    q_BHTD: Tensor, segments: Sequence[Segment], scaling: float, order_BT: Tensor
+    q_BHTD: Tensor, segments: Sequence[Segment], softmax: Softmax, order_BT: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the union of segments; a query sees keys at its own position and before.
 
@@ -206,12 +211,12 @@ def attend_segments(
         order_BT: numbers of the queries, as in ``AttentionCall``.
 
     Returns:
-        out_BTHD, and the probabilities p_BHTN over the segments' tokens in their order (float32), zero at those that do
-        not cover a query's head.
+        out_BTHD, and the weights p_BHTN of the segments' tokens in their order (float32), zero at those that do not cover a
+        query's head; where there are sinks, they sum to less than 1.
     """
     segments = [segment for segment in segments if segment.tokens]
-    logits = [segment_logits(q_BHTD, s, scaling, order_BT) for s in segments]
-    p_BHTN = (logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)).softmax(-1)
+    logits = [segment_logits(q_BHTD, s, softmax, order_BT) for s in segments]
+    p_BHTN = softmax.weights(logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1))
     out_BHTD = torch.zeros_like(q_BHTD)
     for segment, p in zip(segments, p_BHTN.split([part.shape[-1] for part in logits], dim=-1), strict=True):
         v_BGND, rows_H = segment.values(), segment.query_heads(q_BHTD.shape[1])
@@ -222,7 +227,7 @@ def attend_segments(
     return out_BHTD.transpose(1, 2), p_BHTN
 
 
-def segment_logits(q_BHTD: Tensor, segment: Segment, scaling: float, order_BT: Tensor) -> Tensor:
+def segment_logits(q_BHTD: Tensor, segment: Segment, softmax: Softmax, order_BT: Tensor) -> Tensor:
     """Masked logits (B, H, T, N) in float32 of queries against one segment; -inf for heads that it does not cover."""
     rows_H = segment.query_heads(q_BHTD.shape[1])
     if rows_H is not None:
@@ -231,7 +236,7 @@ def segment_logits(q_BHTD: Tensor, segment: Segment, scaling: float, order_BT: T
     batch, heads, length, width = q_BHTD.shape
     groups = k_BGND.shape[1]
     q_BGRD = q_BHTD.reshape(batch, groups, -1, width)  # a key-value head's query heads one after the other
-    logits = (q_BGRD.float() @ k_BGND.float().transpose(-1, -2)).mul_(scaling)
+    logits = softmax.logits(q_BGRD.float() @ k_BGND.float().transpose(-1, -2))
     logits = logits.view(batch, groups, heads // groups, length, -1)
     if segment.log_bias_BGN is not None:
         logits.add_(segment.log_bias_BGN[:, :, None, None, :].float())

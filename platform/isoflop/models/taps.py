@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from isoflop.core.errors import Infeasible
+from isoflop.kernels.softmax import Softmax
 from isoflop.models.hooks.attention import own_last_row
 
 
@@ -139,7 +140,7 @@ class Tap:
         return logits.softmax(-1)
 
     def last_row(self, rope: tuple[Tensor, Tensor] | None, valid_BT: Tensor | None, end: int | None = None) -> Tensor:
-        """Attention of the last token of a decoder layer over all tokens, p_BHT in float32.
+        """Attention of the last token of a decoder layer over all tokens, p_BHT in float32; beside a sink it sums to less than 1.
 
         Args:
             rope: cos and sin of all tokens, as the layer was called with; None where it was called with none.
@@ -154,7 +155,8 @@ class Tap:
         self._heads(self._q_BTC)  # a layer that has not run says so
         if rope is None or not _KNOWN.get(self._architecture, False):
             raise self._unknown("rotates, scales or normalises queries and keys in another way")
-        return self._last_logits(rope, valid_BT, end).softmax(-1)
+        logits_BHT = self._last_logits(rope, valid_BT, end)
+        return self._softmax.weights(logits_BHT[:, :, None])[:, :, 0]
 
     def _last_logits(self, rope: tuple[Tensor, Tensor], valid_BT: Tensor | None, end: int | None = None) -> Tensor:
         q_BHTD = self._normed("q_norm", self._heads(self._q_BTC)[:, :end][:, -1:]).transpose(1, 2)
@@ -164,10 +166,16 @@ class Tap:
         q_BHTD = rotate(q_BHTD, q_BHTD, cos[:, -1:], sin[:, -1:])[0]
         k_BGTD = rotate(k_BGTD, k_BGTD, cos, sin)[1]
         k_BHTD = k_BGTD.repeat_interleave(q_BHTD.shape[1] // k_BGTD.shape[1], dim=1)
-        logits_BHT = (q_BHTD.float() @ k_BHTD.float().transpose(-1, -2))[:, :, 0] * self.attention.scaling
+        logits_BHT = self._softmax.logits((q_BHTD.float() @ k_BHTD.float().transpose(-1, -2))[:, :, 0])
         if valid_BT is not None:
             logits_BHT = logits_BHT.masked_fill(~valid_BT[:, None, :end], float("-inf"))
         return logits_BHT
+
+    @property
+    def _softmax(self) -> Softmax:
+        """As the module is built: Gemma 2 caps its logits, gpt-oss has sinks beside them."""
+        cap, sinks_H = (getattr(self.attention, name, None) for name in ("attn_logit_softcapping", "sinks"))
+        return Softmax(self.attention.scaling, cap, sinks_H)
 
     @property
     def _architecture(self) -> _Layer:
@@ -189,9 +197,9 @@ class Tap:
         heard = self._q_BTC, self._k_BTC  # the module runs again here, and must not be heard
         try:
             with torch.no_grad(), _disable_current_modes():  # no part of what a method costs, where that is counted
-                own_BHT = own_last_row(self.attention, args, kwargs)
+                own_BHT, own = own_last_row(self.attention, args, kwargs)
                 found_BHT = self._last_logits(kwargs["position_embeddings"], None)
-                _KNOWN[self._architecture] = _agree(found_BHT, own_BHT, output[0].dtype)
+                _KNOWN[self._architecture] = own.equals(self._softmax) and _agree(found_BHT, own_BHT, output[0].dtype)
         except Exception:  # shapes that do not fit, functions that are not there: each architecture in its own way
             _KNOWN[self._architecture] = False
         finally:

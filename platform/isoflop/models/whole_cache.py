@@ -59,7 +59,7 @@ class WholeCache(AttentionPolicy):
         self._note(call, first=False)
         most = queries_at_once(call.q_BHTD.device, call.q_BHTD.shape[0] * call.q_BHTD.shape[1], held.tokens)
         blocks = zip(call.q_BHTD.split(most, dim=2), call.order_BT.split(most, dim=1), strict=True)
-        return torch.cat([attend_segments(q, [held], call.scaling, order)[0] for q, order in blocks], dim=1)
+        return torch.cat([attend_segments(q, [held], call.softmax, order)[0] for q, order in blocks], dim=1)
 
     @contextmanager
     def session(self) -> Iterator[None]:

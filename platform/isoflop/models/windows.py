@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from isoflop.kernels.softmax import Softmax
+
 if TYPE_CHECKING:
     from isoflop.models.hooks.attention import AttentionCall
 
@@ -23,7 +25,7 @@ BLOCK = 256
 
 
 def windowed_attention(
-    q_BHTD: Tensor, k_BGND: Tensor, v_BGND: Tensor, scaling: float, window: int, valid_BN: Tensor | None
+    q_BHTD: Tensor, k_BGND: Tensor, v_BGND: Tensor, softmax: Softmax, window: int, valid_BN: Tensor | None
 ) -> Tensor:
     """Attention of the last T of N tokens, each to the ``window`` tokens up to itself, (B, T, H, D).
 
@@ -43,16 +45,7 @@ def windowed_attention(
         sees = (age_TN >= 0) & (age_TN < window)
         if valid_BN is not None:
             sees = (sees & valid_BN[:, None, None, first:end]) | (age_TN == 0)
-        outs.append(
-            F.scaled_dot_product_attention(
-                q_BHTD[:, :, start:stop],
-                k_BGND[:, :, first:end],
-                v_BGND[:, :, first:end],
-                attn_mask=sees,
-                scale=scaling,
-                enable_gqa=q_BHTD.shape[1] != k_BGND.shape[1],
-            )
-        )
+        outs.append(softmax.attend(q_BHTD[:, :, start:stop], k_BGND[:, :, first:end], v_BGND[:, :, first:end], sees))
     return torch.cat(outs, dim=2).transpose(1, 2)
 
 
@@ -83,7 +76,7 @@ class WindowCache:
             k_BGND, v_BGND = torch.cat((self.k_BGND, k_BGND), dim=2), torch.cat((self.v_BGND, v_BGND), dim=2)
             new = k_BGND.shape[2] - self.k_BGND.shape[2]
             valid_BN = None if self.valid_BN is None else F.pad(self.valid_BN, (0, new), value=True)
-        out_BTHD = windowed_attention(call.q_BHTD, k_BGND, v_BGND, call.scaling, call.window, valid_BN)
+        out_BTHD = windowed_attention(call.q_BHTD, k_BGND, v_BGND, call.softmax, call.window, valid_BN)
         # copies, so that what has left the window does not stay in memory with the rest of its tensor
         self.k_BGND, self.v_BGND = k_BGND[:, :, -call.window :].clone(), v_BGND[:, :, -call.window :].clone()
         self.valid_BN = None if valid_BN is None else valid_BN[:, -call.window :]

@@ -57,7 +57,7 @@ def decoder_geometry(ref: str, decoder: Any, name: str, windows: bool = True) ->
 
     Raises:
         Infeasible: no list of layers, layers that call their attention never or more than once in a pass, layers of other kinds
-            (recurrences, windows in all of them or where none may be), capped logits, attention sinks, masks of an architecture's own, heads that differ between the
+            (recurrences, windows in all of them or where none may be), masks of an architecture's own, heads that differ between the
             layers, keys and values of different widths, or attention that does not go through transformers' interface.
     """
     config = decoder.config
@@ -112,11 +112,6 @@ def _refuse_other_layers(ref: str, config: Any, name: str) -> None:
         raise Infeasible(
             f"model {ref}: {name} attends within windows ({', '.join(others)}); allowed: full attention, or sliding windows in some "
             "layers"
-        )
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    if softcap is not None:
-        raise Infeasible(
-            f"model {ref}: {name} caps its attention logits at {softcap}; allowed: plain softmax attention"
         )
     if any(rope.get("rope_type") == "dynamic" for rope in ropes_of(config)):
         raise Infeasible(

@@ -19,10 +19,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from isoflop.core.errors import Infeasible
 from isoflop.core.hook import Hook
+from isoflop.kernels.softmax import Softmax
 from isoflop.models.hooks.occupant import Occupant
 from isoflop.models.windows import windowed_attention
 
@@ -34,7 +34,10 @@ _WITHOUT_EFFECT = frozenset(
     }
 )  # fmt: skip
 """What modules hand to their attention function that changes nothing in a causal pass without training. Anything else
-may change the softmax (sinks, caps, biases, packed sequences), but for windows, which a call says."""
+may change the softmax (biases, packed sequences), but for what a call says: windows, caps and sinks."""
+_REPLACEABLE = (
+    "allowed: a softmax over all tokens before or those in a window, with or without a cap on the logits and sinks"
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class AttentionCall:
     Attributes:
         layer: number of the decoder layer.
         q_BHTD, k_BGTD, v_BGTD: of the tokens in this pass, after RoPE.
-        scaling: factor on the logits.
+        softmax: from products of queries and keys to weights.
         order_BT: each token's number among its row's real tokens that have reached this layer, from 0; batch dimension 1
             when all rows agree. It orders and counts tokens. It is not the position that RoPE used, which may have gaps
             where tokens were dropped before; nothing here needs that, as keys and queries carry it.
@@ -63,7 +66,7 @@ class AttentionCall:
     q_BHTD: Tensor
     k_BGTD: Tensor
     v_BGTD: Tensor
-    scaling: float
+    softmax: Softmax
     order_BT: Tensor
     valid_BT: Tensor | None
     ids_BT: Tensor | None = None
@@ -219,20 +222,15 @@ def causal_attention(call: AttentionCall) -> Tensor:
     tokens, and rules out the kernels that do without. What comes out at padding means nothing; it is finite.
     """
     if call.window is not None:
-        return windowed_attention(call.q_BHTD, call.k_BGTD, call.v_BGTD, call.scaling, call.window, call.valid_BT)
+        return windowed_attention(call.q_BHTD, call.k_BGTD, call.v_BGTD, call.softmax, call.window, call.valid_BT)
     tensors = call.q_BHTD, call.k_BGTD, call.v_BGTD
     if call.valid_BT is None:
-        return _causal(*tensors, call.scaling).transpose(1, 2)
+        return call.softmax.attend(*tensors).transpose(1, 2)
     out_BHTD = call.v_BGTD.new_zeros(*call.q_BHTD.shape[:3], call.v_BGTD.shape[-1])
     for rows, columns in _standing_alike(call.valid_BT):
         q, k, v = (x[rows][:, :, columns] for x in tensors)
-        out_BHTD[rows, :, columns] = _causal(q, k, v, call.scaling)
+        out_BHTD[rows, :, columns] = call.softmax.attend(q, k, v)
     return out_BHTD.transpose(1, 2)
-
-
-def _causal(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scaling: float) -> Tensor:
-    grouped = q_BHTD.shape[1] != k_BGTD.shape[1]
-    return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, scale=scaling, enable_gqa=grouped)
 
 
 def _standing_alike(valid_BT: Tensor) -> Iterator[tuple[slice, slice | Tensor]]:
@@ -267,8 +265,9 @@ class _Called(Exception):
         self.call = call
 
 
-def own_last_row(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Logits of the last token in an attention module as the module itself computes them, masked, (B, H, T) in float32.
+def own_last_row(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Softmax]:
+    """Logits of the last token in an attention module as the module itself computes them, masked, (B, H, T) in float32; and
+    what makes weights of them.
 
     The module runs up to its softmax, whatever is occupied.
 
@@ -277,7 +276,7 @@ def own_last_row(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         args, kwargs: what its layer called it with.
 
     Raises:
-        Infeasible: it does not go through transformers' interface, or its softmax is not a plain one.
+        Infeasible: it does not go through transformers' interface, or has a window or another softmax.
     """
 
     def stop(call: AttentionCall) -> Tensor:
@@ -305,7 +304,11 @@ def own_last_row(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         raise Infeasible(f"{type(attention).__name__} attends within a window of {call.window} tokens")
     heads, groups = call.q_BHTD.shape[1], call.k_BGTD.shape[1]
     k_BHTD = call.k_BGTD.repeat_interleave(heads // groups, dim=1)
-    logits_BHT = (call.q_BHTD[:, :, -1:].float() @ k_BHTD.float().transpose(-1, -2))[:, :, 0] * call.scaling
+    logits_BHT = call.softmax.logits((call.q_BHTD[:, :, -1:].float() @ k_BHTD.float().transpose(-1, -2))[:, :, 0])
+    return _masked(logits_BHT, mask), call.softmax
+
+
+def _masked(logits_BHT: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return logits_BHT
     row = mask[:, None] if mask.dim() == 2 else mask[:, :, -1]
@@ -320,21 +323,26 @@ def supports_attention(module: Any) -> bool:
 
 
 def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    window = _window(module, kwargs.pop("sliding_window", None))
     changes = sorted(name for name, value in kwargs.items() if value is not None and name not in _WITHOUT_EFFECT)
     if changes:
-        raise Infeasible(
-            f"attention with {', '.join(changes)} cannot be replaced; allowed: a plain softmax over all tokens before"
-        )
+        raise Infeasible(f"attention with {', '.join(changes)} cannot be replaced; {_REPLACEABLE}")
     if attention_mask is not None and attention_mask.dim() != 2:  # ours hands padding through
-        raise Infeasible(
-            "attention with a mask of the architecture's own cannot be replaced; allowed: a plain softmax over all tokens before"
-        )
+        raise Infeasible(f"attention with a mask of the architecture's own cannot be replaced; {_REPLACEABLE}")
     valid_BT = None if attention_mask is None else attention_mask.bool()[:, -query.shape[2] :]
     order_BT = order_of(valid_BT, query.shape[2], query.device)
-    call = AttentionCall(module.layer_idx, query, key, value, scaling, order_BT, valid_BT, window=window)
+    softmax, window = Softmax(scaling, softcap, s_aux), _window(module, sliding_window)
+    call = AttentionCall(module.layer_idx, query, key, value, softmax, order_BT, valid_BT, window=window)
     return _ACTIVE[id(module.config)](call).contiguous(), None
 
 

@@ -110,11 +110,9 @@ def small_config(model_type: str, **changes: Any) -> Any:
 
 
 def full_attention(config: Any) -> dict[str, Any]:
-    """Changes that leave an architecture without windows and caps, as some of its checkpoints are; empty when it has none."""
+    """Changes that leave an architecture without windows, as some of its checkpoints are; empty when it has none."""
     own: dict[str, Any] = config.to_dict()
     off: dict[str, Any] = {}
-    if own.get("attn_logit_softcapping") is not None:
-        off["attn_logit_softcapping"] = None
     if set(own.get("layer_types") or []) - set(FULL):
         off["layer_types"] = FULL
     elif own.get("sliding_window") is not None and not own.get("layer_types"):
@@ -123,10 +121,10 @@ def full_attention(config: Any) -> dict[str, Any]:
 
 
 def some_windows(config: Any) -> dict[str, Any]:
-    """Changes that give an architecture windows in its first layer only, without caps; empty when it has some so, or has none."""
+    """Changes that give an architecture windows in its first layer only; empty when it has some so, or has none."""
     own: dict[str, Any] = config.to_dict()
     kinds = own.get("layer_types") or []
-    if "sliding_attention" not in kinds or (set(kinds) == set(SOME) and own.get("attn_logit_softcapping") is None):
+    if "sliding_attention" not in kinds or set(kinds) == set(SOME):
         return {}
     return {**full_attention(config), "layer_types": SOME}
 

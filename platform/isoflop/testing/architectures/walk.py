@@ -10,7 +10,7 @@ Shape suffixes: B rows, T tokens, W vocabulary, H query heads.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from isoflop.models.decoder_model import decoder_of, layers_of
 from isoflop.models.family import family_of
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
 from isoflop.models.quiet import no_progress_bars
-from isoflop.models.taps import Tap, attention_in
+from isoflop.models.taps import ActivationTap, Tap, attention_in
 from isoflop.testing.architectures.small import RESERVED, WORDS, Architecture, NotSmall, small_config
 
 LENGTH, PADS, PROMPT, STEPS = 13, 3, 7, 3
@@ -173,7 +173,7 @@ def entering(layer: Any) -> Iterator[dict[str, Any]]:
 def eager_rows(
     stock: Any, layer: int, ids_T: Tensor, decoder: Callable[[Any], Any] = decoder_of, **inputs: Any
 ) -> Tensor:
-    """Attention (H, T) of a text's last token in a layer, by transformers' own eager attention.
+    """Attention (H, T) of a text's last token in a layer, by transformers' own eager attention: what multiplies the values.
 
     Args:
         decoder: finds it in ``stock``.
@@ -184,19 +184,35 @@ def eager_rows(
     """
     given: list[Any] = []
     inner = decoder(stock)
-    before = inner.config._attn_implementation
-    handle = attention_in(layers_of(inner)[layer]).register_forward_hook(lambda m, args, output: given.append(output))
-    try:
+    before, attention = inner.config._attn_implementation, attention_in(layers_of(inner)[layer])
+    handle = attention.register_forward_hook(lambda m, args, output: given.append(output))
+    sinks = getattr(attention, "sinks", None)
+    with ExitStack() as taps:
+        taps.callback(handle.remove)
+        taps.callback(inner.set_attn_implementation, before)
+        ends: list[Any] = []
+        if sinks is not None:
+            ends = [
+                ActivationTap(attention.get_submodule("v_proj"), "output"),
+                ActivationTap(attention.get_submodule("o_proj")),
+            ]
+        around = [taps.enter_context(tap.read()) for tap in ends]
         inner.set_attn_implementation("eager")
         stock(input_ids=ids_T[None], use_cache=False, output_attentions=True, **inputs)
-    finally:
-        handle.remove()
-        inner.set_attn_implementation(before)
     weights = given[-1][1] if isinstance(given[-1], tuple) and len(given[-1]) > 1 else None
     if weights is None or weights.dim() != 4:
         raise Wrong("the tap answers, and eager attention gives no weights to compare with")
     rows_HT: Tensor = weights[0, :, -1]
-    return rows_HT
+    return rows_HT * _share(rows_HT, *(seen[-1][0] for seen in around)) if around else rows_HT
+
+
+def _share(rows_HT: Tensor, values_TF: Tensor, out_TF: Tensor) -> Tensor:
+    """What of the weights is left to the values beside a sink, (H, 1): Granite says them before the sink has taken its share."""
+    heads = rows_HT.shape[0]
+    out_HD = out_TF[-1].unflatten(-1, (heads, -1))
+    values_GTD = values_TF.unflatten(-1, (-1, out_HD.shape[-1])).transpose(0, 1)
+    whole_HD = (rows_HT[:, None] @ values_GTD.repeat_interleave(heads // len(values_GTD), dim=0))[:, 0]
+    return (out_HD * whole_HD).sum(-1, keepdim=True) / (whole_HD * whole_HD).sum(-1, keepdim=True)
 
 
 def examine(
