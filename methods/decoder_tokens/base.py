@@ -76,7 +76,8 @@ class DecoderTokenMethod(Method):
 
     def axes(self, info: ModelInfo) -> Axes:
         """Visual tokens of each layer where all of them enter the decoder, and all over their mean."""
-        layers, tokens = (vlm_info(info).geometry[name] for name in ("layers", "visual_tokens"))
+        vlm = vlm_info(info)
+        layers, tokens = vlm.geometry["layers"], vlm.tokens_of_image()
         each = tuple(float(tokens if n < self.layer else self.tokens_left(tokens)) for n in range(layers))
         return Axes(visual_tokens=each, ratio=tokens * layers / sum(each))
 
@@ -86,7 +87,8 @@ class DecoderTokenMethod(Method):
         A share that rounds to no token dropped is the identity.
         """
         super().check(info)
-        layers, tokens = (vlm_info(info).geometry[name] for name in ("layers", "visual_tokens"))
+        vlm = vlm_info(info)
+        layers, tokens = vlm.geometry["layers"], vlm.tokens_of_image()
         if self.layer >= layers:
             works = f"1 … {layers - 1}" if layers > 1 else "none, it has one layer"
             raise Infeasible(

@@ -91,10 +91,10 @@ class VisualTokenMethod(Method):
         """Set what ``module`` derives from data (input statistics) from a sample of the training images."""
 
     def axes(self, info: ModelInfo) -> Axes:
-        """V, the same in every layer, and P / V."""
-        geometry = vlm_info(info).geometry
-        left = self.tokens_left(geometry["grid"])
-        return Axes(visual_tokens=float(left), ratio=geometry["visual_tokens"] / left)
+        """V, the same in every layer, and what it would be with every patch over V, of an image as large as one view."""
+        vlm = vlm_info(info)
+        left = vlm.tokens_of_image(self.tokens_left(vlm.geometry["grid"]))
+        return Axes(visual_tokens=float(left), ratio=vlm.tokens_of_image() / left)
 
     def check(self, info: ModelInfo) -> None:
         """Refuse models without the hook, and knobs that the patch grid rules out."""
@@ -210,7 +210,7 @@ class InPlace(Compression):
 
 def projector_names(model: VlmModel) -> list[str]:
     """Parameters of the model's projector; nobody needs to store them where a method brings its own."""
-    own = {id(p) for p in model.module.model.multi_modal_projector.parameters()}
+    own = {id(p) for p in model.side.projector.parameters()}
     return [name for name, p in model.module.named_parameters() if id(p) in own]
 
 
@@ -220,6 +220,6 @@ def _load_projector(model: VlmModel, checkpoint: Checkpoint) -> nn.Module | None
     state = checkpoint.state("projector")
     if state is None:
         return None
-    projector = deepcopy(model.module.model.multi_modal_projector)
+    projector = deepcopy(model.side.projector)
     projector.load_state_dict(state)
     return projector.eval().requires_grad_(False)

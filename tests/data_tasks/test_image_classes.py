@@ -15,10 +15,10 @@ from isoflop.core.errors import UserError
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import build
 from isoflop.models.family import family_of
-from isoflop.models.resizing import Resizing
+from isoflop.models.resizing import Resizing, pixels_of
 from isoflop.models.vit import VitModel
 from isoflop.tasks.data.image_classes import ImageClasses
-from isoflop.tasks.data.images import opened, pixels_of
+from isoflop.tasks.data.images import opened
 
 CLASSES = ["tabby, tabby cat", "goldfish", "pirate ship", "Tea Pot"]
 RNG = np.random.default_rng(3)

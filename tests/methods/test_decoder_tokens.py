@@ -218,5 +218,5 @@ def test_impossible_layers_are_refused_in_one_line(probe: DecoderTokenProbe) -> 
 
 
 def test_placeholders_stand_before_the_question(probe: DecoderTokenProbe) -> None:
-    ids, _ = expand_placeholders(probe.batch([0]).prompt_BT, None, world.IMAGE, V)
+    ids, _, _ = expand_placeholders(probe.batch([0]).prompt_BT, None, world.IMAGE, torch.full((V,), world.IMAGE))
     assert ids[0, :V].tolist() == [world.IMAGE] * V

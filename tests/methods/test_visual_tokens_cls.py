@@ -134,12 +134,12 @@ def test_a_tower_without_a_class_token_falls_back_and_says_so(probe: VisualToken
     method, own = VtcCls(keep=4), probe.model.vision
     with method.apply(probe.model, None):
         assert method.footprint(probe.model, probe.ctx)["scored_by_cls"] == 1.0
-        probe.model.vision = Vision(own.tower, own.image_size, own.mean, own.std, prefix=0)
+        probe.model.side.vision = Vision(own.tower, own.image_size, own.mean, own.std, prefix=0)
         try:
             assert method.footprint(probe.model, probe.ctx)["scored_by_cls"] == 0.0
             assert probe.model.look(probe._images[:2])[attention_in(0)].shape == (2, 37)
         finally:
-            probe.model.vision = own
+            probe.model.side.vision = own
 
 
 def test_training_free_methods_share_the_model_that_saw_all_tokens() -> None:
@@ -187,7 +187,7 @@ def test_original_positions_are_those_of_the_kept_patches(probe: VisualTokenProb
         found = probe.model.compress(batch)
         logits = probe.model.answer_logits(batch)
     assert found.kept_BV is not None
-    ids, _ = expand_placeholders(batch.prompt_BT, None, world.IMAGE, 5)
+    ids, _, _ = expand_placeholders(batch.prompt_BT, None, world.IMAGE, torch.full((5,), world.IMAGE))
     positions = torch.cat((found.kept_BV, torch.tensor([[36, 37]]).expand(len(ids), -1)), dim=1)
     image = BaseModelOutputWithPooling(pooler_output=list(probe.model.project(found.tokens_BVD)))
     stock = probe.model.module(input_ids=ids, position_ids=positions, mm_encoder_outputs={"image": image}).logits[:, -1]

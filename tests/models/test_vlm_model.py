@@ -20,17 +20,19 @@ def probe() -> VisualTokenProbe:
 def test_expand_placeholders() -> None:
     ids = torch.tensor([[7, 1, 8], [1, 9, 9]])
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    expanded, wide = expand_placeholders(ids, mask, image_token=1, count=3)
-    assert expanded.tolist() == [[7, 1, 1, 1, 8], [1, 1, 1, 9, 9]]
+    expanded, wide, picture = expand_placeholders(ids, mask, 1, torch.tensor([1, 5, 1]))
+    assert expanded.tolist() == [[7, 1, 5, 1, 8], [1, 5, 1, 9, 9]]
+    assert picture.tolist() == [[False, True, True, True, False], [True, True, True, False, False]]
     assert wide is not None
     assert wide.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
     with pytest.raises(ValueError, match="exactly one"):
-        expand_placeholders(torch.tensor([[1, 1, 8]]), None, 1, 3)
+        expand_placeholders(torch.tensor([[1, 1, 8]]), None, 1, torch.tensor([1, 1, 1]))
 
 
 def test_without_compression_equals_the_stock_forward_on_pixels(probe: VisualTokenProbe) -> None:
     rows = list(range(probe.examples))
-    ids, _ = expand_placeholders(probe.batch(rows).prompt_BT, None, world.IMAGE, world.TILES)
+    picture = torch.full((world.TILES,), world.IMAGE)
+    ids, _, _ = expand_placeholders(probe.batch(rows).prompt_BT, None, world.IMAGE, picture)
     with torch.no_grad():
         stock = probe.model.module(input_ids=ids, pixel_values=probe.model.vision.preprocess(probe._images)).logits[
             :, -1

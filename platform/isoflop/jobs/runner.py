@@ -279,7 +279,7 @@ def _axes(resolved: ResolvedJob, footprint: dict[str, float]) -> dict[str, float
 def _ratio(resolved: ResolvedJob, footprint: dict[str, float]) -> float | None:
     """The ratio of a trial's one method; in a composition that of all bytes, dense over compressed."""
     ratios = {key: value for key, value in footprint.items() if key.startswith("ratio_")}
-    full = resolved.info.geometry.get("visual_tokens")
+    full = footprint.get("visual_tokens_dense", resolved.info.geometry.get("visual_tokens"))
     if full and footprint.get("visual_tokens"):
         ratios["ratio_visual_tokens"] = float(full) / footprint["visual_tokens"]  # measured, not claimed
     if len(resolved.methods) > 1:  # by their number, so that one sweep's branch never mixes units

@@ -5,7 +5,6 @@ Shape suffixes: N scenes, B batch, P patches, D vision width, C channels, H heig
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,13 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isoflop.core.stage import Stage, StageContext
+from isoflop.models.checkpoints.preprocessor import read_preprocessor
 from isoflop.models.taps import Tap
+from isoflop.models.taps import attention_in as attention_in_layer
 from isoflop.models.worlds.digit_world import VOCABULARY, SceneSet
 
 LayerKey = int | str
 """What is read of a tower: a hidden state by its number, or attention by ``attention_in(layer)``."""
 _ATTENTION = "attention-"
-PREFIX_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+PREFIX_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "internvl_vision": 1}
 """Tokens before the patches by the type of the tower: a class token, or none."""
 
 
@@ -42,6 +43,7 @@ class Vision:
         image_size: side of the images it wants, in pixels.
         mean, std: normalisation of pixel values in [0, 1], one number per channel.
         prefix: tokens before the patches (1 when there is a CLS token).
+        normed: the last hidden state is taken behind the tower's last norm.
     """
 
     tower: nn.Module
@@ -49,6 +51,7 @@ class Vision:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     prefix: int
+    normed: bool = False
 
     def preprocess(self, images_BCHW: Tensor) -> Tensor:
         """Images in [0, 1] as the tower's pixel values: resized when the side differs, then normalised."""
@@ -61,11 +64,13 @@ class Vision:
 
     def hidden_states(self, images_BCHW: Tensor) -> tuple[Tensor, ...]:
         """Patch features after the embedding (index 0) and after every layer, each (B, P, D), prefix tokens removed."""
-        pixels_BCHW = self.preprocess(images_BCHW).to(next(self.tower.parameters()).dtype)
-        outputs = self.tower(pixels_BCHW, output_hidden_states=True)
-        return tuple(h[:, self.prefix :] for h in outputs.hidden_states)
+        return self._states(self.preprocess(images_BCHW))
 
     def read(self, images_BCHW: Tensor, keys: Iterable[LayerKey]) -> dict[LayerKey, Tensor]:
+        """``read_pixels`` of images in [0, 1]."""
+        return self.read_pixels(self.preprocess(images_BCHW), keys)
+
+    def read_pixels(self, pixels_BCHW: Tensor, keys: Iterable[LayerKey]) -> dict[LayerKey, Tensor]:
         """What ``keys`` name: patch features (B, P, D), and attention (B, P) in float32, by key.
 
         Attention is the class token's softmax row, averaged over the heads, without its own column. A tower that has no
@@ -75,23 +80,30 @@ class Vision:
         layers = {key: int(key.removeprefix(_ATTENTION)) for key in keys if isinstance(key, str)}
         with ExitStack() as stack:
             taps = {key: stack.enter_context(Tap(self._attention(n)).listening()) for key, n in layers.items()}
-            states = self.hidden_states(images_BCHW)
+            states = self._states(pixels_BCHW)
             found: dict[LayerKey, Tensor] = {key: states[key] for key in keys if isinstance(key, int)}
             for key, tap in taps.items():
                 rows = slice(0, 1) if self.prefix else slice(None)
                 found[key] = tap.vision_rows(rows).mean((1, 2))[:, self.prefix :]
         return found
 
+    def _states(self, pixels_BCHW: Tensor) -> tuple[Tensor, ...]:
+        pixels_BCHW = pixels_BCHW.to(next(self.tower.parameters()).dtype)
+        outputs = self.tower(pixels_BCHW, output_hidden_states=True)
+        states = list(outputs.hidden_states)
+        if self.normed:
+            states[-1] = outputs.last_hidden_state
+        return tuple(h[:, self.prefix :] for h in states)
+
     def _attention(self, layer: int) -> nn.Module:
         body: Any = getattr(self.tower, "vision_model", self.tower)
-        return body.encoder.layers[layer].self_attn
+        layers = body.encoder.layers if hasattr(body.encoder, "layers") else body.encoder.layer
+        return attention_in_layer(layers[layer])
 
 
 def vision_of(tower: nn.Module, folder: Path | None) -> Vision:
     """Wrap a tower; ``folder`` may hold a ``preprocessor_config.json`` with its normalisation and image size."""
-    stored: dict[str, Any] = {}
-    if folder is not None and (folder / "preprocessor_config.json").exists():
-        stored = json.loads((folder / "preprocessor_config.json").read_text())
+    stored = read_preprocessor(folder)
     config: Any = tower.config
     mean = tuple(stored.get("image_mean", (0.5, 0.5, 0.5)))
     std = tuple(stored.get("image_std", (0.5, 0.5, 0.5)))

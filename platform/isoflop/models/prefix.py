@@ -270,9 +270,12 @@ def media_end(media_BL: Tensor) -> int:
 
 
 def expand_placeholders(
-    ids_BT: Tensor, mask_BT: Tensor | None, image_token: int, count: int
-) -> tuple[Tensor, Tensor | None]:
-    """Repeat the one image placeholder of every row ``count`` times: (B, T) → (B, T - 1 + count), ids and mask.
+    ids_BT: Tensor, mask_BT: Tensor | None, image_token: int, picture_M: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Put the ids of a picture in place of the one image placeholder of every row, (B, T) → (B, T - 1 + M).
+
+    Returns:
+        ids, mask, and True at the picture's ids.
 
     Raises:
         ValueError: a row does not hold exactly one placeholder.
@@ -280,12 +283,15 @@ def expand_placeholders(
     here_BT = ids_BT == image_token
     if not bool((here_BT.sum(-1) == 1).all()):
         raise ValueError("every prompt needs exactly one image placeholder")
-    repeats = torch.where(here_BT, count, 1).flatten()
-    length = ids_BT.shape[1] - 1 + count
-    ids_BL = ids_BT.flatten().repeat_interleave(repeats).view(-1, length)
-    if mask_BT is None:
-        return ids_BL, None
-    return ids_BL, mask_BT.flatten().repeat_interleave(repeats).view(-1, length)
+    repeats = torch.where(here_BT, len(picture_M), 1).flatten()
+    length = ids_BT.shape[1] - 1 + len(picture_M)
+
+    def expanded(x_BT: Tensor) -> Tensor:
+        return x_BT.flatten().repeat_interleave(repeats).view(-1, length)
+
+    picture_BL = expanded(here_BT)
+    ids_BL = expanded(ids_BT).masked_scatter(picture_BL, picture_M.to(ids_BT).repeat(len(ids_BT)))
+    return ids_BL, None if mask_BT is None else expanded(mask_BT), picture_BL
 
 
 def places_kept(positions_BL: Tensor | None, image_BL: Tensor, places_BV: Tensor, patches: int) -> Tensor:
@@ -305,11 +311,12 @@ def places_kept(positions_BL: Tensor | None, image_BL: Tensor, places_BV: Tensor
 
 
 def replace_question(
-    embeds_BLd: Tensor, ids_BL: Tensor, image_BL: Tensor, ids_BQ: Tensor, mask_BQ: Tensor | None, question_BQd: Tensor
+    embeds_BLd: Tensor, ids_BL: Tensor, picture_BL: Tensor, ids_BQ: Tensor, mask_BQ: Tensor | None, question_BQd: Tensor
 ) -> Tensor:
     """The prompts' embeddings with those of the question, the text right behind the image, replaced, (B, L, d).
 
     Args:
+        picture_BL: True at the image's tokens and its separators.
         ids_BQ, mask_BQ: the question as the compressor has seen it; its padding, on either side, is skipped.
 
     Raises:
@@ -318,7 +325,7 @@ def replace_question(
     if question_BQd.shape[:2] != ids_BQ.shape:
         raise ValueError(f"a question of {tuple(ids_BQ.shape)} ids got {tuple(question_BQd.shape[:2])} embeddings")
     real_BQ = torch.ones_like(ids_BQ, dtype=torch.bool) if mask_BQ is None else mask_BQ.bool()
-    end_B1 = image_BL.shape[1] - image_BL.flip(1).int().argmax(1, keepdim=True)
+    end_B1 = picture_BL.shape[1] - picture_BL.flip(1).int().argmax(1, keepdim=True)
     columns_BQ = end_B1 + (real_BQ.cumsum(1) - 1).clamp(min=0)
     inside = bool((columns_BQ[real_BQ] < ids_BL.shape[1]).all())
     if not inside or not torch.equal(ids_BL.gather(1, columns_BQ)[real_BQ], ids_BQ[real_BQ]):

@@ -135,7 +135,8 @@ class Tap:
 
     def vision_rows(self, rows: slice) -> Tensor:
         """Attention of some tokens of a vision layer over all tokens, p_BHRT in float32."""
-        q_BTHD, k_BTHD = self._heads(self._q_BTC), self._heads(self._k_BTC)
+        q_BTC, k_BTC = self._whole_normed("q_norm", self._q_BTC), self._whole_normed("k_norm", self._k_BTC)
+        q_BTHD, k_BTHD = self._heads(q_BTC), self._heads(k_BTC)
         logits = torch.einsum("brhd,bthd->bhrt", q_BTHD[:, rows].float(), k_BTHD.float()) * self.attention.scale
         return logits.softmax(-1)
 
@@ -219,6 +220,10 @@ class Tap:
     def _normed(self, name: str, x_BTHD: Tensor) -> Tensor:
         norm = getattr(self.attention, name, None)  # Qwen3 and Gemma3 normalise per head
         return x_BTHD if norm is None else norm(x_BTHD)
+
+    def _whole_normed(self, name: str, x_BTC: Tensor | None) -> Tensor | None:
+        norm = getattr(self.attention, name, None)  # InternVL's tower normalises all heads at once
+        return x_BTC if norm is None or x_BTC is None else norm(x_BTC)
 
     def _note_q(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self._q_BTC = output

@@ -1,9 +1,11 @@
-"""Vision-language models of the LLaVA type: what is known of one, and the loaded model.
+"""Vision-language models: what is known of one, and the loaded model.
 
-Tiny models trained here and Hugging Face checkpoints run through this one class.
+Tiny models trained here and Hugging Face checkpoints of every class run through this one class; what differs between them is
+their visual side (``isoflop.models.visual_side``).
 
-Shape suffixes: B batch, P patches, V visual tokens that enter the language model, Q question tokens, T prompt tokens
-(one image placeholder among them), L tokens after the placeholder is expanded, D vision width, d language width.
+Shape suffixes: B batch, N views of an image, P patches of a view, V visual tokens that enter the language model, Q question
+tokens, T prompt tokens (one image placeholder among them), L tokens after the placeholder is expanded, D vision width, d
+language width.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from isoflop.models.prefix import (
 )
 from isoflop.models.prompt_runs import generated, run, states, stepwise
 from isoflop.models.resizing import SQUEEZED, Resizing
+from isoflop.models.visual_side import PLAIN, Layout, VisualSide
 from isoflop.models.worlds.digit_world import VOCABULARY
 from isoflop.models.worlds.lessons import Lesson, Lessons, LessonSource, table_rows
 from isoflop.models.worlds.lm_text import TokenizerSource
@@ -63,8 +66,11 @@ class VlmInfo(ModelInfo):
         joint: a model that is trained here is trained with its visual-token method in place.
         tokenizer: the stage whose value is its tokenizer, or None.
         resizing: how images of other sizes become the tower's.
+        views: N of an image as large as one view, which is what plans go by.
+        newlines: visual tokens of a compressed image that are no patches.
+        image_tokens: V of such an image of which nothing is compressed; None for ``visual_tokens``.
 
-    ``geometry`` holds ``grid`` (patches per side), ``visual_tokens`` (P), ``vision_width``, ``vision_layers``,
+    ``geometry`` holds ``grid`` (patches per side of a view), ``visual_tokens`` (P), ``vision_width`` (D), ``vision_layers``,
     ``width``, ``layers``, ``heads``, ``kv_heads``, ``vocab_size``, ``image_token``.
     """
 
@@ -75,6 +81,16 @@ class VlmInfo(ModelInfo):
     joint: bool = True
     tokenizer: TokenizerSource | None = None
     resizing: Resizing = SQUEEZED
+    views: int = 1
+    newlines: int = 0
+    image_tokens: int | None = None
+
+    def tokens_of_image(self, left: int | None = None) -> int:
+        """V of an image as large as one view, of every view of which ``left`` patches are left; None for all of them."""
+        patches: int = self.geometry["visual_tokens"]
+        if left is None or left == patches:
+            return patches if self.image_tokens is None else self.image_tokens
+        return self.views * left + self.newlines
 
     @property
     def known_lessons(self) -> LessonSource | None:
@@ -87,12 +103,14 @@ class VlmBatch:
     """Prompts about images, one image each.
 
     Attributes:
-        hidden: what was read of the tower by key; holds at least ``VlmModel.layers_needed``.
+        hidden: what was read of the tower by key, the views of an image one after the other, (B·N, …); holds at least
+            ``VlmModel.layers_needed``.
         prompt_BT: token ids with exactly one image placeholder per row.
         question_BQ: the text after the placeholder, for query-conditioned compressors.
         ids_B: example numbers.
         prompt_mask_BT, question_mask_BQ: 1 for real tokens, 0 for padding; None when nothing is padded.
         answers_B: the token that follows each prompt, where it is known (``supervised``).
+        layout: of all images.
     """
 
     hidden: Mapping[LayerKey, Tensor]
@@ -102,36 +120,55 @@ class VlmBatch:
     prompt_mask_BT: Tensor | None = None
     question_mask_BQ: Tensor | None = None
     answers_B: Tensor | None = None
+    layout: Layout = PLAIN
 
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Prompts whose image placeholder is expanded: ids, mask and positions, None where they are plain, and image columns."""
+    """Prompts whose image placeholder is expanded.
+
+    Attributes:
+        ids_BL: token ids.
+        mask_BL, positions_BL: None where they are plain.
+        image_BL: True at visual tokens.
+        picture_BL: the same, and at the separators between them.
+    """
 
     ids_BL: Tensor
     mask_BL: Tensor | None
     positions_BL: Tensor | None
     image_BL: Tensor
+    picture_BL: Tensor
 
 
 class VlmModel(DecoderModel):
-    """A loaded LLaVA-style model (``LlavaForConditionalGeneration``).
+    """A loaded vision-language model.
 
     Attributes:
         info: its description.
         module: the Hugging Face model, in evaluation mode.
-        vision: its tower with the preprocessing.
+        side: its visual side.
     """
 
     info: VlmInfo
 
     def __init__(
-        self, info: VlmInfo, module: nn.Module, vision: Vision, tokenizer: Callable[[], Any] | None = None
+        self,
+        info: VlmInfo,
+        module: nn.Module,
+        vision: Vision,
+        tokenizer: Callable[[], Any] | None = None,
+        side: VisualSide | None = None,
     ) -> None:
         super().__init__(tokenizer)
         self.info = info
         self.module: Any = module
-        self.vision = vision
+        self.side = side or VisualSide(module, vision, info.geometry["image_token"], info.resizing)
+
+    @property
+    def vision(self) -> Vision:
+        """The tower with the preprocessing."""
+        return self.side.vision
 
     @property
     def vision_encoder(self) -> nn.Module:
@@ -146,7 +183,7 @@ class VlmModel(DecoderModel):
     @property
     def decoder(self) -> Any:
         """The language model without its head."""
-        return self.module.model.language_model
+        return self.side.decoder
 
     @property
     def dtype(self) -> torch.dtype:
@@ -160,40 +197,48 @@ class VlmModel(DecoderModel):
         extra = compression.layers if compression is not None else ()
         return tuple(sorted({self.info.feature_layer, *extra}, key=str))
 
-    def look(self, images_BCHW: Tensor, ids_B: Tensor | None = None) -> dict[LayerKey, Tensor]:
-        """Run the tower on images in [0, 1]; what is needed of it, by key.
+    def look(self, pixels: Tensor, ids_B: Tensor | None = None, layout: Layout = PLAIN) -> dict[LayerKey, Tensor]:
+        """Run the tower on what ``VisualSide.pixels`` makes of images; what is needed of it, by key.
 
         Args:
+            pixels: images in [0, 1], (B, C, H, W), where the side is LLaVA-1.5's.
             ids_B: example numbers, for reductions in the tower that draw at random.
         """
         reduction = self.occupant(VISION_BLOCKS)
         if reduction is not None:
-            reduction.ids_B = None if ids_B is None else ids_B.to(self.device)
-        return self.vision.read(images_BCHW.to(self.device), self.layers_needed)
+            reduction.ids_B = None if ids_B is None else _per_view(ids_B.to(self.device), layout.views)
+        return self.side.read(pixels.to(self.device), self.layers_needed, layout)
 
     def compress(self, batch: VlmBatch) -> CompressedTokens:
-        """What enters the projector: the compressor's output, or every patch."""
+        """What enters the projector, of every view: the compressor's output, or every patch."""
         compression = self.occupant(VISUAL_TOKENS)
         if compression is None:
             return CompressedTokens(batch.hidden[self.info.feature_layer].to(self.dtype))
         wanted = {key: batch.hidden[key] for key in compression.layers}  # a batch may hold more
+        question_BQ, mask_BQ, views = batch.question_BQ, batch.question_mask_BQ, batch.layout.views
         view = VisualInput(
             x_BPD=batch.hidden[self.info.feature_layer].to(self.dtype),
             hidden={key: h if isinstance(key, str) else h.to(self.dtype) for key, h in wanted.items()},
             grid=self.info.geometry["grid"],
-            question_BQ=batch.question_BQ,
-            question_mask_BQ=batch.question_mask_BQ,
-            ids_B=batch.ids_B,
+            question_BQ=None if question_BQ is None else question_BQ.repeat_interleave(views, 0),
+            question_mask_BQ=None if mask_BQ is None else mask_BQ.repeat_interleave(views, 0),
+            ids_B=_per_view(batch.ids_B, views),
             encode_text=self.encode_text,
             embed_text=self.embed_text,
         )
-        return compression(view)
+        found = compression(view)
+        if self.side.sized and (found.places_BV is not None or found.question_BQd is not None):
+            raise Infeasible(
+                f"model {self.info.ref}: {type(self.module).__name__} puts the views of an image together in a way of its own, which leaves "
+                "no places for what is kept of them, and no question to one of them; allowed: places in a row"
+            )
+        return found
 
-    def project(self, tokens_BVD: Tensor) -> Tensor:
-        """The visual tokens in the language model's width, (B, V, d)."""
+    def project(self, tokens_BVD: Tensor, layout: Layout = PLAIN) -> Tensor:
+        """The visual tokens of every image in the language model's width, (B, V, d), of those of its views."""
         compression = self.occupant(VISUAL_TOKENS)
         own = compression.projector if compression is not None else None
-        return (own if own is not None else self.module.model.multi_modal_projector)(tokens_BVD)
+        return self.side.arranged((own if own is not None else self.side.projector)(tokens_BVD), layout)
 
     def prefill(
         self,
@@ -213,7 +258,7 @@ class VlmModel(DecoderModel):
         Raises:
             Infeasible: what sits in the hooks cannot work together, or Hugging Face's cache cannot follow it.
         """
-        from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+        from transformers.modeling_outputs import CausalLMOutputWithPast
 
         tokens = self._laid_out(visual_BVd, batch, places_BV)
         policy, dropping = self.occupant(ATTENTION), self.occupant(DECODER_LAYERS)
@@ -224,12 +269,7 @@ class VlmModel(DecoderModel):
                 )
             hidden_BLd, _ = states(self, self._segmented(tokens, visual_BVd, batch, question_BQd))
             return CausalLMOutputWithPast(logits=self.head(hidden_BLd[:, -1:]))
-        inputs: dict[str, Any] = {
-            "input_ids": tokens.ids_BL,
-            "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=list(visual_BVd))},
-        }
-        if question_BQd is not None:
-            inputs = {"inputs_embeds": self._embedded(tokens, visual_BVd, batch, question_BQd)}
+        embeds_BLd = self._embedded(tokens, visual_BVd, batch, question_BQd)
         prefix = 0 if policy is None else media_end(tokens.image_BL)
         with ExitStack() as stack:
             stack.enter_context(self.compressing_prefix(prefix, batch.ids_B))
@@ -237,11 +277,10 @@ class VlmModel(DecoderModel):
                 mask_BL = tokens.mask_BL
                 layout = PromptLayout(tokens.image_BL, batch.ids_B, None if mask_BL is None else mask_BL.bool())
                 stack.enter_context(dropping.prompt(layout))
-            output = self.module(
-                **inputs,
+            output = self.decoder(
+                inputs_embeds=embeds_BLd,
                 attention_mask=tokens.mask_BL,
                 position_ids=tokens.positions_BL,
-                logits_to_keep=1,
                 use_cache=use_cache,
             )
         left_BK = None if dropping is None else dropping.left_BK
@@ -250,12 +289,14 @@ class VlmModel(DecoderModel):
                 f"model {self.info.ref}: rows that keep different numbers of tokens cannot go on in Hugging Face's cache; "
                 "stepwise() and batches of one work"
             )
-        return output
+        return CausalLMOutputWithPast(
+            logits=self.head(output.last_hidden_state[:, -1:]), past_key_values=output.past_key_values
+        )
 
     def prompt_of(self, batch: VlmBatch) -> SegmentedPrompt:
         """The prompts of a batch as segments, their images compressed by whatever is applied."""
         found = self.compress(batch)
-        visual_BVd = self.project(found.tokens_BVD)
+        visual_BVd = self.project(found.tokens_BVD, batch.layout)
         return self._segmented(
             self._laid_out(visual_BVd, batch, found.places_BV), visual_BVd, batch, found.question_BQd
         )
@@ -277,16 +318,16 @@ class VlmModel(DecoderModel):
         return self.module.lm_head(hidden)
 
     def _laid_out(self, visual_BVd: Tensor, batch: VlmBatch, places_BV: Tensor | None) -> _Tokens:
-        ids_BL, mask_BL = expand_placeholders(
-            batch.prompt_BT, batch.prompt_mask_BT, self.info.geometry["image_token"], visual_BVd.shape[1]
-        )
+        image = self.side.image_token
+        ids_M = self.side.ids(batch.layout, visual_BVd.shape[1])
+        ids_BL, mask_BL, picture_BL = expand_placeholders(batch.prompt_BT, batch.prompt_mask_BT, image, ids_M)
         positions_BL = None if mask_BL is None else (mask_BL.cumsum(-1) - 1).clamp(min=0)
-        image_BL = ids_BL == self.info.geometry["image_token"]
+        image_BL = ids_BL == image
         if places_BV is not None:
             positions_BL = places_kept(positions_BL, image_BL, places_BV, self.info.geometry["visual_tokens"])
             # without a mask, Hugging Face takes a gap in the positions for the start of another sequence
             mask_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
-        return _Tokens(ids_BL, mask_BL, positions_BL, image_BL)
+        return _Tokens(ids_BL, mask_BL, positions_BL, image_BL, picture_BL)
 
     def _embedded(self, tokens: _Tokens, visual_BVd: Tensor, batch: VlmBatch, question_BQd: Tensor | None) -> Tensor:
         """Inputs of the decoder, (B, L, d)."""
@@ -297,16 +338,16 @@ class VlmModel(DecoderModel):
         if batch.question_BQ is None:
             raise ValueError("the batch holds no question whose embeddings could be replaced")
         return replace_question(
-            embeds_BLd, tokens.ids_BL, tokens.image_BL, batch.question_BQ, batch.question_mask_BQ, question_BQd
+            embeds_BLd, tokens.ids_BL, tokens.picture_BL, batch.question_BQ, batch.question_mask_BQ, question_BQd
         )
 
     def _segmented(
         self, tokens: _Tokens, visual_BVd: Tensor, batch: VlmBatch, question_BQd: Tensor | None
     ) -> SegmentedPrompt:
-        image_BL = tokens.image_BL
-        behind_BL = (image_BL.cumsum(1) > 0) & ~image_BL
+        image_BL, picture_BL = tokens.image_BL, tokens.picture_BL
+        behind_BL = (picture_BL.cumsum(1) > 0) & ~picture_BL
         kinds_BL = torch.where(image_BL, KINDS.index("image"), torch.where(behind_BL, KINDS.index("question"), 0))
-        parts_BL = torch.where(image_BL, 1, 2 * behind_BL.long())
+        parts_BL = _runs(picture_BL.long() + image_BL)
         if tokens.mask_BL is not None:
             kinds_BL, parts_BL = (x.masked_fill(tokens.mask_BL == 0, -1) for x in (kinds_BL, parts_BL))
         positions_BL = tokens.positions_BL
@@ -351,7 +392,7 @@ class VlmModel(DecoderModel):
 
     def _answer(self, batch: VlmBatch) -> Tensor:
         found = self.compress(batch)
-        visual_BVd = self.project(found.tokens_BVD)
+        visual_BVd = self.project(found.tokens_BVD, batch.layout)
         return self.prefill(visual_BVd, batch, found.places_BV, question_BQd=found.question_BQd).logits[:, -1]
 
     def lesson(self, step: Lesson, hidden: Mapping[LayerKey, Tensor]) -> VlmBatch:
@@ -377,3 +418,17 @@ class VlmModel(DecoderModel):
     def embed_text(self, ids_BQ: Tensor) -> Tensor:
         """Token embeddings of text, (B, Q, d)."""
         return self.module.get_input_embeddings()(ids_BQ)
+
+
+def _per_view(ids_B: Tensor, views: int) -> Tensor:
+    """Numbers of the views of examples, (B·N,), those of the examples where each has one."""
+    if views == 1:
+        return ids_B
+    return (ids_B[:, None] + (torch.arange(views, device=ids_B.device) << 40)).flatten()
+
+
+def _runs(kinds_BL: Tensor) -> Tensor:
+    """Numbers of the runs of equal kinds, (B, L), the first of kind 0 being number 0 though it may be empty."""
+    start_B1 = torch.zeros_like(kinds_BL[:, :1])
+    before_BL = torch.cat((start_B1, kinds_BL[:, :-1]), dim=1)
+    return (kinds_BL != before_BL).cumsum(1)

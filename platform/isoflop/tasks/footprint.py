@@ -27,6 +27,7 @@ from isoflop.models.decoder_model import DecoderModel
 from isoflop.models.features import LayerKey
 from isoflop.models.hooks.attention import ATTENTION, CacheReport
 from isoflop.models.metering import meter
+from isoflop.models.visual_side import PLAIN, Layout
 from isoflop.models.vlm import VlmBatch, VlmModel
 
 REPEATS = (3, 5)
@@ -37,18 +38,19 @@ MakeBatch = Callable[[dict[LayerKey, Tensor]], VlmBatch]
 
 
 @torch.no_grad()
-def measure_answer(model: VlmModel, image_BCHW: Tensor, make: MakeBatch) -> dict[str, float]:
+def measure_answer(model: VlmModel, pixels: Tensor, make: MakeBatch, layout: Layout = PLAIN) -> dict[str, float]:
     """Footprint of one answer; see ``Task.measure`` for the keys.
 
     Args:
-        image_BCHW: one image with values in [0, 1].
+        pixels: of one image; see ``VlmModel.look``.
         make: the batch of one for given tower features.
+        layout: of the image.
     """
-    image_BCHW = image_BCHW.to(model.device)
-    vision, hidden = flops_of(lambda: model.look(image_BCHW))
+    pixels = pixels.to(model.device)
+    vision, hidden = flops_of(lambda: model.look(pixels, layout=layout))
     batch = make(hidden)
     method, found = flops_of(lambda: model.compress(batch))
-    projector, visual_BVd = flops_of(lambda: model.project(found.tokens_BVD))
+    projector, visual_BVd = flops_of(lambda: model.project(found.tokens_BVD, layout))
 
     def prefill() -> Any:
         return model.prefill(visual_BVd, batch, found.places_BV, question_BQd=found.question_BQd)
@@ -56,12 +58,15 @@ def measure_answer(model: VlmModel, image_BCHW: Tensor, make: MakeBatch) -> dict
     language, _ = flops_of(prefill)
 
     def answer() -> Tensor:
-        return model.answer_logits(make(model.look(image_BCHW)))
+        return model.answer_logits(make(model.look(pixels, layout=layout)))
 
-    text = batch.prompt_BT.shape[1] - 1
+    visual, dense = visual_BVd.shape[1], model.side.tokens(layout)
+    separators = len(model.side.ids(layout, visual)) - visual
+    text = batch.prompt_BT.shape[1] - 1 + separators
     cache = decoder_cache(model, prefill)
-    dense_cache = model.dense_cache_bytes(model.info.geometry["visual_tokens"] + text)
+    dense_cache = model.dense_cache_bytes(dense + text)
     return {
+        **({"visual_tokens_dense": float(dense)} if model.side.sized else {}),
         "visual_tokens": float(visual_BVd.shape[1]),
         "text_tokens": float(text),
         "flops": float(vision + method + projector + language),

@@ -153,5 +153,7 @@ _NEUTRAL: dict[Hook[Any], Callable[[Any], Occupant]] = {
 
 
 def _prefix_of(model: Model) -> int:
-    """Prefix tokens of the vision encoder: as the geometry says, or the one class token of a CLIP tower."""
-    return int(model.info.geometry.get("prefix", 1))
+    """Prefix tokens of the vision encoder: as the geometry says, or those before the patches of a tower."""
+    if "prefix" in model.info.geometry:
+        return int(model.info.geometry["prefix"])
+    return int(getattr(model, "vision").prefix)  # noqa: B009 - of vision-language models

@@ -20,7 +20,6 @@ from isoflop.core.hashing import content_hash
 from isoflop.core.knobs import check_knobs
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import Model, ModelInfo
-from isoflop.models.checkpoints import llava as hf_llava
 from isoflop.models.checkpoints import lm as hf_lm
 from isoflop.models.checkpoints import vit as vit_hf
 from isoflop.models.checkpoints.gguf import file_in
@@ -35,6 +34,7 @@ from isoflop.models.checkpoints.source import (
     own_dtype,
     read_config,
 )
+from isoflop.models.checkpoints.vision_language import checkpoint as vision_language
 from isoflop.models.family import FAMILIES, ModelFamily, all_options, split_ref, without_defaults
 from isoflop.models.lm import LmInfo
 from isoflop.models.vit import VitInfo
@@ -69,16 +69,14 @@ def _load_vit(info: ModelInfo, source: Path, options: Options, ctx: StageContext
 
 
 KINDS = (
-    Kind(
-        ", ".join(hf_llava.ARCHITECTURES), lambda name: name in hf_llava.ARCHITECTURES, hf_llava.describe, hf_llava.load
-    ),
+    Kind(", ".join(vision_language.KINDS), vision_language.handles, vision_language.describe, vision_language.load),
     Kind(", ".join(vit_hf.ARCHITECTURES), lambda name: name in vit_hf.ARCHITECTURES, _describe_vit, _load_vit),
     Kind("causal language models (…ForCausalLM)", hf_lm.handles, hf_lm.describe, hf_lm.load),
 )
 
 
 class HuggingFace(ModelFamily):
-    """Checkpoints in ``save_pretrained`` form: LLaVA-type models, vision transformers, causal language models."""
+    """Checkpoints in ``save_pretrained`` form: vision-language models, vision transformers, causal language models."""
 
     name: ClassVar[str] = FAMILY
 

@@ -10,10 +10,15 @@ from isoflop.models.resizing import Resizing
 
 
 def read_preprocessor(source: Path | None) -> dict[str, Any]:
-    """The file, or nothing where there is none."""
-    if source is None or not (source / "preprocessor_config.json").exists():
+    """The file, or what ``processor_config.json`` says of images in its place; nothing where there is neither."""
+    if source is None:
         return {}
-    stored: dict[str, Any] = json.loads((source / "preprocessor_config.json").read_text())
+    path, within = source / "preprocessor_config.json", source / "processor_config.json"
+    stored: dict[str, Any] = {}
+    if path.exists():
+        stored = json.loads(path.read_text())
+    elif within.exists():
+        stored = json.loads(within.read_text()).get("image_processor") or {}
     return stored
 
 

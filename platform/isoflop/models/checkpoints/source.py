@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +23,8 @@ from isoflop.models.family import split_ref
 
 FAMILY = "hf"
 CONFIG_FILES = ("config.json", "preprocessor_config.json")
+PROCESSOR_FILE = "processor_config.json"
+"""Holds what ``preprocessor_config.json`` says where newer versions of transformers saved a processor whole."""
 AUTO = "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Content = tuple[tuple[str, str], ...]
@@ -165,10 +167,12 @@ def require_safetensors(source: Path) -> None:
         raise UserError(f"model folder {source}: no *.safetensors file; pickled weights are not loaded")
 
 
-def content_of(source: Path, names: Iterable[str] = CONFIG_FILES, weights: bool = True) -> Content:
+def content_of(source: Path, names: Collection[str] = CONFIG_FILES, weights: bool = True) -> Content:
     """What names the files: the commit for a hub snapshot, else hashes of the named files and of the weights."""
     if source.parent.name == "snapshots":
         return (("commit", source.name),)
     files = [source / name for name in names if (source / name).exists()]
+    if CONFIG_FILES[1] in names and source / CONFIG_FILES[1] not in files and (source / PROCESSOR_FILE).exists():
+        files.append(source / PROCESSOR_FILE)
     files += sorted(source.glob("*.safetensors")) if weights else []
     return tuple((f.name, file_hash(f)) for f in files)

@@ -124,7 +124,7 @@ class CompressorStage(Stage):
         parts = {"compressor": module}
         projector = method.projector(module)
         if projector is None:
-            projector = deepcopy(model.module.model.multi_modal_projector).requires_grad_(True)
+            projector = deepcopy(model.side.projector).requires_grad_(True)
             parts["projector"] = projector
         losses = self._train(ctx, model, method, module, projector)
         for name, trained in parts.items():

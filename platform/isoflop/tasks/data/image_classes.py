@@ -18,10 +18,11 @@ from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.features import batches
+from isoflop.models.resizing import pixels_of
 from isoflop.models.vit import VitBatch, VitInfo
 from isoflop.tasks.base import TASKS, Shard
 from isoflop.tasks.data.base import DataTask, Example, bad_row, shards
-from isoflop.tasks.data.images import image_rows, opened, pixels_of
+from isoflop.tasks.data.images import image_rows, opened
 from isoflop.tasks.data.rows import Rows
 from isoflop.tasks.image_costs import costs_of_image
 from isoflop.tasks.labelled_images import vit_info, vit_model

@@ -16,8 +16,9 @@ from isoflop.core.errors import Infeasible, UserError
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.features import LayerKey
 from isoflop.models.prefix import SegmentedPrompt
+from isoflop.models.visual_side import PLAIN, Layout
 from isoflop.models.vlm import VlmBatch, VlmInfo, VlmModel
-from isoflop.tasks.data.images import opened, pixels_of
+from isoflop.tasks.data.images import opened
 from isoflop.tasks.data.language import batches_of
 from isoflop.tasks.data.prompts import PromptTokenizer
 from isoflop.tasks.footprint import measure_answer
@@ -80,19 +81,21 @@ class ImageQuestions:
         Raises:
             UserError: the chat template has no place for an image.
         """
+        marker = IMAGE
         if self._chat:
+            marker = self._vlm.tokenizer.convert_ids_to_tokens(self._vlm.side.image_token)
             content = [{"type": "image"}, {"type": "text", "text": question.replace(IMAGE, "").lstrip("\n")}]
             text = self._vlm.tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
             )
-            if text.count(IMAGE) != 1:
+            if text.count(marker) != 1:
                 raise UserError(
-                    f"{self._what}: the chat template of {self._vlm.info.ref} does not place {IMAGE}; allowed: chat: false"
+                    f"{self._what}: the chat template of {self._vlm.info.ref} does not place {marker}; allowed: chat: false"
                 )
         else:
             around = self._prompt.replace(IMAGE, "") if question.count(IMAGE) == 1 else self._prompt
             text = around.replace("{question}", question)
-        before, _, behind = text.partition(IMAGE)
+        before, _, behind = text.partition(marker)
         first = [] if self._chat else list(self.tokens.first_ids)
         return ImagePrompt(number, image, (*first, *self.tokens.plain(before)), tuple(self.tokens.plain(behind)))
 
@@ -139,26 +142,35 @@ class ImageQuestions:
 
     def measure(self, prompt: ImagePrompt) -> dict[str, float]:
         """Footprint of one question, from pixels to the first token of its answer; see ``measure_answer``."""
-        return measure_answer(self._vlm, self._images([prompt]), lambda hidden: self._batch(hidden, [prompt]))
+        layout, image = self._layout(prompt), opened(prompt.image)
+        pixels = self._vlm.side.pixels([image])
+        return measure_answer(self._vlm, pixels, lambda hidden: self._batch(hidden, [prompt], layout), layout)
 
     def _batches(self, prompts: Sequence[ImagePrompt], tails: Sequence[int] | None = None) -> list[list[int]]:
-        """Prompts of one shape share a batch."""
-        patches = self._vlm.info.geometry["visual_tokens"]
+        """Prompts of one shape, with images of one layout, share a batch."""
+        side = self._vlm.side
         kinds = [
-            (len(p.before), len(p.behind), tail) for p, tail in zip(prompts, tails or [0] * len(prompts), strict=True)
+            (len(p.before), len(p.behind), tail, self._layout(p))
+            for p, tail in zip(prompts, tails or [0] * len(prompts), strict=True)
         ]
-        return list(batches_of(self._vlm, kinds, [sum(kind) + patches for kind in kinds]))
+        return list(batches_of(self._vlm, kinds, [sum(kind[:3]) + side.tokens(kind[3]) for kind in kinds]))
+
+    def _layout(self, prompt: ImagePrompt) -> Layout:
+        side = self._vlm.side
+        if not side.sized:
+            return PLAIN
+        width, height = opened(prompt.image).size
+        return side.layout(height, width)
 
     def _read(self, prompts: Sequence[ImagePrompt]) -> SegmentedPrompt:
-        hidden = self._vlm.look(self._images(prompts), torch.tensor([prompt.id for prompt in prompts]))
-        return self._vlm.prompt_of(self._batch(hidden, prompts))
+        layout = self._layout(prompts[0])
+        pixels = self._vlm.side.pixels([opened(prompt.image) for prompt in prompts])
+        hidden = self._vlm.look(pixels, torch.tensor([prompt.id for prompt in prompts]), layout)
+        return self._vlm.prompt_of(self._batch(hidden, prompts, layout))
 
-    def _batch(self, hidden: dict[LayerKey, Tensor], prompts: Sequence[ImagePrompt]) -> VlmBatch:
+    def _batch(self, hidden: dict[LayerKey, Tensor], prompts: Sequence[ImagePrompt], layout: Layout) -> VlmBatch:
         image, device = self._vlm.info.geometry["image_token"], self._vlm.device
         prompt_BT = torch.tensor([[*p.before, image, *p.behind] for p in prompts], device=device)
         question_BQ = torch.tensor([p.behind for p in prompts], device=device)
-        return VlmBatch(hidden, prompt_BT, question_BQ, torch.tensor([p.id for p in prompts], device=device))
-
-    def _images(self, prompts: Sequence[ImagePrompt]) -> Tensor:
-        side, resizing = self._vlm.vision.image_size, self._vlm.info.resizing
-        return torch.stack([pixels_of(opened(prompt.image), side, resizing) for prompt in prompts])
+        ids_B = torch.tensor([p.id for p in prompts], device=device)
+        return VlmBatch(hidden, prompt_BT, question_BQ, ids_B, layout=layout)

@@ -1,4 +1,4 @@
-"""Image files: what is read of them, and how they become a model's pixels."""
+"""Image files: what is read of them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from isoflop.core.errors import UserError
 from isoflop.core.hashing import file_hash
 from isoflop.core.public import local_path
-from isoflop.models.resizing import SQUEEZED, Resizing
 from isoflop.tasks.data.rows import HUB, Rows, named, read, suffix_of
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -72,27 +67,6 @@ def opened(value: Any) -> Any:
         shown = value if isinstance(value, str) else type(value).__name__
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"image {shown}: cannot be read ({reason})") from None
-
-
-def pixels_of(picture: Any, side: int, resizing: Resizing = SQUEEZED, channels: int = 3) -> Tensor:
-    """An image as values in [0, 1], (C, side, side), resized and cut as Hugging Face's processors do.
-
-    Args:
-        channels: 3, or 1 for grey.
-    """
-    picture = picture.convert("L") if channels == 1 else picture
-    wanted = resizing.side or side
-    if resizing.keeps_shape:
-        short = min(picture.size)
-        size = tuple(wanted if n == short else int(n * wanted / short) for n in picture.size)
-    else:
-        size = (wanted, wanted)
-    picture = picture.resize(size, resizing.resample)
-    width, height = picture.size
-    left, top = (width - side) // 2, (height - side) // 2
-    picture = picture.crop((left, top, left + side, top + side))  # black where it is smaller
-    values = np.asarray(picture, dtype=np.float32) / 255.0
-    return torch.from_numpy(values.reshape(side, side, channels)).permute(2, 0, 1).contiguous()
 
 
 def _pictures(folder: Path, split: str) -> list[Path]:

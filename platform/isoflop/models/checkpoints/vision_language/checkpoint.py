@@ -1,4 +1,4 @@
-"""Checkpoints of vision-language models of the LLaVA type for the family ``hf``."""
+"""Checkpoints of vision-language models for the family ``hf``."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from isoflop.core.errors import Infeasible
 from isoflop.core.stage import StageContext
 from isoflop.models.base import ModelInfo
 from isoflop.models.checkpoints.decoder import decoder_geometry, without_weights
-from isoflop.models.checkpoints.preprocessor import resizing_of
-from isoflop.models.checkpoints.source import FAMILY, Options, locate, read_config, require_safetensors
+from isoflop.models.checkpoints.source import (
+    FAMILY,
+    Options,
+    architecture_of,
+    locate,
+    read_config,
+    require_safetensors,
+)
 from isoflop.models.checkpoints.tokenizer import tokenizer_in
+from isoflop.models.checkpoints.vision_language.kinds import KINDS
 from isoflop.models.decoder_model import layers_of
-from isoflop.models.features import PREFIX_TOKENS, TowerSource, Vision, vision_of
+from isoflop.models.features import TowerSource, Vision, vision_of
 from isoflop.models.lm import tokenizer_of
 from isoflop.models.quiet import no_progress_bars
-from isoflop.models.vlm import HOOKS, VlmInfo, VlmModel
-
-ARCHITECTURES = ("LlavaForConditionalGeneration",)
+from isoflop.models.vlm import VlmInfo, VlmModel
 
 
 @dataclass(frozen=True)
@@ -47,62 +51,53 @@ class CheckpointTower(TowerSource):
         """The tower, read from the checkpoint."""
         options = Options(**dict(self.options))
         source = locate(self.ref, options.revision, weights=True)
-        module = _read(source, options).model.vision_tower
+        module = _read(source, architecture_of(self.ref, source), options).model.vision_tower
         return vision_of(module.to(ctx.device).eval().requires_grad_(False), source)
+
+
+def handles(architecture: str) -> bool:
+    """Whether an architecture is one of ``KINDS``."""
+    return architecture in KINDS
 
 
 def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, version: str) -> VlmInfo:
     """What is known of a checkpoint from its config.
 
     Raises:
-        Infeasible: a decoder whose attention cannot be replaced, a tower of another type, or a projector that reads several
-            vision layers, or the CLS token.
+        Infeasible: a decoder whose attention cannot be replaced, or a visual side that cannot be followed.
     """
     chosen = Options(**dict(options))
     config = read_config(source, chosen)
-    vision = config.vision_config
-    layers = int(vision.num_hidden_layers)
-    if not isinstance(config.vision_feature_layer, int):
-        raise Infeasible(
-            f"model {ref}: its projector reads several vision layers ({config.vision_feature_layer}); allowed: one layer"
-        )
-    if vision.model_type not in PREFIX_TOKENS:
-        raise Infeasible(
-            f"model {ref}: nothing is known of vision towers of the type {vision.model_type}; allowed: {', '.join(PREFIX_TOKENS)}"
-        )
-    # stock code cuts one token with 'default', whatever it is
-    strategy = "default" if PREFIX_TOKENS[vision.model_type] else "full"
-    if config.vision_feature_select_strategy != strategy:
-        raise Infeasible(
-            f"model {ref}: vision_feature_select_strategy = {config.vision_feature_select_strategy!r} does not give the patches of a "
-            f"tower of the type {vision.model_type}; allowed: {strategy!r}"
-        )
+    kind = KINDS[architecture_of(ref, source)]
+    seen = kind.seen(ref, config, source)
     decoder = decoder_skeleton(config, ref)
     geometry = decoder_geometry(ref, decoder, type(decoder).__name__, windows=False)
-    grid = int(vision.image_size) // int(vision.patch_size)
-    vocabulary = (getattr(config, "isoflop", None) or {}).get("vocabulary")
+    vocabulary = (getattr(config, "isoflop", None) or {}).get("vocabulary") if kind.lessons else None
     return VlmInfo(
         ref=ref,
         family=FAMILY,
         version=version,
         n_params=sum(p.numel() for p in layers_of(decoder).parameters()),
-        hooks=HOOKS,
+        hooks=kind.hooks,
         offers=frozenset({f"vocabulary:{vocabulary}" if vocabulary else "tokenizer"}),
         geometry={
-            "grid": grid,
-            "visual_tokens": grid * grid,
-            "vision_width": int(vision.hidden_size),
-            "vision_layers": layers,
+            "grid": seen.grid,
+            "visual_tokens": seen.grid**2,
+            "vision_width": seen.width,
+            "vision_layers": seen.layers,
             **geometry,
             "image_token": int(config.image_token_id),
         },
         dense_bits=chosen.bits,
         tower=CheckpointTower(ref, version, options),
-        feature_layer=config.vision_feature_layer % (layers + 1),
+        feature_layer=seen.feature_layer,
         vocabulary=vocabulary,
         options=options,
         tokenizer=tokenizer_in(ref, source, chosen),
-        resizing=resizing_of(source),
+        resizing=seen.resizing,
+        views=seen.views,
+        newlines=seen.newlines,
+        image_tokens=seen.image_tokens,
     )
 
 
@@ -110,23 +105,26 @@ def load(info: ModelInfo, source: Path, options: Options, ctx: StageContext) -> 
     """The checkpoint on the worker's device in evaluation mode."""
     if not isinstance(info, VlmInfo):
         raise TypeError(f"{info.ref} was not described as a vision-language model")
-    module = _read(source, options).to(ctx.device).eval().requires_grad_(False)
-    return VlmModel(info, module, vision_of(module.model.vision_tower, source), tokenizer_of(info, ctx))
+    architecture = architecture_of(info.ref, source)
+    module = _read(source, architecture, options).to(ctx.device).eval().requires_grad_(False)
+    tokenizer = tokenizer_of(info, ctx)
+    side = KINDS[architecture].side(module, info, source, tokenizer)
+    return VlmModel(info, module, side.vision, tokenizer, side)
 
 
 def decoder_skeleton(config: Any, ref: str) -> Any:
-    """The decoder of a LLaVA config without memory for its weights."""
+    """The decoder of a vision-language config without memory for its weights."""
     from transformers import AutoModel
 
     return without_weights(ref, config.text_config, "decoder", lambda: AutoModel.from_config(config.text_config))
 
 
-def _read(source: Path, options: Options) -> Any:
-    from transformers import LlavaForConditionalGeneration
+def _read(source: Path, architecture: str, options: Options) -> Any:
+    import transformers
 
     require_safetensors(source)
     with no_progress_bars():
-        return LlavaForConditionalGeneration.from_pretrained(
+        return getattr(transformers, architecture).from_pretrained(
             source,
             local_files_only=True,
             use_safetensors=True,

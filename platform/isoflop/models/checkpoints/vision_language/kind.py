@@ -1,0 +1,129 @@
+"""What is known of a class of vision-language models: how its config is read, and its visual side."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from isoflop.core.errors import Infeasible
+from isoflop.core.hook import Hook
+from isoflop.models.checkpoints.preprocessor import read_preprocessor, resizing_of
+from isoflop.models.features import PREFIX_TOKENS, Vision, vision_of
+from isoflop.models.hooks.vision_blocks import VISION_BLOCKS
+from isoflop.models.resizing import SQUEEZED, Resizing
+from isoflop.models.visual_side import VisualSide
+from isoflop.models.vlm import HOOKS, VlmInfo
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a config says of the visual side.
+
+    Attributes:
+        grid: tokens per side of a view as they enter the projector.
+        width: of these tokens.
+        layers: of the tower.
+        feature_layer: the hidden state that feeds the projector, from 0 (the embedding).
+        views, newlines, image_tokens, resizing: see ``VlmInfo``.
+    """
+
+    grid: int
+    width: int
+    layers: int
+    feature_layer: int
+    views: int = 1
+    newlines: int = 0
+    image_tokens: int | None = None
+    resizing: Resizing = SQUEEZED
+
+
+class VisionLanguageKind(ABC):
+    """A class of vision-language models.
+
+    Attributes:
+        architecture: its name.
+        hooks: what its models offer.
+        lessons: images in [0, 1] of the built-in worlds can be shown to it, so that methods can be trained for it.
+    """
+
+    architecture: ClassVar[str]
+    hooks: ClassVar[frozenset[Hook[Any]]] = HOOKS
+    lessons: ClassVar[bool] = False
+
+    @abstractmethod
+    def seen(self, ref: str, config: Any, source: Path) -> Seen:
+        """What a config says. Raises Infeasible for one that cannot be followed."""
+
+    @abstractmethod
+    def side(self, module: Any, info: VlmInfo, source: Path, tokenizer: Callable[[], Any] | None) -> VisualSide:
+        """The visual side of a loaded model."""
+
+
+MERGED = HOOKS - {VISION_BLOCKS}
+"""Hooks of a class whose connector merges neighbouring patches, which must all be there."""
+
+
+def single_layer(ref: str, config: Any, layers: int) -> int:
+    """Number of the hidden state that feeds the projector. Raises Infeasible where it reads several."""
+    if not isinstance(config.vision_feature_layer, int):
+        raise Infeasible(
+            f"model {ref}: its projector reads several vision layers ({config.vision_feature_layer}); allowed: one layer"
+        )
+    found: int = config.vision_feature_layer % (layers + 1)
+    return found
+
+
+def check_tower(ref: str, config: Any) -> None:
+    """Raise Infeasible for a tower of an unknown type, and where the projector does not read the tower's patches."""
+    vision = config.vision_config
+    if vision.model_type not in PREFIX_TOKENS:
+        raise Infeasible(
+            f"model {ref}: nothing is known of vision towers of the type {vision.model_type}; allowed: {', '.join(PREFIX_TOKENS)}"
+        )
+    # stock code cuts one token with 'default', whatever it is
+    strategy = "default" if PREFIX_TOKENS[vision.model_type] else "full"
+    if config.vision_feature_select_strategy != strategy:
+        raise Infeasible(
+            f"model {ref}: vision_feature_select_strategy = {config.vision_feature_select_strategy!r} does not give the patches of a "
+            f"tower of the type {vision.model_type}; allowed: {strategy!r}"
+        )
+
+
+def check_processor(ref: str, source: Path, architecture: str) -> None:
+    """Raise Infeasible where a folder does not say how images are processed."""
+    if not read_preprocessor(source):
+        raise Infeasible(
+            f"model {ref}: {architecture} cuts images up as its processor says, and the folder holds no preprocessor_config.json; "
+            "allowed: a checkpoint saved with its processor"
+        )
+
+
+def image_processor(source: Path) -> Any:
+    """Transformers' own image processor of a checkpoint, on PIL and numpy: the same numbers wherever it runs."""
+    from transformers import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(source, local_files_only=True, backend="pil")
+
+
+class Llava(VisionLanguageKind):
+    """LLaVA-1.5: one square view, an MLP on each patch."""
+
+    architecture = "LlavaForConditionalGeneration"
+    lessons = True
+
+    def seen(self, ref: str, config: Any, source: Path) -> Seen:
+        """A CLIP or SigLIP tower."""
+        vision = config.vision_config
+        layers = int(vision.num_hidden_layers)
+        layer = single_layer(ref, config, layers)
+        check_tower(ref, config)
+        grid = int(vision.image_size) // int(vision.patch_size)
+        return Seen(grid, int(vision.hidden_size), layers, layer, resizing=resizing_of(source))
+
+    def side(self, module: Any, info: VlmInfo, source: Path, tokenizer: Callable[[], Any] | None) -> VisualSide:
+        """The plain one."""
+        vision: Vision = vision_of(module.model.vision_tower, source)
+        return VisualSide(module, vision, info.geometry["image_token"], info.resizing)

@@ -1,0 +1,112 @@
+"""Small random checkpoints of Hugging Face's classes of vision-language models, each with a tokenizer and an image processor.
+
+``SMALL`` maps the name of a class to what its checkpoint is made of; ``save_small`` writes one in ``save_pretrained`` form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isoflop.models.quiet import no_progress_bars
+
+SIDE, PATCH = 24, 4
+"""Pixels per side of a view and of a patch."""
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+SQUARE = {"height": SIDE, "width": SIDE}
+PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
+MARKS = (
+    "<pad>", "<s>", "</s>", "<image>", "<IMG_CONTEXT>", "<img>", "</img>", "<fake_token_around_image>", "<global-img>",
+    "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+    *(f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Small:
+    """What a small checkpoint is made of.
+
+    Attributes:
+        config: from the tokenizer.
+        processor: class of its image processor.
+        settings: of that.
+        image: what stands for an image in the class's own prompts.
+    """
+
+    config: Callable[[Any], Any]
+    processor: str
+    settings: dict[str, Any]
+    image: str = "<image>"
+
+
+def byte_tokenizer() -> Any:
+    """A fast tokenizer whose tokens are the bytes and ``MARKS``."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    found = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    found.add_tokens(list(MARKS), special_tokens=True)
+    return found
+
+
+def _text(kind: str, tokenizer: Any, **changes: Any) -> Any:
+    import transformers
+
+    return getattr(transformers, kind)(vocab_size=len(tokenizer), **{**TEXT, **changes})
+
+
+def _anyres(kind: str, tower: str, strategy: str, text: str, **changes: Any) -> Callable[[Any], Any]:
+    def make(tokenizer: Any) -> Any:
+        import transformers
+
+        return getattr(transformers, kind)(
+            text_config=_text(text, tokenizer), vision_config=getattr(transformers, tower)(**VISION, image_size=SIDE, patch_size=PATCH),
+            image_token_id=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-2 if strategy == "default" else -1,
+            vision_feature_select_strategy=strategy, image_grid_pinpoints=PINPOINTS, tie_word_embeddings=False, **changes,
+        )  # fmt: skip
+
+    return make
+
+
+SMALL: dict[str, Small] = {
+    "LlavaNextForConditionalGeneration": Small(
+        _anyres("LlavaNextConfig", "CLIPVisionConfig", "default", "MistralConfig"),
+        "LlavaNextImageProcessorPil",
+        {"size": {"shortest_edge": SIDE}, "crop_size": SQUARE, "image_grid_pinpoints": PINPOINTS},
+    ),
+    "LlavaOnevisionForConditionalGeneration": Small(
+        _anyres(
+            "LlavaOnevisionConfig", "SiglipVisionConfig", "full", "Qwen2Config", vision_aspect_ratio="anyres_max_2"
+        ),
+        "LlavaOnevisionImageProcessorPil",
+        {"size": SQUARE, "image_grid_pinpoints": PINPOINTS},
+    ),
+}
+
+
+def save_small(architecture: str, folder: Path) -> Any:
+    """Write the small checkpoint of a class, with weights large enough to attend unevenly; transformers' own module of it."""
+    import transformers
+
+    from isoflop.testing.architectures.walk import redrawn
+
+    small, tokenizer = SMALL[architecture], byte_tokenizer()
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), no_progress_bars():
+        torch.manual_seed(0)
+        module = redrawn(getattr(transformers, architecture)(small.config(tokenizer)))
+        module.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    getattr(transformers, small.processor)(**small.settings).save_pretrained(folder)
+    return module

@@ -1,0 +1,178 @@
+"""Hugging Face's classes of vision-language models: exact beside transformers' own modules, and methods act on each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from isoflop.core.errors import Infeasible
+from isoflop.core.folder_context import FolderContext
+from isoflop.methods.base import build
+from isoflop.models.checkpoints.vision_language.kinds import KINDS
+from isoflop.models.family import family_of
+from isoflop.models.vlm import VlmModel
+from isoflop.testing.architectures.vision_language import (
+    VISION_LANGUAGE_CHECKS,
+    VisionLanguageSubject,
+    stock_logits,
+    vision_language_subject,
+)
+from isoflop.testing.architectures.walk import EXACT, examined
+from isoflop.testing.small_vision_language import SMALL
+
+SIZES = [(24, 24), (40, 52), (52, 40), (20, 90), (90, 17), (200, 150)]
+"""Heights and widths of pictures: as large as a view, wide and tall, smaller than a view on one side, large."""
+REFUSED: dict[str, dict[str, str]] = {name: {"pixels": "does not offer pixels"} for name in SMALL}
+"""By class and check, what is not exact; everything else is."""
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> VisionLanguageSubject:
+    return vision_language_subject(request.param, tmp_path_factory.mktemp("small"))
+
+
+def test_every_class_has_a_small_checkpoint() -> None:
+    assert set(KINDS) == {*SMALL, "LlavaForConditionalGeneration"}
+
+
+def test_every_place_is_exact_or_refused(subject: VisionLanguageSubject) -> None:
+    found = examined(f"hf:{subject.folder}", VISION_LANGUAGE_CHECKS, lambda: subject)
+    refused = REFUSED[type(subject.stock).__name__]
+    for name, finding in found.items():
+        assert finding.verdict == ("refused" if name in refused else EXACT), (name, str(finding))
+        assert refused.get(name, "") in finding.why
+
+
+def test_pictures_of_all_sizes(subject: VisionLanguageSubject) -> None:
+    """Ids are those of transformers' processor, and logits those of its module."""
+    side, model = subject.model.side, subject.model
+    text = _processor(subject)
+    rng = torch.Generator().manual_seed(5)
+    for height, width in SIZES:
+        values = torch.randint(0, 256, (height, width, 3), generator=rng, dtype=torch.uint8).numpy()
+        picture = Image.fromarray(values)
+        layout = side.layout(height, width)
+        ids = side.ids(layout, side.tokens(layout))
+        assert ids.tolist() == model.tokenizer(text(picture), add_special_tokens=False)["input_ids"], (height, width)
+        shown = showing(subject, picture)
+        expected = stock_logits(subject.stock, shown.inputs(0, picture=ids))[:, -1]
+        torch.testing.assert_close(model.answer_logits(shown.batch([0], layout)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_greedy_answers_are_those_of_transformers(subject: VisionLanguageSubject) -> None:
+    model = subject.model
+    for row in range(2):
+        said = torch.stack(list(model.generated(model.prompt_of(subject.batch([row])), 5)), dim=1)
+        inputs = subject.inputs(row)
+        stock = subject.stock.generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=None)
+        assert said.tolist() == stock[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("method", ["avgpool", "random", "uniform-grid", "vtc-cls"])
+def test_visual_token_methods_leave_what_they_plan(subject: VisionLanguageSubject, method: str) -> None:
+    model, whole = subject.model, subject.model.info.tokens_of_image()
+    chosen = build(method, {"keep" if method == "vtc-cls" else "tokens": 4})
+    chosen.check(model.info)
+    side = int(model.vision.image_size)
+    picture = Image.new("RGB", (side, side), (200, 30, 90))
+    layout = model.side.layout(side, side)
+    assert model.side.tokens(layout) == whole
+    with chosen.apply(model, None):
+        batch = showing(subject, picture).batch([0], layout)
+        visual_BVd = model.project(model.compress(batch).tokens_BVD, layout)
+        one, prompt = model.answer_logits(batch), model.prompt_of(batch)
+        steps = model.stepwise(prompt, subject.answer_BS[:1])
+    planned = chosen.axes(model.info)
+    assert visual_BVd.shape[1] == planned.V == model.info.views * 4 + model.info.newlines
+    assert planned.ratio == pytest.approx(whole / planned.V)
+    assert int(prompt.layout().count) == planned.V
+    torch.testing.assert_close(steps[:, 0], one, atol=1e-4, rtol=1e-4)
+
+
+def test_a_compressed_image_is_the_same_at_once_and_in_steps(subject: VisionLanguageSubject) -> None:
+    """The cache of the image is compressed before the question is seen, however the question comes."""
+    model = subject.model
+    for method in (build("knorm", {"keep": 0.5}), build("fastv", {"drop": 0.5, "layer": 1})):
+        with method.apply(model, None):
+            prompt = model.prompt_of(subject.batch([0]))
+            once = model.run(prompt.followed_by(model.embed_text(subject.answer_BS[:1])))
+            steps = model.stepwise(prompt, subject.answer_BS[:1])
+        torch.testing.assert_close(steps[:, -1], once, atol=1e-4, rtol=1e-4)
+
+
+def test_places_among_views_are_refused(subject: VisionLanguageSubject) -> None:
+    model = subject.model
+    with build("random", {"tokens": 4, "keep_positions": "original"}).apply(model, None):
+        if not model.side.sized:
+            assert model.answer_logits(subject.batch([0])).isfinite().all()
+            return
+        with pytest.raises(Infeasible, match="allowed: places in a row"):
+            model.answer_logits(subject.batch([0]))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.1), ("float16", 0.02)])
+def test_sixteen_bits(subject: VisionLanguageSubject, dtype: str, tolerance: float, tmp_path: Path) -> None:
+    """As far from float32 as transformers' own module in the same type, or nearer."""
+    ref, family = f"hf:{subject.folder}", family_of("hf:")
+    model = family.load(family.info(ref, {"dtype": dtype}), None, FolderContext(tmp_path))
+    assert isinstance(model, VlmModel)
+    half = VisionLanguageSubject(subject.folder, model.module, model)
+    found = model.answer_logits(half.batch([0])).float()
+    stock = stock_logits(model.module, half.inputs(0))[:, -1].float()
+    exact = subject.alone[0][:1]
+    largest = exact.abs().max()
+    assert (found - stock).abs().max() <= tolerance * largest
+    assert (found - exact).abs().max() <= 2 * (stock - exact).abs().max() + tolerance * largest
+
+
+def test_a_folder_without_its_processor_is_refused(subject: VisionLanguageSubject, tmp_path: Path) -> None:
+    if not subject.model.side.sized:
+        return
+    subject.stock.config.save_pretrained(tmp_path)
+    with pytest.raises(Infeasible, match=r"holds no preprocessor_config.json; allowed: a checkpoint saved with its"):
+        family_of("hf:").info(f"hf:{tmp_path}", {})
+
+
+def showing(subject: VisionLanguageSubject, picture: Any) -> VisionLanguageSubject:
+    """The same model with another picture in its first prompt."""
+    shown = dataclasses.replace(subject)
+    vars(shown)["pictures"] = [picture]
+    return shown
+
+
+def _processor(subject: VisionLanguageSubject) -> Callable[[Any], str]:
+    """Text that transformers' processor of the class puts in place of a picture.
+
+    Processors that want torchvision for films are made without it.
+    """
+    small, name = SMALL[type(subject.stock).__name__], type(subject.stock).__name__
+    images = getattr(transformers, small.processor).from_pretrained(subject.folder)
+    kind = getattr(transformers, name.replace("ForConditionalGeneration", "Processor"))
+    made = kind.__new__(kind)
+    made.image_processor, made.tokenizer = images, subject.model.tokenizer
+    config = subject.stock.config
+    vars(made).update(
+        image_token=small.image, patch_size=config.vision_config.patch_size, num_image_tokens=36, num_additional_image_tokens=0,
+        vision_feature_select_strategy=getattr(config, "vision_feature_select_strategy", None),
+        vision_aspect_ratio=getattr(config, "vision_aspect_ratio", None),
+    )  # fmt: skip
+    if made.vision_feature_select_strategy == "default":
+        made.num_additional_image_tokens = 1
+
+    def text(picture: Any) -> str:
+        found: str = made.replace_image_token(images(images=[picture], return_tensors="pt"), 0)
+        return found
+
+    return text
