@@ -25,6 +25,7 @@ from isoflop.methods.weights.stacks import (
     absolute_value_block,
     block_bytes,
     decompose,
+    low_rank,
     plain_rank,
     sort_blocks,
 )
@@ -56,6 +57,22 @@ def test_residual_is_the_tail_of_the_absolute_values_spectrum(rank: int) -> None
         assert following.square().sum().item() == pytest.approx(tail.item(), rel=1e-9)
         assert following.square().sum() < residual.square().sum()
         residual = following
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(48, 80), (80, 48), (64, 64), (300, 40), (5, 90)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_factors_of_a_low_rank_are_those_of_the_whole_decomposition(rows: int, cols: int, dtype: torch.dtype) -> None:
+    """From the smaller Gram matrix, tall and wide, also where nothing is left of a matrix."""
+    weight = matrix(rows, cols).abs().to(dtype)
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    for rank in (1, min(rows, cols) // 4):
+        ours = low_rank(weight, rank)
+        assert [tuple(part.shape) for part in ours] == [(rows, rank), (rank, cols)]
+        best = left[:, :rank] @ torch.diag(values[:rank]) @ right[:rank]
+        assert torch.allclose(ours[0] @ ours[1], best, atol=1e-5 if dtype == torch.float32 else 1e-11)
+        assert torch.allclose(ours[0].norm(dim=0), ours[1].norm(dim=1), rtol=1e-5), "singular values are split evenly"
+        assert ours[0].dtype == dtype
+        assert all(bool((part == 0).all()) for part in low_rank(torch.zeros_like(weight), rank)[:1])
 
 
 def test_full_rank_is_exact_in_one_block() -> None:
