@@ -80,6 +80,7 @@ class Method:
             tables and reports then compare these (:mod:`isoflop.sweep.compression`).
         trains_model: takes part in training a model family that is trained here. A family that cannot train with one
             of its hooks occupied refuses it at plan (``ModelFamily.trainable``).
+        calibrates: ``prepare`` reads the model's calibration examples, so that a sweep's ``calibration`` is part of its jobs.
     """
 
     name: ClassVar[str] = ""
@@ -91,6 +92,7 @@ class Method:
     ratio_of: ClassVar[str] = ""
     ratio_bytes: ClassVar[tuple[str, str] | None] = None
     trains_model: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
 
     def knobs(self) -> dict[str, KnobValue]:
         """All knob values, defaults included."""

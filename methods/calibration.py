@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Method
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.family import family_of
+from isoflop.models.lm import LmInfo
+from isoflop.models.worlds.own_text import OwnText
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class OnModel(Stage):
         trained_with, prepared: methods that took part in the training, and their stages.
         examples: stages that the model's calibration examples come from.
         seed: of the job.
+        text: a user's own that it calibrates on, or None for the model's.
     """
 
     ref: str
@@ -37,6 +40,7 @@ class OnModel(Stage):
     prepared: tuple[Stage | None, ...]
     examples: tuple[Stage, ...]
     seed: int
+    text: OwnText | None = field(default=None, kw_only=True)
 
     @staticmethod
     def source(
@@ -54,7 +58,12 @@ class OnModel(Stage):
             "prepared": tuple(m.prepare(info, weights, seed, trained_with) for m in trained_with),
             "examples": family.calibration_stages(info, trained_with),
             "seed": seed,
+            "text": info.text if isinstance(info, LmInfo) and isinstance(info.text, OwnText) else None,
         }
+
+    def spec(self) -> dict[str, Any]:
+        """Without a text of one's own where there is none: such stages keep their keys."""
+        return {name: value for name, value in super().spec().items() if name != "text" or value is not None}
 
     def deps(self) -> tuple[Stage, ...]:
         """Weights, the stages of the methods, and the examples."""
@@ -66,6 +75,8 @@ class OnModel(Stage):
         """The loaded model with the methods it was trained with, to be measured; changed copies are the caller's."""
         family = family_of(self.ref)
         info = family.info(self.ref, dict(self.options))
+        if self.text is not None and isinstance(info, LmInfo):
+            info = replace(info, text=self.text)
         model = family.load(info, self.weights, ctx)
         with ExitStack() as stack:
             for method, stage in zip(self.trained_with, self.prepared, strict=True):

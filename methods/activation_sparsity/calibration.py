@@ -175,6 +175,8 @@ def _in_file(folder: Path, tensor: Tensor) -> Tensor:
 class ThresholdMethod(ActivationSparsityMethod):
     """Base class of methods whose thresholds are found on training text."""
 
+    calibrates: ClassVar[bool] = True
+
     n_calib: Annotated[
         int, Knob(low=1, high=100_000, log=True, unit="sequences", doc="training sequences to find thresholds on")
     ] = 16

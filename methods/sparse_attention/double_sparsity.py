@@ -46,6 +46,7 @@ class DoubleSparsity(SparseAttention):
     """
 
     paper: ClassVar[str] = "arXiv 2408.07092"
+    calibrates: ClassVar[bool] = True
 
     group_factor: Annotated[int, Knob(low=1, high=256, log=True, doc="key channels per label channel")] = 8
     label_bits: Annotated[

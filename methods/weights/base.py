@@ -155,6 +155,8 @@ class MatrixCodecMethod(WeightMethod):
 class CalibratedMethod(MatrixCodecMethod):
     """Base class of methods that encode each matrix by itself, knowing its inputs on training examples."""
 
+    calibrates: ClassVar[bool] = True
+
     n_calib: Annotated[int, Knob(low=1, high=100_000, log=True, unit="examples", doc="training examples to calibrate on")] = 128  # fmt: skip
 
     def prepare(

@@ -42,6 +42,7 @@ class BitStack(WeightMethod):
     """
 
     paper: ClassVar[str] = "arXiv 2410.23918"
+    calibrates: ClassVar[bool] = True
 
     bits: Annotated[float, Knob(low=1.0, high=16.0, ratio=True, unit="bits", doc="budget per weight of the compressed matrices, scales included")] = 4.0  # fmt: skip
     k: Annotated[int, Knob(choices=(1, 2, 4, 8, 16), doc="rank of a block")] = 2

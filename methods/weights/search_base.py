@@ -91,6 +91,7 @@ class SearchMethod(WeightMethod):
 
     version: ClassVar[str] = "3"
     paper: ClassVar[str] = "arXiv 2410.14649"
+    calibrates: ClassVar[bool] = True
 
     allocation: Annotated[str, Knob(choices=ALLOCATIONS, doc="how levels are given to units")] = EVOLUTION
     generations: Annotated[int, Knob(low=0, high=100_000, doc="of the search")] = 60

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from isoflop.core.errors import UserError
+from isoflop.core.rows import read
 from isoflop.tasks.data import programs
 from isoflop.tasks.data.human_eval import HumanEval, program
 from isoflop.tasks.data.programs import passes
-from isoflop.tasks.data.rows import read
 from isoflop.testing.task_probes import own, reader_of_text
 
 MARK = "isoflop_left_behind"

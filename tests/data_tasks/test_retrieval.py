@@ -45,7 +45,7 @@ def test_documents_are_ranked_by_the_likelihood_of_the_query(data: dict[str, str
         for n, number in enumerate(shard.ids.tolist()):
             found[number] = shard.errors[n], shard.metrics["mrr"][n]
     documents = [json.loads(line) for line in Path(data["corpus"]).read_text().splitlines()]
-    from isoflop.tasks.data.rows import read
+    from isoflop.core.rows import read
 
     queries = read(data["queries"])
     for number, row in zip(queries.ids_N.tolist(), queries.rows, strict=True):

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isoflop.core.errors import UserError
+from isoflop.core.rows import chosen, named, read
 from isoflop.tasks.base import task_of
-from isoflop.tasks.data.rows import chosen, named, read
 
 ROWS = [{"q": f"question {n}", "a": f"{n}"} for n in range(7)]
 

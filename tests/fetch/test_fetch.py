@@ -20,11 +20,11 @@ from PIL import Image
 from isoflop.core.errors import UserError
 from isoflop.core.hashing import file_hash
 from isoflop.core.public import local_path, public_root
+from isoflop.core.rows import read
 from isoflop.fetch import easy_vqa, human_eval, smollm2
 from isoflop.fetch.base import Say, Source, Unreachable
 from isoflop.fetch.wheels import Wheel, taken
 from isoflop.tasks.data.images import image_rows, opened
-from isoflop.tasks.data.rows import read
 
 
 @pytest.fixture(autouse=True)

@@ -110,7 +110,7 @@ def _submit(cluster: ClusterJobs, path: Path, spec: SweepSpec, options: dict[str
 
 
 def _relative_paths(folder: Path, spec: SweepSpec) -> list[str]:
-    """Data beside the YAML that its tasks name: options that are paths, of tasks that are known here; of others, what is there."""
+    """Data beside the YAML that its tasks and its calibration name: options that are paths, of tasks that are known here; of others, what is there."""
     found: list[str] = []
     for entry in spec.tasks:
         kind = entry.name.split(":")[0]
@@ -125,6 +125,9 @@ def _relative_paths(folder: Path, spec: SweepSpec) -> list[str]:
                 continue
             if option in paths if paths is not None else (folder / value).exists():
                 found.append(value)
+    calibration = spec.calibration.data if spec.calibration is not None else ""
+    if calibration and not urlparse(calibration).scheme and not Path(calibration).expanduser().is_absolute():
+        found.append(calibration)
     return found
 
 

@@ -272,14 +272,18 @@ def _plain_type(hint: Any, where: str) -> tuple[Any, bool]:
 
 def placed(cls: type, values: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
     """``values`` with the paths among them taken from ``folder``, or from where the process runs; what has a scheme (``hub:…``) stays as it is."""
-    base = Path.cwd() if folder is None else folder
     paths = path_knobs(cls)
     return {
-        name: str(base / Path(value).expanduser())
-        if name in paths and isinstance(value, str) and value and not _SCHEME.match(value)
-        else value
+        name: placed_path(value, folder) if name in paths and isinstance(value, str) else value
         for name, value in values.items()
     }
+
+
+def placed_path(value: str, folder: Path | None) -> str:
+    """One path of ``placed``."""
+    if not value or _SCHEME.match(value):
+        return value
+    return str((Path.cwd() if folder is None else folder) / Path(value).expanduser())
 
 
 def path_knobs(cls: type) -> frozenset[str]:

@@ -83,7 +83,7 @@ def data_beside(folder: Path, data: Iterable[str]) -> list[Path]:
 
 def _named_in(table: Path) -> Iterator[Path]:
     """Files, relative to a table, that its cells name (pictures)."""
-    from isoflop.tasks.data.rows import READERS, read, suffix_of
+    from isoflop.core.rows import READERS, read, suffix_of
 
     if suffix_of(table) not in READERS:
         return

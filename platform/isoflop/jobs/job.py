@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from isoflop.core.documents import documents
 from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import content_hash
 from isoflop.core.knobs import KnobValue, frozen
@@ -14,6 +15,7 @@ from isoflop.core.stage import Stage, walk
 from isoflop.methods.base import METHODS, Method, build
 from isoflop.models.base import ModelInfo
 from isoflop.models.family import ModelFamily, family_of
+from isoflop.models.lm import calibrated_on
 from isoflop.models.training.taught import one_per_hook
 from isoflop.tasks.base import TASKS, Task, task_of
 
@@ -45,6 +47,8 @@ class Job:
         repeat: 0-based.
         seed: trains and evaluates; the sweep's seed plus the repeat.
         versions: of model, methods and task, as resolved; part of the id.
+        calibration: text that its methods calibrate on where that is no model's own, see ``own_text``; empty where none does. The
+            id has its content, by the version of that name.
     """
 
     model: str
@@ -56,11 +60,12 @@ class Job:
     task_options: tuple[tuple[str, Any], ...] = ()
     versions: tuple[tuple[str, str], ...] = field(default=())
     task_paths: tuple[tuple[str, str], ...] = ()
+    calibration: tuple[tuple[str, Any], ...] = ()
 
     @cached_property
     def trial_id(self) -> str:
         """Hash of model, methods and knobs."""
-        return content_hash({"model": self._model_spec(), "methods": self._method_specs()})
+        return content_hash({"model": self._model_spec(), "methods": self._method_specs(), **self._calibration_spec()})
 
     @cached_property
     def id(self) -> str:
@@ -69,6 +74,7 @@ class Job:
             {
                 "model": self._model_spec(),
                 "methods": self._method_specs(),
+                **self._calibration_spec(),
                 "task": {"name": self.task, "options": dict(self.task_options), "version": self.version("task")},
                 "repeat": self.repeat,
                 "seed": self.seed,
@@ -102,6 +108,7 @@ class Job:
             "seed": self.seed,
             "versions": dict(self.versions),
             **({"task_paths": dict(self.task_paths)} if self.task_paths else {}),
+            **({"calibration": dict(self.calibration)} if self.calibration else {}),
         }
 
     @classmethod
@@ -117,10 +124,17 @@ class Job:
             task_options=tuple(sorted((k, frozen(v)) for k, v in data.get("task_options", {}).items())),
             versions=tuple(sorted(data.get("versions", {}).items())),
             task_paths=tuple(sorted(data.get("task_paths", {}).items())),
+            calibration=tuple(sorted(data.get("calibration", {}).items())),
         )
 
     def _model_spec(self) -> dict[str, Any]:
         return {"ref": self.model, "options": dict(self.model_options), "version": self.version("model")}
+
+    def _calibration_spec(self) -> dict[str, Any]:
+        if not self.calibration:
+            return {}
+        chosen = {name: value for name, value in self.calibration if name not in ("data", "split")}
+        return {"calibration": {**chosen, "content": self.version("calibration")}}
 
     def _method_specs(self) -> list[dict[str, Any]]:
         return [
@@ -150,6 +164,8 @@ class ResolvedJob:
         """
         family = family_of(job.model)
         info = family.info(job.model, dict(job.model_options))
+        if job.calibration:
+            info = calibrated_on(info, dict(job.calibration))
         methods = tuple(build(m.name, dict(m.knobs)) for m in job.methods)
         built = task_of(job.task, dict(job.task_options), dict(job.task_paths))
         built.check(info)
@@ -195,11 +211,18 @@ def _asked_for(method: Method, task: Task) -> None:
             )
 
 
-def versions_of(model: str, model_options: Mapping[str, Any], methods: tuple[str, ...], task: Task) -> dict[str, str]:
-    """Versions that enter a job's id; the task's with its outside data."""
+def versions_of(
+    model: str,
+    model_options: Mapping[str, Any],
+    methods: tuple[str, ...],
+    task: Task,
+    calibration: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
+    """Versions that enter a job's id; the task's with its outside data, and that of calibration text by its content."""
     content = task.content()
     return {
         "model": family_of(model).info(model, model_options).version,
         "task": f"{task.version}+{content}" if content else task.version,
         **{f"method:{name}": METHODS.get(name).version for name in methods},
+        **({"calibration": documents(calibration["data"], calibration["split"]).content} if calibration else {}),
     }

@@ -213,7 +213,8 @@ class VersionMismatch(RuntimeError):
 def _resolve(job: Job) -> ResolvedJob:
     """The job's objects, if they are here what they were where the job was made."""
     task = task_of(job.task, dict(job.task_options), dict(job.task_paths))
-    here = versions_of(job.model, dict(job.model_options), tuple(m.name for m in job.methods), task)
+    methods = tuple(m.name for m in job.methods)
+    here = versions_of(job.model, dict(job.model_options), methods, task, dict(job.calibration))
     for part, wanted in job.versions:
         found = here.get(part, "none")
         if found != wanted:

@@ -7,9 +7,9 @@ Shape suffixes: B batch, T tokens, S scored positions, W vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -25,6 +25,7 @@ from isoflop.models.heads import head_logits
 from isoflop.models.hooks.attention import ATTENTION, AttentionPolicy
 from isoflop.models.worlds.calibration import CalibrationText
 from isoflop.models.worlds.lm_text import TokenizerSource, TokensStage
+from isoflop.models.worlds.own_text import own_text
 from isoflop.models.worlds.text_pool import TrainingPool
 
 NOT_SCORED = -100
@@ -200,6 +201,17 @@ class LmModel(DecoderModel):
             targets_BT = torch.full_like(ids_BT, NOT_SCORED)
             targets_BT[:, :-1] = ids_BT[:, 1:]
             yield LmBatch(ids_BT, targets_BT).to(self.device)
+
+
+def calibrated_on(info: ModelInfo, choice: Mapping[str, Any]) -> LmInfo:
+    """A model whose calibration examples come from a user's own text; see ``own_text``.
+
+    Raises:
+        Infeasible: it is no language model, or reads no text.
+    """
+    if not isinstance(info, LmInfo):
+        raise Infeasible(f"calibration: model {info.ref} is no language model; allowed: language models that read text")
+    return replace(info, text=own_text(choice, info.tokenizer, info.geometry.get("positions"), info.ref))
 
 
 def tokenizer_of(info: Any, ctx: StageContext) -> Callable[[], Any] | None:

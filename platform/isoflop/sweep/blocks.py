@@ -85,6 +85,17 @@ class ContenderBlock(Block):
     x: dict[str, str] = Field(default_factory=dict, description="Variable of the law -> axis, e.g. {D: V}.")
 
 
+class CalibrationBlock(Block):
+    """Text that methods calibrate on instead of what a model was trained on."""
+
+    data: str = Field(description="Text files or rows: file, folder, hub:OWNER/NAME or public:NAME/FILE.")
+    split: str = Field("", description="Of a hub's data set; of a folder, how names of its files begin.")
+    field: str = Field("text", description="Field of a row that holds the text; not for text files.")
+    length: Whole | None = Field(
+        None, ge=2, le=10_000_000, description="Tokens of an example; default 512, or what the model can read."
+    )
+
+
 class SearchBlock(Block):
     """How trials are proposed."""
 
@@ -297,6 +308,11 @@ def _composition(value: Any) -> Any:
     return (_method(value),)
 
 
+def _calibration(value: Any) -> Any:
+    return {"data": value} if isinstance(value, str) else value
+
+
+Calibration_ = Annotated[CalibrationBlock, BeforeValidator(_calibration)]
 Model_ = Annotated[ModelEntry, BeforeValidator(lambda v: _named(v, "ref", "options"))]
 Composition = Annotated[tuple[MethodEntry, ...], BeforeValidator(_composition)]
 Task_ = Annotated[TaskEntry, BeforeValidator(lambda v: _named(v, "name", "options"))]

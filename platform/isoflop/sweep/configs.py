@@ -19,6 +19,7 @@ from isoflop.sweep.compression import Compression, compression
 LEVEL = 0.95
 MOST_VARIANTS = 16
 _MOST_LEVELS = 4  # a number with more values is something to draw along, not a variant
+_SPEC = ("methods", "model", "model_options", "task", "task_options", "calibration")
 _COLUMNS = (
     "job_id", "task", "model", "method", "family", "spec", "repeat", "N", "V", "Q", "ratio", "bits", "error", "error_se", "flops", "flops_llm",
     "flops_vision", "flops_method", "seconds", "weight_bytes", "kv_bytes", "footprint", "wall_seconds",
@@ -114,7 +115,7 @@ def read_configs(table: pa.Table) -> list[Config]:
         if row["error"] is None or not math.isfinite(row["error"]):
             continue
         spec = json.loads(row["spec"] or "{}")
-        spec = {k: spec.get(k) for k in ("methods", "model", "model_options", "task", "task_options")}
+        spec = {k: spec.get(k) for k in _SPEC}
         key = json.dumps([row["task"], row["model"], row["method"], spec], sort_keys=True)
         groups.setdefault(key, []).append(row)
         specs[key] = spec
@@ -144,6 +145,7 @@ def _settings(spec: Mapping[str, Any]) -> dict[str, Any]:
     prefix = len(parts) > 1
     found = {f"{p['name']}.{k}" if prefix else k: v for p in parts for k, v in p.get("knobs", {}).items()}
     found.update({f"model.{k}": v for k, v in (spec.get("model_options") or {}).items()})
+    found.update({f"calibration.{k}": v for k, v in (spec.get("calibration") or {}).items()})
     return {k: v if isinstance(v, (bool, int, float, str)) or v is None else json.dumps(v) for k, v in found.items()}
 
 

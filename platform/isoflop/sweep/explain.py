@@ -133,6 +133,7 @@ _BLOCKS: dict[str, type[blocks.Block]] = {
     "limits": blocks.Limits,
     "laws": blocks.LawBlock,
     "frontiers": blocks.FrontierBlock,
+    "calibration": blocks.CalibrationBlock,
     "knobs": blocks.KnobEntry,
     "models": blocks.ModelEntry,
     "methods": blocks.MethodEntry,

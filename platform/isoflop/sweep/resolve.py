@@ -9,12 +9,13 @@ from typing import Any
 
 from isoflop.core.errors import Infeasible, UserError, unknown
 from isoflop.core.hashing import content_hash
-from isoflop.core.knobs import LARGEST_COUNTED, KnobSpec, check_knobs, frozen, grid_value, placed
+from isoflop.core.knobs import LARGEST_COUNTED, KnobSpec, check_knobs, frozen, grid_value, placed, placed_path
 from isoflop.core.public import look_beside
 from isoflop.core.yaml_source import KeyPath, Source
 from isoflop.jobs import ResolvedJob
 from isoflop.methods.base import METHODS, method_knobs
 from isoflop.models.family import family_of
+from isoflop.models.lm import calibrated_on
 from isoflop.search import Branch, Config, Param, SearchSpace, Zip
 from isoflop.search.space import MAX_GRID, Exclusion, Value
 from isoflop.sweep import columns
@@ -50,7 +51,7 @@ def resolve(given: Any) -> Sweep:
     strategy = find_strategy(spec, source)
     space = SearchSpace(tuple(m.ref for m in spec.models), tuple(branches), zips, _excludes(spec, source, branches))
     _check_zips(spec, source, space, zipped)
-    sweep = Sweep(spec, source, strategy, space, tasks, methods)
+    sweep = Sweep(spec, source, strategy, space, tasks, methods, _calibration(spec, source))
     _check_grid(sweep)
     check_problem(sweep)
     return sweep
@@ -232,6 +233,24 @@ def _check_models(spec: SweepSpec, source: Source) -> None:
         same = seen.setdefault((entry.ref.partition("?")[0], info.version, info.options), entry.ref)
         if same != entry.ref:
             raise UserError(f"{where}: {entry.ref} is the same model as {same}, with the same options; keep one")
+
+
+def _calibration(spec: SweepSpec, source: Source) -> tuple[tuple[str, Any], ...]:
+    """The text that methods calibrate on, its place made absolute; every model can read it, and some method does."""
+    if spec.calibration is None:
+        return ()
+    where = source.where(("calibration",))
+    chosen = spec.calibration.model_dump(exclude_none=True)
+    chosen["data"] = placed_path(chosen["data"], source.folder)
+    calibrating = [name for name in METHODS.names() if METHODS.get(name).calibrates]
+    if not any(method.name in calibrating for composition in spec.methods for method in composition):
+        raise UserError(f"{where}: no method of the sweep calibrates; those that do: {', '.join(calibrating)}")
+    for entry in spec.models:
+        try:
+            calibrated_on(family_of(entry.ref).info(entry.ref, entry.options), chosen)
+        except UserError as error:
+            raise UserError(f"{where}: {str(error).removeprefix('calibration: ')}") from None
+    return tuple(sorted(chosen.items()))
 
 
 def _task_options(spec: SweepSpec, source: Source) -> dict[str, dict[str, Any]]:

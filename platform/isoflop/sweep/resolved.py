@@ -31,6 +31,7 @@ class Sweep:
     space: SearchSpace
     task_options: Mapping[str, dict[str, Any]]
     branch_methods: Mapping[str, tuple[str, ...]]
+    calibration: tuple[tuple[str, Any], ...] = ()
 
     @cached_property
     def tasks(self) -> dict[str, Task]:
@@ -71,15 +72,24 @@ class Sweep:
             task_options=self._task_parts[task][0],
             versions=tuple(sorted(self._versions(model, names, task).items())),
             task_paths=self._task_parts[task][1],
+            calibration=self._calibration_of(names),
         )
 
     def _versions(self, model: str, methods: tuple[str, ...], task: str) -> dict[str, str]:
         key = (model, methods, task)
         if key not in self._version_cache:
             self._version_cache[key] = versions_of(
-                model, dict(self._model_options[model]), methods, task_of(task, self.task_options[task])
+                model,
+                dict(self._model_options[model]),
+                methods,
+                task_of(task, self.task_options[task]),
+                dict(self._calibration_of(methods)),
             )
         return self._version_cache[key]
+
+    def _calibration_of(self, methods: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
+        """The sweep's own text, for jobs with a method that calibrates: what others compute does not depend on it."""
+        return self.calibration if any(METHODS.get(name).calibrates for name in methods) else ()
 
     @cached_property
     def _model_options(self) -> dict[str, tuple[tuple[str, Any], ...]]:

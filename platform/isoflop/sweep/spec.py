@@ -25,6 +25,7 @@ from isoflop.core.yaml_source import KeyPath, Source, load_yaml
 from isoflop.sweep.blocks import (
     Block,
     Budget,
+    Calibration_,
     Composition,
     FrontierBlock,
     LawBlock,
@@ -55,6 +56,9 @@ class SweepSpec(Block):
     models: tuple[Model_, ...] = Field(min_length=1)
     methods: tuple[Composition, ...] = Field(min_length=1)
     tasks: tuple[Task_, ...] = Field(min_length=1)
+    calibration: Calibration_ | None = Field(
+        None, description="Text that methods calibrate on; default: a model's training text, or what Python carries."
+    )
     repeats: Whole = Field(1, ge=1, le=10_000, description="Repeats with another seed each.")
     zip: tuple[dict[str, tuple[Any, ...]], ...] = Field(
         (), description="Blocks of parameters that move together, e.g. {model: [a, b], quecc.k: [1, 2]}."

@@ -116,11 +116,14 @@ def _run_name(row: Mapping[str, Any]) -> str:
 
 
 def _params(row: Mapping[str, Any]) -> dict[str, str]:
-    """What names the job, and its knobs; a knob that is called like one of the former is ``knobs.NAME``."""
+    """What names the job, its knobs, and the text that it calibrated on where a sweep chose that; a knob that is called like one of the former is ``knobs.NAME``."""
     own = {name: row[name] for name in _PARAMS}
     knobs = {f"knobs.{k}" if k in own else k: v for k, v in json.loads(row["knobs"] or "{}").items()}
     names = spelt_apart(knobs, own)
     params = own | {names[k]: v for k, v in knobs.items()}
+    calibration = json.loads(row.get("spec") or "{}").get("calibration")
+    if calibration:
+        params.setdefault("calibration", json.dumps(calibration, sort_keys=True))
     texts = {k: json.dumps(v) if isinstance(v, list) else str(v) for k, v in params.items() if v is not None}
     return {k: safe_text(text, _MAX_PARAM) for k, text in texts.items()}
 

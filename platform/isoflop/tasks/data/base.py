@@ -15,10 +15,10 @@ import numpy as np
 from isoflop.core.errors import UserError
 from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob
+from isoflop.core.rows import Row, Rows, chosen, read
 from isoflop.models.base import ModelInfo
 from isoflop.models.features import batches
 from isoflop.tasks.base import Task
-from isoflop.tasks.data.rows import Row, Rows, chosen, read
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ import numpy as np
 
 from isoflop.core.errors import UserError
 from isoflop.core.knobs import Knob
+from isoflop.core.rows import Row, Rows, chosen, read
 from isoflop.models.base import ModelInfo
 from isoflop.models.contexts import Contexts
 from isoflop.tasks.base import TASKS
 from isoflop.tasks.data.base import Example, bad_row
 from isoflop.tasks.data.language import Asked, LanguageDataTask, listed, score_tails
 from isoflop.tasks.data.prompts import PromptText, PromptTokenizer, Template, TokenPrompt
-from isoflop.tasks.data.rows import Row, Rows, chosen, read
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
+from isoflop.core.rows import Rows
 from isoflop.models.hooks.prompt_text import PROMPT_TEXT
 from isoflop.tasks.base import TASKS
 from isoflop.tasks.data.base import Example
@@ -14,7 +15,6 @@ from isoflop.tasks.data.greedy import GreedyTask
 from isoflop.tasks.data.language import Asked, check_listed, listed
 from isoflop.tasks.data.metrics import METRICS
 from isoflop.tasks.data.prompts import Template
-from isoflop.tasks.data.rows import Rows
 
 
 @TASKS.register("generate")

@@ -7,13 +7,13 @@ from typing import Annotated, ClassVar
 
 from isoflop.core.errors import UserError
 from isoflop.core.knobs import Knob
+from isoflop.core.rows import Rows
 from isoflop.models.base import ModelInfo
 from isoflop.tasks.base import TASKS
 from isoflop.tasks.data.greedy import GreedyTask
 from isoflop.tasks.data.language import Asked
 from isoflop.tasks.data.programs import passes
 from isoflop.tasks.data.prompts import Template, shown
-from isoflop.tasks.data.rows import Rows
 
 FIELDS = ("prompt", "test", "entry_point")
 STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert ")

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from isoflop.core.errors import nearest
 from isoflop.core.knobs import Knob
+from isoflop.core.rows import Rows
 from isoflop.core.stage import StageContext
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.features import batches
@@ -23,7 +24,6 @@ from isoflop.models.vit import VitBatch, VitInfo
 from isoflop.tasks.base import TASKS, Shard
 from isoflop.tasks.data.base import DataTask, Example, bad_row, shards
 from isoflop.tasks.data.images import image_rows, opened
-from isoflop.tasks.data.rows import Rows
 from isoflop.tasks.image_costs import costs_of_image
 from isoflop.tasks.labelled_images import vit_info, vit_model
 

@@ -11,7 +11,7 @@ from typing import Any
 from isoflop.core.errors import UserError
 from isoflop.core.hashing import file_hash
 from isoflop.core.public import local_path
-from isoflop.tasks.data.rows import HUB, Rows, named, read, suffix_of
+from isoflop.core.rows import HUB, Rows, named, read, suffix_of
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 

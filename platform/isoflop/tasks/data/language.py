@@ -17,6 +17,7 @@ import torch
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
+from isoflop.core.rows import Rows
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
 from isoflop.models.base import Model, ModelInfo
@@ -31,7 +32,6 @@ from isoflop.tasks.base import Shard, Task
 from isoflop.tasks.data.base import DataTask, Example, bad_row, shards
 from isoflop.tasks.data.costs import MEASURED, Priced, costs_of
 from isoflop.tasks.data.prompts import PromptText, PromptTokenizer, Template, TokenPrompt, shown
-from isoflop.tasks.data.rows import Rows
 from isoflop.tasks.language_task import lm_info, lm_model
 
 MOST_PADDING = 0.25

@@ -15,6 +15,7 @@ from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.hashing import derive_seed
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
+from isoflop.core.rows import Rows, named, read, text_files, text_of
 from isoflop.models.base import ModelInfo
 from isoflop.models.contexts import Contexts
 from isoflop.models.hooks.prompt_text import PROMPT_TEXT
@@ -24,7 +25,6 @@ from isoflop.tasks.data.base import Example
 from isoflop.tasks.data.language import Asked, ContextTask, listed
 from isoflop.tasks.data.needles import KINDS, QUESTIONS, Puzzle, check_kinds, hidden
 from isoflop.tasks.data.prompts import PromptText, PromptTokenizer, TokenPrompt
-from isoflop.tasks.data.rows import Rows, named, read, text_files, text_of
 from isoflop.tasks.language_task import lm_info
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n\s*\n")

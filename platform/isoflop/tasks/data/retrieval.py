@@ -13,6 +13,7 @@ import torch
 from isoflop.core.errors import UserError
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
+from isoflop.core.rows import Rows, read
 from isoflop.core.stage import StageContext
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.contexts import read_contexts, room_for
@@ -22,7 +23,6 @@ from isoflop.tasks.data.base import Example, bad_row, drawn, shards
 from isoflop.tasks.data.costs import MEASURED, Priced, costs_of
 from isoflop.tasks.data.language import batches_of, listed
 from isoflop.tasks.data.prompts import PromptText, PromptTokenizer, TokenPrompt, shown
-from isoflop.tasks.data.rows import Rows, read
 from isoflop.tasks.language_task import lm_info, lm_model
 
 ASKS = "\n\nA question that the text above answers:"

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from isoflop.core.documents import documents
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
-from isoflop.core.public import local_path
+from isoflop.core.rows import Rows, named
 from isoflop.methods.base import Method
 from isoflop.models.base import ModelInfo
 from isoflop.models.contexts import Contexts
@@ -23,7 +22,6 @@ from isoflop.tasks.base import TASKS
 from isoflop.tasks.data.base import DataTask, Example, drawn
 from isoflop.tasks.data.language import Asked, ContextTask
 from isoflop.tasks.data.prompts import PromptText, PromptTokenizer, TokenPrompt, shown
-from isoflop.tasks.data.rows import HUB, READERS, TEXT, Rows, data_files, named, read, suffix_of, text_files, text_of
 
 
 @TASKS.register("text")
@@ -53,10 +51,7 @@ class Text(ContextTask, DataTask):
     @property
     def rows(self) -> Rows:
         """Documents: whole text files under ``text``, or rows."""
-        if self.data.startswith(HUB) or _is_table(self.data, self.split):
-            return read(self.data, self.split)
-        files = text_files(self.data, self.split)
-        return _documents(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files), self.data)
+        return documents(self.data, self.split)
 
     def check_rows(self, rows: Rows) -> None:
         """The field is there."""
@@ -148,20 +143,3 @@ class Text(ContextTask, DataTask):
             stop = min(start + self.tokens, length)
             yield start, stop
             start = stop - given  # so that the next window's first scored token is the next of the document
-
-
-def _is_table(data: str, split: str) -> bool:
-    path = local_path(data, f"data {data}")
-    if not path.is_dir():
-        return suffix_of(path) in READERS
-    kinds = {suffix_of(file) in READERS for file in data_files(path, {**READERS, **dict.fromkeys(TEXT)}, split)}
-    if len(kinds) > 1:
-        raise UserError(
-            f"data {data}: the folder holds text files and tables; name one of them, or a folder of one kind"
-        )
-    return kinds == {True}
-
-
-@lru_cache(maxsize=8)  # by size and time of change
-def _documents(files: tuple[tuple[Path, int, int], ...], name: str) -> Rows:
-    return named([{"text": text_of(path)} for path, _, _ in files], name)

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 
 from isoflop.core.knobs import Knob
+from isoflop.core.rows import Rows
 from isoflop.core.stage import StageContext
 from isoflop.models.base import Model, ModelInfo
 from isoflop.tasks.base import TASKS, Shard
@@ -18,7 +19,6 @@ from isoflop.tasks.data.images import image_rows
 from isoflop.tasks.data.language import check_listed, listed
 from isoflop.tasks.data.metrics import METRICS
 from isoflop.tasks.data.prompts import shown
-from isoflop.tasks.data.rows import Rows
 
 
 @TASKS.register("vqa")

@@ -17,9 +17,9 @@ import numpy as np
 from isoflop.core.errors import Infeasible, UserError, nearest, unknown
 from isoflop.core.hashing import content_hash, file_hash
 from isoflop.core.knobs import Knob
+from isoflop.core.rows import example_number
 from isoflop.models.base import ModelInfo
 from isoflop.tasks.base import Shard, Task
-from isoflop.tasks.data.rows import example_number
 
 MOST_GENERATED = 256
 """Tokens of an answer where the harness' task names no other number; lm-eval's own default."""

@@ -1,0 +1,143 @@
+"""Calibration text of a user's own: documents in a model's tokens, and windows cut from them.
+
+Shape suffixes: N tokens, B batch, T tokens of a window.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isoflop.core.documents import documents
+from isoflop.core.errors import Infeasible, UserError, unknown
+from isoflop.core.hashing import derive_seed
+from isoflop.core.stage import Stage, StageContext
+from isoflop.models.worlds.calibration import CalibrationText
+from isoflop.models.worlds.english import TextSource
+from isoflop.models.worlds.lm_text import CALIBRATION_BATCH, TokenizerSource, Tokens, TokensStage
+
+LENGTH = 512
+"""Tokens of a window, where nothing else is said."""
+
+
+@dataclass(frozen=True)
+class OwnDocuments(TextSource):
+    """A user's documents, all of them in the split "train".
+
+    Args:
+        content: names the data; ``data`` and ``split``, where they lie, are no part of the stage's name.
+        field: of a row, that holds the text; not for text files.
+    """
+
+    kind: ClassVar[str] = "own-text"
+
+    content: str
+    field: str
+    data: str
+    split: str
+
+    def spec(self) -> dict[str, Any]:
+        """Without the place, which two hosts may have each its own of."""
+        return {name: value for name, value in super().spec().items() if name not in ("data", "split")}
+
+    def compute(self, ctx: StageContext, folder: Path) -> None:
+        """Copy the texts, so that what calibrates later sees what was named."""
+        rows = documents(self.data, self.split)
+        if rows.content != self.content:
+            raise RuntimeError(f"data {self.data} changed while the sweep ran; run it again")
+        texts = {
+            f"{number:017d}": str(row.get(self.field) or "") for number, row in zip(rows.ids_N, rows.rows, strict=True)
+        }
+        (folder / "documents.json").write_text(json.dumps({"train": texts}))
+
+    def load(self, ctx: StageContext, folder: Path) -> dict[str, dict[str, str]]:
+        """Texts by split and document."""
+        loaded: dict[str, dict[str, str]] = json.loads((folder / "documents.json").read_text())
+        return loaded
+
+
+@dataclass(frozen=True)
+class OwnText(CalibrationText):
+    """Windows of a user's documents, which follow one another with the tokenizer's end-of-text token in between.
+
+    Args:
+        tokens: the documents in the model's tokens.
+        length: tokens of a window; a text that has fewer is one window.
+    """
+
+    tokens: TokensStage
+    length: int
+
+    def as_field(self) -> dict[str, Any]:
+        """What names it in the key of a stage."""
+        return {"tokens": self.tokens.key, "length": self.length}
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The tokenised documents, and the tokenizer, which knows how a text ends."""
+        return (self.tokens, self.tokens.tokenizer)
+
+    def batches(self, ctx: StageContext, examples: int, seed: int) -> Iterator[Tensor]:
+        """Windows drawn without replacement while there are enough.
+
+        Raises:
+            UserError: the text has less than two tokens.
+        """
+        ids_N = _joined(ctx.get(self.tokens), ctx.get(self.tokens.tokenizer).eos_token_id)
+        length = min(self.length, len(ids_N))
+        if length < 2:
+            raise UserError("calibration: the data hold less than two tokens of text")
+        starts = np.arange(0, len(ids_N) - length + 1, length)
+        chosen = np.random.default_rng(derive_seed("calibration", seed)).choice(
+            starts, examples, replace=examples > len(starts)
+        )
+        for first in range(0, examples, CALIBRATION_BATCH):
+            rows = chosen[first : first + CALIBRATION_BATCH, None] + np.arange(length)
+            yield torch.from_numpy(ids_N[rows])
+
+
+def own_text(choice: Mapping[str, Any], tokenizer: TokenizerSource | None, positions: int | None, ref: str) -> OwnText:
+    """The windows that ``calibration:`` of a sweep asks for, in a model's tokens.
+
+    Args:
+        choice: ``data``, and perhaps ``split``, ``field`` and ``length``.
+        positions: tokens that a text of the model may have.
+        ref: the model's name, for messages.
+
+    Raises:
+        Infeasible: the model reads no text, or none as long.
+        UserError: nothing there, no such field, nothing but empty documents.
+    """
+    if tokenizer is None:
+        raise Infeasible(f"calibration: model {ref} has no tokenizer; allowed: language models that read text")
+    length = choice.get("length")
+    if length is None:
+        length = min(LENGTH, positions or LENGTH)
+    if positions is not None and length > positions:
+        raise Infeasible(
+            f"calibration: length = {length} is more than the {positions} tokens that a text of model {ref} may have"
+        )
+    data, split, field = choice["data"], choice.get("split", ""), choice.get("field", "text")
+    rows = documents(data, split)
+    if field not in rows.fields():
+        raise unknown(f"field of {rows.name}", field, rows.fields(), "calibration: field")
+    if not any(str(row.get(field) or "").strip() for row in rows.rows):
+        raise UserError(f"calibration: data {data}: every document is empty")
+    return OwnText(TokensStage(OwnDocuments(rows.content, field, data, split), tokenizer, "train"), length)
+
+
+def _joined(tokens: Tokens, end: int | None) -> np.ndarray:
+    """All documents that have tokens, one behind the other."""
+    parts: list[np.ndarray] = []
+    for start, stop in pairwise(tokens.starts.tolist()):
+        if stop > start:
+            parts += [np.array([end], dtype=np.int64)] if parts and end is not None else []
+            parts.append(tokens.ids_N[start:stop])
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)

@@ -1,0 +1,177 @@
+"""``calibration:`` of a sweep: what it changes, whose ids it enters, and what plan refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import isoflop
+from isoflop.core.errors import UserError
+from isoflop.core.stage import walk
+from isoflop.jobs.job import Job, ResolvedJob
+from isoflop.methods.base import METHODS
+from isoflop.methods.calibration import OnModel
+from isoflop.models.family import family_of
+from isoflop.models.worlds.lm_text import Tokens
+from isoflop.models.worlds.own_text import OwnText
+from isoflop.sweep.resolve import resolve
+
+TEXTS = ["The first line of a text.", "", "A second one, which goes on for a little longer.", "Third."]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama with a tokenizer, in ``save_pretrained`` form."""
+    from isoflop.testing.task_probes import reader_of_text
+
+    folder = tmp_path_factory.mktemp("calibrated") / "reader"
+    model, _ = reader_of_text()
+    model.module.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
+    (tmp_path / "b.txt").write_text("Words of another kind: 1 2 3, 4 5 6. " * 20)
+    (tmp_path / "test.txt").write_text("What is measured is another text again. " * 12)
+    return tmp_path
+
+
+class Held:
+    """A context whose stages are their values."""
+
+    @staticmethod
+    def tokens(tokens: Tokens, end: int | None) -> Any:
+        return SimpleNamespace(value=tokens, tokenizer=SimpleNamespace(value=SimpleNamespace(eos_token_id=end)))
+
+    def get(self, stage: Any) -> Any:
+        return stage.value
+
+
+KNOBS: dict[str, dict[str, Any]] = {"double-sparsity": {"group_factor": 2, "dense_layers": 0}}
+"""For a small model."""
+A = {"data": "a.jsonl", "field": "body", "length": 16}
+
+
+def written(folder: Path, checkpoint: Path | str, **more: object) -> Path:
+    sweep = {
+        "name": "own",
+        "models": [f"hf:{checkpoint}" if isinstance(checkpoint, Path) else checkpoint],
+        "methods": [
+            "none",
+            {"gptq": {"bits": 3, "group": 8, "n_calib": 6}},
+            {"wanda": {"sparsity": 0.5, "n_calib": 6}},
+        ],
+        "tasks": [{"text": {"data": "test.txt", "tokens": 64, "prefix": 0}}],
+        **more,
+    }
+    path = folder / "sweep.yaml"
+    path.write_text(json.dumps(sweep))
+    return path
+
+
+def jobs(path: Path) -> dict[str, Job]:
+    sweep = resolve(path)
+    return {job.methods[0].name: job for config in sweep.space.grid() for job in sweep.jobs_of(config)}
+
+
+def test_it_enters_the_ids_of_jobs_that_calibrate_and_of_no_others(folder: Path, checkpoint: Path) -> None:
+    plain, own = jobs(written(folder, checkpoint)), jobs(written(folder, checkpoint, calibration=A))
+    assert plain["none"] == own["none"]
+    assert {name for name in plain if plain[name].id != own[name].id} == {"gptq", "wanda"}
+    assert plain["gptq"].trial_id != own["gptq"].trial_id
+    assert Job.from_dict(json.loads(json.dumps(own["gptq"].to_dict()))) == own["gptq"]
+    other = [
+        jobs(written(folder, checkpoint, calibration={**A, **change}))["gptq"].id
+        for change in ({"length": 8}, {"data": "b.txt", "field": "text"})
+    ]
+    assert len({plain["gptq"].id, own["gptq"].id, *other}) == 4
+
+
+def test_places_and_orders_of_the_data_enter_neither_ids_nor_stages(
+    folder: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    first = jobs(written(folder, checkpoint, calibration=A))["gptq"]
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    lines = (folder / "a.jsonl").read_text().splitlines(keepends=True)
+    (elsewhere / "other.jsonl").write_text("".join(lines[::-1]))
+    (elsewhere / "test.txt").write_text((folder / "test.txt").read_text())
+    second = jobs(written(elsewhere, checkpoint, calibration={**A, "data": "other.jsonl"}))["gptq"]
+    assert first.id == second.id
+    keys = [[stage.key for stage in ResolvedJob.of(job).stages()] for job in (first, second)]
+    assert keys[0] == keys[1]
+
+
+def test_windows_go_through_all_documents_with_ends_in_between() -> None:
+    """Against plain slices of what is written out by hand."""
+    ids = np.arange(10, 33)
+    tokens = Tokens(ids, ids, np.array([0, 5, 5, 16, 23]))
+    text = OwnText(Held.tokens(tokens, end=2), 4)
+    whole = [*range(10, 15), 2, *range(15, 26), 2, *range(26, 33)]
+    rows = torch.cat(list(text.batches(Held(), 6, 0))).tolist()
+    assert sorted(rows) == [whole[start : start + 4] for start in range(0, 24, 4)]
+    short = OwnText(Held.tokens(tokens, end=None), 100)
+    assert torch.cat(list(short.batches(Held(), 3, 0))).tolist() == [ids.tolist()] * 3
+    with pytest.raises(UserError, match="less than two tokens"):
+        next(OwnText(Held.tokens(Tokens(ids[:1], ids[:1], np.array([0, 1])), end=2), 4).batches(Held(), 1, 0))
+
+
+def test_methods_calibrate_on_it(folder: Path, checkpoint: Path) -> None:
+    """Two texts give two results, and the same text the one of before; what does not calibrate runs once."""
+    options: dict = {
+        "executor": "local",
+        "tracking_uri": "none",
+        "cache_dir": folder / "cache",
+        "store": str(folder / "store"),
+    }
+    found = []
+    for chosen in ({"data": "b.txt", "length": 32}, A, {"data": "b.txt", "length": 32}):
+        rows = isoflop.run(written(folder, checkpoint, calibration=chosen), **options).results().to_pylist()
+        assert [row["status"] for row in rows] == ["ok"] * 3
+        found.append({row["method"]: row["error"] for row in rows})
+    assert found[0] == found[2]
+    assert found[0]["none"] == found[1]["none"]
+    assert all(found[0][name] != found[1][name] for name in ("gptq", "wanda"))
+
+
+def test_every_method_says_whether_it_calibrates(checkpoint: Path) -> None:
+    """A stage that asks for calibration examples belongs to a method that says so; else its jobs would not know the text."""
+    info = family_of("hf:").info(f"hf:{checkpoint}", {})
+    wrong, right = [], []
+    for name in METHODS.names():
+        cls = METHODS.get(name)
+        try:
+            stage = cls(**KNOBS.get(name, {})).prepare(info, None, 0)
+        except (UserError, TypeError):  # another kind of model, or a knob without a default
+            continue
+        asks = stage is not None and any(isinstance(one, OnModel) for one in walk((stage,)))
+        (right if asks and cls.calibrates else [] if not asks else wrong).append(name)
+    assert wrong == []
+    assert {"gptq", "wanda", "sparsegpt", "bitstack", "evopress", "double-sparsity", "sparsing-law"} <= set(right)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"calibration": {"data": "c.jsonl"}}, r"calibration: data .*c.jsonl: no file or folder 'c.jsonl'.*did you mean 'a.jsonl'"),
+        ({"calibration": "a.jsonl"}, r"calibration: field: unknown field of .*a.jsonl 'text'; allowed: body"),
+        ({"calibration": {"dat": "a.jsonl"}}, r"calibration.*dat.*did you mean 'data'"),
+        ({"calibration": {**A, "length": 1}}, r"calibration.length.*1"),
+        ({"calibration": {**A, "length": 100000}}, r"calibration: length = 100000 is more than the \d+ tokens that a text of model"),
+        ({"calibration": A, "methods": ["none", {"snapkv": {"keep": 0.5}}]}, r"calibration: no method of the sweep calibrates; those that do: .*gptq"),
+        ({"calibration": A, "models": ["tiny-lm/recall-d64"], "tasks": ["kv-recall"], "methods": ["gptq"]}, r"calibration: model tiny-lm/recall-d64 has no tokenizer"),
+    ],
+)  # fmt: skip
+def test_plan_refuses_in_one_line(folder: Path, checkpoint: Path, change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        resolve(written(folder, checkpoint, **change))
+    assert "\n" not in str(caught.value)
+    assert "sweep.yaml:" in str(caught.value)
