@@ -12,7 +12,7 @@ compression, M visual tokens of a picture, T all tokens of a picture (separators
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,17 +49,24 @@ class VisualSide:
     Args:
         module: the Hugging Face model.
         vision: its tower.
-        image_token: the id that stands where visual tokens do.
+        geometry: see ``VlmInfo``.
         resizing: how pictures of other sizes become the tower's.
+
+    Attributes:
+        image_token: the id that stands where visual tokens do.
+        patches: P.
     """
 
     sized = False
     """Whether a picture's size decides how many tokens it has."""
 
-    def __init__(self, module: nn.Module, vision: Vision, image_token: int, resizing: Resizing = SQUEEZED) -> None:
+    def __init__(
+        self, module: nn.Module, vision: Vision, geometry: Mapping[str, Any], resizing: Resizing = SQUEEZED
+    ) -> None:
         self.module: Any = module
         self.vision = vision
-        self.image_token = image_token
+        self.image_token: int = geometry["image_token"]
+        self.patches: int = geometry["visual_tokens"]
         self.resizing = resizing
 
     @property
@@ -85,13 +92,9 @@ class VisualSide:
         """What ``keys`` name of every view: features as they enter the projector, (B·N, P, D), attention (B·N, P)."""
         return self.vision.read(pixels, keys)
 
-    def patches(self, layout: Layout = PLAIN) -> int:
-        """P."""
-        return (self.vision.image_size // int(self.vision.tower.config.patch_size)) ** 2  # type: ignore[union-attr,arg-type]
-
     def tokens(self, layout: Layout = PLAIN) -> int:
         """M of a picture of which nothing is compressed."""
-        return self.patches(layout)
+        return self.patches
 
     def arranged(self, views_NVd: Tensor, layout: Layout = PLAIN) -> Tensor:
         """The visual tokens of each picture (B, M, d) of those of its views (B·N, V, d)."""
@@ -113,9 +116,14 @@ class ProcessedSide(VisualSide):
     sized = True
 
     def __init__(
-        self, module: nn.Module, vision: Vision, image_token: int, processor: Any, tokenizer: Callable[[], Any] | None
+        self,
+        module: nn.Module,
+        vision: Vision,
+        geometry: Mapping[str, Any],
+        processor: Any,
+        tokenizer: Callable[[], Any] | None,
     ) -> None:
-        super().__init__(module, vision, image_token)
+        super().__init__(module, vision, geometry)
         self.processor = processor
         self.tokenizer = tokenizer
 
@@ -123,6 +131,6 @@ class ProcessedSide(VisualSide):
         """The processor's values need no more preparation."""
         return self.vision.read_pixels(pixels, keys)
 
-    def processed(self, pictures: Sequence[Any]) -> Any:
+    def processed(self, pictures: Sequence[Any], **settings: Any) -> Any:
         """What transformers' processor makes of pictures."""
-        return self.processor(images=list(pictures), return_tensors="pt")
+        return self.processor(images=list(pictures), return_tensors="pt", **settings)

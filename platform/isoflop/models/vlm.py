@@ -163,7 +163,7 @@ class VlmModel(DecoderModel):
         super().__init__(tokenizer)
         self.info = info
         self.module: Any = module
-        self.side = side or VisualSide(module, vision, info.geometry["image_token"], info.resizing)
+        self.side = side or VisualSide(module, vision, info.geometry, info.resizing)
 
     @property
     def vision(self) -> Vision:

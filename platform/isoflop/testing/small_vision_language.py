@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,15 @@ class Small:
         config: from the tokenizer.
         processor: class of its image processor.
         settings: of that.
-        image: what stands for an image in the class's own prompts.
+        image: what stands for a visual token in the class's own prompts.
+        told: to the image processor by the class's processor.
     """
 
     config: Callable[[Any], Any]
     processor: str
     settings: dict[str, Any]
     image: str = "<image>"
+    told: dict[str, Any] = field(default_factory=dict)
 
 
 def byte_tokenizer() -> Any:
@@ -80,6 +82,29 @@ def _anyres(kind: str, tower: str, strategy: str, text: str, **changes: Any) -> 
     return make
 
 
+def _internvl(tokenizer: Any) -> Any:
+    from transformers import InternVLConfig, InternVLVisionConfig
+
+    return InternVLConfig(
+        text_config=_text("Qwen2Config", tokenizer), downsample_ratio=0.5,
+        vision_config=InternVLVisionConfig(**VISION, image_size=[SIDE, SIDE], patch_size=[PATCH, PATCH], use_qk_norm=True),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def _idefics(kind: str, tower: str) -> Callable[[Any], Any]:
+    def make(tokenizer: Any) -> Any:
+        import transformers
+
+        return getattr(transformers, kind)(
+            text_config=_text("LlamaConfig", tokenizer), vision_config=getattr(transformers, tower)(**VISION, image_size=SIDE, patch_size=PATCH),
+            image_token_id=tokenizer.convert_tokens_to_ids("<image>"), scale_factor=2, tie_word_embeddings=False, pad_token_id=None,
+        )  # fmt: skip
+
+    return make
+
+
+IDEFICS = {"size": {"longest_edge": 3 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
 SMALL: dict[str, Small] = {
     "LlavaNextForConditionalGeneration": Small(
         _anyres("LlavaNextConfig", "CLIPVisionConfig", "default", "MistralConfig"),
@@ -92,6 +117,19 @@ SMALL: dict[str, Small] = {
         ),
         "LlavaOnevisionImageProcessorPil",
         {"size": SQUARE, "image_grid_pinpoints": PINPOINTS},
+    ),
+    "InternVLForConditionalGeneration": Small(
+        _internvl,
+        "GotOcr2ImageProcessorPil",
+        {"size": SQUARE, "max_patches": 4},
+        "<IMG_CONTEXT>",
+        {"crop_to_patches": True},
+    ),
+    "Idefics3ForConditionalGeneration": Small(
+        _idefics("Idefics3Config", "Idefics3VisionConfig"), "Idefics3ImageProcessorPil", IDEFICS
+    ),
+    "SmolVLMForConditionalGeneration": Small(
+        _idefics("SmolVLMConfig", "SmolVLMVisionConfig"), "SmolVLMImageProcessorPil", IDEFICS
     ),
 }
 

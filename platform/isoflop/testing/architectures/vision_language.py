@@ -92,12 +92,13 @@ class VisionLanguageSubject:
         import transformers
 
         side = self.model.side
-        processor = getattr(transformers, SMALL[type(self.stock).__name__].processor).from_pretrained(self.folder)
+        small = SMALL[type(self.stock).__name__]
+        processor, settings = getattr(transformers, small.processor).from_pretrained(self.folder), small.told
         layout = side.layout(*SIZE)
         before, question = self.words[row]
         picture = side.ids(layout, side.tokens(layout)) if picture is None else picture
         ids_1T = torch.cat((before, picture, question, self.answer_BS[row, :answer]))[None]
-        pixels = processor(images=[self.pictures[row]], return_tensors="pt")
+        pixels = processor(images=[self.pictures[row]], return_tensors="pt", **settings)
         given = {name: value for name, value in pixels.items() if name not in _UNUSED}
         return {"input_ids": ids_1T, **given}
 

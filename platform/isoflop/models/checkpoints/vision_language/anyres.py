@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from isoflop.models.checkpoints.vision_language.kind import (
     Seen,
@@ -27,7 +27,7 @@ from isoflop.models.checkpoints.vision_language.kind import (
     image_processor,
     single_layer,
 )
-from isoflop.models.features import Vision, vision_of
+from isoflop.models.features import vision_of
 from isoflop.models.visual_side import PLAIN, Layout, ProcessedSide
 from isoflop.models.vlm import VlmInfo
 
@@ -35,11 +35,10 @@ from isoflop.models.vlm import VlmInfo
 class AnyResSide(ProcessedSide):
     """Packs the views of a picture as transformers does."""
 
-    def __init__(
-        self, module: nn.Module, vision: Vision, image_token: int, processor: Any, tokenizer: Callable[[], Any] | None
-    ) -> None:
-        super().__init__(module, vision, image_token, processor, tokenizer)
-        self.config = self.module.config
+    @property
+    def config(self) -> Any:
+        """The checkpoint's."""
+        return self.module.config
 
     def layout(self, height: int, width: int) -> Layout:
         """By the best of the config's resolutions."""
@@ -58,7 +57,7 @@ class AnyResSide(ProcessedSide):
         """The class's packing of whole rasters; views in a row and a newline of what is left of them."""
         views_BNVd = views_NVd.unflatten(0, (-1, layout.views))
         inner = self.module.model
-        if views_BNVd.shape[2] == self.patches():
+        if views_BNVd.shape[2] == self.patches:
             size = torch.tensor(layout.size)
             packed = self._packed(list(views_BNVd), [size] * len(views_BNVd), inner.image_newline)
             return torch.stack(list(packed))
@@ -110,7 +109,7 @@ class AnyRes(VisionLanguageKind):
     def side(self, module: Any, info: VlmInfo, source: Path, tokenizer: Callable[[], Any] | None) -> AnyResSide:
         """With the checkpoint's processor."""
         vision = vision_of(module.model.vision_tower, source)
-        return self.side_of(module, vision, info.geometry["image_token"], image_processor(source), tokenizer)
+        return self.side_of(module, vision, info.geometry, image_processor(source), tokenizer)
 
 
 class LlavaNext(AnyRes):

@@ -126,4 +126,4 @@ class Llava(VisionLanguageKind):
     def side(self, module: Any, info: VlmInfo, source: Path, tokenizer: Callable[[], Any] | None) -> VisualSide:
         """The plain one."""
         vision: Vision = vision_of(module.model.vision_tower, source)
-        return VisualSide(module, vision, info.geometry["image_token"], info.resizing)
+        return VisualSide(module, vision, info.geometry, info.resizing)

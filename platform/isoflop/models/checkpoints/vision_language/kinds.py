@@ -4,5 +4,7 @@ from __future__ import annotations
 
 from isoflop.models.checkpoints.vision_language.anyres import LlavaNext, LlavaOneVision
 from isoflop.models.checkpoints.vision_language.kind import Llava, VisionLanguageKind
+from isoflop.models.checkpoints.vision_language.merged import Idefics3, InternVl, SmolVlm
 
-KINDS: dict[str, VisionLanguageKind] = {kind.architecture: kind for kind in (Llava(), LlavaNext(), LlavaOneVision())}
+_ALL = (Llava(), LlavaNext(), LlavaOneVision(), InternVl(), Idefics3(), SmolVlm())
+KINDS: dict[str, VisionLanguageKind] = {kind.architecture: kind for kind in _ALL}
