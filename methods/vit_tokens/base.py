@@ -184,6 +184,10 @@ class InPlace(TokenReduction):
         """Log sizes, when the method wants proportional attention and tokens have merged."""
         return log_sizes(state) if self.method.proportional else None
 
+    def pooling_bias(self, state: TokenState) -> Tensor | None:
+        """As in the blocks."""
+        return log_sizes(state) if self.method.proportional else None
+
     def after_attention(self, state: TokenState, signals: Signals, block: int) -> TokenState:
         """Remove the block's share here, unless the method does so after the block."""
         return state if self.method.after_block else self._reduce(state, signals, block)

@@ -8,11 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from isoflop.core.errors import Infeasible
 from isoflop.methods.base import METHODS
 from isoflop.methods.selection import top_places
 from isoflop.methods.vit_tokens.base import VitTokenMethod
 from isoflop.methods.vit_tokens.tokens import keep
+from isoflop.models.base import ModelInfo
 from isoflop.models.hooks.vision_blocks import Signals, TokenState
+from isoflop.models.vit import VitInfo
 
 
 @METHODS.register("vit-cls-topk")
@@ -22,6 +25,15 @@ class VitClsTopK(VitTokenMethod):
 
     Only the row of CLS is computed, from the block's own queries and keys, so that the model keeps its fast attention.
     """
+
+    def check(self, info: ModelInfo) -> None:
+        """Refuse models without a class token."""
+        if isinstance(info, VitInfo) and not info.geometry["prefix"]:
+            raise Infeasible(
+                f"method {self.name} keeps what the class token attends to, and model {info.ref} has none; allowed: models with a "
+                "class token, or another method (tome, pitome, vit-random)"
+            )
+        super().check(info)
 
     def most(self, patches: int) -> int:
         """All but one patch."""

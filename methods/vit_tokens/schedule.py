@@ -1,8 +1,8 @@
 """How many tokens each block removes, what a forward pass with them costs, and the schedule that meets a budget.
 
 Costs are multiply-adds (MACs). A block with N_in tokens before and N_out after a reduction between attention and MLP
-costs 4 N_in C² + 2 N_in² C + 2 N_out C M for width C and MLP width M. Added are the patch embedding, the classifier and
-what a method spends on scoring. Norms, softmax, activations, sums and look-ups are left out, as
+costs 4 N_in C² + 2 N_in² C + 2 N_out C M for width C and MLP width M (3 N_out C M where the MLP is gated). Added are the patch
+embedding, what pools tokens, the classifier and what a method spends on scoring. Norms, softmax, activations, sums and look-ups are left out, as
 ``torch.utils.flop_counter`` does, against which a test holds these formulas.
 """
 
@@ -63,18 +63,20 @@ def model_macs(
     """
     width, patches, prefix = geometry["width"], geometry["patches"], geometry["prefix"]
     total = patches * geometry["patch_inputs"] * width + geometry["heads_out"] * width * geometry["classes"]
+    matrices = geometry.get("mlp_matrices", 2)
     for count in removed:
         left = patches if after_block else patches - count
-        total += block_macs(prefix + patches, prefix + left, width, geometry["mlp"])
+        total += block_macs(prefix + patches, prefix + left, width, geometry["mlp"], matrices)
         if count and scoring is not None:
             total += scoring(patches, count)
         patches -= count
-    return int(total)
+    fixed, per_token = geometry.get("pool_macs", (0, 0))
+    return int(total + fixed + per_token * (prefix + patches))
 
 
-def block_macs(tokens_in: int, tokens_out: int, width: int, mlp: int) -> int:
-    """MACs of one block whose attention sees ``tokens_in`` tokens and whose MLP sees ``tokens_out``."""
-    return 4 * tokens_in * width**2 + 2 * tokens_in**2 * width + 2 * tokens_out * width * mlp
+def block_macs(tokens_in: int, tokens_out: int, width: int, mlp: int, matrices: int = 2) -> int:
+    """MACs of one block whose attention sees ``tokens_in`` tokens and whose MLP, of so many matrices, sees ``tokens_out``."""
+    return 4 * tokens_in * width**2 + 2 * tokens_in**2 * width + matrices * tokens_out * width * mlp
 
 
 def within_budget(

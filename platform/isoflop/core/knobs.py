@@ -51,6 +51,7 @@ class Knob:
         ratio: this knob sets the compression ratio.
         path: names a file, a folder or a data set. Relative ones are taken from where the sweep's YAML lies; what stands there
             names a job, not the place.
+        newer: of a task: came when there were results already, so that job ids have it only where it is not at its default.
         unit: "tokens", "bits", …; empty when it has none.
         doc: one line for people.
     """
@@ -62,6 +63,7 @@ class Knob:
     choices: tuple[KnobValue, ...] | None = None
     ratio: bool = False
     path: bool = False
+    newer: bool = False
     unit: str = ""
     doc: str = ""
 

@@ -24,7 +24,9 @@ from isoflop.core.stage import StageContext
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.hooks.pixels import PIXELS
 from isoflop.models.hooks.vision_blocks import VISION_BLOCKS, TokenReduction
+from isoflop.models.hooks.vision_pooling import NO_POOLING, Pooling
 from isoflop.models.resizing import SQUEEZED, Resizing
+from isoflop.models.worlds.lm_text import TokenizerSource
 from isoflop.models.worlds.sprite_world import CHUNK, ImageSet
 
 LABELLED_IMAGES = "labelled-images"
@@ -44,9 +46,12 @@ class VitInfo(ModelInfo):
         options: the sweep's options for this model, checked, as (name, value) pairs.
         labels: what the model calls its classes, in order; empty where it does not say.
         resizing: how images of other sizes become the model's.
+        tokenizer: of a model without a head, which compares images with texts that name classes; None for the others.
 
-    ``geometry`` holds ``layers``, ``width``, ``heads``, ``mlp``, ``patches``, ``prefix`` (CLS and distillation tokens),
-    ``patch_inputs`` (numbers per patch), ``image_side``, ``channels``, ``classes``, ``heads_out`` (classifiers).
+    ``geometry`` holds ``layers``, ``width``, ``heads``, ``mlp``, ``patches``, ``prefix`` (class, distillation and register tokens),
+    ``patch_inputs`` (numbers per patch), ``image_side``, ``channels``, ``classes``, ``heads_out`` (classifiers as wide as the
+    model; a model that compares images with texts has none, and ``classes`` is the width of its projection); ``mlp_matrices`` where an MLP has other than two, and ``pool_macs`` where attention pools the tokens: multiply-adds for
+    an image, and for each token.
     """
 
     data: str | None
@@ -55,6 +60,12 @@ class VitInfo(ModelInfo):
     options: tuple[tuple[str, Any], ...] = ()
     labels: tuple[str, ...] = ()
     resizing: Resizing = SQUEEZED
+    tokenizer: TokenizerSource | None = None
+
+    @property
+    def names_classes(self) -> bool:
+        """Whether it has no head, and compares images with texts that name classes."""
+        return self.tokenizer is not None
 
 
 @dataclass(frozen=True)
@@ -73,18 +84,20 @@ class VitBatch:
 
 
 class VitModel(Model):
-    """A loaded classifier (``ViTForImageClassification``, ``DeiTForImageClassification`` …).
+    """A loaded classifier (``ViTForImageClassification``, ``Dinov2ForImageClassification`` …).
 
     Attributes:
         info: its description.
         module: the Hugging Face model, in evaluation mode.
+        pooling: what of it pools tokens behind the blocks.
     """
 
     info: VitInfo
 
-    def __init__(self, info: VitInfo, module: nn.Module) -> None:
+    def __init__(self, info: VitInfo, module: nn.Module, pooling: Pooling = NO_POOLING) -> None:
         self.info = info
         self.module: Any = module
+        self.pooling = pooling
 
     @property
     def vision_encoder(self) -> nn.Module:

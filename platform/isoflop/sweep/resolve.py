@@ -9,7 +9,16 @@ from typing import Any
 
 from isoflop.core.errors import Infeasible, UserError, unknown
 from isoflop.core.hashing import content_hash
-from isoflop.core.knobs import LARGEST_COUNTED, KnobSpec, check_knobs, frozen, grid_value, placed, placed_path
+from isoflop.core.knobs import (
+    LARGEST_COUNTED,
+    KnobSpec,
+    check_knobs,
+    frozen,
+    grid_value,
+    knob_specs,
+    placed,
+    placed_path,
+)
 from isoflop.core.public import look_beside
 from isoflop.core.yaml_source import KeyPath, Source
 from isoflop.jobs import ResolvedJob
@@ -262,7 +271,12 @@ def _task_options(spec: SweepSpec, source: Source) -> dict[str, dict[str, Any]]:
         label = entry.name.partition(":")[2]
         if cls.labelled and label:
             given.setdefault(cls.labelled, label)
-        out[entry.name] = dict(check_knobs(cls, given, f"task {entry.name}", where))
+        checked, specs = check_knobs(cls, given, f"task {entry.name}", where), knob_specs(cls)
+        out[entry.name] = {
+            name: value
+            for name, value in checked.items()
+            if not (specs[name].knob.newer and value == specs[name].default)
+        }
     return out
 
 

@@ -33,10 +33,14 @@ from isoflop.models.checkpoints.source import (
     locate,
     own_dtype,
     read_config,
+    version_with,
 )
+from isoflop.models.checkpoints.tokenizer import TOKENIZER_FILES, tokenizer_in
 from isoflop.models.checkpoints.vision_language import checkpoint as vision_language
+from isoflop.models.checkpoints.vision_towers import TOWERS
+from isoflop.models.checkpoints.vision_towers import handles as handles_image
 from isoflop.models.family import FAMILIES, ModelFamily, all_options, split_ref, without_defaults
-from isoflop.models.lm import LmInfo
+from isoflop.models.lm import LmInfo, tokenizer_of
 from isoflop.models.vit import VitInfo
 
 
@@ -59,18 +63,23 @@ class Kind:
 
 def _describe_vit(ref: str, options: tuple[tuple[str, Any], ...], source: Path, version: str) -> VitInfo:
     chosen = Options(**dict(options))
-    return vit_hf.describe(ref, read_config(source, chosen), FAMILY, version, options, source, chosen.bits)
+    config = read_config(source, chosen)
+    tower = TOWERS.get((config.architectures or ["unknown"])[0])
+    tokenizer = tokenizer_in(ref, source, chosen) if tower is not None and tower.names else None
+    if tokenizer is not None:
+        version = version_with(version, source, TOKENIZER_FILES)
+    return vit_hf.describe(ref, config, FAMILY, version, options, source, chosen.bits, tokenizer)
 
 
 def _load_vit(info: ModelInfo, source: Path, options: Options, ctx: StageContext) -> Model:
     if not isinstance(info, VitInfo):
         raise TypeError(f"{info.ref} was not described as a vision transformer")
-    return vit_hf.load(info, source, ctx.device, options.torch_dtype)
+    return vit_hf.load(info, source, ctx.device, options.torch_dtype, tokenizer_of(info, ctx))
 
 
 KINDS = (
     Kind(", ".join(vision_language.KINDS), vision_language.handles, vision_language.describe, vision_language.load),
-    Kind(", ".join(vit_hf.ARCHITECTURES), lambda name: name in vit_hf.ARCHITECTURES, _describe_vit, _load_vit),
+    Kind(", ".join(TOWERS), handles_image, _describe_vit, _load_vit),
     Kind("causal language models (…ForCausalLM)", hf_lm.handles, hf_lm.describe, hf_lm.load),
 )
 
@@ -90,7 +99,7 @@ class HuggingFace(ModelFamily):
         files = content_of(source, (checked["gguf"],), weights=False) if checked["gguf"] else content_of(source)
         if not checked["gguf"]:
             del checked["gguf"]  # stages of checkpoints that lie otherwise keep their keys
-        return _describe(ref, tuple(sorted(checked.items())), source, files)
+        return _describe(ref, tuple(sorted(checked.items())), source, files, _stamps(source))
 
     def canonical_options(self, ref: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of ``Options`` that differ from its defaults, without those that the reference names.
@@ -138,11 +147,20 @@ def _checked(ref: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], Path
 
 
 @lru_cache(maxsize=256)
-def _describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, content: Content) -> ModelInfo:
-    # The content is an argument, so that a folder whose files changed in this process is described anew.
+def _describe(
+    ref: str, options: tuple[tuple[str, Any], ...], source: Path, content: Content, stamps: tuple[Any, ...]
+) -> ModelInfo:
+    # The content is an argument, so that a folder whose files changed in this process is described anew; so are the stamps of the
+    # files that have a part in some kinds only.
     kind = _kind(ref, _architecture(ref, source, Options(**dict(options))))
     version = content_hash({"files": [list(pair) for pair in content], "dtype": dict(options)["dtype"]}, 16)
     return kind.describe(ref, options, source, version)
+
+
+def _stamps(source: Path) -> tuple[Any, ...]:
+    """Sizes and times of change of a folder's files that describe something, and of those in its subfolders."""
+    found = sorted([*source.glob("*.json"), *source.glob("*/*.json")])
+    return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found)
 
 
 def _architecture(ref: str, source: Path, options: Options) -> str:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 
 from isoflop.core.errors import UserError, nearest
-from isoflop.core.hashing import file_hash
+from isoflop.core.hashing import content_hash, file_hash
 from isoflop.core.knobs import Knob
 from isoflop.core.public import local_path, looked_at
 from isoflop.models.checkpoints.gguf import read_gguf_config
@@ -176,3 +176,11 @@ def content_of(source: Path, names: Collection[str] = CONFIG_FILES, weights: boo
         files.append(source / PROCESSOR_FILE)
     files += sorted(source.glob("*.safetensors")) if weights else []
     return tuple((f.name, file_hash(f)) for f in files)
+
+
+def version_with(version: str, source: Path, names: Collection[str]) -> str:
+    """A version that further files of a folder have a part in; the same where it holds none of them, or is a hub snapshot."""
+    found = content_of(source, names, weights=False)
+    if not found or found[0][0] == "commit":
+        return version
+    return content_hash({"version": version, "files": [list(pair) for pair in found]}, 16)

@@ -1,4 +1,4 @@
-"""Vision transformers for classification in ``save_pretrained`` form: description from the config, and loading.
+"""Image classifiers on vision transformers in ``save_pretrained`` form: description from the config, and loading.
 
 The family ``hf`` dispatches here by the architecture that a checkpoint's config names.
 """
@@ -6,31 +6,35 @@ The family ``hf`` dispatches here by the architecture that a checkpoint's config
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.hook import Hook
-from isoflop.models.checkpoints.preprocessor import read_preprocessor, resizing_of
+from isoflop.models.checkpoints.preprocessor import (
+    check_preprocessor,
+    normalisation_of,
+    read_preprocessor,
+    resizing_of,
+    side_of,
+)
+from isoflop.models.checkpoints.vision_towers import TOWERS, tower_of
 from isoflop.models.hooks.matrices import MATRICES, matrix_shapes
 from isoflop.models.hooks.pixels import PIXELS
 from isoflop.models.hooks.vision_blocks import VISION_BLOCKS, blocks_of
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.vit import LABELLED_IMAGES, VitInfo, VitModel
+from isoflop.models.worlds.lm_text import TokenizerSource
 from isoflop.models.worlds.sprite_world import DATA
+from isoflop.models.zero_shot import DualEncoder, ZeroShotModel
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-PREFIX = {
-    "ViTForImageClassification": 1,
-    "DeiTForImageClassification": 2,
-    "DeiTForImageClassificationWithTeacher": 2,
-}
-"""Tokens before the patches, for every architecture that can be loaded."""
-ARCHITECTURES = tuple(PREFIX)
 HOOKS: frozenset[Hook[Any]] = frozenset({PIXELS, VISION_BLOCKS, MATRICES})
 
 
@@ -42,32 +46,41 @@ def describe(
     options: tuple[tuple[str, Any], ...] = (),
     source: Path | None = None,
     dense_bits: int = 16,
+    tokenizer: TokenizerSource | None = None,
 ) -> VitInfo:
     """What is known of a checkpoint without loading weights.
 
     Args:
         config: of the checkpoint; a key ``isoflop: {images: digits}`` names the built-in images that it classifies.
         family, version, options: as in ``VitInfo``.
-        source: the checkpoint's folder; ``preprocessor_config.json`` in it gives the normalisation of pixels.
+        source: the checkpoint's folder; its processor says how images become the model's.
         dense_bits: see ``ModelInfo``.
+        tokenizer: of the checkpoint, where it has one.
 
     Raises:
-        Infeasible: an architecture other than ``ARCHITECTURES``, or images that are not square.
+        Infeasible: an architecture that is not taken (see ``vision_towers``), images or patches that are not square, a processor
+            that does something else with images, a text encoder without a tokenizer.
     """
     settings: Any = config
     architecture = (settings.architectures or ["unknown"])[0]
-    if architecture not in PREFIX:
-        raise Infeasible(
-            f"model {ref}: architecture {architecture} is no vision transformer for classification; allowed: {', '.join(ARCHITECTURES)}"
-        )
-    side, patch = settings.image_size, settings.patch_size
+    tower = tower_of(ref, architecture)
+    vision: Any = getattr(settings, "vision_config", settings)
+    stored = read_preprocessor(source)
+    check_preprocessor(ref, stored)
+    side, patch = vision.image_size, vision.patch_size
+    side = (side_of(stored) or side) if tower.interpolates else side
     if not isinstance(side, int) or not isinstance(patch, int):
         raise Infeasible(
             f"model {ref}: image_size = {side} with patch_size = {patch}; allowed: square images and patches"
         )
-    data = (getattr(settings, "isoflop", None) or {}).get("images")
+    if tower.names and tokenizer is None:
+        raise Infeasible(
+            f"model {ref}: {architecture} reads names of classes, and the checkpoint has no fast tokenizer (tokenizer.json)"
+        )
+    data = None if tower.names else (getattr(settings, "isoflop", None) or {}).get("images")
     module = skeleton(architecture, config)
-    mean, std = _normalisation(source, int(settings.num_channels))
+    half = (0.5,) * int(vision.num_channels)
+    mean, std = normalisation_of(stored, tower.mean or half, tower.std or half)
     return VitInfo(
         ref=ref,
         family=family,
@@ -76,27 +89,54 @@ def describe(
         hooks=HOOKS,
         offers=frozenset({LABELLED_IMAGES} if data in DATA else ()),
         geometry={
-            "layers": int(settings.num_hidden_layers),
-            "width": int(settings.hidden_size),
-            "heads": int(settings.num_attention_heads),
-            "mlp": int(settings.intermediate_size),
+            **_blocks_geometry(ref, module, vision),
             "patches": (side // patch) ** 2,
-            "prefix": PREFIX[architecture],
-            "patch_inputs": int(settings.num_channels) * patch**2,
+            "prefix": tower.tokens_before(vision),
+            "patch_inputs": int(vision.num_channels) * patch**2,
             "image_side": side,
-            "channels": int(settings.num_channels),
-            "classes": int(settings.num_labels),
+            "channels": int(vision.num_channels),
+            "classes": _outputs(module, settings),
             "matrices": matrix_shapes(module),
-            "heads_out": 2 if architecture.endswith("WithTeacher") else 1,
+            "heads_out": tower.heads_out if _outputs(module, settings) else 0,
         },
         dense_bits=dense_bits,
         data=data if data in DATA else None,
         pixel_mean=mean,
         pixel_std=std,
         options=options,
-        labels=_labels(settings),
-        resizing=resizing_of(source),
+        labels=() if tower.names else _labels(settings),
+        tokenizer=tokenizer if tower.names else None,
+        resizing=resizing_of(source) if stored.get("size") is not None else tower.resizing(side),
     )
+
+
+def _outputs(module: Any, settings: Any) -> int:
+    """Classes; the width of the projection where a model compares images with texts, 0 where there is none."""
+    if not isinstance(module, DualEncoder):
+        return int(settings.num_labels)
+    return 0 if module.visual_projection is None else int(module.visual_projection.out_features)
+
+
+def _blocks_geometry(ref: str, module: Any, vision: Any) -> dict[str, Any]:
+    """Sizes of the blocks, read off the modules, and what attention that pools behind them costs."""
+    blocks = blocks_of(module)
+    if len(blocks) != vision.num_hidden_layers:
+        raise Infeasible(
+            f"model {ref}: {type(module).__name__} has {len(blocks)} blocks of a known layout, and {vision.num_hidden_layers} layers"
+        )
+    width, mlp = int(vision.hidden_size), [part for part in blocks[0].mlp.modules() if isinstance(part, nn.Linear)]
+    found: dict[str, Any] = {
+        "layers": len(blocks),
+        "width": width,
+        "heads": int(vision.num_attention_heads),
+        "mlp": mlp[0].out_features,
+    }
+    if len(mlp) != 2:
+        found["mlp_matrices"] = len(mlp)
+    if any(isinstance(part, nn.MultiheadAttention) for part in module.modules()):
+        # the query and the output once, keys and values of every token, two products with them, and the MLP of one token
+        found["pool_macs"] = (2 * width**2 + len(mlp) * width * mlp[0].out_features, 2 * width**2 + 2 * width)
+    return found
 
 
 def read(source: Path, architecture: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -117,10 +157,25 @@ def read(source: Path, architecture: str, dtype: torch.dtype = torch.float32) ->
     return module.eval().requires_grad_(False)
 
 
-def load(info: VitInfo, source: Path, device: str, dtype: torch.dtype = torch.float32) -> VitModel:
-    """The checkpoint in ``source`` as a model on ``device``."""
+def load(
+    info: VitInfo,
+    source: Path,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: Callable[[], Any] | None = None,
+) -> VitModel:
+    """The checkpoint in ``source`` as a model on ``device``.
+
+    Args:
+        tokenizer: gives it, for a model that compares images with texts.
+    """
     architecture = json.loads((source / "config.json").read_text())["architectures"][0]
-    return VitModel(info, read(source, architecture, dtype).to(device))
+    module = read(source, architecture, dtype).to(device)
+    tower = TOWERS[architecture]
+    if tower.names and tokenizer is not None:
+        dual = DualEncoder(module).eval()
+        return ZeroShotModel(info, dual, tokenizer, tower.pooling(dual))
+    return VitModel(info, module, tower.pooling(module))
 
 
 def count_encoder(architecture: str, config: PretrainedConfig) -> int:
@@ -134,20 +189,15 @@ def count_blocks(module: Any) -> int:
 
 
 def skeleton(architecture: str, config: PretrainedConfig) -> Any:
-    """The classifier without memory for its weights."""
+    """The classifier without memory for its weights; of a model that compares images with texts its image's side."""
     import transformers
 
     with torch.device("meta"):
-        return getattr(transformers, architecture)(config)
+        module = getattr(transformers, architecture)(config)
+    return DualEncoder(module) if TOWERS[architecture].names else module
 
 
 def _labels(config: Any) -> tuple[str, ...]:
     names = {int(number): str(name) for number, name in (config.id2label or {}).items()}
     listed = tuple(names.get(number, "") for number in range(int(config.num_labels)))
     return () if all(name == f"LABEL_{number}" for number, name in enumerate(listed)) else listed
-
-
-def _normalisation(source: Path | None, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    stored = read_preprocessor(source)
-    half = (0.5,) * channels
-    return tuple(stored.get("image_mean", half)), tuple(stored.get("image_std", half))

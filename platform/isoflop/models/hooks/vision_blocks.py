@@ -1,9 +1,9 @@
 """The hook ``vision_blocks``: token reduction inside a vision transformer, the state that flows through the blocks, and the place where it changes.
 
-Hugging Face's pre-norm blocks (ViT, DeiT, CLIP and SigLIP towers) compute x + Attention(norm x), then x + MLP(norm x).
-:func:`reduced_blocks` repeats this residual order around the unmodified sub-modules, so that a reduction can act before
-the attention, between attention and MLP, and after the block. Weights and state dict stay as they are; nothing is left
-behind on exit.
+Hugging Face's pre-norm blocks (ViT, DeiT, DINOv2, CLIP and SigLIP towers) compute x + Attention(norm x), then x + MLP(norm x),
+either part perhaps scaled per channel. :func:`reduced_blocks` repeats this residual order around the unmodified sub-modules, so
+that a reduction can act before the attention, between attention and MLP, and after the block. Weights and state dict stay as they
+are; nothing is left behind on exit. Heads that pool tokens see their sizes (:mod:`isoflop.models.hooks.vision_pooling`).
 
 Shape suffixes: B batch, N tokens (prefix tokens such as CLS first), M tokens at the input of the first block, C width,
 H heads, D head width, Q prefix tokens.
@@ -11,6 +11,7 @@ H heads, D head width, Q prefix tokens.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,12 +22,14 @@ from torch import Tensor, nn
 
 from isoflop.core.hook import Hook
 from isoflop.models.hooks.occupant import Occupant
+from isoflop.models.hooks.vision_pooling import NO_POOLING, sized_pooling
 
 LAYOUTS = (
     ("attention", "layernorm_before", "layernorm_after"),
     ("self_attn", "layer_norm1", "layer_norm2"),
+    ("attention", "norm1", "norm2"),
 )
-"""Names of attention and the two norms in a block: ViT and DeiT; CLIP and SigLIP. The MLP is ``mlp`` in all."""
+"""Names of attention and the two norms in a block: ViT and DeiT; CLIP and SigLIP; DINOv2. The MLP is ``mlp`` in all."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,10 @@ class TokenReduction:
         """Acts on the block's output; the signals count tokens as the attention saw them."""
         return state
 
+    def pooling_bias(self, state: TokenState) -> Tensor | None:
+        """Added to the logits of attention that pools the tokens behind the last block, (B, 1, 1, N); None for none."""
+        return None
+
 
 @dataclass(eq=False)
 class BlockRun(Occupant):
@@ -164,6 +171,21 @@ class Block:
     norm_after: nn.Module
     mlp: nn.Module
 
+    def attended(self, y_BNC: Tensor) -> Tensor:
+        """What the attention gives, as it enters the residual sum."""
+        return self._added(y_BNC, "layer_scale1")
+
+    def computed(self, y_BNC: Tensor) -> Tensor:
+        """What the MLP gives, as it enters the residual sum."""
+        return self._added(y_BNC, "layer_scale2")
+
+    def _added(self, y_BNC: Tensor, scale: str) -> Tensor:
+        # DINOv2 scales channels; ViT and DeiT have dropout at the two residual sums, DINOv2 drops paths; CLIP has neither
+        for name in (scale, "dropout", "drop_path"):
+            part = getattr(self.module, name, None)
+            y_BNC = y_BNC if part is None else part(y_BNC)
+        return y_BNC
+
     @property
     def heads(self) -> int:
         """Attention heads."""
@@ -177,9 +199,14 @@ class Block:
 
 
 def blocks_of(encoder: nn.Module) -> tuple[Block, ...]:
-    """The transformer blocks of an encoder, in order; empty when it has none of a known layout."""
+    """The transformer blocks of an encoder, in order; empty when it has none of a known layout.
+
+    Blocks that are told where each token stands (rotary positions) are of none: tokens that merge stand nowhere.
+    """
     found = []
     for module in encoder.modules():
+        if "position_embeddings" in inspect.signature(type(module).forward).parameters:
+            continue
         children = dict(module.named_children())
         for attention, before, after in LAYOUTS:
             parts = [children.get(name) for name in (attention, before, after, "mlp")]
@@ -194,8 +221,17 @@ class VisionBlocksHook(Hook[BlockRun]):
     """The blocks of the model's vision encoder (``Model.vision_encoder``) run through the reduction."""
 
     def installed(self, model: Any, occupant: BlockRun) -> AbstractContextManager[None]:
-        """See ``reduced_blocks``."""
-        return reduced_blocks(blocks_of(model.vision_encoder), occupant)
+        """See ``reduced_blocks`` and ``sized_pooling``."""
+        return _installed(model, occupant)
+
+
+@contextmanager
+def _installed(model: Any, run: BlockRun) -> Iterator[None]:
+    with (
+        reduced_blocks(blocks_of(model.vision_encoder), run),
+        sized_pooling(getattr(model, "pooling", NO_POOLING), run),
+    ):
+        yield
 
 
 VISION_BLOCKS = VisionBlocksHook("vision_blocks", 5, "merges or drops tokens between the blocks of a vision encoder")
@@ -230,9 +266,6 @@ def _keeper(seen: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any, Ten
 
 
 def _forward(block: Block, number: int, run: BlockRun, seen: dict[str, Tensor]) -> Callable[..., Tensor]:
-    # ViT and DeiT have dropout at the two residual sums; CLIP has none.
-    dropout = getattr(block.module, "dropout", None) or nn.Identity()
-
     def forward(hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         reduction = run.reduction
         state = reduction.before_attention(run.enter(number, hidden_states), number)
@@ -242,9 +275,9 @@ def _forward(block: Block, number: int, run: BlockRun, seen: dict[str, Tensor]) 
         y_BNC, _ = block.attention(block.norm_before(state.x_BNC), attention_mask=bias, **kwargs)
         tokens = y_BNC.shape[1]
         signals = Signals(seen.pop("q_proj"), seen.pop("k_proj"), bias, block.heads, block.scaling)
-        state = reduction.after_attention(replace(state, x_BNC=state.x_BNC + dropout(y_BNC)), signals, number)
+        state = reduction.after_attention(replace(state, x_BNC=state.x_BNC + block.attended(y_BNC)), signals, number)
         run.counts.append((tokens, state.x_BNC.shape[1]))
-        state = replace(state, x_BNC=state.x_BNC + dropout(block.mlp(block.norm_after(state.x_BNC))))
+        state = replace(state, x_BNC=state.x_BNC + block.computed(block.mlp(block.norm_after(state.x_BNC))))
         run.state = reduction.after_block(state, signals, number)
         return run.state.x_BNC
 
