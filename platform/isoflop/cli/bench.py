@@ -10,6 +10,7 @@ _BENCHES = {
     "laws": ("isoflop.bench.laws", "laws"),
     "engine": ("isoflop.bench.engine", "engine"),
     "kernels": ("isoflop.bench.kernels", "kernels"),
+    "memory": ("isoflop.bench.memory", "memory"),
     "prefill": ("isoflop.bench.prefill", "prefill"),
     "search": ("isoflop.bench.search", "search"),
 }
