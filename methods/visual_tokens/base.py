@@ -45,6 +45,8 @@ class VisualTokenMethod(Method):
         commutes: the result does not change when the features are shifted and scaled per channel before instead of
             after; true for selections and averages.
         wants_raster: needs all P patches in their places, so that nothing may leave the image in the tower.
+        wants_square: needs views with a square grid, the same in every image.
+        wants_attention: reads the attention in the tower.
     """
 
     family: ClassVar[str] = "visual-tokens"
@@ -53,6 +55,8 @@ class VisualTokenMethod(Method):
     trains_model: ClassVar[bool] = True
     commutes: ClassVar[bool] = True
     wants_raster: ClassVar[bool] = True
+    wants_square: ClassVar[bool] = True
+    wants_attention: ClassVar[bool] = False
 
     @abstractmethod
     def tokens_left(self, grid: int) -> int:
@@ -99,7 +103,18 @@ class VisualTokenMethod(Method):
     def check(self, info: ModelInfo) -> None:
         """Refuse models without the hook, and knobs that the patch grid rules out."""
         super().check(info)
-        self.tokens_left(vlm_info(info).geometry["grid"])
+        vlm = vlm_info(info)
+        if not vlm.square and self.wants_attention:
+            raise Infeasible(
+                f"method {self.name} reads the attention in the vision tower, and that of {info.ref} keeps queries, keys and values in one "
+                "matrix; allowed: towers with matrices for each (CLIP, SigLIP, InternVL, Idefics3)"
+            )
+        if not vlm.square and self.wants_square:
+            raise Infeasible(
+                f"method {self.name} needs images with a square grid of patches, and {info.ref} takes every picture in its own shape; "
+                "allowed: methods that keep patches wherever they are (none, random)"
+            )
+        self.tokens_left(vlm.geometry["grid"])
 
     def check_beside(self, others: Sequence[Method], info: ModelInfo) -> None:
         """Refuse methods that act between the blocks of the tower, where patches merge or go, beside one that needs them all."""

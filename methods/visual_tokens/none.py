@@ -25,6 +25,7 @@ class NoCompression(VisualTokenMethod):
     """
 
     wants_raster: ClassVar[bool] = False
+    wants_square: ClassVar[bool] = False
 
     @classmethod
     def identity(cls, info: ModelInfo) -> NoCompression:

@@ -6,7 +6,7 @@ Shape suffixes: B batch, P patches, V visual tokens, D vision width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
@@ -27,6 +27,8 @@ class RandomTokens(PatchSelection):
     The subset depends on ``draw`` and on the example's number (which carries the job's seed), not on the rest of the
     batch or on torch's random state. While a tiny model is trained, a scene keeps its subset whenever it comes up.
     """
+
+    wants_square: ClassVar[bool] = False
 
     tokens: Annotated[
         int, Knob(low=1, high=4096, log=True, ratio=True, unit="tokens", doc="V, at most the number of patches")

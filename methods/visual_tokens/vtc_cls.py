@@ -47,6 +47,8 @@ class VtcCls(PatchSelection):
 
     paper: ClassVar[str] = "arXiv 2412.05819"
     trains_model: ClassVar[bool] = False
+    wants_square: ClassVar[bool] = False
+    wants_attention: ClassVar[bool] = True
 
     keep: Annotated[
         int, Knob(low=1, high=4096, log=True, ratio=True, unit="tokens", doc="V, at most the number of patches")

@@ -17,6 +17,7 @@ from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import build
 from isoflop.models.checkpoints.vision_language.kinds import KINDS
 from isoflop.models.family import family_of
+from isoflop.models.hooks.decoder_layers import DECODER_LAYERS
 from isoflop.models.vlm import VlmModel
 from isoflop.testing.architectures.vision_language import (
     VISION_LANGUAGE_CHECKS,
@@ -29,10 +30,10 @@ from isoflop.testing.small_vision_language import SMALL
 
 SIZES = [(24, 24), (40, 52), (52, 40), (20, 90), (90, 17), (200, 150)]
 """Heights and widths of pictures: as large as a view, wide and tall, smaller than a view on one side, large."""
-MERGING = {"InternVLForConditionalGeneration", "Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"}
+CROPPING = {"LlavaNextForConditionalGeneration", "LlavaOnevisionForConditionalGeneration"}
 NO_PIXELS = {"pixels": "does not offer pixels"}
 NO_BLOCKS = {**NO_PIXELS, "vision_blocks": "does not offer vision_blocks"}
-REFUSED: dict[str, dict[str, str]] = {name: NO_BLOCKS if name in MERGING else NO_PIXELS for name in SMALL}
+REFUSED: dict[str, dict[str, str]] = {name: NO_PIXELS if name in CROPPING else NO_BLOCKS for name in SMALL}
 """By class and check, what is not exact; everything else is."""
 
 
@@ -88,6 +89,10 @@ def test_visual_token_methods_leave_what_they_plan(subject: VisionLanguageSubjec
     model, whole = subject.model, subject.model.info.tokens_of_image()
     left = 1 if method == "avgpool" else 4
     chosen = build(method, {"keep" if method == "vtc-cls" else "tokens": left})
+    if not model.info.square and method != "random":
+        with pytest.raises(Infeasible, match=r"square grid of patches|attention in the vision tower"):
+            chosen.check(model.info)
+        return
     chosen.check(model.info)
     side = int(model.vision.image_size)
     picture = Image.new("RGB", (side, side), (200, 30, 90))
@@ -116,14 +121,58 @@ def test_a_compressed_image_is_the_same_at_once_and_in_steps(subject: VisionLang
         torch.testing.assert_close(steps[:, -1], once, atol=1e-4, rtol=1e-4)
 
 
+def test_what_is_added_between_layers_follows_the_tokens_that_are_left(subject: VisionLanguageSubject) -> None:
+    """By hand, layer by layer, without masks, hooks or a cache."""
+    model, decoder = subject.model, subject.model.decoder
+    prompt = model.prompt_of(subject.batch([0]))
+    with build("fastv", {"drop": 0.5, "layer": 1}).apply(model, None):
+        found = model.run(prompt)
+        dropping = model.occupant(DECODER_LAYERS)
+        assert dropping is not None
+        assert dropping.left_BK is not None
+        left = dropping.left_BK[0]
+    assert len(left) == prompt.length - int(prompt.of({"image"}).sum()) // 2
+    x, deep, positions = prompt.embeds_BLd, prompt.deep, prompt.position_ids
+    for number, layer in enumerate(decoder.layers):
+        if number == 1:
+            x, deep, positions = x[:, left], tuple(d[:, left] for d in deep), positions[..., left]
+        rotary = decoder.rotary_emb(x, positions)
+        x = layer(x, attention_mask=None, position_embeddings=rotary)
+        x = x + deep[number] if number < len(deep) else x
+    torch.testing.assert_close(found, model.head(decoder.norm(x)[:, -1]), atol=1e-4, rtol=1e-4)
+
+
 def test_places_among_views_are_refused(subject: VisionLanguageSubject) -> None:
     model = subject.model
     with build("random", {"tokens": 4, "keep_positions": "original"}).apply(model, None):
-        if not model.side.sized:
-            assert model.answer_logits(subject.batch([0])).isfinite().all()
+        if model.side.keeps_places:
             return
         with pytest.raises(Infeasible, match="allowed: places in a row"):
             model.answer_logits(subject.batch([0]))
+
+
+def test_kept_patches_stand_where_they_stood(subject: VisionLanguageSubject) -> None:
+    """By row and column, and the text behind them where it would stand; in a row they are counted like text."""
+    model = subject.model
+    if not model.side.keeps_places:
+        return
+    whole, batch = model.prompt_of(subject.batch([1])), subject.batch([1])
+    for places in ("original", "contiguous"):
+        method = build("random", {"tokens": 4, "keep_positions": places})
+        with method.apply(model, None):
+            left, kept_1V = model.prompt_of(batch), model.compress(batch).kept_BV
+        assert kept_1V is not None
+        positions = (left.position_ids[..., 0, :], whole.position_ids[..., 0, :])
+        if places == "contiguous":
+            assert positions[0].tolist() == list(range(left.length))
+            continue
+        image = whole.of({"image"})[0]
+        stays = torch.cat((image.nonzero()[:, 0][kept_1V[0]], (~image).nonzero()[:, 0])).sort().values
+        assert torch.equal(positions[0], positions[1][..., stays])
+        assert torch.equal(left.next_B, whole.next_B)
+        assert [deep.shape[1] for deep in left.deep] == [left.length] * len(whole.deep)
+        for some, every in zip(left.deep, whole.deep, strict=True):
+            torch.testing.assert_close(some, every[:, stays])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.1), ("float16", 0.02)])

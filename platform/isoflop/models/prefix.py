@@ -85,6 +85,8 @@ class SegmentedPrompt:
     Attributes:
         embeds_BLd: input embeddings, zero at padding.
         positions_BL: of RoPE.
+        axes_BL3: of RoPE by time, row and column, for decoders that are told them; None where ``positions_BL`` says all.
+        deep: added to the hidden states behind the decoder's first layers, (B, L, d) each.
         kinds_BL: number of each token's kind in ``KINDS``, -1 for padding.
         parts_BL: number of each token's segment in its row, -1 for padding.
         ids_B: example numbers.
@@ -99,6 +101,13 @@ class SegmentedPrompt:
     ids_B: Tensor
     next_B: Tensor
     labels_BL: Tensor | None = None
+    axes_BL3: Tensor | None = None
+    deep: tuple[Tensor, ...] = ()
+
+    @property
+    def position_ids(self) -> Tensor:
+        """As a decoder takes them, (B, L) or (3, B, L)."""
+        return self.positions_BL if self.axes_BL3 is None else self.axes_BL3.permute(2, 0, 1)
 
     @property
     def valid_BL(self) -> Tensor:
@@ -152,13 +161,20 @@ class SegmentedPrompt:
             for name in ("positions_BL", "kinds_BL", "parts_BL", "labels_BL")
             if getattr(self, name) is not None
         }
-        embeds_BLd = self.embeds_BLd.gather(1, order_BL[..., None].expand(self.embeds_BLd.shape))
-        return replace(self, embeds_BLd=embeds_BLd, **tensors), order_BL
+        wide = {n: x.gather(1, order_BL[..., None].expand(x.shape)) for n, x in self._wide.items()}
+        deep = tuple(x.gather(1, order_BL[..., None].expand(x.shape)) for x in self.deep)
+        return replace(self, **wide, **tensors, deep=deep), order_BL
 
     def columns(self, start: int, stop: int) -> SegmentedPrompt:
         """Some columns, without labels."""
-        cut = {n: getattr(self, n)[:, start:stop] for n in ("embeds_BLd", "positions_BL", "kinds_BL", "parts_BL")}
-        return replace(self, **cut, labels_BL=None)
+        cut = {n: getattr(self, n)[:, start:stop] for n in ("positions_BL", "kinds_BL", "parts_BL")}
+        wide = {n: x[:, start:stop] for n, x in self._wide.items()}
+        return replace(self, **cut, **wide, labels_BL=None, deep=tuple(x[:, start:stop] for x in self.deep))
+
+    @property
+    def _wide(self) -> dict[str, Tensor]:
+        found = {"embeds_BLd": self.embeds_BLd}
+        return found if self.axes_BL3 is None else {**found, "axes_BL3": self.axes_BL3}
 
     def followed_by(self, embeds_BSd: Tensor, kind: str = "answer") -> SegmentedPrompt:
         """The prompts, padding on the left, with one more segment behind them, as long in every row; without labels."""
@@ -166,13 +182,18 @@ class SegmentedPrompt:
         steps = torch.arange(embeds_BSd.shape[1], device=own.next_B.device)
         like_BS = torch.ones_like(own.next_B)[:, None].expand(-1, len(steps))
         last_B1 = own.parts_BL.amax(1, keepdim=True) + 1
+        places_BS, axes_BL3 = own.next_B[:, None] + steps, own.axes_BL3
+        if axes_BL3 is not None:
+            axes_BL3 = torch.cat((axes_BL3, places_BS[..., None].expand(-1, -1, axes_BL3.shape[2])), dim=1)
         return SegmentedPrompt(
             torch.cat((own.embeds_BLd, embeds_BSd), dim=1),
-            torch.cat((own.positions_BL, own.next_B[:, None] + steps), dim=1),
+            torch.cat((own.positions_BL, places_BS), dim=1),
             torch.cat((own.kinds_BL, KINDS.index(kind) * like_BS), dim=1),
             torch.cat((own.parts_BL, last_B1 * like_BS), dim=1),
             own.ids_B,
             own.next_B + len(steps),
+            axes_BL3=axes_BL3,
+            deep=tuple(torch.cat((x, torch.zeros_like(embeds_BSd)), dim=1) for x in own.deep),
         )
 
 

@@ -10,17 +10,18 @@ places, W vocabulary, d width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from isoflop.core.errors import Infeasible
 from isoflop.models.hooks.attention import ATTENTION, AttentionPolicy
-from isoflop.models.hooks.decoder_layers import DECODER_LAYERS
+from isoflop.models.hooks.decoder_layers import DECODER_LAYERS, rows_of
 from isoflop.models.prefix import SegmentedPrompt
 from isoflop.models.whole_cache import WholeCache
 
@@ -82,7 +83,9 @@ def _steps(
         place = 0
         while (ids_B := choose(logits_BW, place)) is not None:
             yield ids_B
-            hidden_B1d = _pass(model, model.embed_text(ids_B[:, None]), (own.next_B + place)[:, None], None)
+            hidden_B1d = decoded(
+                model, model.embed_text(ids_B[:, None]), (own.next_B + place)[:, None]
+            ).last_hidden_state
             logits_BW = model.head(hidden_B1d[:, -1])
             place += 1
 
@@ -115,7 +118,7 @@ def _prompt_states(model: VlmModel, prompt: SegmentedPrompt, policy: AttentionPo
         hidden_BLd = _in_passes(model, prompt, policy)
         return hidden_BLd, torch.ones_like(prompt.valid_BL)
     with _over_prompt(model, prompt, policy):
-        hidden_BKd = _pass(model, prompt.embeds_BLd, prompt.positions_BL, prompt.valid_BL)
+        hidden_BKd = decoded_prompt(model, prompt)
     dropping = model.occupant(DECODER_LAYERS)
     left_BK = None if dropping is None else dropping.left_BK
     if left_BK is None:
@@ -136,7 +139,7 @@ def _in_passes(model: VlmModel, prompt: SegmentedPrompt, policy: AttentionPolicy
     for start, stop in pairwise([*starts, length]):
         piece = prompt.columns(start, stop)
         with model.compressing_prefix(stop, prompt.ids_B) if start == 0 else ExitStack():
-            parts.append(_pass(model, piece.embeds_BLd, piece.positions_BL, piece.valid_BL))
+            parts.append(decoded_prompt(model, piece))
     return torch.cat(parts, dim=1)
 
 
@@ -154,12 +157,51 @@ def _over_prompt(model: VlmModel, prompt: SegmentedPrompt, policy: AttentionPoli
         yield
 
 
-def _pass(model: VlmModel, embeds_BTd: Tensor, positions_BT: Tensor, valid_BT: Tensor | None) -> Tensor:
-    # without a mask, Hugging Face takes a gap in the positions for the start of another sequence
-    mask_BT = torch.ones_like(positions_BT) if valid_BT is None else valid_BT.long()
-    return model.decoder(
-        inputs_embeds=embeds_BTd, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False
+def decoded_prompt(model: VlmModel, prompt: SegmentedPrompt) -> Tensor:
+    """Last hidden states of a prompt, or of a piece of one, (B, K, d)."""
+    found: Tensor = decoded(
+        model, prompt.embeds_BLd, prompt.position_ids, prompt.valid_BL.long(), prompt.deep
     ).last_hidden_state
+    return found
+
+
+def decoded(
+    model: VlmModel,
+    embeds_BTd: Tensor,
+    position_ids: Tensor | None,
+    mask_BT: Tensor | None = None,
+    deep: Sequence[Tensor] = (),
+    use_cache: bool = False,
+) -> Any:
+    """What a model's decoder makes of a prompt's embeddings, or of the next token's.
+
+    Args:
+        mask_BT: 1 for real tokens; None for all of them, told in so many words where there are positions: without a mask,
+            Hugging Face takes a gap in them for the start of another sequence.
+        deep: added behind the first layers, (B, T, d) each.
+    """
+    if mask_BT is None and position_ids is not None:
+        mask_BT = torch.ones(embeds_BTd.shape[:2], dtype=torch.long, device=embeds_BTd.device)
+    with _adding(model, deep):
+        return model.decoder(
+            inputs_embeds=embeds_BTd, attention_mask=mask_BT, position_ids=position_ids, use_cache=use_cache
+        )
+
+
+@contextmanager
+def _adding(model: VlmModel, deep: Sequence[Tensor]) -> Iterator[None]:
+    """Inside the block each of ``deep`` is added to what its layer gives, for the tokens that are left there."""
+    dropping = model.occupant(DECODER_LAYERS)
+
+    def add(number: int, layer: Any, args: Any, output: Any) -> Any:
+        kept_BK = None if dropping is None else dropping.kept_BK
+        added = deep[number] if kept_BK is None else rows_of(deep[number], kept_BK)
+        return output + added.to(output.dtype)
+
+    with ExitStack() as stack:
+        for number in range(len(deep)):
+            stack.callback(model.decoder_layers[number].register_forward_hook(partial(add, number)).remove)
+        yield
 
 
 def _back_in_place(hidden_BKd: Tensor, left_BK: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,10 @@ class VisualSide:
 
     sized = False
     """Whether a picture's size decides how many tokens it has."""
+    keeps_places = True
+    """Whether what is left of a picture may stand where it stood among all of its tokens."""
+    marks: ClassVar[tuple[str, str]] = "", ""
+    """Text around an image that the class's chat templates write; prompts without one get it, too."""
 
     def __init__(
         self, module: nn.Module, vision: Vision, geometry: Mapping[str, Any], resizing: Resizing = SQUEEZED
@@ -104,6 +108,20 @@ class VisualSide:
         """The ids (T,) that stand for a picture with M = ``count``: the image token at visual tokens, separators elsewhere."""
         return torch.full((count,), self.image_token)
 
+    def axes(self, layout: Layout, image_BL: Tensor, positions_BL: Tensor, places_BV: Tensor | None) -> Tensor | None:
+        """Positions (B, L, A) by axis where the decoder tells image tokens their row and column; None where it does not.
+
+        Args:
+            image_BL: True at visual tokens.
+            positions_BL: of all tokens in a row.
+            places_BV: places of the visual tokens among all of the picture; None for places in a row.
+        """
+        return None
+
+    def deep(self, hidden: Mapping[LayerKey, Tensor]) -> tuple[Tensor, ...]:
+        """What is added to the visual tokens behind the decoder's first layers, (B, P, d) each, of what ``read`` gave."""
+        return ()
+
 
 class ProcessedSide(VisualSide):
     """A visual side whose pictures go through transformers' own image processor.
@@ -114,6 +132,7 @@ class ProcessedSide(VisualSide):
     """
 
     sized = True
+    keeps_places = False
 
     def __init__(
         self,

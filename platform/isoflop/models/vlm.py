@@ -10,9 +10,10 @@ language width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from isoflop.models.prefix import (
     places_kept,
     replace_question,
 )
-from isoflop.models.prompt_runs import generated, run, states, stepwise
+from isoflop.models.prompt_runs import decoded, generated, run, states, stepwise
 from isoflop.models.resizing import SQUEEZED, Resizing
 from isoflop.models.visual_side import PLAIN, Layout, VisualSide
 from isoflop.models.worlds.digit_world import VOCABULARY
@@ -69,6 +70,8 @@ class VlmInfo(ModelInfo):
         views: N of an image as large as one view, which is what plans go by.
         newlines: visual tokens of a compressed image that are no patches.
         image_tokens: V of such an image of which nothing is compressed; None for ``visual_tokens``.
+        square: all views have the same square grid, and the tower's attention can be read; images in shapes of their own have
+            neither.
 
     ``geometry`` holds ``grid`` (patches per side of a view), ``visual_tokens`` (P), ``vision_width`` (D), ``vision_layers``,
     ``width``, ``layers``, ``heads``, ``kv_heads``, ``vocab_size``, ``image_token``.
@@ -84,6 +87,7 @@ class VlmInfo(ModelInfo):
     views: int = 1
     newlines: int = 0
     image_tokens: int | None = None
+    square: bool = True
 
     def tokens_of_image(self, left: int | None = None) -> int:
         """V of an image as large as one view, of every view of which ``left`` patches are left; None for all of them."""
@@ -130,6 +134,7 @@ class _Tokens:
     Attributes:
         ids_BL: token ids.
         mask_BL, positions_BL: None where they are plain.
+        axes_BL3: see ``SegmentedPrompt``.
         image_BL: True at visual tokens.
         picture_BL: the same, and at the separators between them.
     """
@@ -139,6 +144,7 @@ class _Tokens:
     positions_BL: Tensor | None
     image_BL: Tensor
     picture_BL: Tensor
+    axes_BL3: Tensor | None
 
 
 class VlmModel(DecoderModel):
@@ -213,13 +219,14 @@ class VlmModel(DecoderModel):
         """What enters the projector, of every view: the compressor's output, or every patch."""
         compression = self.occupant(VISUAL_TOKENS)
         if compression is None:
-            return CompressedTokens(batch.hidden[self.info.feature_layer].to(self.dtype))
+            deep = tuple(x.to(self.dtype) for x in self.side.deep(batch.hidden))
+            return CompressedTokens(batch.hidden[self.info.feature_layer].to(self.dtype), deep=deep)
         wanted = {key: batch.hidden[key] for key in compression.layers}  # a batch may hold more
         question_BQ, mask_BQ, views = batch.question_BQ, batch.question_mask_BQ, batch.layout.views
         view = VisualInput(
             x_BPD=batch.hidden[self.info.feature_layer].to(self.dtype),
             hidden={key: h if isinstance(key, str) else h.to(self.dtype) for key, h in wanted.items()},
-            grid=self.info.geometry["grid"],
+            grid=self.info.geometry["grid"] if self.info.square else math.isqrt(self.side.tokens(batch.layout)),
             question_BQ=None if question_BQ is None else question_BQ.repeat_interleave(views, 0),
             question_mask_BQ=None if mask_BQ is None else mask_BQ.repeat_interleave(views, 0),
             ids_B=_per_view(batch.ids_B, views),
@@ -227,12 +234,25 @@ class VlmModel(DecoderModel):
             embed_text=self.embed_text,
         )
         found = compression(view)
-        if self.side.sized and (found.places_BV is not None or found.question_BQd is not None):
+        if not self.side.keeps_places and (found.places_BV is not None or found.question_BQd is not None):
             raise Infeasible(
                 f"model {self.info.ref}: {type(self.module).__name__} puts the views of an image together in a way of its own, which leaves "
                 "no places for what is kept of them, and no question to one of them; allowed: places in a row"
             )
-        return found
+        return replace(found, deep=self._deep(batch, found))
+
+    def _deep(self, batch: VlmBatch, found: CompressedTokens) -> tuple[Tensor, ...]:
+        """What is added to the compressed tokens behind the decoder's first layers."""
+        deep = tuple(x.to(self.dtype) for x in self.side.deep(batch.hidden))
+        if not deep or found.tokens_BVD.shape[1] == deep[0].shape[1]:
+            return deep
+        kept_BV = found.kept_BV
+        if kept_BV is None:
+            raise Infeasible(
+                f"model {self.info.ref}: {type(self.module).__name__} adds to visual tokens between its layers, and nothing is known of "
+                "what to add to mixtures of them; allowed: methods that keep some as they are"
+            )
+        return tuple(x.gather(1, kept_BV[..., None].expand(-1, -1, x.shape[2])) for x in deep)
 
     def project(self, tokens_BVD: Tensor, layout: Layout = PLAIN) -> Tensor:
         """The visual tokens of every image in the language model's width, (B, V, d), of those of its views."""
@@ -247,10 +267,11 @@ class VlmModel(DecoderModel):
         places_BV: Tensor | None = None,
         use_cache: bool = False,
         question_BQd: Tensor | None = None,
+        deep: tuple[Tensor, ...] = (),
     ) -> Any:
         """The language model on the whole prompt; Hugging Face's output with logits (B, 1, vocabulary).
 
-        ``places_BV`` and ``question_BQd``: see ``CompressedTokens``.
+        ``places_BV``, ``question_BQd`` and ``deep``: see ``CompressedTokens``.
 
         A method on the KV cache compresses everything up to the last visual token, before the question is seen: the
         image is encoded once and asked many questions.
@@ -261,15 +282,15 @@ class VlmModel(DecoderModel):
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
         tokens = self._laid_out(visual_BVd, batch, places_BV)
+        prompt = self._segmented(tokens, visual_BVd, batch, question_BQd, deep)
         policy, dropping = self.occupant(ATTENTION), self.occupant(DECODER_LAYERS)
         if policy is not None and policy.spans_layers:
             if use_cache:
                 raise Infeasible(
                     f"model {self.info.ref}: a cache that spans layers is not Hugging Face's; stepwise() works"
                 )
-            hidden_BLd, _ = states(self, self._segmented(tokens, visual_BVd, batch, question_BQd))
+            hidden_BLd, _ = states(self, prompt)
             return CausalLMOutputWithPast(logits=self.head(hidden_BLd[:, -1:]))
-        embeds_BLd = self._embedded(tokens, visual_BVd, batch, question_BQd)
         prefix = 0 if policy is None else media_end(tokens.image_BL)
         with ExitStack() as stack:
             stack.enter_context(self.compressing_prefix(prefix, batch.ids_B))
@@ -277,12 +298,9 @@ class VlmModel(DecoderModel):
                 mask_BL = tokens.mask_BL
                 layout = PromptLayout(tokens.image_BL, batch.ids_B, None if mask_BL is None else mask_BL.bool())
                 stack.enter_context(dropping.prompt(layout))
-            output = self.decoder(
-                inputs_embeds=embeds_BLd,
-                attention_mask=tokens.mask_BL,
-                position_ids=tokens.positions_BL,
-                use_cache=use_cache,
-            )
+            plain = tokens.positions_BL is None and tokens.axes_BL3 is None
+            positions = None if plain else prompt.position_ids
+            output = decoded(self, prompt.embeds_BLd, positions, tokens.mask_BL, prompt.deep, use_cache)
         left_BK = None if dropping is None else dropping.left_BK
         if use_cache and left_BK is not None and bool((left_BK < 0).any()):
             raise Infeasible(
@@ -297,9 +315,8 @@ class VlmModel(DecoderModel):
         """The prompts of a batch as segments, their images compressed by whatever is applied."""
         found = self.compress(batch)
         visual_BVd = self.project(found.tokens_BVD, batch.layout)
-        return self._segmented(
-            self._laid_out(visual_BVd, batch, found.places_BV), visual_BVd, batch, found.question_BQd
-        )
+        tokens = self._laid_out(visual_BVd, batch, found.places_BV)
+        return self._segmented(tokens, visual_BVd, batch, found.question_BQd, found.deep)
 
     def run(self, prompt: SegmentedPrompt, asked_BL: Tensor | None = None) -> Tensor:
         """Logits behind every row, or behind asked tokens; see ``isoflop.models.prompt_runs``."""
@@ -323,11 +340,14 @@ class VlmModel(DecoderModel):
         ids_BL, mask_BL, picture_BL = expand_placeholders(batch.prompt_BT, batch.prompt_mask_BT, image, ids_M)
         positions_BL = None if mask_BL is None else (mask_BL.cumsum(-1) - 1).clamp(min=0)
         image_BL = ids_BL == image
-        if places_BV is not None:
+        row_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand(ids_BL.shape)
+        in_row_BL = row_BL if positions_BL is None else positions_BL
+        axes_BL3 = self.side.axes(batch.layout, image_BL, in_row_BL, places_BV)
+        if places_BV is not None and axes_BL3 is None:
             positions_BL = places_kept(positions_BL, image_BL, places_BV, self.info.geometry["visual_tokens"])
             # without a mask, Hugging Face takes a gap in the positions for the start of another sequence
             mask_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
-        return _Tokens(ids_BL, mask_BL, positions_BL, image_BL, picture_BL)
+        return _Tokens(ids_BL, mask_BL, positions_BL, image_BL, picture_BL, axes_BL3)
 
     def _embedded(self, tokens: _Tokens, visual_BVd: Tensor, batch: VlmBatch, question_BQd: Tensor | None) -> Tensor:
         """Inputs of the decoder, (B, L, d)."""
@@ -342,7 +362,12 @@ class VlmModel(DecoderModel):
         )
 
     def _segmented(
-        self, tokens: _Tokens, visual_BVd: Tensor, batch: VlmBatch, question_BQd: Tensor | None
+        self,
+        tokens: _Tokens,
+        visual_BVd: Tensor,
+        batch: VlmBatch,
+        question_BQd: Tensor | None,
+        deep: tuple[Tensor, ...] = (),
     ) -> SegmentedPrompt:
         image_BL, picture_BL = tokens.image_BL, tokens.picture_BL
         behind_BL = (picture_BL.cumsum(1) > 0) & ~picture_BL
@@ -353,13 +378,17 @@ class VlmModel(DecoderModel):
         positions_BL = tokens.positions_BL
         if positions_BL is None:
             positions_BL = torch.arange(image_BL.shape[1], device=image_BL.device).expand(image_BL.shape)
+        embeds_BLd = self._embedded(tokens, visual_BVd, batch, question_BQd)
+        last_BL = positions_BL if tokens.axes_BL3 is None else tokens.axes_BL3.amax(-1)
         return SegmentedPrompt(
-            self._embedded(tokens, visual_BVd, batch, question_BQd),
+            embeds_BLd,
             positions_BL,
             kinds_BL,
             parts_BL,
             batch.ids_B,
-            positions_BL.masked_fill(kinds_BL < 0, -1).amax(1) + 1,
+            last_BL.masked_fill(kinds_BL < 0, -1).amax(1) + 1,
+            axes_BL3=tokens.axes_BL3,
+            deep=tuple(torch.zeros_like(embeds_BLd).masked_scatter(image_BL[..., None], x) for x in deep),
         )
 
     @torch.no_grad()
@@ -393,7 +422,9 @@ class VlmModel(DecoderModel):
     def _answer(self, batch: VlmBatch) -> Tensor:
         found = self.compress(batch)
         visual_BVd = self.project(found.tokens_BVD, batch.layout)
-        return self.prefill(visual_BVd, batch, found.places_BV, question_BQd=found.question_BQd).logits[:, -1]
+        output = self.prefill(visual_BVd, batch, found.places_BV, question_BQd=found.question_BQd, deep=found.deep)
+        answer_BW: Tensor = output.logits[:, -1]
+        return answer_BW
 
     def lesson(self, step: Lesson, hidden: Mapping[LayerKey, Tensor]) -> VlmBatch:
         """The prompts of training examples with the given features, on the model's device."""

@@ -53,7 +53,7 @@ def measure_answer(model: VlmModel, pixels: Tensor, make: MakeBatch, layout: Lay
     projector, visual_BVd = flops_of(lambda: model.project(found.tokens_BVD, layout))
 
     def prefill() -> Any:
-        return model.prefill(visual_BVd, batch, found.places_BV, question_BQd=found.question_BQd)
+        return model.prefill(visual_BVd, batch, found.places_BV, question_BQd=found.question_BQd, deep=found.deep)
 
     language, _ = flops_of(prefill)
 

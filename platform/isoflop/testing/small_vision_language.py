@@ -104,6 +104,46 @@ def _idefics(kind: str, tower: str) -> Callable[[Any], Any]:
     return make
 
 
+def _qwen(generation: str) -> Callable[[Any], Any]:
+    def make(tokenizer: Any) -> Any:
+        import transformers
+
+        vision = {
+            "depth": 3,
+            "patch_size": PATCH,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_heads": 2,
+            "in_channels": 3,
+        }
+        vision |= {
+            "Qwen2VL": {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2},
+            "Qwen2_5_VL": {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]},
+            "Qwen3VL": {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]},
+        }[generation]  # fmt: skip
+        text = {
+            **TEXT,
+            "vocab_size": len(tokenizer),
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        }
+        text |= {"head_dim": 8, "num_hidden_layers": 3} if generation == "Qwen3VL" else {}
+        ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")}
+        marks = {
+            f"vision_{end}_token_id": tokenizer.convert_tokens_to_ids(f"<|vision_{end}|>") for end in ("start", "end")
+        }
+        return getattr(transformers, f"{generation}Config")(
+            text_config=text, vision_config=vision, **ids, **marks, tie_word_embeddings=False
+        )
+
+    return make
+
+
+QWEN = {
+    "patch_size": PATCH,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "size": {"shortest_edge": 16 * 16, "longest_edge": 56 * 56},
+}
 IDEFICS = {"size": {"longest_edge": 3 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
 SMALL: dict[str, Small] = {
     "LlavaNextForConditionalGeneration": Small(
@@ -132,6 +172,11 @@ SMALL: dict[str, Small] = {
         _idefics("SmolVLMConfig", "SmolVLMVisionConfig"), "SmolVLMImageProcessorPil", IDEFICS
     ),
 }
+
+for _generation in ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL"):
+    SMALL[f"{_generation}ForConditionalGeneration"] = Small(
+        _qwen(_generation), "Qwen2VLImageProcessorPil", QWEN, "<|image_pad|>"
+    )
 
 
 def save_small(architecture: str, folder: Path) -> Any:

@@ -103,6 +103,11 @@ class LayerPolicy(Occupant):
 
     left_BK: Tensor | None = None
 
+    @property
+    def kept_BK(self) -> Tensor | None:
+        """Columns of the prompt that are left where its pass is now, as in ``LayerChange.kept_BK``; None for all of them."""
+        return None
+
     @abstractmethod
     def prompt(self, layout: PromptLayout) -> AbstractContextManager[None]:
         """The decoder's pass inside the block is over a prompt."""
@@ -161,6 +166,11 @@ class TokenPolicy(LayerPolicy):
         self._kept_BK: Tensor | None = None
         self._mask: Tensor | None = None
         self._prefix = 0
+
+    @property
+    def kept_BK(self) -> Tensor | None:
+        """What the layers so far have left."""
+        return self._kept_BK
 
     @abstractmethod
     def change(self, tokens: LayerTokens) -> LayerChange | None:

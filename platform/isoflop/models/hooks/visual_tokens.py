@@ -61,12 +61,14 @@ class CompressedTokens:
         question_BQd: embeddings that the language model reads in place of those of ``VisualInput.question_BQ``, the text
             right behind the image (LLaVA-Mini fuses the image into them); padding is skipped. None where the question
             stays as it is.
+        deep: what is added to the tokens behind the decoder's first layers, (B, V, d) each; the model sees to it.
     """
 
     tokens_BVD: Tensor
     kept_BV: Tensor | None = None
     places_BV: Tensor | None = None
     question_BQd: Tensor | None = None
+    deep: tuple[Tensor, ...] = ()
 
 
 class Compression(Occupant):

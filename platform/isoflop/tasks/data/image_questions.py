@@ -97,6 +97,9 @@ class ImageQuestions:
             text = around.replace("{question}", question)
         before, _, behind = text.partition(marker)
         first = [] if self._chat else list(self.tokens.first_ids)
+        if not self._chat:
+            start, end = self._vlm.side.marks
+            before, behind = before + start, end + behind
         return ImagePrompt(number, image, (*first, *self.tokens.plain(before)), tuple(self.tokens.plain(behind)))
 
     @torch.no_grad()

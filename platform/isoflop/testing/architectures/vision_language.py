@@ -8,6 +8,7 @@ Shape suffixes: B rows, T tokens of a prompt, S tokens of an answer, W vocabular
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -99,8 +100,9 @@ class VisionLanguageSubject:
         picture = side.ids(layout, side.tokens(layout)) if picture is None else picture
         ids_1T = torch.cat((before, picture, question, self.answer_BS[row, :answer]))[None]
         pixels = processor(images=[self.pictures[row]], return_tensors="pt", **settings)
-        given = {name: value for name, value in pixels.items() if name not in _UNUSED}
-        return {"input_ids": ids_1T, **given}
+        given = {"input_ids": ids_1T, "mm_token_type_ids": (ids_1T == side.image_token).int(), **pixels}
+        taken = inspect.signature(self.stock.forward).parameters
+        return {name: value for name, value in given.items() if name in taken and name not in _UNUSED}
 
     @cached_property
     def alone(self) -> list[Tensor]:
@@ -108,15 +110,12 @@ class VisionLanguageSubject:
         return [stock_logits(self.stock, self.inputs(row, ANSWER))[0, -1 - ANSWER :] for row in range(2)]
 
 
-_UNUSED = ("num_patches", "batch_num_images", "rows", "cols")
+_UNUSED = ("batch_num_images",)
 
 
 def stock_logits(stock: Any, inputs: dict[str, Tensor]) -> Tensor:
     """Logits (B, T, W) of transformers' own module."""
-    import inspect
-
-    taken = inspect.signature(stock.forward).parameters
-    found: Tensor = stock(**{name: value for name, value in inputs.items() if name in taken}, use_cache=False).logits
+    found: Tensor = stock(**inputs, use_cache=False).logits
     return found
 
 

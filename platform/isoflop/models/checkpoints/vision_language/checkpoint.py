@@ -98,6 +98,7 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
         views=seen.views,
         newlines=seen.newlines,
         image_tokens=seen.image_tokens,
+        square=seen.square,
     )
 
 

@@ -27,7 +27,7 @@ class Seen:
         width: of these tokens.
         layers: of the tower.
         feature_layer: the hidden state that feeds the projector, from 0 (the embedding).
-        views, newlines, image_tokens, resizing: see ``VlmInfo``.
+        views, newlines, image_tokens, square, resizing: see ``VlmInfo``.
     """
 
     grid: int
@@ -37,6 +37,7 @@ class Seen:
     views: int = 1
     newlines: int = 0
     image_tokens: int | None = None
+    square: bool = True
     resizing: Resizing = SQUEEZED
 
 
