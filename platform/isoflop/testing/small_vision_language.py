@@ -108,7 +108,7 @@ def _qwen(generation: str) -> Callable[[Any], Any]:
     def make(tokenizer: Any) -> Any:
         import transformers
 
-        vision = {
+        vision: dict[str, Any] = {
             "depth": 3,
             "patch_size": PATCH,
             "spatial_merge_size": 2,
