@@ -116,12 +116,13 @@ def _qwen(generation: str) -> Callable[[Any], Any]:
             "num_heads": 2,
             "in_channels": 3,
         }
-        vision |= {
+        own: dict[str, dict[str, Any]] = {
             "Qwen2VL": {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2},
             "Qwen2_5_VL": {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]},
             "Qwen3VL": {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]},
-        }[generation]  # fmt: skip
-        text = {
+        }  # fmt: skip
+        vision |= own[generation]
+        text: dict[str, Any] = {
             **TEXT,
             "vocab_size": len(tokenizer),
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
