@@ -15,7 +15,7 @@ from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Method
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.family import family_of
-from isoflop.models.lm import LmInfo
+from isoflop.models.reading import TextInfo
 from isoflop.models.worlds.own_text import OwnText
 
 
@@ -58,7 +58,7 @@ class OnModel(Stage):
             "prepared": tuple(m.prepare(info, weights, seed, trained_with) for m in trained_with),
             "examples": family.calibration_stages(info, trained_with),
             "seed": seed,
-            "text": info.text if isinstance(info, LmInfo) and isinstance(info.text, OwnText) else None,
+            "text": info.text if isinstance(info, TextInfo) and isinstance(info.text, OwnText) else None,
         }
 
     def spec(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class OnModel(Stage):
         """The loaded model with the methods it was trained with, to be measured; changed copies are the caller's."""
         family = family_of(self.ref)
         info = family.info(self.ref, dict(self.options))
-        if self.text is not None and isinstance(info, LmInfo):
+        if self.text is not None and isinstance(info, TextInfo):
             info = replace(info, text=self.text)
         model = family.load(info, self.weights, ctx)
         with ExitStack() as stack:

@@ -58,8 +58,10 @@ class BitStack(WeightMethod):
         return Axes(bits=self.bits, ratio=info.dense_bits / self.bits)
 
     def check(self, info: ModelInfo) -> None:
-        """Refuse budgets below the first level."""
+        """Refuse budgets below the first level, and orders by a loss where there is none."""
         super().check(info)
+        if self.sort == PERPLEXITY:
+            info.check_loss(f"method {self.name} with sort = {PERPLEXITY}")
         known = known_matrices(info)
         if not known:
             return

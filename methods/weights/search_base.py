@@ -103,6 +103,11 @@ class SearchMethod(WeightMethod):
     fitness: Annotated[str, Knob(choices=FITNESSES, doc="divergence from the uncompressed logits, of all or of the largest, or cross-entropy")] = KL  # fmt: skip
     n_search: Annotated[int, Knob(low=1, high=100_000, log=True, unit="examples", doc="training examples that selections draw from")] = 32  # fmt: skip
 
+    def check(self, info: ModelInfo) -> None:
+        """Refuse models whose loss cannot be measured."""
+        super().check(info)
+        info.check_loss(f"method {self.name}")
+
     def prepare(
         self, info: ModelInfo, weights: Stage | None, seed: int, trained_with: tuple[Method, ...] = ()
     ) -> Stage | None:

@@ -47,6 +47,19 @@ class ModelInfo:
     options: tuple[tuple[str, Any], ...] = ()
     offers: frozenset[str] = frozenset()
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether ``Model.supervised`` gives logits with their targets, so that a loss can be measured."""
+        return True
+
+    def check_loss(self, asker: str) -> None:
+        """Raise Infeasible when ``asker`` ("method evopress") measures a loss, and the model has none."""
+        if not self.has_loss:
+            raise Infeasible(
+                f"{asker} goes by the loss on calibration text, and model {self.ref} has no head that predicts tokens; allowed: "
+                "language models, encoders with the architecture …ForMaskedLM, or a method that needs no loss"
+            )
+
     def check_offers(self, asker: str, hooks: Iterable[Hook[Any]], needs: Iterable[str]) -> None:
         """Raise Infeasible when ``asker`` ("method quecc") wants a hook, or something else, that the model does not offer."""
         missing = [*names_of(set(hooks) - self.hooks), *sorted(set(needs) - self.offers)]

@@ -23,8 +23,8 @@ from isoflop.models.base import ModelInfo
 from isoflop.models.decoder_model import DecoderModel, decoder_of
 from isoflop.models.heads import head_logits
 from isoflop.models.hooks.attention import ATTENTION, AttentionPolicy
-from isoflop.models.worlds.calibration import CalibrationText
-from isoflop.models.worlds.lm_text import TokenizerSource, TokensStage
+from isoflop.models.reading import TextInfo
+from isoflop.models.worlds.lm_text import TokensStage
 from isoflop.models.worlds.own_text import own_text
 from isoflop.models.worlds.text_pool import TrainingPool
 
@@ -34,13 +34,11 @@ MOST_LOGITS = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
-class LmInfo(ModelInfo):
+class LmInfo(TextInfo):
     """What is known of a language model without loading its weights.
 
     Attributes:
-        text: where calibration examples come from; None when nothing is known of its training.
         vocabulary: name of the raw vocabulary it was trained on, or None for one with a tokenizer.
-        tokenizer: the stage whose value is its tokenizer, or None.
         test: held-out text of what it was trained for, in its tokens; None for that of the English corpus.
         pool: the training documents that data-selection methods choose from, or None.
 
@@ -48,9 +46,7 @@ class LmInfo(ModelInfo):
     and where some layers attend within windows ``windows``, one for each layer, None for all tokens before.
     """
 
-    text: CalibrationText | None
     vocabulary: str | None = None
-    tokenizer: TokenizerSource | None = None
     test: TokensStage | None = None
     pool: TrainingPool | None = None
 
@@ -203,13 +199,13 @@ class LmModel(DecoderModel):
             yield LmBatch(ids_BT, targets_BT).to(self.device)
 
 
-def calibrated_on(info: ModelInfo, choice: Mapping[str, Any]) -> LmInfo:
+def calibrated_on(info: ModelInfo, choice: Mapping[str, Any]) -> TextInfo:
     """A model whose calibration examples come from a user's own text; see ``own_text``.
 
     Raises:
-        Infeasible: it is no language model, or reads no text.
+        Infeasible: it is no language model or text encoder, or reads no text.
     """
-    if not isinstance(info, LmInfo):
+    if not isinstance(info, TextInfo):
         raise Infeasible(f"calibration: model {info.ref} is no language model; allowed: language models that read text")
     return replace(info, text=own_text(choice, info.tokenizer, info.geometry.get("positions"), info.ref))
 

@@ -20,6 +20,7 @@ from isoflop.core.hashing import content_hash
 from isoflop.core.knobs import check_knobs
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import Model, ModelInfo
+from isoflop.models.checkpoints import encoder as hf_encoder
 from isoflop.models.checkpoints import lm as hf_lm
 from isoflop.models.checkpoints import vit as vit_hf
 from isoflop.models.checkpoints.gguf import file_in
@@ -40,7 +41,8 @@ from isoflop.models.checkpoints.vision_language import checkpoint as vision_lang
 from isoflop.models.checkpoints.vision_towers import TOWERS
 from isoflop.models.checkpoints.vision_towers import handles as handles_image
 from isoflop.models.family import FAMILIES, ModelFamily, all_options, split_ref, without_defaults
-from isoflop.models.lm import LmInfo, tokenizer_of
+from isoflop.models.lm import tokenizer_of
+from isoflop.models.reading import TextInfo
 from isoflop.models.vit import VitInfo
 
 
@@ -80,12 +82,13 @@ def _load_vit(info: ModelInfo, source: Path, options: Options, ctx: StageContext
 KINDS = (
     Kind(", ".join(vision_language.KINDS), vision_language.handles, vision_language.describe, vision_language.load),
     Kind(", ".join(TOWERS), handles_image, _describe_vit, _load_vit),
+    Kind(hf_encoder.WHAT, hf_encoder.handles, hf_encoder.describe, hf_encoder.load),
     Kind("causal language models (…ForCausalLM)", hf_lm.handles, hf_lm.describe, hf_lm.load),
 )
 
 
 class HuggingFace(ModelFamily):
-    """Checkpoints in ``save_pretrained`` form: vision-language models, vision transformers, causal language models."""
+    """Checkpoints in ``save_pretrained`` form: vision-language models, image classifiers, text encoders, causal language models."""
 
     name: ClassVar[str] = FAMILY
 
@@ -122,7 +125,7 @@ class HuggingFace(ModelFamily):
 
     def calibration_stages(self, info: ModelInfo, methods: tuple[Any, ...]) -> tuple[Stage, ...]:
         """The tokenised training text of a language model with a tokenizer."""
-        text = info.text if isinstance(info, LmInfo) else None
+        text = info.text if isinstance(info, TextInfo) else None
         return text.stages() if text is not None else ()
 
     def load(self, info: ModelInfo, weights: Stage | None, ctx: StageContext) -> Model:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -11,9 +11,12 @@ import numpy as np
 from isoflop.core.errors import UserError
 from isoflop.core.knobs import Knob
 from isoflop.core.rows import Row, Rows, chosen, read
-from isoflop.models.base import ModelInfo
+from isoflop.core.stage import StageContext
+from isoflop.models.base import Model, ModelInfo
 from isoflop.models.contexts import Contexts
-from isoflop.tasks.base import TASKS
+from isoflop.models.encoder import EncoderInfo, EncoderModel
+from isoflop.tasks.base import TASKS, Shard
+from isoflop.tasks.data import choice_encoders
 from isoflop.tasks.data.base import Example, bad_row
 from isoflop.tasks.data.language import Asked, LanguageDataTask, listed, score_tails
 from isoflop.tasks.data.prompts import PromptText, PromptTokenizer, Template, TokenPrompt
@@ -33,6 +36,11 @@ class Choice(LanguageDataTask):
 
     Unless ``prompt`` is given, the prompt is the context with an empty line behind it, ``Question: …`` and ``Answer:``. An option
     follows after a space. ``answer`` holds the option's number, counted from 0, its letter, or its text.
+
+    Encoders choose in ways of their own. One that fills masks (…ForMaskedLM) scores an option by its pseudo-log-likelihood behind the
+    prompt: the sum over its tokens, each masked while all others are seen (arXiv 1910.14659). One with a head for options
+    (…ForMultipleChoice) is given each option in a pair, behind the question: context, and question with option, where there is a
+    context; the filled ``prompt``, and the option, where one is given.
     """
 
     version: ClassVar[str] = "2"
@@ -71,13 +79,15 @@ class Choice(LanguageDataTask):
     def check(self, info: ModelInfo) -> None:
         """Rows that can be asked, and enough of them for the answered examples."""
         super().check(info)
+        if isinstance(info, EncoderInfo):
+            choice_encoders.check_chooses(self, info)
         if self.shots:
             self._shots(self.examples()[0])
 
     def check_example(self, example: Example) -> None:
         """A prompt, options, and the right one among them."""
         super().check_example(example)
-        self._right(example, self._options(example))
+        self._right(example, self.options_of(example))
 
     def content(self) -> str:
         """The data, and those that the answered examples come from."""
@@ -94,7 +104,7 @@ class Choice(LanguageDataTask):
         self, example: Example, text: PromptText, prompt: TokenPrompt, tokens: PromptTokenizer
     ) -> list[tuple[int, ...]]:
         """What follows the context, with each of the options."""
-        options = self._options(example)
+        options = self.options_of(example)
         self._right(example, options)
         return [(*prompt.behind, *tokens.answer(text, f" {option}")) for option in options]
 
@@ -104,18 +114,47 @@ class Choice(LanguageDataTask):
         return [self._scored(one, np.array([nll for nll, _ in row])) for one, row in zip(asked, found, strict=True)]
 
     def _scored(self, asked: Asked, nll_O: np.ndarray) -> dict[str, float]:
-        options = self._options(asked.example)
-        right = self._right(asked.example, options)
+        lengths_O = np.array([len(tail) - len(asked.prompt.behind) for tail in asked.tails], dtype=float)
+        return self.scored(asked.example, nll_O, lengths_O)
+
+    def scored(self, example: Example, nll_O: np.ndarray, tokens_O: np.ndarray) -> dict[str, float]:
+        """Error and metrics of an example, by its options' negative log-likelihoods and their tokens."""
         by = {
-            "none": np.ones(len(options)),
-            "tokens": np.array([len(tail) - len(asked.prompt.behind) for tail in asked.tails], dtype=float),
-            "bytes": np.array([len(option.encode()) for option in options], dtype=float),
+            "none": np.ones(len(nll_O)),
+            "tokens": tokens_O,
+            "bytes": np.array([len(option.encode()) for option in self.options_of(example)], dtype=float),
         }[self.normalise]
-        scores_O = -nll_O / by
+        return self.judged(example, nll_O, -nll_O / by)
+
+    def judged(self, example: Example, nll_O: np.ndarray, scores_O: np.ndarray) -> dict[str, float]:
+        """Error and metrics of an example whose best option has the highest score."""
+        right = self._right(example, self.options_of(example))
         margin = scores_O[right] - np.delete(scores_O, right).max()
         return {"error": float(scores_O.argmax() != right), "nll": float(nll_O[right]), "margin": float(margin)}
 
-    def _options(self, example: Example) -> list[str]:
+    def evaluate(self, model: Model, ctx: StageContext, seed: int) -> Iterator[Shard]:
+        """Ask shard by shard."""
+        if isinstance(model, EncoderModel):
+            return choice_encoders.evaluate(self, model, ctx, seed)
+        return super().evaluate(model, ctx, seed)
+
+    def measure(self, model: Model, ctx: StageContext) -> dict[str, float]:
+        """Mean footprint of single examples; of an encoder see ``choice_encoders``."""
+        if isinstance(model, EncoderModel):
+            return choice_encoders.measure(self, model)
+        return super().measure(model, ctx)
+
+    def check_reader(self, info: ModelInfo) -> None:
+        """A language model, or an encoder."""
+        if not isinstance(info, EncoderInfo):
+            super().check_reader(info)
+
+    def options_of(self, example: Example) -> list[str]:
+        """The options of an example.
+
+        Raises:
+            UserError: there are less than two, or empty ones.
+        """
         value = example.row.get(self.options)
         if isinstance(value, dict) and "text" in value:  # as several data sets of the hub have them, beside labels
             options = [str(option) for option in value["text"]]
@@ -163,5 +202,5 @@ class Choice(LanguageDataTask):
 
     def _solved(self, row: Row) -> str:
         example = Example(0, row)
-        options = self._options(example)
+        options = self.options_of(example)
         return f"{self.template().fill(row).text} {options[self._right(example, options)]}"

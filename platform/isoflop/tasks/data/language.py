@@ -117,8 +117,12 @@ class ContextTask(Task):
         return None
 
     def check(self, info: ModelInfo) -> None:
-        """A language model with a tokenizer."""
+        """A model that can read the prompts."""
         super().check(info)
+        self.check_reader(info)
+
+    def check_reader(self, info: ModelInfo) -> None:
+        """A language model with a tokenizer."""
         lm_info(info, self.name)
 
     def check_method(self, method: Method, info: ModelInfo) -> None:

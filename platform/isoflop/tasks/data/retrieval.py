@@ -17,13 +17,15 @@ from isoflop.core.rows import Rows, read
 from isoflop.core.stage import StageContext
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.contexts import read_contexts, room_for
+from isoflop.models.encoder import EncoderModel
 from isoflop.models.lm import LmModel
 from isoflop.tasks.base import TASKS, Shard, Task
 from isoflop.tasks.data.base import Example, bad_row, drawn, shards
 from isoflop.tasks.data.costs import MEASURED, Priced, costs_of
 from isoflop.tasks.data.language import batches_of, listed
 from isoflop.tasks.data.prompts import PromptText, PromptTokenizer, TokenPrompt, shown
-from isoflop.tasks.language_task import lm_info, lm_model
+from isoflop.tasks.data.rankers import check_ranks, costs_of_encoder, scores_of_encoder
+from isoflop.tasks.language_task import lm_model
 
 ASKS = "\n\nA question that the text above answers:"
 """Between a document and the query whose likelihood ranks it."""
@@ -35,7 +37,10 @@ class Retrieval(Task):
     """Documents ranked by the likelihood of the query behind them (query likelihood, Ponte and Croft 1998; arXiv 2204.07496).
 
     Every document of the corpus is a context, which methods compress and which is read once for all queries; its score is the
-    query's mean log-likelihood per token behind it. An example is a query, its error 1 − the share of its relevant documents
+    query's mean log-likelihood per token behind it. A text encoder embeds every document and every query once instead, and documents
+    are ranked by similarity, as sentence-transformers computes both (arXiv 1908.10084); one whose head gives a pair of texts one
+    number (…ForSequenceClassification) ranks by that, for every query with every document. Encoders see texts cut to what they have
+    room for. An example is a query, its error 1 − the share of its relevant documents
     among the ``k`` best. Secondary metrics: ``mrr`` (1 over the rank of the first relevant one), ``rank`` of it.
     """
 
@@ -62,7 +67,7 @@ class Retrieval(Task):
     def check(self, info: ModelInfo) -> None:
         """Fields that exist, and relevant ids that are those of documents."""
         super().check(info)
-        lm_info(info, self.name)
+        check_ranks(info, self.name)
         corpus, queries = read(self.corpus), read(self.queries)
         for rows, options in ((corpus, ("id", "text")), (queries, ("query", "relevant"))):
             for option in options:
@@ -82,12 +87,15 @@ class Retrieval(Task):
     @torch.no_grad()
     def evaluate(self, model: Model, ctx: StageContext, seed: int) -> Iterator[Shard]:
         """Read the corpus once, then give the queries shard by shard."""
-        lm = lm_model(model, self.name)
-        tokens = PromptTokenizer(lm.tokenizer, False, f"task {self.name}: model {lm.info.ref}")
         corpus = read(self.corpus)
         queries = drawn(read(self.queries), self.limit, self.seed)
         place = {name: number for number, name in enumerate(self._ids(corpus))}
-        scores_QD = self._scores(lm, tokens, corpus, queries)
+        if isinstance(model, EncoderModel):
+            scores_QD = scores_of_encoder(model, *self._texts(corpus, queries))
+        else:
+            lm = lm_model(model, self.name)
+            tokens = PromptTokenizer(lm.tokenizer, False, f"task {self.name}: model {lm.info.ref}")
+            scores_QD = self._scores(lm, tokens, corpus, queries)
         row = {example.id: number for number, example in enumerate(queries)}
         for examples in shards(self, queries, self.shard, seed):
             found = [
@@ -99,11 +107,14 @@ class Retrieval(Task):
 
     @torch.no_grad()
     def measure(self, model: Model, ctx: StageContext) -> dict[str, float]:
-        """Costs of scoring one query behind one document, which is read for it alone."""
-        lm = lm_model(model, self.name)
-        tokens = PromptTokenizer(lm.tokenizer, False, f"task {self.name}: model {lm.info.ref}")
+        """Costs of scoring one query behind one document, which is read for it alone; of an encoder see ``costs_of_encoder``."""
         documents = drawn(read(self.corpus), 0, 0)[:MEASURED]
         query = drawn(read(self.queries), self.limit, self.seed)[0]
+        if isinstance(model, EncoderModel):
+            texts = [shown(document.row, self.text) for document in documents]
+            return costs_of_encoder(model, texts, shown(query.row, self.query))
+        lm = lm_model(model, self.name)
+        tokens = PromptTokenizer(lm.tokenizer, False, f"task {self.name}: model {lm.info.ref}")
         examples = []
         for document in documents:
             prompt, tail = self._read(document, query, tokens)
@@ -115,6 +126,10 @@ class Retrieval(Task):
             length = len(prompt.context) + len(tail)
             examples.append(Priced(lambda: None, run, length, len(prompt.context), length))
         return costs_of(lm, examples)
+
+    def _texts(self, corpus: Rows, queries: Sequence[Example]) -> tuple[list[str], list[str]]:
+        """Of all documents and of the queries."""
+        return [shown(row, self.text) for row in corpus.rows], [shown(query.row, self.query) for query in queries]
 
     def _scores(self, lm: LmModel, tokens: PromptTokenizer, corpus: Rows, queries: Sequence[Example]) -> np.ndarray:
         """Mean log-likelihood per token of every query behind every document, (Q, D)."""

@@ -1,0 +1,108 @@
+"""Every text encoder of transformers is exact or refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from isoflop.core.errors import Infeasible
+from isoflop.methods.base import build
+from isoflop.models import encoder as encoder_module
+from isoflop.models.checkpoints.encoder import HEADS, REFUSED, REFUSED_HEADS
+from isoflop.models.family import family_of
+from isoflop.testing.architectures.encoders import (
+    ENCODER_CHECKS,
+    encoder_classes,
+    examine_encoder,
+    loaded,
+    save_encoder,
+    small_encoder,
+)
+
+FAST = [
+    *(f"Bert{ends}" for ends in HEADS), "RobertaForMaskedLM", "DistilBertModel", "MPNetForMaskedLM", "ModernBertForSequenceClassification",
+    "XLMRobertaModel", "DebertaV2ForMultipleChoice", "NomicBertModel",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    transformers.logging.set_verbosity_error()
+
+
+def check(architecture: str, folder: Path) -> None:
+    found = {name: str(finding) for name, finding in examine_encoder(architecture, folder).items()}
+    if architecture in REFUSED_HEADS or architecture.removesuffix("Model") in REFUSED:
+        assert {text.startswith(f"refused: {architecture} is not taken: ") for text in found.values()} == {True}
+        return
+    if architecture.startswith("DebertaFor") or architecture == "DebertaModel":
+        assert found.pop("16 bits") == f"refused: transformers computes {architecture} in 32 bits only"
+    assert set(found.values()) == {"exact"}, found
+
+
+@pytest.mark.parametrize("architecture", [*FAST, *REFUSED_HEADS, *(f"{begins}Model" for begins in REFUSED)])
+def test_an_encoder_is_exact_or_refused(architecture: str, tmp_path: Path) -> None:
+    check(architecture, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [name for name in encoder_classes() if name not in FAST])
+def test_every_encoder_is_exact_or_refused(architecture: str, tmp_path: Path) -> None:
+    check(architecture, tmp_path)
+
+
+def test_what_pads_without_a_mask_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def maskless(self: encoder_module.EncoderBatch, device: torch.device) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids_BT, "attention_mask": torch.ones_like(self.ids_BT)}
+
+    monkeypatch.setattr(encoder_module.EncoderBatch, "inputs", maskless)
+    found = examine_encoder("BertModel", tmp_path, {"one pass": ENCODER_CHECKS["one pass"]})
+    assert str(found["one pass"]).startswith("wrong: the model as it comes is off by")
+
+
+@pytest.mark.parametrize(
+    ("method", "architecture", "why"),
+    [
+        ("snapkv", "BertModel", r"needs attention, which model .* does not offer \(it offers: matrices, embeddings, tokenizer\)"),
+        ("evopress", "BertModel", "goes by the loss on calibration text, and model .* has no head that predicts tokens"),
+        ("bitstack", "BertForSequenceClassification", "with sort = perplexity goes by the loss"),
+        ("evopress-drop", "BertForMaskedLM", "needs attention"),
+    ],
+)  # fmt: skip
+def test_what_needs_a_cache_or_a_loss_is_refused_at_plan(
+    method: str, architecture: str, why: str, tmp_path: Path
+) -> None:
+    save_encoder(small_encoder(architecture), tmp_path / "m")
+    with pytest.raises(Infeasible, match=why) as refused:
+        build(method, {}).check(family_of("hf:x").info(f"hf:{tmp_path / 'm'}", {}))
+    assert "\n" not in str(refused.value)
+
+
+def test_n_counts_the_blocks_and_positions_leave_out_that_of_padding(tmp_path: Path) -> None:
+    for name, positions in (("BertModel", 64), ("RobertaModel", 62)):
+        save_encoder(small_encoder(name), tmp_path / name)
+        model = loaded(f"hf:{tmp_path / name}")
+        assert model.info.n_params == sum(p.numel() for p in model.module.encoder.parameters())
+        assert model.info.geometry["positions"] == positions
+        long = "a" * 100
+        assert len(model.tokens(long)["input_ids"]) == positions
+        assert model.embed_all([long], query=True).isfinite().all()
+        with pytest.raises(Infeasible, match=rf"102 tokens is longer than the {positions}"):
+            model.tokens(long, cut=False)
+
+
+def test_other_heads_and_labels_are_refused(tmp_path: Path) -> None:
+    save_encoder(small_encoder("BertForTokenClassification"), tmp_path / "a")
+    with pytest.raises(Infeasible, match="BertForTokenClassification is not taken: no task asks for its head"):
+        family_of("hf:x").info(f"hf:{tmp_path / 'a'}", {})
+    stock = small_encoder("BertForSequenceClassification")
+    stock.config.num_labels = 3
+    save_encoder(stock, tmp_path / "b")
+    with pytest.raises(Infeasible, match="has 3 labels; allowed: one, which ranks pairs"):
+        family_of("hf:x").info(f"hf:{tmp_path / 'b'}", {})
+    small_encoder("BertModel").save_pretrained(tmp_path / "c")
+    with pytest.raises(Infeasible, match="no fast tokenizer"):
+        family_of("hf:x").info(f"hf:{tmp_path / 'c'}", {})
