@@ -35,6 +35,7 @@ class ModelInfo:
             compute in float32, because CPUs do, and count 16 bits, as they would be served; checkpoints count what
             they are loaded in.
         options: the sweep's options for this model, checked, as sorted (name, value) pairs.
+        lacks: why it does not offer other places, by their names.
     """
 
     ref: str
@@ -46,6 +47,7 @@ class ModelInfo:
     dense_bits: int = 16
     options: tuple[tuple[str, Any], ...] = ()
     offers: frozenset[str] = frozenset()
+    lacks: tuple[tuple[str, str], ...] = ()
 
     @property
     def has_loss(self) -> bool:
@@ -66,8 +68,13 @@ class ModelInfo:
         if missing:
             offered = ", ".join([*names_of(self.hooks), *sorted(self.offers)]) or "nothing"
             raise Infeasible(
-                f"{asker} needs {', '.join(missing)}, which model {self.ref} does not offer (it offers: {offered})"
+                f"{asker} needs {', '.join(missing)}, which model {self.ref} does not offer{self.why_not(missing)} (it offers: {offered})"
             )
+
+    def why_not(self, names: Iterable[str]) -> str:
+        """``: its …``, the reasons why places are not offered, where there are any."""
+        found = dict.fromkeys(reason for name, reason in self.lacks if name in names)
+        return f": {'; '.join(found)}" if found else ""
 
 
 class Model(ABC):
@@ -98,15 +105,19 @@ class Model(ABC):
         return cast("OccupantT | None", self._occupants.get(hook))
 
     @contextmanager
-    def occupy(self, hook: Hook[OccupantT], occupant: OccupantT) -> Iterator[OccupantT]:
+    def occupy(self, hook: Hook[OccupantT], occupant: OccupantT, own: bool = False) -> Iterator[OccupantT]:
         """Inside the ``with`` block ``occupant`` sits in ``hook``; afterwards the model is what it was.
+
+        Args:
+            own: it is the model's own, which knows what it may do there.
 
         Raises:
             Infeasible: the model does not offer the hook, it is taken, or a parameter is held in two compressed forms.
         """
-        if hook not in self.info.hooks:
+        if hook not in self.info.hooks and not own:
             raise Infeasible(
-                f"model {self.info.ref} does not offer {hook.name} (it offers: {', '.join(names_of(self.info.hooks)) or 'nothing'})"
+                f"model {self.info.ref} does not offer {hook.name}{self.info.why_not([hook.name])} "
+                f"(it offers: {', '.join(names_of(self.info.hooks)) or 'nothing'})"
             )
         if hook in self._occupants:
             raise Infeasible(f"model {self.info.ref}: {hook.name} is taken already; a trial has one method there")

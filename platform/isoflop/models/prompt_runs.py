@@ -76,7 +76,8 @@ def _steps(
     with ExitStack() as stack:
         policy = model.occupant(ATTENTION)
         if policy is None:
-            policy = stack.enter_context(model.occupy(ATTENTION, WholeCache(model.info.dense_bits)))
+            whole = WholeCache(model.info.dense_bits, model.side.bidirectional)
+            policy = stack.enter_context(model.occupy(ATTENTION, whole, own=True))
         stack.enter_context(policy.session())
         prompt_BLd, here_BL = _prompt_states(model, own, policy)
         logits_BW = model.head(_last(prompt_BLd, here_BL))
@@ -159,8 +160,9 @@ def _over_prompt(model: VlmModel, prompt: SegmentedPrompt, policy: AttentionPoli
 
 def decoded_prompt(model: VlmModel, prompt: SegmentedPrompt) -> Tensor:
     """Last hidden states of a prompt, or of a piece of one, (B, K, d)."""
+    mask, answer_BL = prompt.valid_BL.long(), prompt.of({"answer"})
     found: Tensor = decoded(
-        model, prompt.embeds_BLd, prompt.position_ids, prompt.valid_BL.long(), prompt.deep
+        model, prompt.embeds_BLd, prompt.position_ids, mask, prompt.deep, answer_BT=answer_BL
     ).last_hidden_state
     return found
 
@@ -172,6 +174,7 @@ def decoded(
     mask_BT: Tensor | None = None,
     deep: Sequence[Tensor] = (),
     use_cache: bool = False,
+    answer_BT: Tensor | None = None,
 ) -> Any:
     """What a model's decoder makes of a prompt's embeddings, or of the next token's.
 
@@ -179,13 +182,34 @@ def decoded(
         mask_BT: 1 for real tokens; None for all of them, told in so many words where there are positions: without a mask,
             Hugging Face takes a gap in them for the start of another sequence.
         deep: added behind the first layers, (B, T, d) each.
+        answer_BT: True at tokens behind the prompt; None where there are none.
     """
     if mask_BT is None and position_ids is not None:
         mask_BT = torch.ones(embeds_BTd.shape[:2], dtype=torch.long, device=embeds_BTd.device)
+    if model.side.bidirectional and embeds_BTd.shape[1] > 1 and model.occupant(ATTENTION) is None:
+        mask_BT = _both_ways(model, embeds_BTd, mask_BT, answer_BT)
     with _adding(model, deep):
         return model.decoder(
             inputs_embeds=embeds_BTd, attention_mask=mask_BT, position_ids=position_ids, use_cache=use_cache
         )
+
+
+def _both_ways(model: VlmModel, embeds_BTd: Tensor, mask_BT: Tensor | None, answer_BT: Tensor | None) -> Tensor | None:
+    """The mask of a prompt that reads itself in both directions, in the form that the decoder's layers want."""
+    from transformers.masking_utils import create_causal_mask
+
+    blocks_BT = torch.zeros(embeds_BTd.shape[:2], dtype=torch.long, device=embeds_BTd.device)
+    if answer_BT is not None:
+        blocks_BT = blocks_BT.masked_fill(answer_BT, -1)
+    found: Tensor | None = create_causal_mask(
+        config=model.decoder.config,
+        inputs_embeds=embeds_BTd,
+        attention_mask=mask_BT,
+        past_key_values=None,
+        position_ids=None,
+        block_sequence_ids=blocks_BT,
+    )
+    return found
 
 
 @contextmanager

@@ -64,6 +64,13 @@ class VisualSide:
     marks: ClassVar[tuple[str, str]] = "", ""
     """Text around an image that the class's chat templates write; prompts without one get it, too."""
 
+    begins = True
+    """What begins a text stands before its image, not in ``marks``."""
+    bidirectional = False
+    """Tokens of a prompt see those behind them, up to its end."""
+    first_position = 0
+    """Of a prompt's first token."""
+
     def __init__(
         self, module: nn.Module, vision: Vision, geometry: Mapping[str, Any], resizing: Resizing = SQUEEZED
     ) -> None:

@@ -342,6 +342,8 @@ class VlmModel(DecoderModel):
         image_BL = ids_BL == image
         row_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand(ids_BL.shape)
         in_row_BL = row_BL if positions_BL is None else positions_BL
+        if self.side.first_position:
+            positions_BL = in_row_BL = in_row_BL + self.side.first_position
         axes_BL3 = self.side.axes(batch.layout, image_BL, in_row_BL, places_BV)
         if places_BV is not None and axes_BL3 is None:
             positions_BL = places_kept(positions_BL, image_BL, places_BV, self.info.geometry["visual_tokens"])
@@ -351,7 +353,8 @@ class VlmModel(DecoderModel):
 
     def _embedded(self, tokens: _Tokens, visual_BVd: Tensor, batch: VlmBatch, question_BQd: Tensor | None) -> Tensor:
         """Inputs of the decoder, (B, L, d)."""
-        embeds_BLd = self.module.get_input_embeddings()(tokens.ids_BL)
+        ids_BL = tokens.ids_BL.masked_fill(tokens.image_BL, 0)  # the image token may lie behind the vocabulary
+        embeds_BLd = self.module.get_input_embeddings()(ids_BL)
         embeds_BLd = embeds_BLd.masked_scatter(tokens.image_BL[..., None], visual_BVd.to(embeds_BLd.dtype))
         if question_BQd is None:
             return embeds_BLd

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from isoflop.core.errors import Infeasible
 from isoflop.kernels.blocks import queries_at_once
-from isoflop.models.hooks.attention import AttentionCall, AttentionPolicy, CacheReport, causal_attention, order_of
+from isoflop.models.hooks.attention import (
+    AttentionCall,
+    AttentionPolicy,
+    CacheReport,
+    causal_attention,
+    order_of,
+    whole_attention,
+)
 from isoflop.models.segments import DenseSegment, attend_segments, key_positions, stored_bytes, whole_prompt
 
 
@@ -25,14 +32,16 @@ class WholeCache(AttentionPolicy):
 
     Args:
         dense_bits: see ``ModelInfo``.
+        bidirectional: tokens of the prompt see those behind them.
     """
 
     held_in_session = ("_held", "_passed")
 
-    def __init__(self, dense_bits: int) -> None:
+    def __init__(self, dense_bits: int, bidirectional: bool = False) -> None:
         self.prefix: int | None = None
         self.examples_B: Tensor | None = None
         self._dense_bits = dense_bits
+        self._bidirectional = bidirectional
         self._held: dict[int, DenseSegment] | None = None
         self._passed: dict[int, Tensor | int] = {}
         self._bytes: dict[int, tuple[float, float]] = {}
@@ -50,7 +59,7 @@ class WholeCache(AttentionPolicy):
         if call.layer not in self._held:
             self._held[call.layer] = whole_prompt(call)
             self._note(call, first=True)
-            return causal_attention(call)
+            return whole_attention(call) if self._bidirectional else causal_attention(call)
         if call.valid_BT is not None and not bool(call.valid_BT.all()):
             raise ValueError("tokens behind a prompt cannot be padding")
         call = replace(call, order_BT=order_of(None, length, call.q_BHTD.device, before))

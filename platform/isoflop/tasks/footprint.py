@@ -63,7 +63,10 @@ def measure_answer(model: VlmModel, pixels: Tensor, make: MakeBatch, layout: Lay
     visual, dense = visual_BVd.shape[1], model.side.tokens(layout)
     separators = len(model.side.ids(layout, visual)) - visual
     text = batch.prompt_BT.shape[1] - 1 + separators
-    cache = decoder_cache(model, prefill)
+    if ATTENTION in model.info.hooks:
+        cache = decoder_cache(model, prefill)
+    else:  # nothing can act on it, so that all of it is held
+        cache = CacheReport(*[model.dense_cache_bytes(visual + text)] * 5)
     dense_cache = model.dense_cache_bytes(dense + text)
     return {
         **({"visual_tokens_dense": float(dense)} if model.side.sized else {}),

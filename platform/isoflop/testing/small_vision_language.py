@@ -104,6 +104,23 @@ def _idefics(kind: str, tower: str) -> Callable[[Any], Any]:
     return make
 
 
+def _paligemma(tokenizer: Any) -> Any:
+    from transformers import PaliGemmaConfig
+
+    text = {**TEXT, "model_type": "gemma", "vocab_size": len(tokenizer), "head_dim": 8}
+    vision = {
+        **VISION,
+        "model_type": "siglip_vision_model",
+        "image_size": SIDE,
+        "patch_size": PATCH,
+        "projection_dim": 32,
+    }
+    return PaliGemmaConfig(
+        text_config=text, vision_config={**vision, "vision_use_head": False}, projection_dim=32, hidden_size=32,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), vocab_size=len(tokenizer),
+    )  # fmt: skip
+
+
 def _qwen(generation: str) -> Callable[[Any], Any]:
     def make(tokenizer: Any) -> Any:
         import transformers
@@ -174,6 +191,11 @@ SMALL: dict[str, Small] = {
     ),
 }
 
+SMALL["PaliGemmaForConditionalGeneration"] = Small(
+    _paligemma,
+    "SiglipImageProcessorPil",
+    {"size": SQUARE, "resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+)
 for _generation in ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL"):
     SMALL[f"{_generation}ForConditionalGeneration"] = Small(
         _qwen(_generation), "Qwen2VLImageProcessorPil", QWEN, "<|image_pad|>"

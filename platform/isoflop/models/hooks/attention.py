@@ -233,6 +233,15 @@ def causal_attention(call: AttentionCall) -> Tensor:
     return out_BHTD.transpose(1, 2)
 
 
+def whole_attention(call: AttentionCall) -> Tensor:
+    """Attention of every token of the call to all real ones, (B, T, H, D)."""
+    valid_BT = call.valid_BT
+    if valid_BT is None:
+        valid_BT = torch.ones(1, call.k_BGTD.shape[2], dtype=torch.bool, device=call.k_BGTD.device)
+    sees = valid_BT[:, None, None]
+    return call.softmax.attend(call.q_BHTD, call.k_BGTD, call.v_BGTD, sees).transpose(1, 2)
+
+
 def _standing_alike(valid_BT: Tensor) -> Iterator[tuple[slice, slice | Tensor]]:
     """Neighbouring rows with their real tokens in the same columns, and those columns; rows without any are left out."""
     host_BT = valid_BT.cpu()

@@ -96,9 +96,10 @@ class ImageQuestions:
             around = self._prompt.replace(IMAGE, "") if question.count(IMAGE) == 1 else self._prompt
             text = around.replace("{question}", question)
         before, _, behind = text.partition(marker)
-        first = [] if self._chat else list(self.tokens.first_ids)
+        side = self._vlm.side
+        first = list(self.tokens.first_ids) if side.begins and not self._chat else []
         if not self._chat:
-            start, end = self._vlm.side.marks
+            start, end = side.marks
             before, behind = before + start, end + behind
         return ImagePrompt(number, image, (*first, *self.tokens.plain(before)), tuple(self.tokens.plain(behind)))
 

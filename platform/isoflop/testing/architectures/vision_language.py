@@ -100,7 +100,9 @@ class VisionLanguageSubject:
         picture = side.ids(layout, side.tokens(layout)) if picture is None else picture
         ids_1T = torch.cat((before, picture, question, self.answer_BS[row, :answer]))[None]
         pixels = processor(images=[self.pictures[row]], return_tensors="pt", **settings)
-        given = {"input_ids": ids_1T, "mm_token_type_ids": (ids_1T == side.image_token).int(), **pixels}
+        behind_1T = torch.arange(ids_1T.shape[1])[None] >= ids_1T.shape[1] - answer
+        kinds = {"mm_token_type_ids": (ids_1T == side.image_token).int(), "token_type_ids": behind_1T.int()}
+        given = {"input_ids": ids_1T, **kinds, **pixels}
         taken = inspect.signature(self.stock.forward).parameters
         return {name: value for name, value in given.items() if name in taken and name not in _UNUSED}
 

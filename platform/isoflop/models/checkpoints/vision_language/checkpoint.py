@@ -79,6 +79,7 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
         version=version,
         n_params=sum(p.numel() for p in layers_of(decoder).parameters()),
         hooks=kind.hooks,
+        lacks=tuple(kind.lacks.items()),
         offers=frozenset({f"vocabulary:{vocabulary}" if vocabulary else "tokenizer"}),
         geometry={
             "grid": seen.grid,

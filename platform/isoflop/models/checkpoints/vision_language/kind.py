@@ -12,6 +12,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.hook import Hook
 from isoflop.models.checkpoints.preprocessor import read_preprocessor, resizing_of
 from isoflop.models.features import PREFIX_TOKENS, Vision, vision_of
+from isoflop.models.hooks.pixels import PIXELS
 from isoflop.models.hooks.vision_blocks import VISION_BLOCKS
 from isoflop.models.resizing import SQUEEZED, Resizing
 from isoflop.models.visual_side import VisualSide
@@ -41,17 +42,23 @@ class Seen:
     resizing: Resizing = SQUEEZED
 
 
+LACKS = {PIXELS.name: "images reach it through its own processor, and codecs are tried on image classifiers"}
+"""What no class offers."""
+
+
 class VisionLanguageKind(ABC):
     """A class of vision-language models.
 
     Attributes:
         architecture: its name.
         hooks: what its models offer.
+        lacks: why not other places, by their names.
         lessons: images in [0, 1] of the built-in worlds can be shown to it, so that methods can be trained for it.
     """
 
     architecture: ClassVar[str]
     hooks: ClassVar[frozenset[Hook[Any]]] = HOOKS
+    lacks: ClassVar[dict[str, str]] = LACKS
     lessons: ClassVar[bool] = False
 
     @abstractmethod
@@ -64,7 +71,8 @@ class VisionLanguageKind(ABC):
 
 
 MERGED = HOOKS - {VISION_BLOCKS}
-"""Hooks of a class whose connector merges neighbouring patches, which must all be there."""
+"""Hooks of a class whose connector merges neighbouring patches."""
+MERGED_LACKS = {**LACKS, VISION_BLOCKS.name: "its connector merges neighbouring patches, which must all be there"}
 
 
 def single_layer(ref: str, config: Any, layers: int) -> int:
@@ -80,10 +88,7 @@ def single_layer(ref: str, config: Any, layers: int) -> int:
 def check_tower(ref: str, config: Any) -> None:
     """Raise Infeasible for a tower of an unknown type, and where the projector does not read the tower's patches."""
     vision = config.vision_config
-    if vision.model_type not in PREFIX_TOKENS:
-        raise Infeasible(
-            f"model {ref}: nothing is known of vision towers of the type {vision.model_type}; allowed: {', '.join(PREFIX_TOKENS)}"
-        )
+    patches_of(ref, vision)
     # stock code cuts one token with 'default', whatever it is
     strategy = "default" if PREFIX_TOKENS[vision.model_type] else "full"
     if config.vision_feature_select_strategy != strategy:
@@ -91,6 +96,15 @@ def check_tower(ref: str, config: Any) -> None:
             f"model {ref}: vision_feature_select_strategy = {config.vision_feature_select_strategy!r} does not give the patches of a "
             f"tower of the type {vision.model_type}; allowed: {strategy!r}"
         )
+
+
+def patches_of(ref: str, vision: Any) -> int:
+    """Tokens before the patches of a tower. Raises Infeasible where its type is unknown."""
+    if vision.model_type not in PREFIX_TOKENS:
+        raise Infeasible(
+            f"model {ref}: nothing is known of vision towers of the type {vision.model_type}; allowed: {', '.join(PREFIX_TOKENS)}"
+        )
+    return PREFIX_TOKENS[vision.model_type]
 
 
 def check_processor(ref: str, source: Path, architecture: str) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from isoflop.core.errors import Infeasible
 from isoflop.models.checkpoints.vision_language.kind import (
     MERGED,
+    MERGED_LACKS,
     Seen,
     VisionLanguageKind,
     check_processor,
@@ -159,6 +160,7 @@ class Merged(VisionLanguageKind):
     """
 
     hooks = MERGED
+    lacks = MERGED_LACKS
     side_of: ClassVar[type[MergedSide]]
     prefix: ClassVar[int] = 0
 

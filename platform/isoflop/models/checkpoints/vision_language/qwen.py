@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from isoflop.models.checkpoints.vision_language.kind import (
     MERGED,
+    MERGED_LACKS,
     Seen,
     VisionLanguageKind,
     check_processor,
@@ -124,6 +125,7 @@ class Qwen2Vl(VisionLanguageKind):
 
     architecture = "Qwen2VLForConditionalGeneration"
     hooks = MERGED
+    lacks = MERGED_LACKS
     side_of: ClassVar[type[QwenSide]] = QwenSide
 
     def seen(self, ref: str, config: Any, source: Path) -> Seen:
