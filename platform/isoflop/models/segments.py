@@ -69,6 +69,15 @@ class Segment(ABC):
         """v_BGND as attention reads them."""
         return self.part().values()
 
+    def products(self, q_BGMD: Tensor) -> Tensor:
+        """Queries times keys, (B, G, M, N), in float32; a representation in factors need not be multiplied out."""
+        return q_BGMD.float() @ self.keys().float().transpose(-1, -2)
+
+    def mixed(self, p_BGMN: Tensor) -> Tensor:
+        """Weights (float32) times values, (B, G, M, D)."""
+        v_BGND = self.values()
+        return p_BGMN.to(v_BGND.dtype) @ v_BGND
+
     def tensors(self) -> Iterable[Tensor]:
         """Everything that must stay resident."""
         part = self.part()
@@ -219,10 +228,10 @@ def attend_segments(
     p_BHTN = softmax.weights(logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1))
     out_BHTD = torch.zeros_like(q_BHTD)
     for segment, p in zip(segments, p_BHTN.split([part.shape[-1] for part in logits], dim=-1), strict=True):
-        v_BGND, rows_H = segment.values(), segment.query_heads(q_BHTD.shape[1])
+        rows_H = segment.query_heads(q_BHTD.shape[1])
         p_BRTN = p if rows_H is None else p[:, rows_H]
-        p_BGMN = p_BRTN.to(v_BGND.dtype).reshape(p.shape[0], v_BGND.shape[1], -1, p.shape[-1])
-        part_BRTD = (p_BGMN @ v_BGND).reshape(*p_BRTN.shape[:3], -1)
+        p_BGMN = p_BRTN.reshape(p.shape[0], segment.positions_BGN.shape[1], -1, p.shape[-1])
+        part_BRTD = segment.mixed(p_BGMN).reshape(*p_BRTN.shape[:3], -1)
         out_BHTD += part_BRTD if rows_H is None else _over_all_heads(part_BRTD, rows_H, 0.0)
     return out_BHTD.transpose(1, 2), p_BHTN
 
@@ -232,11 +241,10 @@ def segment_logits(q_BHTD: Tensor, segment: Segment, softmax: Softmax, order_BT:
     rows_H = segment.query_heads(q_BHTD.shape[1])
     if rows_H is not None:
         q_BHTD = q_BHTD[:, rows_H]
-    k_BGND = segment.keys()
     batch, heads, length, width = q_BHTD.shape
-    groups = k_BGND.shape[1]
+    groups = segment.positions_BGN.shape[1]
     q_BGRD = q_BHTD.reshape(batch, groups, -1, width)  # a key-value head's query heads one after the other
-    logits = softmax.logits(q_BGRD.float() @ k_BGND.float().transpose(-1, -2))
+    logits = softmax.logits(segment.products(q_BGRD))
     logits = logits.view(batch, groups, heads // groups, length, -1)
     if segment.log_bias_BGN is not None:
         logits.add_(segment.log_bias_BGN[:, :, None, None, :].float())
