@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from isoflop.methods.kv_cache.select import candidates, lengths, select
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.segments import DenseSegment, LayerStore, Segment, attend_segments
+
+if TYPE_CHECKING:
+    from isoflop.methods.kv_cache.probe import KvCacheProbe
 
 MOST_INDEXED = 2**15
 """Tokens or channels that the 16-bit index of an outlier can tell apart."""
@@ -60,6 +63,13 @@ class Gear(KvCacheMethod):
     def identity(cls, info: ModelInfo) -> Self:
         """16 bits."""
         return cls(bits=EXACT)
+
+    @classmethod
+    def probe(cls) -> KvCacheProbe:
+        """With blocks of new tokens that are full within its few tokens."""
+        from isoflop.methods.kv_cache.probe import KvCacheProbe
+
+        return KvCacheProbe(tried={"rank_new": [{"rank_new": rank, "n_b": 4, "bits": 2} for rank in (0, 2)]})
 
     def axes(self, info: ModelInfo) -> Axes:
         """Bits of the backbone, per element."""

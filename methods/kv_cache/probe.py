@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from isoflop.core.folder_context import FolderContext
+from isoflop.core.knobs import KnobValue
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
 from isoflop.methods.probe import AbsoluteCost, Probe
@@ -63,9 +64,17 @@ class KvCacheProbe(Probe):
     Args:
         cost: ``stored`` bytes of the compressed prompt, or ``read`` bytes of one step.
         layers: of the decoder.
+        tried: settings in which a knob shows what it does, where none shows by itself; see ``Probe.settings``.
     """
 
-    def __init__(self, cost: str = "stored", examples: int = 4, layers: int = 2) -> None:
+    def __init__(
+        self,
+        cost: str = "stored",
+        examples: int = 4,
+        layers: int = 2,
+        tried: Mapping[str, Sequence[Mapping[str, KnobValue]]] | None = None,
+    ) -> None:
+        self._tried = tried or {}
         self.model: LmModel = untrained_decoder(layers=layers)
         self.ctx = FolderContext.temporary()
         self.examples = examples
@@ -73,6 +82,10 @@ class KvCacheProbe(Probe):
         self._cost = cost
         rng = np.random.default_rng(1)
         self._ids = torch.from_numpy(rng.integers(0, VOCABULARY, (examples, PROMPT + TAIL)))
+
+    def settings(self, knob: str) -> Sequence[Mapping[str, KnobValue]]:
+        """Those given, else any."""
+        return self._tried.get(knob) or super().settings(knob)
 
     def prepared(self, method: Method, seed: int) -> Any:
         """The value of the method's own calibration on this model."""

@@ -22,6 +22,7 @@ from isoflop.core.errors import UserError
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import METHODS, build, method_knobs
 from isoflop.methods.kv_cache.base import KvCacheMethod
+from isoflop.methods.kv_cache.probe import RandomTokens
 from isoflop.methods.untrained import untrained_llama
 from isoflop.models.contexts import read_contexts
 from isoflop.models.hooks.attention import ATTENTION
@@ -77,7 +78,7 @@ def _method(name: str) -> KvCacheMethod | None:
     if name == FULL:
         return None
     knobs = method_knobs(name)
-    given = {k: v for k, v in {"keep": 0.5, "rolling": False}.items() if k in knobs}
+    given = {k: v for k, v in {"keep": 0.5, "rolling": False, "dense_layers": 0}.items() if k in knobs}
     method = build(name, given)
     assert isinstance(method, KvCacheMethod)
     return method
@@ -112,7 +113,8 @@ def decoder(layers: int, positions: int) -> LmModel:
         kv_heads=KV_HEADS // SHRUNK, positions=positions, spread=0.15, seed=0,
     )  # fmt: skip
     info = LmInfo(
-        ref="bench/llama", family="bench", version="1", n_params=n_params, hooks=frozenset({ATTENTION}), geometry=geometry, text=None,
+        ref="bench/llama", family="bench", version="1", n_params=n_params, hooks=frozenset({ATTENTION}), geometry=geometry,
+        text=RandomTokens(VOCABULARY, 256),
     )  # fmt: skip
     return LmModel(info, module.to(torch.bfloat16))
 
