@@ -21,6 +21,7 @@ from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.decoder_layers import DECODER_LAYERS
 from isoflop.models.vlm import VlmModel
 from isoflop.models.whole_cache import WholeCache
+from isoflop.testing.architectures.page import PAGE, class_line
 from isoflop.testing.architectures.vision_language import (
     VISION_LANGUAGE_CHECKS,
     VisionLanguageSubject,
@@ -32,7 +33,7 @@ from isoflop.testing.small_vision_language import SMALL
 
 SIZES = [(24, 24), (40, 52), (52, 40), (20, 90), (90, 17), (200, 150)]
 """Heights and widths of pictures: as large as a view, wide and tall, smaller than a view on one side, large."""
-CROPPING = {"LlavaNextForConditionalGeneration", "LlavaOnevisionForConditionalGeneration"}
+CONCATENATING = {f"Llava{name}ForConditionalGeneration" for name in ("", "Next", "Onevision")}
 NO_PIXELS = {"pixels": "does not offer pixels: images reach it through its own processor"}
 NO_BLOCKS = {**NO_PIXELS, "vision_blocks": "its connector merges neighbouring patches"}
 BOTH_WAYS = {
@@ -40,7 +41,7 @@ BOTH_WAYS = {
     **dict.fromkeys(("attention", "decoder_layers"), "its prompts read themselves in both directions"),
 }
 REFUSED: dict[str, dict[str, str]] = {
-    **{name: NO_PIXELS if name in CROPPING else NO_BLOCKS for name in SMALL},
+    **{name: NO_PIXELS if name in CONCATENATING else NO_BLOCKS for name in SMALL},
     "PaliGemmaForConditionalGeneration": BOTH_WAYS,
 }
 """By class and check, what is not exact; everything else is."""
@@ -57,15 +58,17 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def test_every_class_has_a_small_checkpoint() -> None:
-    assert set(KINDS) == {*SMALL, "LlavaForConditionalGeneration"}
+    assert set(KINDS) == set(SMALL)
 
 
-def test_every_place_is_exact_or_refused(subject: VisionLanguageSubject) -> None:
+def test_every_place_is_exact_or_refused_and_on_the_page(subject: VisionLanguageSubject) -> None:
     found = examined(f"hf:{subject.folder}", VISION_LANGUAGE_CHECKS, lambda: subject)
     refused = REFUSED[type(subject.stock).__name__]
     for name, finding in found.items():
         assert finding.verdict == ("refused" if name in refused else EXACT), (name, str(finding))
         assert refused.get(name, "") in finding.why
+    if f"transformers {transformers.__version__} knows" in PAGE.read_text().replace("\n", " "):
+        assert class_line(type(subject.stock).__name__, found) in PAGE.read_text().splitlines()
 
 
 def test_pictures_of_all_sizes(subject: VisionLanguageSubject) -> None:

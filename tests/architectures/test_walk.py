@@ -23,6 +23,7 @@ from isoflop.testing.architectures import (
     rows,
     small_config,
     some_windows,
+    vision_language_rows,
 )
 from isoflop.testing.architectures.page import PAGE
 from isoflop.testing.architectures.walk import examined
@@ -130,11 +131,11 @@ def test_a_vision_language_model_is_exact_or_refused(name: str, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_every_architecture_is_exact_or_refused_and_on_the_page() -> None:
-    lms, llavas = rows(examine), rows(examine_llava)
+    lms, llavas, classes = rows(examine), rows(examine_llava), vision_language_rows()
     assert {row.architecture.model_type for row in lms} == set(KNOWN)
     assert [f"{row.name}: {row.findings}" for row in (*lms, *llavas) if not row.fine] == []
     if f"transformers {transformers.__version__} knows" in PAGE.read_text().replace("\n", " "):
-        assert page(lms, llavas) == PAGE.read_text()
+        assert page(lms, llavas, classes) == PAGE.read_text()
 
 
 def test_the_walk_sees_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,6 @@ from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import build
 from isoflop.models.family import family_of
-from isoflop.models.visual_side import PLAIN
 from isoflop.models.vlm import VlmModel
 from isoflop.tasks.base import Shard
 from isoflop.tasks.harness.lmms_eval_task import LmmsEval, load
@@ -221,7 +220,7 @@ def test_losses_are_those_of_one_pass(tasks: str, model: VlmModel) -> None:
     for prompt, answer, (loss, greedy) in zip(prompts, ("a blue box", "no"), found, strict=True):
         ids = questions.tokens.plain(answer)
         longer = questions.prompt(prompt.id, picture, "what is it")
-        batch = questions._batch(model.look(model.side.pixels([picture])), [longer], PLAIN)
+        batch = questions._batch(model.look(model.side.pixels([picture])), [longer])
         whole = type(batch)(
             batch.hidden,
             torch.cat((batch.prompt_BT, torch.tensor([ids])), dim=1),

@@ -69,6 +69,16 @@ def _text(kind: str, tokenizer: Any, **changes: Any) -> Any:
     return getattr(transformers, kind)(vocab_size=len(tokenizer), **{**TEXT, **changes})
 
 
+def _llava(tokenizer: Any) -> Any:
+    from transformers import CLIPVisionConfig, LlavaConfig
+
+    return LlavaConfig(
+        text_config=_text("LlamaConfig", tokenizer), vision_config=CLIPVisionConfig(**VISION, image_size=SIDE, patch_size=PATCH),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-2, vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )  # fmt: skip
+
+
 def _anyres(kind: str, tower: str, strategy: str, text: str, **changes: Any) -> Callable[[Any], Any]:
     def make(tokenizer: Any) -> Any:
         import transformers
@@ -164,6 +174,11 @@ QWEN = {
 }
 IDEFICS = {"size": {"longest_edge": 3 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
 SMALL: dict[str, Small] = {
+    "LlavaForConditionalGeneration": Small(
+        _llava,
+        "CLIPImageProcessorPil",
+        {"size": {"shortest_edge": SIDE}, "crop_size": SQUARE, "resample": 3},
+    ),
     "LlavaNextForConditionalGeneration": Small(
         _anyres("LlavaNextConfig", "CLIPVisionConfig", "default", "MistralConfig"),
         "LlavaNextImageProcessorPil",

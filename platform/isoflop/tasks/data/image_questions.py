@@ -18,7 +18,7 @@ from isoflop.models.features import LayerKey
 from isoflop.models.prefix import SegmentedPrompt
 from isoflop.models.visual_side import PLAIN, Layout
 from isoflop.models.vlm import VlmBatch, VlmInfo, VlmModel
-from isoflop.tasks.data.images import opened
+from isoflop.tasks.data.images import opened, size_of
 from isoflop.tasks.data.language import batches_of
 from isoflop.tasks.data.prompts import PromptTokenizer
 from isoflop.tasks.footprint import measure_answer
@@ -35,12 +35,14 @@ class ImagePrompt:
         id: the example's number.
         image: a path, bytes, or a PIL image.
         before, behind: tokens around it; those behind are what query-conditioned methods see.
+        layout: how the image becomes views.
     """
 
     id: int
     image: Any
     before: tuple[int, ...]
     behind: tuple[int, ...]
+    layout: Layout = PLAIN
 
 
 def check_prompt(prompt: str, what: str) -> None:
@@ -101,7 +103,12 @@ class ImageQuestions:
         if not self._chat:
             start, end = side.marks
             before, behind = before + start, end + behind
-        return ImagePrompt(number, image, (*first, *self.tokens.plain(before)), tuple(self.tokens.plain(behind)))
+        layout = PLAIN
+        if side.sized:
+            width, height = size_of(image)
+            layout = side.layout(height, width)
+        tokens = (*first, *self.tokens.plain(before)), tuple(self.tokens.plain(behind))
+        return ImagePrompt(number, image, *tokens, layout)
 
     @torch.no_grad()
     def answers(
@@ -146,35 +153,26 @@ class ImageQuestions:
 
     def measure(self, prompt: ImagePrompt) -> dict[str, float]:
         """Footprint of one question, from pixels to the first token of its answer; see ``measure_answer``."""
-        layout, image = self._layout(prompt), opened(prompt.image)
-        pixels = self._vlm.side.pixels([image])
-        return measure_answer(self._vlm, pixels, lambda hidden: self._batch(hidden, [prompt], layout), layout)
+        pixels = self._vlm.side.pixels([opened(prompt.image)])
+        return measure_answer(self._vlm, pixels, lambda hidden: self._batch(hidden, [prompt]), prompt.layout)
 
     def _batches(self, prompts: Sequence[ImagePrompt], tails: Sequence[int] | None = None) -> list[list[int]]:
         """Prompts of one shape, with images of one layout, share a batch."""
         side = self._vlm.side
         kinds = [
-            (len(p.before), len(p.behind), tail, self._layout(p))
+            (len(p.before), len(p.behind), tail, p.layout)
             for p, tail in zip(prompts, tails or [0] * len(prompts), strict=True)
         ]
         return list(batches_of(self._vlm, kinds, [sum(kind[:3]) + side.tokens(kind[3]) for kind in kinds]))
 
-    def _layout(self, prompt: ImagePrompt) -> Layout:
-        side = self._vlm.side
-        if not side.sized:
-            return PLAIN
-        width, height = opened(prompt.image).size
-        return side.layout(height, width)
-
     def _read(self, prompts: Sequence[ImagePrompt]) -> SegmentedPrompt:
-        layout = self._layout(prompts[0])
         pixels = self._vlm.side.pixels([opened(prompt.image) for prompt in prompts])
-        hidden = self._vlm.look(pixels, torch.tensor([prompt.id for prompt in prompts]), layout)
-        return self._vlm.prompt_of(self._batch(hidden, prompts, layout))
+        hidden = self._vlm.look(pixels, torch.tensor([prompt.id for prompt in prompts]), prompts[0].layout)
+        return self._vlm.prompt_of(self._batch(hidden, prompts))
 
-    def _batch(self, hidden: dict[LayerKey, Tensor], prompts: Sequence[ImagePrompt], layout: Layout) -> VlmBatch:
+    def _batch(self, hidden: dict[LayerKey, Tensor], prompts: Sequence[ImagePrompt]) -> VlmBatch:
         image, device = self._vlm.info.geometry["image_token"], self._vlm.device
         prompt_BT = torch.tensor([[*p.before, image, *p.behind] for p in prompts], device=device)
         question_BQ = torch.tensor([p.behind for p in prompts], device=device)
         ids_B = torch.tensor([p.id for p in prompts], device=device)
-        return VlmBatch(hidden, prompt_BT, question_BQ, ids_B, layout=layout)
+        return VlmBatch(hidden, prompt_BT, question_BQ, ids_B, layout=prompts[0].layout)

@@ -50,6 +50,24 @@ def opened(value: Any) -> Any:
     Raises:
         UserError: it cannot be read as an image.
     """
+    picture = _open(value)
+    try:
+        return picture.convert("RGB")
+    except (OSError, ValueError) as error:
+        raise _unreadable(value, error) from None
+
+
+def size_of(value: Any) -> tuple[int, int]:
+    """Width and height of what ``opened`` takes, without decoding more than is needed.
+
+    Raises:
+        UserError: it cannot be read as an image.
+    """
+    width, height = _open(value).size
+    return int(width), int(height)
+
+
+def _open(value: Any) -> Any:
     import io
 
     from PIL import Image, UnidentifiedImageError
@@ -57,16 +75,17 @@ def opened(value: Any) -> Any:
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     try:
-        picture = (
-            value
-            if isinstance(value, Image.Image)
-            else Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
-        )
-        return picture.convert("RGB")
+        if isinstance(value, Image.Image):
+            return value
+        return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
     except (OSError, UnidentifiedImageError, ValueError, AttributeError) as error:
-        shown = value if isinstance(value, str) else type(value).__name__
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"image {shown}: cannot be read ({reason})") from None
+        raise _unreadable(value, error) from None
+
+
+def _unreadable(value: Any, error: Exception) -> UserError:
+    shown = value if isinstance(value, str) else type(value).__name__
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"image {shown}: cannot be read ({reason})")
 
 
 def _pictures(folder: Path, split: str) -> list[Path]:

@@ -1,7 +1,8 @@
-"""A walk over every causal language model that the installed transformers knows; see ``walk`` and ``page``."""
+"""A walk over every causal language model that the installed transformers knows, and over classes of vision-language models; see
+``walk``, ``vision_language`` and ``page``."""
 
 from isoflop.testing.architectures.llava import LLAVA_CHECKS, LlavaSubject, examine_llava
-from isoflop.testing.architectures.page import Row, page, rows
+from isoflop.testing.architectures.page import Row, class_line, page, rows, vision_language_rows
 from isoflop.testing.architectures.small import (
     Architecture,
     NotSmall,
@@ -25,6 +26,7 @@ __all__ = [
     "Subject",
     "Wrong",
     "architectures",
+    "class_line",
     "examine",
     "examine_llava",
     "full_attention",
@@ -33,4 +35,5 @@ __all__ = [
     "same",
     "small_config",
     "some_windows",
+    "vision_language_rows",
 ]

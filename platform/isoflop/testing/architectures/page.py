@@ -12,7 +12,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ from isoflop.testing.architectures.small import (
     small_config,
     some_windows,
 )
+from isoflop.testing.architectures.vision_language import VISION_LANGUAGE_CHECKS, examine_vision_language
 from isoflop.testing.architectures.walk import CHECKS, EXACT, Findings, examine
+from isoflop.testing.small_vision_language import SMALL
 
 PAGE = Path(checkpoints.__file__).parent / "architectures.md"
 Examine = Callable[..., Findings]
@@ -84,8 +86,12 @@ def rows(examine_one: Examine = examine, names: Iterable[str] | None = None) -> 
     return found
 
 
-def page(lms: Sequence[Row], llavas: Sequence[Row]) -> str:
-    """Both walks as Markdown."""
+def page(lms: Sequence[Row], llavas: Sequence[Row], classes: Mapping[str, Findings]) -> str:
+    """All walks as Markdown.
+
+    Args:
+        classes: what became of each class of vision-language models; see ``vision_language_rows``.
+    """
     import transformers
 
     alone = {row.name for row in lms if row.taken}
@@ -105,8 +111,28 @@ def page(lms: Sequence[Row], llavas: Sequence[Row]) -> str:
             *_others("Not taken:", lms),
             *_taken("Inside LLaVA", list(LLAVA_CHECKS), llavas),
             *_others("Not taken there, though as a language model:", [row for row in llavas if row.name in alone]),
+            *_classes(classes),
         ]
     )
+
+
+def vision_language_rows() -> dict[str, Findings]:
+    """Walk: every class of vision-language models, by its name."""
+    found = {}
+    for name in SMALL:
+        with tempfile.TemporaryDirectory(prefix="isoflop-architecture-") as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found[name] = examine_vision_language(name, Path(folder))
+    return found
+
+
+def class_line(name: str, findings: Findings) -> str:
+    """A class's line on the page."""
+    cells = [_cell(_REASON.sub(r"\1", str(findings[check]))) for check in VISION_LANGUAGE_CHECKS]
+    return f"| {name.removesuffix('ForConditionalGeneration')} | {' | '.join(cells)} |"
+
+
+_REASON = re.compile(r"model \S+ does not offer \w+(?:: )?(.*?) \(it offers: [^)]*\)$")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,15 +151,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(str(unknown("architecture", name, known)))
     transformers.logging.set_verbosity_error()
     lms, llavas = (rows(one, given.names or None) for one in (examine, examine_llava))
-    text = page(lms, llavas)
+    classes = {} if given.names else vision_language_rows()
+    text = page(lms, llavas, classes)
     if given.write and not given.names:
         PAGE.write_text(text)
     else:
         print(text)
     wrong = [row.name for row in (*lms, *llavas) if not row.fine]
+    wrong += [name for name, found in classes.items() if not all(finding.fine for finding in found.values())]
     if wrong:
         print(f"neither exact nor refused: {', '.join(wrong)}", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _classes(found: Mapping[str, Findings]) -> list[str]:
+    if not found:
+        return []
+    return [
+        "## Classes of vision-language models",
+        "",
+        "Each built small with a processor and a tokenizer, saved, read back, and compared with transformers' own module on what its own",
+        "processor makes of two pictures, which sees each prompt alone: as it comes, and with every place for methods taken by",
+        "something that changes nothing. A place is **exact** where logits are the same in one pass and token by token.",
+        "",
+        f"| class | {' | '.join(VISION_LANGUAGE_CHECKS)} |",
+        f"|---{'|---' * len(VISION_LANGUAGE_CHECKS)}|",
+        *(class_line(name, findings) for name, findings in found.items()),
+        "",
+    ]
 
 
 def _configs(architecture: Architecture) -> list[dict[str, Any]]:

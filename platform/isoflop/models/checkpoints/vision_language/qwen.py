@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from isoflop.core.errors import Infeasible
 from isoflop.models.checkpoints.vision_language.kind import (
     MERGED,
     MERGED_LACKS,
@@ -62,7 +63,18 @@ class QwenSide(ProcessedSide):
         return found
 
     def read(self, pixels: Tensor, keys: Iterable[LayerKey], layout: Layout = PLAIN) -> dict[LayerKey, Tensor]:
-        """Merged tokens, whatever layer is asked for: methods that read others are refused when they are planned."""
+        """Merged tokens of the last layer.
+
+        Raises:
+            Infeasible: another layer is asked for, or attention.
+        """
+        keys = list(keys)
+        others = [key for key in keys if key != len(self.vision.tower.blocks)]  # type: ignore[arg-type]
+        if others:
+            raise Infeasible(
+                f"nothing but the last hidden state is read of the tower of a {type(self.module).__name__}, which keeps queries, keys and "
+                f"values in one matrix; asked: {', '.join(map(str, others))}"
+            )
         patches = layout.rows * layout.columns
         count = len(pixels) // patches
         grid = torch.tensor([[1, layout.rows, layout.columns]] * count, device=pixels.device)
