@@ -120,7 +120,7 @@ class Sparsity(MlpPolicy):
         self._rules = rules
         self._gates: dict[int, Tensor] = {}
         self._valid_BT: Tensor | None = None
-        self._rows = 1
+        self._rows, self._device = 1, torch.device("cpu")
         self._last: dict[int, Tensor] = {}
         self._unobserved = False
         self.tokens, self._total = 0.0, 0.0
@@ -173,7 +173,8 @@ class Sparsity(MlpPolicy):
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-        self._rows = len(next(tensor for tensor in given if tensor is not None))
+        entering = next(tensor for tensor in given if tensor is not None)
+        self._rows, self._device = len(entering), entering.device
         mask = kwargs.get("attention_mask")
         self._valid_BT = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self._gates, self._last, self._unobserved = {}, {}, True
@@ -184,7 +185,7 @@ class Sparsity(MlpPolicy):
     def _mask(self, place: int, a_BTF: Tensor) -> Tensor:
         kept_BTF = self._rules[place](a_BTF, self._gates.pop(place, a_BTF))
         share_BT = kept_BTF.sum(-1).double() / kept_BTF.shape[-1]
-        self._last[place] = share_BT.view(self._rows, -1)  # OPT's blocks see (B·T, F)
+        self._last[place] = share_BT.view(self._rows, -1).to(self._device)  # OPT's blocks see (B·T, F)
         return torch.where(kept_BTF, a_BTF, torch.zeros((), dtype=a_BTF.dtype, device=a_BTF.device))
 
 

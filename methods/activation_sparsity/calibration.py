@@ -95,7 +95,7 @@ class Calibration:
         """Magnitudes of all neurons on all tokens in all layers, sorted: of the ``gate``, or of the ``value``."""
         with TemporaryDirectory(prefix="isoflop-scores-") as folder:
             found = self._tapped("output" if of == "gate" else "input", Path(folder))
-            return torch.cat([x_SF.abs().flatten() for x_SF in found]).sort().values
+            return torch.cat([x_SF.abs().flatten().to(self.model.device) for x_SF in found]).sort().values
 
     def thresholds(self, cett: float) -> Tensor:
         """Each block's largest threshold with at most this CETT on the dense states, eps_L."""
@@ -146,7 +146,8 @@ class Calibration:
             for batch in self._batches:
                 valid_BT = getattr(batch, "valid_BT", None)
                 run_to_head(self.model, batch)
-        return [_mapped(path).view(-1, widths[path]).to(self.model.device) for path in paths]
+        devices = [next(mlp.down.parameters()).device for mlp in self.mlps]
+        return [_mapped(path).view(-1, widths[path]).to(device) for path, device in zip(paths, devices, strict=True)]
 
 
 def _scored(model: DecoderModel, batch: Any) -> Iterator[tuple[Tensor, Tensor]]:

@@ -46,6 +46,7 @@ from isoflop.models.hooks.attention import (
 from isoflop.models.hooks.decoder_layers import DECODER_LAYERS
 from isoflop.models.hooks.occupant import Occupant, tensor_bytes
 from isoflop.models.metering import metered
+from isoflop.models.moving import moved
 from isoflop.models.segments import (
     LayerStore,
     attend_segments,
@@ -249,7 +250,7 @@ class CompressedCache(AttentionPolicy):
         self._carrying.enter(call.layer)
         ids_BT = self._ids_BT
         if ids_BT is not None and ids_BT.shape == (call.q_BHTD.shape[0], call.q_BHTD.shape[2]):
-            call = replace(call, ids_BT=ids_BT)
+            call = replace(call, ids_BT=ids_BT.to(call.q_BHTD.device))
         if self._stores is not None:
             return self._in_session(self._continued(call), self._stores)
         return self._one_pass(call)[0]
@@ -314,7 +315,7 @@ class CompressedCache(AttentionPolicy):
 
     def _one_pass(self, call: AttentionCall) -> tuple[Tensor, LayerStore]:
         """The prompt, all of the call without a ``prefix``, and the tokens behind it: their attention, and the store."""
-        call = replace(call, examples_B=self.examples_B)
+        call = replace(call, examples_B=moved(self.examples_B, call.q_BHTD.device))
         prompt = slice_call(call, 0, self.prefix)
         rest = slice_call(call, prompt.q_BHTD.shape[2], call.q_BHTD.shape[2])
         if self.method.spans_layers and (self._stores is None or rest.q_BHTD.shape[2]):

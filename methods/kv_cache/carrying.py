@@ -12,6 +12,7 @@ from typing import Any
 
 from isoflop.core.errors import Infeasible
 from isoflop.models.hooks.attention import AttentionCall
+from isoflop.models.moving import moved
 
 
 class Memory(dict[str, Any]):
@@ -46,9 +47,11 @@ class Carrying:
         self._layer = layer
 
     def onto(self, call: AttentionCall, tokens: tuple[Any, ...]) -> AttentionCall:
-        """The call with the memory of its tokens.
+        """The call with the memory of its tokens, which goes where the layer is.
 
         Args:
             tokens: what names them: the same in all layers that take them at once.
         """
-        return replace(call, carried=self._memories.setdefault(tokens, Memory(call.layer)))
+        memory = self._memories.setdefault(tokens, Memory(call.layer))
+        memory.update((name, moved(left, call.q_BHTD.device)) for name, left in memory.items())
+        return replace(call, carried=memory)

@@ -11,23 +11,27 @@ import pytest
 import torch
 from helpers import Lines, run_local, toy
 
-from isoflop.jobs import Job, Runner, warm
-from isoflop.jobs.warm import MOST_WARM, WarmModels, memory_of
+from isoflop.jobs import Job, Runner
+from isoflop.jobs.warm import MOST_WARM, WarmModels
 from isoflop.models.base import ModelInfo
 from isoflop.models.family import family_of
+from isoflop.models.memory import memory_of
 
 GIB = 2.0**30
 
 
 class Memory:
-    """A device of 80 GiB, on which loaded models take what they say."""
+    """Devices of 80 GiB, on which loaded models take what they say, each an equal part; ``taken`` of the last one is somebody else's."""
 
-    def __init__(self) -> None:
-        self.warm = WarmModels("cuda:0", self.measure)
+    def __init__(self, devices: int = 1, taken: float = 0.0) -> None:
+        self.devices, self.taken = devices, taken
+        self.warm = WarmModels([f"cuda:{number}" for number in range(devices)], self.measure)
         self.sizes: dict[str, float] = {}
 
-    def measure(self) -> tuple[float, float]:
-        return (80 - sum(self.sizes[key] for key in self.warm.held())) * GIB, 80 * GIB
+    def measure(self) -> list[tuple[float, float]]:
+        held = sum(self.sizes[key] for key in self.warm.held()) / self.devices
+        taken = [0.0] * (self.devices - 1) + [self.taken]
+        return [((80 - held - other) * GIB, 80 * GIB) for other in taken]
 
     def load(self, key: str, gib: float, info: ModelInfo) -> list[str]:
         if self.warm.get(key) is None:
@@ -52,6 +56,17 @@ def test_models_stay_warm_as_long_as_the_next_one_has_room(info: ModelInfo) -> N
     assert memory.load("70b", 140, info) == ["70b"]  # whatever it takes
 
 
+def test_models_over_several_devices_have_the_room_of_all_of_them(info: ModelInfo) -> None:
+    """And what one of them lacks counts, however much the others have."""
+    memory = Memory(devices=4)
+    assert memory.load("70b", 140, info) == ["70b"]
+    assert memory.load("32b", 64, info) == ["70b", "32b"]  # 29 of 80 GiB are left on each, 24 are the job's
+    assert memory.load("13b", 26, info) == ["32b", "13b"]
+    memory = Memory(devices=4, taken=30)
+    assert memory.load("70b", 140, info) == ["70b"]
+    assert memory.load("32b", 64, info) == ["32b"]
+
+
 def test_small_models_stay_warm_up_to_a_number(info: ModelInfo) -> None:
     memory = Memory()
     for number in range(2 * MOST_WARM):
@@ -73,7 +88,7 @@ def test_files_that_were_read_are_no_memory_that_is_missing(monkeypatch: pytest.
         "/sys/fs/cgroup/memory.current": [str(15 * gib)],
         "/sys/fs/cgroup/memory.stat": [f"anon {5 * gib}", f"inactive_file {8 * gib}", f"active_file {2 * gib}"],
     }
-    monkeypatch.setattr(warm, "_lines", lambda path: files.get(path, []))
+    monkeypatch.setattr("isoflop.models.memory._lines", lambda path: files.get(path, []))
     assert memory_of("cpu") == (11 * gib, 16 * gib)
     del files["/sys/fs/cgroup/memory.stat"]
     assert memory_of("cpu") == (1 * gib, 16 * gib)

@@ -16,12 +16,12 @@ class FolderContext:
 
     Args:
         root: where stage folders go; reused when it holds some already.
-        device: the torch device handed to stages and models.
+        devices: the torch devices handed to stages and models, the first one first.
     """
 
-    def __init__(self, root: Path | str, device: str = "cpu") -> None:
+    def __init__(self, root: Path | str, *devices: str) -> None:
         self.root = Path(root)
-        self._device = device
+        self._devices = devices or ("cpu",)
         self._values: dict[str, Any] = {}
 
     @classmethod
@@ -34,7 +34,12 @@ class FolderContext:
     @property
     def device(self) -> str:
         """The torch device of this worker."""
-        return self._device
+        return self._devices[0]
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """All of them."""
+        return self._devices
 
     def get(self, stage: Stage) -> Any:
         """The loaded value of ``stage``, computed first when its folder is missing."""

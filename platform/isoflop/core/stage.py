@@ -23,7 +23,11 @@ class StageContext(Protocol):
 
     @property
     def device(self) -> str:
-        """The torch device of this worker, e.g. ``"cpu"`` or ``"cuda"``."""
+        """The torch device of this worker, e.g. ``"cpu"`` or ``"cuda"``; the first one where it has several."""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """All torch devices of this worker, over which checkpoints of language models are spread; ``device`` alone where it has one."""
 
     def get(self, stage: Stage) -> Any:
         """The loaded value of ``stage`` (computed first if nobody has yet). Treat it as read-only: it is shared."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,14 +17,16 @@ class LocalExecutor(Executor):
 
     Args:
         cache_dir: root of the stage cache.
-        device: torch device, or None to choose.
+        device: torch device, or those over which a model is spread; None to choose.
         threads: torch threads while it runs; sums in another order give other last digits, so this is as on Ray.
     """
 
     NAME = "local"
     here: ClassVar[bool] = True
 
-    def __init__(self, cache_dir: str | Path | None = None, device: str | None = None, threads: int = 1) -> None:
+    def __init__(
+        self, cache_dir: str | Path | None = None, device: str | Sequence[str] | None = None, threads: int = 1
+    ) -> None:
         self._runner = Runner(cache_dir, device, name=self.NAME)
         self._queue: deque[WorkItem] = deque()
         self._threads = threads

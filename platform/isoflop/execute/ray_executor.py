@@ -193,7 +193,15 @@ class RayExecutor(Executor):
         actor = (
             ray.remote(concurrency_groups={"control": 1})(RayWorker)
             .options(**options)
-            .remote(worker_id, self._cache_dir, self._imports, self._import_folder, want.memory, self._stages.offered)
+            .remote(
+                worker_id,
+                self._cache_dir,
+                self._imports,
+                self._import_folder,
+                want.memory,
+                want.gpus,
+                self._stages.offered,
+            )
         )
         self._workers[worker_id] = _Worker(worker_id, actor, actor.hello.remote())
 

@@ -17,6 +17,7 @@ import ray
 
 from isoflop.core.public import look_beside
 from isoflop.jobs import Job, Outcome, Runner
+from isoflop.jobs.devices import devices_here
 from isoflop.stages.shared import SharedStages, folder_size
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class RayWorker:
         import_folder: further place to look for them.
         memory: limit in bytes on what jobs may add to this process, so that a leak becomes a MemoryError here instead
             of the host's out-of-memory killer.
+        gpus: that the worker has; over several of them a model is spread.
         shared: folder for large stages, the mark that tells whether this host sees it, and from how many bytes on a
             stage is large.
     """
@@ -43,6 +45,7 @@ class RayWorker:
         imports: tuple[str, ...],
         import_folder: str | None,
         memory: int | None,
+        gpus: float = 0,
         shared: tuple[str, str, int] | None = None,
     ) -> None:
         import torch
@@ -54,7 +57,7 @@ class RayWorker:
             importlib.import_module(module)
         # torch sizes its pool by the host's cores; several actors on one host would fight over them
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-        self._runner = Runner(Path(cache_dir) if cache_dir else None, name=name)
+        self._runner = Runner(Path(cache_dir) if cache_dir else None, devices_here(gpus), name)
         if memory:
             _limit_memory(memory)
         self._shared: SharedStages | None = None

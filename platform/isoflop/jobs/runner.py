@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import socket
 import time
@@ -17,12 +16,14 @@ import numpy as np
 from isoflop.core.errors import Infeasible
 from isoflop.core.stage import Stage
 from isoflop.core.text import safe_name, safe_text
+from isoflop.jobs.devices import devices_here, name_of
 from isoflop.jobs.faults import describe, is_interrupt, is_out_of_memory, is_transient, status_of
 from isoflop.jobs.job import Job, ResolvedJob, versions_of
 from isoflop.jobs.traces import Trace, traces_of
 from isoflop.jobs.warm import WarmModels
 from isoflop.methods.base import ADDITIVE_COSTS, Method
 from isoflop.models.base import Model
+from isoflop.models.spread import NoRoom
 from isoflop.stages import StageCache
 from isoflop.tasks.base import task_of
 
@@ -71,14 +72,16 @@ class Runner:
 
     Args:
         cache_dir: root of the stage cache.
-        device: torch device; chosen from torch when None.
+        device: torch device, or those over which a model is spread; chosen from torch when None.
         name: of the worker, for provenance.
     """
 
-    def __init__(self, cache_dir: str | Path | None = None, device: str | None = None, name: str = "driver") -> None:
-        self.cache = StageCache(cache_dir, device or _pick_device())
+    def __init__(
+        self, cache_dir: str | Path | None = None, device: str | Sequence[str] | None = None, name: str = "driver"
+    ) -> None:
+        self.cache = StageCache(cache_dir, device or devices_here())
         self.name = name
-        self._models = WarmModels(self.cache.device)
+        self._models = WarmModels(self.cache.devices)
         self._used = False
 
     def run_job(self, job: Job, on_shard: OnShard | None = None, alone: bool = False) -> Outcome:
@@ -94,7 +97,7 @@ class Runner:
             "failed",
             started=time.time(),
             host=socket.gethostname(),
-            device=_device_name(self.cache.device),
+            device=name_of(self.cache.devices),
             worker=self.name,
         )
         clock = time.monotonic()
@@ -201,7 +204,13 @@ class Runner:
             out.model_was_warm = True
             return warm
         self._models.make_room(resolved.info)
-        model = resolved.family.load(resolved.info, resolved.weights, self.cache)
+        try:
+            model = resolved.family.load(resolved.info, resolved.weights, self.cache)
+        except NoRoom:
+            if not self._models.held():
+                raise
+            self._models.clear()  # they may have taken it
+            model = resolved.family.load(resolved.info, resolved.weights, self.cache)
         self._models.put(resolved.model_key, model)
         return model
 
@@ -289,18 +298,3 @@ def _ratio(resolved: ResolvedJob, footprint: dict[str, float]) -> float | None:
         return ratios.get("ratio_visual_tokens", next(iter(ratios.values())) if len(ratios) == 1 else None)
     own = f"ratio_{resolved.methods[0].family.replace('-', '_')}" if resolved.methods else "ratio_visual_tokens"
     return ratios.get(own, ratios.get("ratio_visual_tokens"))
-
-
-def _pick_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES", "all") != "" else "cpu"
-
-
-def _device_name(device: str) -> str:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if device.startswith("cuda"):
-        import torch
-
-        return f"{torch.cuda.get_device_name()} [{visible}]" if visible else torch.cuda.get_device_name()
-    return "cpu" if not visible else f"cpu [CUDA_VISIBLE_DEVICES={visible}]"

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from isoflop.core.errors import Infeasible
@@ -94,6 +95,11 @@ class Model(ABC):
         model = super().__new__(cls)
         model._occupants = {}
         return model
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where the weights lie, the device of the first ones first: more than one where the model is spread."""
+        return list(dict.fromkeys(parameter.device for parameter in self.module.parameters()))
 
     @property
     def occupied(self) -> tuple[Hook[Any], ...]:

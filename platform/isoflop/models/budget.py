@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from isoflop.models.decoder_model import DecoderModel
+from isoflop.models.memory import memory_of
 
 HOST_BYTES = 2**29
 """Of one pass on a processor: a fixed number, so that the same batches come out on every machine."""
@@ -22,13 +23,11 @@ def tokens_at_once(model: DecoderModel, length: int) -> int:
     """
     geometry = model.info.geometry
     of_token = 4 * (_WIDTHS * geometry["width"] + geometry["heads"] * length)
-    return max(length, pass_bytes(model.device) // of_token)
+    return max(length, min(pass_bytes(device) for device in model.devices) // of_token)
 
 
 def pass_bytes(device: torch.device) -> int:
     """Bytes that activations of one pass may take on a device."""
     if device.type != "cuda":
         return HOST_BYTES
-    free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(DEVICE_SHARE * (free + unused))
+    return int(DEVICE_SHARE * memory_of(str(device))[0])

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from isoflop.core.errors import Infeasible
 from isoflop.kernels.softmax import Softmax
 from isoflop.models.hooks.attention import own_last_row
+from isoflop.models.moving import moved
 
 
 class ActivationTap:
@@ -72,7 +73,7 @@ class ActivationTap:
 
 def real_tokens(x_BTF: Tensor, valid_BT: Tensor | None) -> Tensor:
     """The rows of real tokens, (S, F), in float32: what statistics are taken over."""
-    flat = x_BTF.flatten(0, -2) if valid_BT is None else x_BTF[valid_BT]
+    flat = x_BTF.flatten(0, -2) if valid_BT is None else x_BTF[valid_BT.to(x_BTF.device)]
     return flat.float()
 
 
@@ -153,11 +154,11 @@ class Tap:
         """
         if not self._fits:
             raise self._unknown("has no projections of queries and keys by themselves")
-        self._heads(self._q_BTC)  # a layer that has not run says so
+        heard = self._heads(self._q_BTC)  # a layer that has not run says so
         if rope is None or not _KNOWN.get(self._architecture, False):
             raise self._unknown("rotates, scales or normalises queries and keys in another way")
-        logits_BHT = self._last_logits(rope, valid_BT, end)
-        return self._softmax.weights(logits_BHT[:, :, None])[:, :, 0]
+        logits_BHT = self._last_logits(*moved((rope, valid_BT), heard.device), end)
+        return self._softmax.weights(logits_BHT[:, :, None])[:, :, 0].to(rope[0].device)  # where the question came from
 
     def _last_logits(self, rope: tuple[Tensor, Tensor], valid_BT: Tensor | None, end: int | None = None) -> Tensor:
         q_BHTD = self._normed("q_norm", self._heads(self._q_BTC)[:, :end][:, -1:]).transpose(1, 2)

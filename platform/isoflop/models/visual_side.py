@@ -43,6 +43,12 @@ PLAIN = Layout()
 """One view."""
 
 
+def decoder_in(module: Any) -> Any:
+    """The language model inside a vision-language model, without its head; Idefics3 calls it the text model."""
+    inner = module.model
+    return inner.language_model if hasattr(inner, "language_model") else inner.text_model
+
+
 class VisualSide:
     """One square view, whose tokens stand one after the other (LLaVA-1.5); base class of all others.
 
@@ -83,7 +89,7 @@ class VisualSide:
     @property
     def decoder(self) -> Any:
         """The language model without its head."""
-        return self.module.model.language_model
+        return decoder_in(self.module)
 
     @property
     def projector(self) -> nn.Module:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +33,26 @@ class StageCache:
 
     Args:
         root: folder for results; created when missing.
-        device: torch device of this worker.
+        device: torch device of this worker, or several.
         keep: how many loaded values stay in memory (least recently used go first).
     """
 
-    def __init__(self, root: str | Path | None = None, device: str = "cpu", keep: int = 64) -> None:
+    def __init__(self, root: str | Path | None = None, device: str | Sequence[str] = "cpu", keep: int = 64) -> None:
         self.root = Path(root or default_cache_dir()).expanduser().absolute() / "stages"
-        self._device = device
+        self._devices = (device,) if isinstance(device, str) else tuple(device)
         self._keep = keep
         self._values: OrderedDict[str, Any] = OrderedDict()
         self.computed: list[tuple[str, float]] = []
 
     @property
     def device(self) -> str:
-        """The torch device of this worker."""
-        return self._device
+        """The torch device of this worker; the first of several."""
+        return self._devices[0]
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """All torch devices of this worker."""
+        return self._devices
 
     def get(self, stage: Stage) -> Any:
         """The loaded value; computed and stored first when this host has it not yet."""

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from isoflop.core.errors import UserError, unknown
 from isoflop.core.public import look_beside
 from isoflop.execute import Executor, LocalExecutor, Resources
+from isoflop.jobs.devices import devices_here
 from isoflop.ledger import Ledger, Store
 from isoflop.ledger import schema as ledger_schema
 from isoflop.sweep import results as results_module
@@ -197,7 +198,7 @@ def make_executor(sweep: Sweep, options: RunOptions, store: Store | None = None)
     """The executor that the options ask for; not started."""
     block = sweep.spec.resources
     if options.executor == "local":
-        return LocalExecutor(options.cache_dir, threads=max(1, int(block.cpus)))
+        return LocalExecutor(options.cache_dir, devices_here(block.gpus), max(1, int(block.cpus)))
     from isoflop.execute.ray_executor import RayExecutor
 
     return RayExecutor(

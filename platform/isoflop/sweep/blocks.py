@@ -146,7 +146,10 @@ class ResourcesBlock(Block):
     """What one job gets; the cluster is divided into as many slots of this size as fit."""
 
     cpus: Positive = 1
-    gpus: NotNegative = Field(0, description="A fraction packs several jobs on one GPU; 0 hides all GPUs.")
+    gpus: NotNegative = Field(
+        0,
+        description="A fraction packs several jobs on one GPU; with several, a checkpoint is spread over them; 0 hides all GPUs.",
+    )
     memory: Bytes | None = Field(None, description="Host memory per job, e.g. 4GiB.")
 
     @field_validator("gpus")

@@ -152,8 +152,8 @@ class ByteTask(Task):
             "flops_llm": float(flops),
             "flops_per_byte": flops / self.scored,
             **costs,
-            "seconds": seconds_of(predict, lm.device),
-            "peak_bytes": float(lm.resident_bytes() + peak_bytes_of(predict, lm.device)),
+            "seconds": seconds_of(predict, lm.devices),
+            "peak_bytes": float(lm.resident_bytes() + peak_bytes_of(predict, lm.devices)),
         }
 
     def _segmentations(self, info: ModelInfo) -> SegmentationsStage:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -78,8 +78,8 @@ def measure_answer(model: VlmModel, pixels: Tensor, make: MakeBatch, layout: Lay
         "flops_projector": float(projector),
         "flops_method": float(method),
         **byte_costs(model, cache, dense_cache),
-        "seconds": seconds_of(answer, model.device),
-        "peak_bytes": float(model.resident_bytes() + peak_bytes_of(answer, model.device)),
+        "seconds": seconds_of(answer, model.devices),
+        "peak_bytes": float(model.resident_bytes() + peak_bytes_of(answer, model.devices)),
     }
 
 
@@ -115,7 +115,7 @@ def decoder_cache(model: DecoderModel, forward: Callable[[], Any]) -> CacheRepor
     return reading.cache
 
 
-def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+def seconds_of(call: Callable[[], Any], devices: Sequence[torch.device]) -> float:
     """Median wall seconds of a call after one warm-up; calls that take long, and differ less, are timed less often."""
     call()
     times: list[float] = []
@@ -123,20 +123,27 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
     while len(times) < (fewest if sum(times) > PATIENCE else most):
         started = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(devices)
         times.append(time.perf_counter() - started)
     return median(times)
 
 
-def peak_bytes_of(call: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes of activations alive at once during ``call``."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+def synchronize(devices: Sequence[torch.device]) -> None:
+    """Wait for what accelerators have to do."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
+def peak_bytes_of(call: Callable[[], Any], devices: Sequence[torch.device]) -> int:
+    """Most bytes of activations alive at once during ``call``; on several accelerators the sum over them of each one's most."""
+    if devices[0].type == "cuda":
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
+        before = sum(torch.cuda.memory_allocated(device) for device in devices)
         call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        synchronize(devices)
+        return sum(torch.cuda.max_memory_allocated(device) for device in devices) - before
     with _AliveBytes() as alive:
         call()
     return alive.peak

@@ -42,6 +42,6 @@ def costs_of_image(vit: VitModel, batch: VitBatch) -> dict[str, float]:
         "weight_bytes_dense": vit.dense_weight_bytes(),
         "bytes": held,
         "bytes_dense": vit.dense_weight_bytes(),
-        "seconds": seconds_of(lambda: vit.supervised(batch), vit.device),
-        "peak_bytes": float(vit.resident_bytes() + peak_bytes_of(lambda: vit.supervised(batch), vit.device)),
+        "seconds": seconds_of(lambda: vit.supervised(batch), vit.devices),
+        "peak_bytes": float(vit.resident_bytes() + peak_bytes_of(lambda: vit.supervised(batch), vit.devices)),
     }

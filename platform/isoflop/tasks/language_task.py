@@ -137,8 +137,8 @@ class LanguageTask(Task):
             "flops": float(flops),
             "flops_llm": float(flops),
             **byte_costs(lm, decoder_cache(lm, lambda: lm.logits(whole)), lm.dense_cache_bytes(length)),
-            "seconds": seconds_of(lambda: lm.logits(batch), lm.device),
-            "peak_bytes": float(lm.resident_bytes() + peak_bytes_of(lambda: lm.logits(batch), lm.device)),
+            "seconds": seconds_of(lambda: lm.logits(batch), lm.devices),
+            "peak_bytes": float(lm.resident_bytes() + peak_bytes_of(lambda: lm.logits(batch), lm.devices)),
         }
 
 

@@ -22,7 +22,7 @@ from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.feed_forward import FEED_FORWARD
 from isoflop.models.lm import LmModel
 from isoflop.tasks.base import TASKS, Shard, Task
-from isoflop.tasks.footprint import byte_costs, decoder_cache, peak_bytes_of
+from isoflop.tasks.footprint import byte_costs, decoder_cache, peak_bytes_of, synchronize
 from isoflop.tasks.language_task import lm_info, lm_model, observed
 
 
@@ -97,7 +97,7 @@ class GenerationLatency(Task):
             "flops_llm": flops / self.batch,
             **byte_costs(lm, decoder_cache(lm, generate), lm.dense_cache_bytes(self.prompt + self.new - 1)),
             "seconds": total,
-            "peak_bytes": float(lm.resident_bytes() + peak_bytes_of(generate, lm.device)),
+            "peak_bytes": float(lm.resident_bytes() + peak_bytes_of(generate, lm.devices)),
         }
 
     def _prompt(self, model: LmModel, seed: int) -> Tensor:
@@ -109,7 +109,6 @@ class GenerationLatency(Task):
         """Seconds of a whole generation, and until its first token."""
         marks = [time.perf_counter()]
         for _ in model.tokens(prompt_BT, self.new):
-            if model.device.type == "cuda":
-                torch.cuda.synchronize(model.device)
+            synchronize(model.devices)
             marks.append(time.perf_counter())
         return marks[-1] - marks[0], marks[1] - marks[0]

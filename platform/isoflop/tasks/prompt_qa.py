@@ -164,8 +164,8 @@ class PromptQa(Task):
             "flops_llm": language,
             "flops_method": method,
             **byte_costs(lm, cache, float(np.mean([lm.dense_cache_bytes(p.length) for p in whole]))),
-            "seconds": seconds_of(answer, lm.device),
-            "peak_bytes": float(lm.resident_bytes() + peak_bytes_of(answer, lm.device)),
+            "seconds": seconds_of(answer, lm.devices),
+            "peak_bytes": float(lm.resident_bytes() + peak_bytes_of(answer, lm.devices)),
         }
 
 

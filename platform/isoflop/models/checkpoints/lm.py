@@ -23,6 +23,7 @@ from isoflop.models.hooks.prompt_text import PROMPT_TEXT
 from isoflop.models.hooks.residual import RESIDUAL
 from isoflop.models.lm import LmInfo, LmModel, tokenizer_of
 from isoflop.models.quiet import no_progress_bars
+from isoflop.models.spread import devices_for, placed
 from isoflop.models.worlds import recall_world
 from isoflop.models.worlds.calibration import CalibrationText
 from isoflop.models.worlds.english import EnglishStage
@@ -78,24 +79,34 @@ def hooks_of(decoder: Any, reads_text: bool) -> frozenset[Hook[Any]]:
 
 
 def load(info: ModelInfo, source: Path, options: Options, ctx: StageContext) -> LmModel:
-    """The checkpoint on the worker's device in evaluation mode."""
+    """The checkpoint on the worker's device, or over its devices, in evaluation mode.
+
+    Raises:
+        NoRoom: there are several devices, and they have too little room.
+    """
     from transformers import AutoModelForCausalLM
 
     if not isinstance(info, LmInfo):
         raise TypeError(f"{info.ref} was not described as a language model")
+
+    def skeleton() -> tuple[Any, Any]:
+        module = _skeleton(info.ref, read_config(source, options), options)
+        return module, decoder_of(module)
+
+    devices = devices_for(info.ref, ctx, skeleton, options.torch_dtype)
     if options.gguf:
         module = read_gguf(source / options.gguf).to(options.torch_dtype)
-        return LmModel(info, module.to(ctx.device).eval().requires_grad_(False), tokenizer_of(info, ctx))
-    require_safetensors(source)
-    with no_progress_bars():
-        module = AutoModelForCausalLM.from_pretrained(
-            source,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=options.trust_remote_code,
-            dtype=options.torch_dtype,
-        )
-    return LmModel(info, module.to(ctx.device).eval().requires_grad_(False), tokenizer_of(info, ctx))
+    else:
+        require_safetensors(source)
+        with no_progress_bars():
+            module = AutoModelForCausalLM.from_pretrained(
+                source,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=options.trust_remote_code,
+                dtype=options.torch_dtype,
+            )
+    return LmModel(info, placed(module, decoder_of(module), ctx.device, devices), tokenizer_of(info, ctx))
 
 
 def _positions(ref: str, config: Any) -> int:

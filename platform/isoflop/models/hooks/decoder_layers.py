@@ -24,6 +24,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.hook import Hook
 from isoflop.models.hooks.attention import ATTENTION, IMPLEMENTATION
 from isoflop.models.hooks.occupant import Occupant
+from isoflop.models.moving import moved
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class TokenPolicy(LayerPolicy):
         try:
             yield
         finally:
-            self.left_BK = self._kept_BK
+            self.left_BK = moved(self._kept_BK, layout.image_BL.device)
             self._prompt = self._present = self._kept_BK = self._mask = None
 
     def _before(
@@ -207,6 +208,7 @@ class TokenPolicy(LayerPolicy):
         if self._prompt is None or self._present is None:
             return None
         hidden_BKd, changed = args[0], False
+        self._follow(hidden_BKd.device)
         here = kwargs if self._kept_BK is None else self._cut(kwargs)
         found = self.change(LayerTokens(number, hidden_BKd, self._present, here))
         if found is not None:
@@ -220,6 +222,11 @@ class TokenPolicy(LayerPolicy):
         if self._kept_BK is None and not changed:
             return None
         return (hidden_BKd, *args[1:]), here
+
+    def _follow(self, device: torch.device) -> None:
+        """What is known of the prompt's tokens goes where the layer is that comes next."""
+        known = self._prompt, self._present, self._kept_BK, self._mask
+        self._prompt, self._present, self._kept_BK, self._mask = moved(known, device)
 
     def _keep(self, kept_BK: Tensor, hidden_BKd: Tensor) -> None:
         """Note which tokens of the prompt are left, and the mask where rows keep different numbers of them."""

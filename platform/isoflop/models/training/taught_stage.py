@@ -21,6 +21,7 @@ class _OnCpu:
 
     ctx: StageContext
     device: str = "cpu"
+    devices: tuple[str, ...] = ("cpu",)
 
     def get(self, stage: Stage) -> Any:
         return self.ctx.get(stage)

@@ -61,8 +61,8 @@ def costs_of(lm: LmModel, examples: Sequence[Priced]) -> dict[str, float]:
         "flops_llm": language,
         "flops_method": method,
         **byte_costs(lm, cache, dense),
-        "seconds": seconds_of(answer, lm.device),
-        "peak_bytes": float(lm.resident_bytes() + peak_bytes_of(answer, lm.device)),
+        "seconds": seconds_of(answer, lm.devices),
+        "peak_bytes": float(lm.resident_bytes() + peak_bytes_of(answer, lm.devices)),
     }
 
 

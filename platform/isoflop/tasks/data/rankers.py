@@ -92,6 +92,6 @@ def cost_of_run(model: EncoderModel, run: Callable[[], Any]) -> dict[str, float]
         "weight_bytes_dense": dense,
         "bytes": weights,
         "bytes_dense": dense,
-        "seconds": seconds_of(run, model.device),
-        "peak_bytes": float(model.resident_bytes() + peak_bytes_of(run, model.device)),
+        "seconds": seconds_of(run, model.devices),
+        "peak_bytes": float(model.resident_bytes() + peak_bytes_of(run, model.devices)),
     }

@@ -24,6 +24,8 @@ from isoflop.models.decoder_model import layers_of
 from isoflop.models.features import TowerSource, Vision, vision_of
 from isoflop.models.lm import tokenizer_of
 from isoflop.models.quiet import no_progress_bars
+from isoflop.models.spread import devices_for, placed
+from isoflop.models.visual_side import decoder_in
 from isoflop.models.vlm import VlmInfo, VlmModel
 
 
@@ -104,11 +106,28 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
 
 
 def load(info: ModelInfo, source: Path, options: Options, ctx: StageContext) -> VlmModel:
-    """The checkpoint on the worker's device in evaluation mode."""
+    """The checkpoint on the worker's device, or over its devices, in evaluation mode.
+
+    Raises:
+        NoRoom: there are several devices, and they have too little room.
+    """
+    import transformers
+
     if not isinstance(info, VlmInfo):
         raise TypeError(f"{info.ref} was not described as a vision-language model")
     architecture = architecture_of(info.ref, source)
-    module = _read(source, architecture, options).to(ctx.device).eval().requires_grad_(False)
+
+    def skeleton() -> tuple[Any, Any]:
+        config = read_config(source, options)
+        module = without_weights(
+            ref, config, "vision-language model", lambda: getattr(transformers, architecture)(config)
+        )
+        return module, decoder_in(module)
+
+    ref = info.ref
+    devices = devices_for(ref, ctx, skeleton, options.torch_dtype)
+    module = _read(source, architecture, options)
+    module = placed(module, decoder_in(module), ctx.device, devices)
     tokenizer = tokenizer_of(info, ctx)
     side = KINDS[architecture].side(module, info, source, tokenizer)
     return VlmModel(info, module, side.vision, tokenizer, side)

@@ -112,11 +112,6 @@ class IdeficsSide(MergedSide):
     """Idefics3's and SmolVLM's: rows of crops, each with its place in text, then the thumbnail."""
 
     @property
-    def decoder(self) -> Any:
-        """Called the text model."""
-        return self.module.model.text_model
-
-    @property
     def projector(self) -> nn.Module:
         """Behind the shuffle."""
         found: nn.Module = self.module.model.connector.modality_projection
