@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from isoflop.core.errors import Infeasible
 from isoflop.models.base import Model, ModelInfo
-from isoflop.models.vlm import VlmInfo, VlmModel
+from isoflop.models.vlm import VlmModel
+from isoflop.models.vlm_info import VlmInfo
 
 
 def vlm_info(info: ModelInfo) -> VlmInfo:

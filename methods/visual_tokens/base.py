@@ -28,7 +28,8 @@ from isoflop.models.hooks.occupant import Occupant, tensor_bytes
 from isoflop.models.hooks.vision_blocks import VISION_BLOCKS
 from isoflop.models.hooks.visual_tokens import VISUAL_TOKENS, CompressedTokens, Compression, VisualInput
 from isoflop.models.training.taught import InTraining
-from isoflop.models.vlm import VlmInfo, VlmModel
+from isoflop.models.vlm import VlmModel
+from isoflop.models.vlm_info import VlmInfo
 
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe

@@ -22,7 +22,7 @@ from isoflop.methods.vision_language import vlm_info
 from isoflop.methods.visual_tokens.base import VisualTokenMethod
 from isoflop.models.base import ModelInfo
 from isoflop.models.hooks.visual_tokens import CompressedTokens, VisualInput
-from isoflop.models.vlm import VlmInfo
+from isoflop.models.vlm_info import VlmInfo
 
 OUT_STD = 0.64
 """Deviation of the output projection's initial weights times √D: the paper's .02 at its width of 1024."""

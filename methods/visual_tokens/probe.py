@@ -17,7 +17,8 @@ from isoflop.models.counting import flops_of
 from isoflop.models.features import vision_of
 from isoflop.models.tiny.llava_config import SIZES, initialise, llava_config
 from isoflop.models.tiny.llava_training import Recipe, tiny_info
-from isoflop.models.vlm import VlmBatch, VlmModel
+from isoflop.models.vlm import VlmModel
+from isoflop.models.vlm_info import VlmBatch
 from isoflop.models.worlds import digit_world as world
 
 PREFILL = "prefill_flops"

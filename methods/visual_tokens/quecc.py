@@ -20,7 +20,7 @@ from isoflop.methods.vision_language import vlm_info
 from isoflop.methods.visual_tokens.base import VisualTokenMethod
 from isoflop.models.base import ModelInfo
 from isoflop.models.hooks.visual_tokens import CompressedTokens, VisualInput
-from isoflop.models.vlm import VlmInfo
+from isoflop.models.vlm_info import VlmInfo
 
 DEPTHS = (0.50, 0.67, 0.92, 0.96)
 """Relative depths of the layers that keys and values read; 12, 16, 22, 23 of CLIP-L's 24."""

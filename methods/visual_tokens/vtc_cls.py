@@ -21,7 +21,7 @@ from isoflop.methods.visual_tokens.select import PatchSelection
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.features import LayerKey, attention_in
 from isoflop.models.hooks.visual_tokens import VisualInput
-from isoflop.models.vlm import VlmInfo
+from isoflop.models.vlm_info import VlmInfo
 
 if TYPE_CHECKING:
     from isoflop.methods.probe import Probe

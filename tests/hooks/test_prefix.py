@@ -249,7 +249,7 @@ def test_what_wants_equal_counts_refuses_others(model: VlmModel) -> None:
 
 @torch.no_grad()
 def test_the_one_image_of_a_batch_is_such_a_prompt(model: VlmModel) -> None:
-    from isoflop.models.vlm import VlmBatch
+    from isoflop.models.vlm_info import VlmBatch
 
     images = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(5))
     token = model.info.geometry["image_token"]

@@ -31,7 +31,8 @@ from isoflop.models.hooks.occupant import Occupant
 from isoflop.models.hooks.vision_blocks import VISION_BLOCKS, BlockRun, Signals, TokenReduction, TokenState
 from isoflop.models.hooks.visual_tokens import CompressedTokens, VisualInput
 from isoflop.models.segments import DenseSegment, LayerStore
-from isoflop.models.vlm import VlmBatch, VlmModel
+from isoflop.models.vlm import VlmModel
+from isoflop.models.vlm_info import VlmBatch
 from isoflop.tasks.footprint import measure_answer
 
 IN_TOWER, IN_DECODER, IN_CACHE = 18, 9, 2

@@ -15,7 +15,8 @@ from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import build
 from isoflop.models.family import family_of
 from isoflop.models.hooks.attention import ATTENTION
-from isoflop.models.vlm import VlmBatch, VlmInfo, VlmModel
+from isoflop.models.vlm import VlmModel
+from isoflop.models.vlm_info import VlmBatch, VlmInfo
 
 WORDS, IMAGE = 60, 5
 SHAPE: dict[str, Any] = {

@@ -19,7 +19,8 @@ from isoflop.methods.kv_cache.full_cache import FullCache
 from isoflop.models.counting import flops_of
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.decoder_layers import DECODER_LAYERS
-from isoflop.models.vlm import VlmBatch, expand_placeholders
+from isoflop.models.vlm import expand_placeholders
+from isoflop.models.vlm_info import VlmBatch
 from isoflop.models.worlds import digit_world as world
 from isoflop.tasks.footprint import decoder_cache
 

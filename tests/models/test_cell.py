@@ -20,7 +20,8 @@ from isoflop.models.hooks.vision_blocks import VISION_BLOCKS, BlockRun, TokenRed
 from isoflop.models.tiny.llava_training import CellStage, Recipe
 from isoflop.models.training.frozen import CompressorStage
 from isoflop.models.training.loop import schedule
-from isoflop.models.vlm import VlmInfo, VlmModel
+from isoflop.models.vlm import VlmModel
+from isoflop.models.vlm_info import VlmInfo
 from isoflop.models.worlds import digit_world as world
 from isoflop.tasks.base import TASKS, Task
 from isoflop.testing import FolderContext

@@ -20,7 +20,8 @@ from isoflop.models.features import vision_of
 from isoflop.models.tiny.easy_vqa import easy_vqa_config
 from isoflop.models.tiny.easy_vqa_tower import untrained_easy_vqa_tower
 from isoflop.models.tiny.llava_training import untrained_of
-from isoflop.models.vlm import VlmBatch, VlmModel
+from isoflop.models.vlm import VlmModel
+from isoflop.models.vlm_info import VlmBatch
 from isoflop.models.worlds import easy_vqa as world
 from isoflop.sweep.resolve import resolve
 from isoflop.tasks.data.vqa import Vqa

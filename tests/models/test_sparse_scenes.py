@@ -15,7 +15,8 @@ from isoflop.models.family import family_of
 from isoflop.models.tiny import vision as tiny_vision
 from isoflop.models.tiny.llava_training import Recipe, recipe_fields
 from isoflop.models.training.frozen import CompressorStage
-from isoflop.models.vlm import VlmInfo, VlmModel
+from isoflop.models.vlm import VlmModel
+from isoflop.models.vlm_info import VlmInfo
 from isoflop.models.worlds import digit_world as world
 from isoflop.models.worlds.lessons import Lessons
 from isoflop.tasks.base import TASKS

@@ -11,7 +11,7 @@ from isoflop.core.stage import walk
 from isoflop.methods.base import build
 from isoflop.models.family import FAMILIES, family_of
 from isoflop.models.tiny.llava_config import SIZES, initialise, llava_config
-from isoflop.models.vlm import VlmInfo
+from isoflop.models.vlm_info import VlmInfo
 
 N = {"d24": 13_920, "d32": 25_216, "d48": 55_488, "d96": 221_568, "d128": 593_664}
 

@@ -8,7 +8,8 @@ import torch
 from isoflop.core.errors import Infeasible
 from isoflop.methods.kv_cache.full_cache import FullCache
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
-from isoflop.models.vlm import VlmBatch, expand_placeholders
+from isoflop.models.vlm import expand_placeholders
+from isoflop.models.vlm_info import VlmBatch
 from isoflop.models.worlds import digit_world as world
 
 

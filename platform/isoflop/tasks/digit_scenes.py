@@ -24,7 +24,8 @@ from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.features import FeaturesStage, LayerKey, batches
 from isoflop.models.hooks.visual_tokens import VISUAL_TOKENS
-from isoflop.models.vlm import VlmBatch, VlmInfo, VlmModel
+from isoflop.models.vlm import VlmModel
+from isoflop.models.vlm_info import VlmBatch, VlmInfo
 from isoflop.models.worlds import digit_world as world
 from isoflop.tasks.base import Shard, Task
 from isoflop.tasks.footprint import measure_answer

@@ -28,7 +28,8 @@ from isoflop.models.features import LayerKey
 from isoflop.models.hooks.attention import ATTENTION, CacheReport
 from isoflop.models.metering import meter
 from isoflop.models.visual_side import PLAIN, Layout
-from isoflop.models.vlm import VlmBatch, VlmModel
+from isoflop.models.vlm import VlmModel
+from isoflop.models.vlm_info import VlmBatch
 
 REPEATS = (3, 5)
 """Fewest and most timings of a call."""

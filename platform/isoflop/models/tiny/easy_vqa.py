@@ -27,7 +27,8 @@ from isoflop.models.tiny.llava_training import FAMILY, untrained_of
 from isoflop.models.training.taught import Taught
 from isoflop.models.training.taught_stage import TaughtStage
 from isoflop.models.training.teaching import Course
-from isoflop.models.vlm import HOOKS, VlmInfo, VlmModel
+from isoflop.models.vlm import VlmModel
+from isoflop.models.vlm_info import HOOKS, VlmInfo
 from isoflop.models.worlds import easy_vqa as world
 
 if TYPE_CHECKING:

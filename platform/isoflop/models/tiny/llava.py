@@ -28,7 +28,8 @@ from isoflop.models.tiny.llava_training import FAMILY, CellStage, Recipe, tiny_i
 from isoflop.models.training.taught import Taught, TaughtT
 from isoflop.models.training.taught_stage import TaughtStage
 from isoflop.models.training.teaching import Course
-from isoflop.models.vlm import VlmInfo, VlmModel
+from isoflop.models.vlm import VlmModel
+from isoflop.models.vlm_info import VlmInfo
 from isoflop.models.worlds.easy_vqa import EasyVqaLessons, content, questions
 
 

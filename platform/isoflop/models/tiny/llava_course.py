@@ -23,7 +23,8 @@ from isoflop.models.tiny.llava_training import Bank, Recipe, bank_of, llava_grou
 from isoflop.models.training.loop import Rates, Schedule, record_training
 from isoflop.models.training.taught import Taught
 from isoflop.models.training.teaching import Course, Pupil
-from isoflop.models.vlm import VlmBatch, VlmInfo, VlmModel
+from isoflop.models.vlm import VlmModel
+from isoflop.models.vlm_info import VlmBatch, VlmInfo
 from isoflop.models.worlds.lessons import Lesson
 
 

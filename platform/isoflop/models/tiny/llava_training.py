@@ -33,7 +33,7 @@ from isoflop.models.tiny.llava_config import SIZES, initialise, llava_config
 from isoflop.models.tiny.vision import KINDS, TinyTowerStage, save_preprocessing
 from isoflop.models.training.last_position import LastPosition
 from isoflop.models.training.loop import Keeper, Rates, fit, rate_groups, record_training
-from isoflop.models.vlm import HOOKS, VlmInfo
+from isoflop.models.vlm_info import HOOKS, VlmInfo
 from isoflop.models.worlds import digit_world as world
 from isoflop.models.worlds.lessons import Lesson, Lessons
 

@@ -32,7 +32,8 @@ from isoflop.models.hooks.visual_tokens import (
 from isoflop.models.tiny.llava_training import Recipe
 from isoflop.models.training.loop import Keeper, fit
 from isoflop.models.training.teaching import followed
-from isoflop.models.vlm import VlmBatch, VlmInfo, VlmModel
+from isoflop.models.vlm import VlmModel
+from isoflop.models.vlm_info import VlmBatch, VlmInfo
 from isoflop.models.worlds.digit_world import VOCABULARY
 from isoflop.models.worlds.lessons import Lesson, Lessons
 

@@ -17,7 +17,8 @@ from isoflop.models.base import Model, ModelInfo
 from isoflop.models.features import LayerKey
 from isoflop.models.prefix import SegmentedPrompt
 from isoflop.models.visual_side import PLAIN, Layout
-from isoflop.models.vlm import VlmBatch, VlmInfo, VlmModel
+from isoflop.models.vlm import VlmModel
+from isoflop.models.vlm_info import VlmBatch, VlmInfo
 from isoflop.tasks.data.images import opened, size_of
 from isoflop.tasks.data.language import batches_of
 from isoflop.tasks.data.prompts import PromptTokenizer

@@ -21,7 +21,8 @@ from isoflop.methods.decoder_tokens.fastv import FastV
 from isoflop.models.checkpoints.source import brief
 from isoflop.models.family import family_of
 from isoflop.models.quiet import no_progress_bars
-from isoflop.models.vlm import VlmBatch, VlmModel
+from isoflop.models.vlm import VlmModel
+from isoflop.models.vlm_info import VlmBatch
 from isoflop.testing.architectures.small import RESERVED, WORDS, Architecture, NotSmall, small_config
 from isoflop.testing.architectures.walk import (
     Check,

@@ -27,7 +27,8 @@ from isoflop.models.family import family_of
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.pixels import PIXELS
 from isoflop.models.visual_side import Layout
-from isoflop.models.vlm import HOOKS, VlmBatch, VlmModel
+from isoflop.models.vlm import VlmModel
+from isoflop.models.vlm_info import HOOKS, VlmBatch
 from isoflop.testing.architectures.walk import Check, Findings, Wrong, examined, same
 from isoflop.testing.neutral import neutral
 from isoflop.testing.small_vision_language import SMALL, save_small
@@ -90,18 +91,24 @@ class VisionLanguageSubject:
         Args:
             picture: ids in place of the picture, where its size is not the usual one.
         """
-        import transformers
-
-        side = self.model.side
-        small = SMALL[type(self.stock).__name__]
-        processor, settings = getattr(transformers, small.processor).from_pretrained(self.folder), small.told
-        layout = side.layout(*SIZE)
+        side, layout = self.model.side, self.model.side.layout(*SIZE)
         before, question = self.words[row]
         picture = side.ids(layout, side.tokens(layout)) if picture is None else picture
-        ids_1T = torch.cat((before, picture, question, self.answer_BS[row, :answer]))[None]
-        pixels = processor(images=[self.pictures[row]], return_tensors="pt", **settings)
-        behind_1T = torch.arange(ids_1T.shape[1])[None] >= ids_1T.shape[1] - answer
-        kinds = {"mm_token_type_ids": (ids_1T == side.image_token).int(), "token_type_ids": behind_1T.int()}
+        ids_T = torch.cat((before, picture, question, self.answer_BS[row, :answer]))
+        return self.taken(self.pictures[row], ids_T, answer)
+
+    def taken(self, picture: Any, ids_T: Tensor, answer: int = 0) -> dict[str, Tensor]:
+        """What transformers takes of a picture and a text with every placeholder, the last ``answer`` of whose tokens are its answer."""
+        import transformers
+
+        small = SMALL[type(self.stock).__name__]
+        processor = getattr(transformers, small.processor).from_pretrained(self.folder)
+        pixels = processor(images=[picture], return_tensors="pt", **small.told)
+        ids_1T, behind_T = ids_T[None], torch.arange(len(ids_T)) >= len(ids_T) - answer
+        kinds = {
+            "mm_token_type_ids": (ids_1T == self.model.side.image_token).int(),
+            "token_type_ids": behind_T[None].int(),
+        }
         given = {"input_ids": ids_1T, **kinds, **pixels}
         taken = inspect.signature(self.stock.forward).parameters
         return {name: value for name, value in given.items() if name in taken and name not in _UNUSED}

@@ -29,7 +29,7 @@ from isoflop.models.checkpoints.vision_language.kind import (
 )
 from isoflop.models.features import vision_of
 from isoflop.models.visual_side import PLAIN, Layout, ProcessedSide
-from isoflop.models.vlm import VlmInfo
+from isoflop.models.vlm_info import VlmInfo
 
 
 class AnyResSide(ProcessedSide):

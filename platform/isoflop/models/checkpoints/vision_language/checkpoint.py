@@ -26,7 +26,8 @@ from isoflop.models.lm import tokenizer_of
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.spread import devices_for, placed
 from isoflop.models.visual_side import decoder_in
-from isoflop.models.vlm import VlmInfo, VlmModel
+from isoflop.models.vlm import VlmModel
+from isoflop.models.vlm_info import VlmInfo
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from isoflop.models.hooks.pixels import PIXELS
 from isoflop.models.hooks.vision_blocks import VISION_BLOCKS
 from isoflop.models.resizing import SQUEEZED, Resizing
 from isoflop.models.visual_side import VisualSide
-from isoflop.models.vlm import HOOKS, VlmInfo
+from isoflop.models.vlm_info import HOOKS, VlmInfo
 
 
 @dataclass(frozen=True)

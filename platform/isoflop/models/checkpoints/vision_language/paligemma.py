@@ -19,7 +19,7 @@ from isoflop.models.features import Vision, vision_of
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.decoder_layers import DECODER_LAYERS
 from isoflop.models.visual_side import VisualSide
-from isoflop.models.vlm import HOOKS, VlmInfo
+from isoflop.models.vlm_info import HOOKS, VlmInfo
 
 
 class PaliGemmaSide(VisualSide):
