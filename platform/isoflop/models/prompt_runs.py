@@ -219,8 +219,8 @@ def _adding(model: VlmModel, deep: Sequence[Tensor]) -> Iterator[None]:
 
     def add(number: int, layer: Any, args: Any, output: Any) -> Any:
         kept_BK = None if dropping is None else dropping.kept_BK
-        added = deep[number] if kept_BK is None else rows_of(deep[number], kept_BK)
-        return output + added.to(output.dtype)
+        added = deep[number].to(output)  # the layers of one model may lie on several devices
+        return output + (added if kept_BK is None else rows_of(added, kept_BK.to(output.device)))
 
     with ExitStack() as stack:
         for number in range(len(deep)):
