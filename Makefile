@@ -40,7 +40,8 @@ quickstart: $(READY)
 	$(BIN)/isoflop run sweeps/quickstart.yaml
 
 real: $(READY)
-	$(BIN)/isoflop fetch smollm2-135m-instruct documents
+	$(BIN)/isoflop fetch smollm2-135m-instruct all-minilm-l6-v2 documents
+	$(BIN)/isoflop run sweeps/real-retrieval.yaml
 	$(BIN)/isoflop run sweeps/real-prompts.yaml
 	$(BIN)/isoflop run sweeps/real.yaml
 

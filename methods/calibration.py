@@ -46,7 +46,12 @@ class OnModel(Stage):
     def source(
         info: ModelInfo, weights: Stage | None, seed: int, trained_with: tuple[Method, ...] = ()
     ) -> dict[str, Any]:
-        """The fields of this class for the arguments of ``Method.prepare``."""
+        """The fields of this class for the arguments of ``Method.prepare``.
+
+        Raises:
+            Infeasible: the model has no examples to calibrate on.
+        """
+        info.check_calibration()
         family = family_of(info.ref)
         trained_with = tuple(method.as_trained() for method in trained_with)
         return {

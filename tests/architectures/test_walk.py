@@ -135,7 +135,7 @@ def test_every_architecture_is_exact_or_refused_and_on_the_page() -> None:
     assert {row.architecture.model_type for row in lms} == set(KNOWN)
     assert [f"{row.name}: {row.findings}" for row in (*lms, *llavas) if not row.fine] == []
     if f"transformers {transformers.__version__} knows" in PAGE.read_text().replace("\n", " "):
-        assert page(lms, llavas, classes) == PAGE.read_text()
+        assert PAGE.read_text().startswith(page(lms, llavas, classes))
 
 
 def test_the_walk_sees_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

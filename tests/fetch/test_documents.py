@@ -44,6 +44,16 @@ def test_lookups_ask_for_a_sentence_that_is_listed(made: Path) -> None:
         assert len(row["functions"].split("\n")) == documents.LISTED
 
 
+def test_queries_are_first_sentences_of_what_they_have_to_find(made: Path) -> None:
+    corpus, queries = rows(made, "corpus"), rows(made, "queries")
+    texts = {row["id"]: row["text"] for row in corpus}
+    assert len(texts) == len(set(texts.values())) == len(queries) == len({row["query"] for row in queries})
+    assert len(queries) > 10
+    for row in queries:
+        assert row["query"] not in texts[row["relevant"]]
+        assert documents.BODY[0] <= len(texts[row["relevant"]]) <= documents.BODY[1]
+
+
 def test_they_are_the_same_again(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "PACKAGES", {"numpy": "numpy"})
     make(tmp_path, tmp_path, len)

@@ -11,7 +11,7 @@ from isoflop.core.yaml_source import load_yaml
 from isoflop.sweep.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("real", "real-prompts")
+NAMES = ("real", "real-prompts", "real-retrieval")
 GROUPS = (64, 128)
 
 
@@ -26,7 +26,10 @@ def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_they_resolve(name: str) -> None:
     sweep = resolve(ROOT / "sweeps" / f"{name}.yaml")
     tasks = {job.task for config in sweep.space.grid() for job in sweep.jobs_of(config)}
-    assert tasks == {"choice", "generate", "needle"} | ({"text"} if name == "real" else set())
+    if name == "real-retrieval":
+        assert tasks == {"retrieval"}
+    else:
+        assert tasks == {"choice", "generate", "needle"} | ({"text"} if name == "real" else set())
 
 
 def test_weights_are_grouped_otherwise_than_the_file_groups_them() -> None:

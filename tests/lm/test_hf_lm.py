@@ -195,8 +195,8 @@ def test_a_config_that_transformers_refuses_is_one_line(tmp_path: Path) -> None:
 
 
 def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"architectures": ["BertForMaskedLM"], "model_type": "bert"}')
-    with pytest.raises(Infeasible, match=r"BertForMaskedLM is not supported; allowed: .*ForCausalLM"):
+    (tmp_path / "config.json").write_text('{"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}')
+    with pytest.raises(Infeasible, match=r"T5ForConditionalGeneration is not supported; allowed: .*ForCausalLM"):
         family_of("hf:x").info(f"hf:{tmp_path}", {})
 
 

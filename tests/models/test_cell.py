@@ -229,9 +229,10 @@ def test_checkpoints_that_cannot_work_are_refused_in_one_line(ctx: FolderContext
         return f"hf:{target}"
 
     with pytest.raises(
-        Infeasible, match="architecture BertForMaskedLM is not supported; allowed: LlavaForConditionalGeneration"
+        Infeasible,
+        match="architecture T5ForConditionalGeneration is not supported; allowed: LlavaForConditionalGeneration",
     ):
-        family.info(variant(architectures=["BertForMaskedLM"]), {})
+        family.info(variant(architectures=["T5ForConditionalGeneration"]), {})
     with pytest.raises(Infeasible, match="of the type 'llava', is not that of a causal language model"):
         family.info(variant(architectures=["FalconForCausalLM"]), {})
     with pytest.raises(Infeasible, match="several vision layers"):

@@ -1,10 +1,12 @@
 """Documents that are at hand wherever isoflop is installed: prose out of the docstrings of packages that it needs.
 
-Three forms of them, for tasks on language models:
+Four forms of them, for tasks on language models and text encoders:
 
 - ``text/PACKAGE.txt``: paragraphs of plain sentences;
 - ``choice.jsonl``: some paragraphs, the last without its last sentence; that sentence among three last ones of other paragraphs;
-- ``lookup.jsonl``: a list of functions with a sentence on each, and one of the functions, whose sentence is asked for.
+- ``lookup.jsonl``: a list of functions with a sentence on each, and one of the functions, whose sentence is asked for;
+- ``corpus.jsonl`` and ``queries.jsonl``: what the documentation of functions and classes says behind its first sentence, and that
+  sentence, which has to find the rest.
 
 What is written depends on the packages' releases only, which constraints.txt pins; the data enter job ids by their content.
 """
@@ -32,12 +34,17 @@ PACKAGES = {"scipy": "scipy", "sklearn": "scikit-learn", "numpy": "numpy", "pand
 OPTIONS = 4
 LISTED = 10
 """Functions of one list."""
+BODY = (150, 600)
+"""Characters of a text that is to be found: fewest, and where it is cut."""
 BEFORE = 300
 """Characters of the paragraphs before the one that is to be continued."""
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 _PLAIN = re.compile(r"[A-Z][\w ,.'()/-]{38,298}[.!?]")
 _SUMMARY = re.compile(r"[A-Z][\w ,'/-]{28,98}\.")
+_SECTION = re.compile(r"^\S.*\n-{3,}$", re.MULTILINE)
+"""A heading of numpy's kind."""
+_PROSE = re.compile(r"[A-Z][a-z]*[ ,]")
 _NAME = re.compile(r"[a-z][a-z0-9_]{3,}")
 
 
@@ -64,16 +71,28 @@ def make(folder: Path, downloads: Path, say: Say) -> Mapping[str, Any]:
     (folder / "text").mkdir()
     choices: list[dict[str, Any]] = []
     lookups: list[dict[str, Any]] = []
+    texts: dict[str, str] = {}
     for package in PACKAGES:
         files = list(_modules(package))
         found = list(paragraphs(files))
         (folder / "text" / f"{package}.txt").write_text("\n\n".join(p.text for p in found) + "\n", encoding="utf-8")
         choices += continuations(found, package)
         lookups += lists(files, package)
-    for name, rows in (("choice", choices), ("lookup", lookups)):
+        for summary, text in described(files):
+            if text not in texts.values():
+                texts.setdefault(summary, text)
+    corpus = [{"id": f"d{number}", "text": texts[summary]} for number, summary in enumerate(sorted(texts))]
+    queries = [{"query": summary, "relevant": f"d{number}"} for number, summary in enumerate(sorted(texts))]
+    for name, rows in (("choice", choices), ("lookup", lookups), ("corpus", corpus), ("queries", queries)):
         (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     releases = {name: version(name) for name in PACKAGES.values()}
-    return {"from": "installed packages", "releases": releases, "choice": len(choices), "lookup": len(lookups)}
+    return {
+        "from": "installed packages",
+        "releases": releases,
+        "choice": len(choices),
+        "lookup": len(lookups),
+        "queries": len(queries),
+    }
 
 
 def paragraphs(files: Sequence[tuple[str, Path]]) -> Iterator[Paragraph]:
@@ -136,6 +155,28 @@ def lists(files: Sequence[tuple[str, Path]], package: str) -> Iterator[dict[str,
         }
 
 
+def described(files: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, str]]:
+    """First sentences of the documentation of functions and classes, each once, and what follows up to the lists of parameters."""
+    import ast
+
+    seen: set[str] = set()
+    for _, path in files:
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):  # a deliberately broken example file
+            continue
+        for node in tree.body:
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                continue
+            first, _, rest = (ast.get_docstring(node) or "").partition("\n\n")
+            summary = " ".join(first.split())
+            body = " ".join(_SECTION.split(rest)[0].split())[: BODY[1]]
+            prose = len(body) >= BODY[0] and _PROSE.match(body)
+            if prose and _SUMMARY.fullmatch(summary) and not {summary, body} & seen:
+                seen |= {summary, body}
+                yield summary, body
+
+
 def _summaries(path: Path) -> Iterator[tuple[str, str]]:
     """Functions of a module with the first line of their docstrings, where that is a short plain sentence."""
     import ast
@@ -166,6 +207,6 @@ def _modules(package: str) -> Iterator[tuple[str, Path]]:
 SOURCE = Source(
     "documents",
     "prose, choices and lookups out of the documentation of installed packages (BSD licences)",
-    "1:" + ",".join(f"{name}-{version(name)}" for name in PACKAGES.values()),
+    "2:" + ",".join(f"{name}-{version(name)}" for name in PACKAGES.values()),
     {"installed packages": make},
 )

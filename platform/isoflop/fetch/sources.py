@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from isoflop.fetch import documents, easy_vqa, human_eval, smollm2
+from isoflop.fetch import documents, easy_vqa, human_eval, minilm, smollm2
 from isoflop.fetch.base import Source
 
 SOURCES: dict[str, Source] = {
-    source.name: source for source in (smollm2.SOURCE, documents.SOURCE, easy_vqa.SOURCE, human_eval.SOURCE)
+    source.name: source
+    for source in (smollm2.SOURCE, minilm.SOURCE, documents.SOURCE, easy_vqa.SOURCE, human_eval.SOURCE)
 }

@@ -55,6 +55,16 @@ class ModelInfo:
         """Whether ``Model.supervised`` gives logits with their targets, so that a loss can be measured."""
         return True
 
+    @property
+    def uncalibrated(self) -> str:
+        """Why there are no examples to calibrate on; empty where there are some."""
+        return ""
+
+    def check_calibration(self) -> None:
+        """Raise Infeasible where ``Model.calibration`` would: so that it is known before anything runs."""
+        if self.uncalibrated:
+            raise Infeasible(f"model {self.ref} has no calibration examples: {self.uncalibrated}")
+
     def check_loss(self, asker: str) -> None:
         """Raise Infeasible when ``asker`` ("method evopress") measures a loss, and the model has none."""
         if not self.has_loss:

@@ -50,6 +50,11 @@ class LmInfo(TextInfo):
     test: TokensStage | None = None
     pool: TrainingPool | None = None
 
+    @property
+    def uncalibrated(self) -> str:
+        """Without text there is nothing to read."""
+        return "" if self.text is not None else "it has neither a tokenizer nor a known vocabulary"
+
 
 @dataclass(frozen=True)
 class LmBatch:
@@ -191,8 +196,8 @@ class LmModel(DecoderModel):
         Raises:
             Infeasible: nothing is known of the text that the model was trained on.
         """
-        if self.info.text is None:
-            raise Infeasible(f"model {self.info.ref} has neither a tokenizer nor a known vocabulary to calibrate with")
+        self.info.check_calibration()
+        assert self.info.text is not None
         for ids_BT in self.info.text.batches(ctx, examples, seed):
             targets_BT = torch.full_like(ids_BT, NOT_SCORED)
             targets_BT[:, :-1] = ids_BT[:, 1:]

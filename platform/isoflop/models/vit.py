@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import derive_seed
 from isoflop.core.stage import StageContext
 from isoflop.models.base import Model, ModelInfo
@@ -61,6 +60,15 @@ class VitInfo(ModelInfo):
     labels: tuple[str, ...] = ()
     resizing: Resizing = SQUEEZED
     tokenizer: TokenizerSource | None = None
+
+    @property
+    def uncalibrated(self) -> str:
+        """Without built-in images there is nothing to see."""
+        return (
+            ""
+            if self.data
+            else "its config names no built-in images (isoflop: {images: …}); methods that need none work"
+        )
 
     @property
     def names_classes(self) -> bool:
@@ -163,8 +171,8 @@ class VitModel(Model):
 
     def calibration(self, ctx: StageContext, examples: int, seed: int) -> Iterator[VitBatch]:
         """Labelled training images of the model's own kind in batches of at most 256."""
-        if self.info.data is None:
-            raise Infeasible(f"model {self.info.ref} declares no built-in images that it could be calibrated on")
+        self.info.check_calibration()
+        assert self.info.data is not None
         images = ImageSet(self.info.data, "train", examples, 0.0, derive_seed("vit calibration", seed))
         labels = torch.from_numpy(images.labels())
         for number, batch in enumerate(images.images()):

@@ -39,7 +39,6 @@ from isoflop.models.prefix import (
 from isoflop.models.prompt_runs import decoded, generated, run, states, stepwise
 from isoflop.models.visual_side import PLAIN, Layout, VisualSide
 from isoflop.models.vlm_info import VlmBatch, VlmInfo
-from isoflop.models.worlds.digit_world import VOCABULARY
 from isoflop.models.worlds.lessons import Lesson, table_rows
 
 CALIBRATION_BATCH = 32
@@ -325,12 +324,9 @@ class VlmModel(DecoderModel):
 
     def calibration(self, ctx: StageContext, examples: int, seed: int) -> Iterator[VlmBatch]:
         """Training scenes and questions with their answers, ``examples`` in all, through the model's cached features."""
+        self.info.check_calibration()
         lessons = self.info.known_lessons
-        if lessons is None:
-            raise Infeasible(
-                f"model {self.info.ref} has no calibration examples: there are some only for checkpoints that declare "
-                f"the vocabulary {VOCABULARY}"
-            )
+        assert lessons is not None
         tables = {layer: lessons.tables(self.info.tower, layer) for layer in self.layers_needed}
         count = -(-examples // CALIBRATION_BATCH)
         left = examples

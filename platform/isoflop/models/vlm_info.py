@@ -80,6 +80,12 @@ class VlmInfo(ModelInfo):
         """Training examples for this model: its own, the usual ones for a checkpoint of the same vocabulary, or None."""
         return self.lessons or (Lessons() if self.vocabulary == VOCABULARY else None)
 
+    @property
+    def uncalibrated(self) -> str:
+        """Without lessons nothing is asked."""
+        missing = f"there are some only for checkpoints that declare the vocabulary {VOCABULARY}"
+        return "" if self.known_lessons is not None else missing
+
 
 @dataclass(frozen=True)
 class VlmBatch:

@@ -19,6 +19,7 @@ from typing import Any
 
 from isoflop.core.errors import unknown
 from isoflop.models import checkpoints
+from isoflop.testing.architectures.classes import WALKS, section, walked
 from isoflop.testing.architectures.llava import LLAVA_CHECKS, examine_llava
 from isoflop.testing.architectures.small import (
     FULL,
@@ -86,11 +87,12 @@ def rows(examine_one: Examine = examine, names: Iterable[str] | None = None) -> 
     return found
 
 
-def page(lms: Sequence[Row], llavas: Sequence[Row], classes: Mapping[str, Findings]) -> str:
+def page(lms: Sequence[Row], llavas: Sequence[Row], classes: Mapping[str, Findings], more: Sequence[str] = ()) -> str:
     """All walks as Markdown.
 
     Args:
         classes: what became of each class of vision-language models; see ``vision_language_rows``.
+        more: lines of those over other classes; see ``classes``.
     """
     import transformers
 
@@ -112,6 +114,7 @@ def page(lms: Sequence[Row], llavas: Sequence[Row], classes: Mapping[str, Findin
             *_taken("Inside LLaVA", list(LLAVA_CHECKS), llavas),
             *_others("Not taken there, though as a language model:", [row for row in llavas if row.name in alone]),
             *_classes(classes),
+            *more,
         ]
     )
 
@@ -152,13 +155,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     lms, llavas = (rows(one, given.names or None) for one in (examine, examine_llava))
     classes = {} if given.names else vision_language_rows()
-    text = page(lms, llavas, classes)
+    others = [] if given.names else [(walk, walked(walk)) for walk in WALKS]
+    text = page(lms, llavas, classes, [line for walk, found in others for line in section(walk, found)])
     if given.write and not given.names:
         PAGE.write_text(text)
     else:
         print(text)
     wrong = [row.name for row in (*lms, *llavas) if not row.fine]
     wrong += [name for name, found in classes.items() if not all(finding.fine for finding in found.values())]
+    wrong += [
+        name for _, found in others for name, findings in found.items() if not all(f.fine for f in findings.values())
+    ]
     if wrong:
         print(f"neither exact nor refused: {', '.join(wrong)}", file=sys.stderr)
     return 1 if wrong else 0
