@@ -17,12 +17,14 @@ from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import build
 from isoflop.models.checkpoints.vision_language.kinds import KINDS
 from isoflop.models.family import family_of
+from isoflop.models.features import attention_in
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.decoder_layers import DECODER_LAYERS
 from isoflop.models.vlm import VlmModel
 from isoflop.models.whole_cache import WholeCache
 from isoflop.testing.architectures.page import PAGE, class_line
 from isoflop.testing.architectures.vision_language import (
+    SIZE,
     VISION_LANGUAGE_CHECKS,
     VisionLanguageSubject,
     stock_logits,
@@ -120,6 +122,35 @@ def test_visual_token_methods_leave_what_they_plan(subject: VisionLanguageSubjec
     assert planned.ratio == pytest.approx(whole / planned.V)
     assert int(prompt.layout().count) == planned.V
     torch.testing.assert_close(steps[:, 0], one, atol=1e-4, rtol=1e-4)
+
+
+def test_attention_in_the_tower_is_that_of_eager_attention(subject: VisionLanguageSubject) -> None:
+    """Of the class token where there is one, of all patches else; the mean of the patches that become a token."""
+    model, side = subject.model, subject.model.side
+    if not model.info.square:
+        with pytest.raises(Infeasible, match="keeps queries, keys and values in one matrix; asked: attention-0"):
+            side.read(side.pixels(subject.pictures), [attention_in(0)], side.layout(*SIZE))
+        return
+    pixels, tower = side.pixels(subject.pictures), side.vision.tower
+    found = side.read(pixels, [attention_in(0)], side.layout(*SIZE))[attention_in(0)]
+    seen = side.vision.preprocess(pixels) if not side.sized else pixels
+    config, prefix = tower.config, side.vision.prefix
+    before = config._attn_implementation
+    try:
+        tower.set_attn_implementation("eager")
+        given = tower(seen, output_attentions=True).attentions[0]
+    finally:
+        tower.set_attn_implementation(before)
+    rows = given[:, :, :1] if prefix else given
+    expected = rows.mean((1, 2))[:, prefix:]
+    ratio = expected.shape[1] // side.patches
+    torch.testing.assert_close(found.sum(1) * ratio, expected.sum(1), atol=1e-5, rtol=1e-4)
+    if ratio == 1:
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+        return
+    grid, block = round(side.patches**0.5), round(ratio**0.5)
+    blocks = expected.view(len(found), grid, block, grid, block).mean((2, 4)).flatten(1)
+    torch.testing.assert_close(found, blocks, atol=1e-6, rtol=1e-4)
 
 
 def test_a_compressed_image_is_the_same_at_once_and_in_steps(subject: VisionLanguageSubject) -> None:

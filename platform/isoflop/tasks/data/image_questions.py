@@ -5,8 +5,9 @@ Shape suffixes: B prompts of one batch, T prompt tokens, Q question tokens, S to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from isoflop.tasks.footprint import measure_answer
 
 IMAGE = "<image>"
 """Stands in a prompt where the image does."""
+MEASURED = 256
+"""Questions of which one is measured."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +155,15 @@ class ImageQuestions:
                 found[n] = loss, greedy
         return found
 
-    def measure(self, prompt: ImagePrompt) -> dict[str, float]:
-        """Footprint of one question, from pixels to the first token of its answer; see ``measure_answer``."""
+    def measure(self, prompts: Iterable[ImagePrompt]) -> dict[str, float]:
+        """Footprint of one question, from pixels to the first token of its answer; see ``measure_answer``.
+
+        That of the first one; where images have numbers of tokens of their own, of the one with the median number among the
+        first ``MEASURED``.
+        """
+        side = self._vlm.side
+        first = list(islice(prompts, MEASURED if side.sized else 1))
+        prompt = sorted(first, key=lambda prompt: side.tokens(prompt.layout))[(len(first) - 1) // 2]
         pixels = self._vlm.side.pixels([opened(prompt.image)])
         return measure_answer(self._vlm, pixels, lambda hidden: self._batch(hidden, [prompt]), prompt.layout)
 

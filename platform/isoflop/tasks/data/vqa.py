@@ -84,7 +84,7 @@ class Vqa(DataTask):
     def measure(self, model: Model, ctx: StageContext) -> dict[str, float]:
         """Footprint of one question, from pixels to the first token of its answer; see ``measure_answer``."""
         questions = self.questions(model)
-        return questions.measure(self.prompted(questions, self.examples()[0]))
+        return questions.measure(self.prompted(questions, example) for example in self.examples())
 
     def questions(self, model: Model) -> ImageQuestions:
         """How this task asks a model."""

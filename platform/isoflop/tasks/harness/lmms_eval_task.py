@@ -104,11 +104,12 @@ class LmmsEval(HarnessTask):
             )
 
     def measure(self, model: Model, ctx: StageContext) -> dict[str, float]:
-        """Footprint of the first document's question, from pixels to the first token of its answer."""
+        """Footprint of a document's question, from pixels to the first token of its answer; see ``ImageQuestions.measure``."""
         loaded, questions = self.loaded(), self._questions(model)
-        document = loaded.task.eval_docs[0]
-        context = loaded.task.fewshot_context(document, 0)
-        return questions.measure(questions.prompt(0, loaded.visuals(document)[0], context))
+        return questions.measure(
+            questions.prompt(0, loaded.visuals(document)[0], loaded.task.fewshot_context(document, 0))
+            for document in loaded.task.eval_docs
+        )
 
     def loaded(self) -> Loaded:
         """The harness' task with its documents."""
