@@ -20,19 +20,22 @@ from isoflop.jobs.devices import devices_here
 from isoflop.jobs.job import MethodSpec
 from isoflop.methods.base import METHODS, build
 from isoflop.methods.kv_cache.probe import PROMPT, KvCacheProbe
-from isoflop.models.decoder_model import DecoderModel, layers_of
 from isoflop.models.family import family_of
 from isoflop.models.hooks.documents import DOCUMENTS
 from isoflop.models.hooks.gradients import GRADIENTS
 from isoflop.models.hooks.pixels import PIXELS
 from isoflop.models.hooks.vision_blocks import VISION_BLOCKS
 from isoflop.models.lm import LmModel
-from isoflop.models.spread import NoRoom, device_map, spread
+from isoflop.models.spread import NoRoom, device_map
+from isoflop.testing.architectures import CHECKS, Check, architectures, examine, full_attention, small_config
+from isoflop.testing.architectures.small import NotSmall
+from isoflop.testing.architectures.vision_language import VISION_LANGUAGE_CHECKS, examine_vision_language
 from isoflop.testing.configurations import at_default
-from isoflop.testing.devices import HOST, PretendedDevices, WrongDevice, place_of
+from isoflop.testing.devices import ELSEWHERE, HOST, PretendedDevices, WrongDevice, over_two_devices, place_of
+from isoflop.testing.small_vision_language import SMALL
 
 GIB = 2**30
-HERE, THERE = "cpu", "cuda:1"
+HERE, THERE = str(HOST), str(ELSEWHERE)
 SHAPE: dict[str, Any] = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 128, "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
@@ -177,14 +180,6 @@ def a_probe(name: str) -> Any:
     return type(made)(layers=2) if deeper else made
 
 
-def alternating(model: DecoderModel) -> dict[str, str]:
-    """A device map with a border between any two layers."""
-    devices = device_map("x", model.module, model.decoder, {HERE: GIB, THERE: GIB}, 4)
-    names = {id(part): name for name, part in model.module.named_modules()}
-    elsewhere = {names[id(layer)]: HERE if n % 2 else THERE for n, layer in enumerate(layers_of(model.decoder))}
-    return {**devices, **elsewhere}
-
-
 def everything(name: str, probe: Any) -> tuple[Tensor, Any]:
     """What a method prepares, gives and measures; and token by token, where it acts on a cache."""
     method = at_default(METHODS.get(name), probe)
@@ -201,15 +196,19 @@ def everything(name: str, probe: Any) -> tuple[Tensor, Any]:
     return torch.cat([x.flatten().double() for x in found]), costs
 
 
-@pytest.mark.parametrize("name", list(methods_on_decoders()))
+SEARCHES = ("evopress", "evopress-sparse")  # seconds each; evopress-drop is the same search
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in SEARCHES else name for name in methods_on_decoders()],
+)
 def test_every_method_works_on_a_model_over_two_devices(name: str) -> None:
     """The same numbers and costs, and no operation over tensors of two devices."""
     probe = a_probe(name)
     expected, costs = everything(name, probe)
     probe = a_probe(name)
-    devices = alternating(probe.model)
-    with PretendedDevices():
-        spread(probe.model.module, probe.model.decoder, devices)
+    with over_two_devices(probe.model):
         assert set(probe.model.devices) == {torch.device(HERE), torch.device(THERE)}
         found, found_costs = everything(name, probe)
         assert place_of(found) == HOST
@@ -226,6 +225,47 @@ def test_the_walk_sees_what_stays_behind(monkeypatch: pytest.MonkeyPatch) -> Non
         test_every_method_works_on_a_model_over_two_devices("kv-random")
 
 
+# Every architecture
+
+
+def walked(one_pass: Check, step_by_step: Check) -> dict[str, Check]:
+    """What a walk over architectures looks at, on two devices."""
+
+    def check(subject: Any) -> None:
+        with over_two_devices(subject.model):
+            one_pass(subject)
+            step_by_step(subject)
+
+    return {"over two devices": check}
+
+
+LM_CHECKS = walked(CHECKS["one pass"], CHECKS["step by step"])
+KNOWN = {architecture.model_type: architecture for architecture in architectures()}
+SOME = ["gemma2", "gemma3n_text", "gpt2", "gpt_neox", "gpt_oss", "modernbert-decoder", "opt", "phi3", "qwen3_moe"]
+
+
+@pytest.mark.parametrize(
+    "name", [*SOME, *(pytest.param(name, marks=pytest.mark.slow) for name in set(KNOWN) - set(SOME))]
+)
+def test_a_language_model_over_two_devices_is_exact_or_refused(name: str, tmp_path: Path) -> None:
+    try:
+        full = full_attention(small_config(name))
+    except NotSmall:
+        full = {}
+    for folder, changes in (("own", {}), ("full", full)):
+        found = examine(KNOWN[name], tmp_path / folder, LM_CHECKS, **changes)
+        assert found["over two devices"].fine, found
+        if name in SOME and changes:
+            assert str(found["over two devices"]) == "exact"
+
+
+@pytest.mark.parametrize("architecture", SMALL)
+def test_a_vision_language_model_over_two_devices_is_exact(architecture: str, tmp_path: Path) -> None:
+    checks = walked(VISION_LANGUAGE_CHECKS["one pass"], VISION_LANGUAGE_CHECKS["step by step"])
+    found = examine_vision_language(architecture, tmp_path, checks)
+    assert str(found["over two devices"]) == "exact"
+
+
 # Checkpoints
 
 
@@ -235,7 +275,6 @@ def room(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     free = {HERE: float(GIB), THERE: float(GIB)}
     for place in ("models.spread", "models.budget", "jobs.warm"):
         monkeypatch.setattr(f"isoflop.{place}.memory_of", lambda device: (free[device], 4.0 * GIB))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     return free
 
 

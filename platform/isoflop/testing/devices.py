@@ -2,18 +2,23 @@
 
 Inside ``PretendedDevices`` a tensor remembers on which device it would lie. What moves it says so, results lie where their
 arguments do, and an operation over tensors of two devices raises, as CUDA does. Everything is computed on the processor.
+``ELSEWHERE`` is of a type for which neither this project nor transformers has code of its own, which a processor could not run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-HOST = torch.device("cpu")
+from isoflop.models.decoder_model import DecoderModel, layers_of
+from isoflop.models.spread import device_map, spread
+
+HOST, ELSEWHERE = torch.device("cpu"), torch.device("xpu:1")
 _PLACE = "_pretended_device"
 _GETSET: Any = vars(torch._C.TensorBase)
 _DEVICE, _DATA, _GRAD = _GETSET["device"].__get__, _GETSET["data"].__set__, _GETSET["grad"].__set__
@@ -39,10 +44,27 @@ class PretendedDevices(TorchFunctionMode):
         place = _place_of_results(func, args, kwargs)
         if kwargs.get("device") is not None:
             kwargs["device"] = HOST
+        if func is torch.histc:  # of whole numbers on accelerators only, where routers of experts ask for it
+            args = (args[0].float(), *args[1:])
         found = func(*args, **kwargs)
         for tensor in [args[0]] if func == _DATA else _tensors(found):
             setattr(tensor, _PLACE, place)
         return found
+
+
+@contextmanager
+def over_two_devices(model: DecoderModel) -> Iterator[None]:
+    """Inside the block a model lies on two devices, with a border between any two layers of its decoder.
+
+    It is the same one afterwards, but for hooks that move what its layers are given.
+    """
+    room = dict.fromkeys(map(str, (HOST, ELSEWHERE)), float("inf"))
+    devices = device_map(model.info.ref, model.module, model.decoder, room, 4)
+    names = {id(part): name for name, part in model.module.named_modules()}
+    devices |= {names[id(layer)]: str((ELSEWHERE, HOST)[n % 2]) for n, layer in enumerate(layers_of(model.decoder))}
+    with PretendedDevices():
+        spread(model.module, model.decoder, devices)
+        yield
 
 
 def place_of(tensor: Tensor) -> torch.device:
