@@ -23,10 +23,10 @@ from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, key_posit
 from isoflop.methods.kv_cache.quantised import EXACT
 from isoflop.methods.kv_cache.scores import attention_scores, forgetting, over_group, real
 from isoflop.methods.kv_cache.select import candidates, count_of, lengths, protect, split
-from isoflop.methods.kv_cache.token_tiers import TokenCodec, exact, joined, taken
+from isoflop.methods.kv_cache.token_tiers import Tier, TokenCodec, exact, taken
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.hooks.attention import AttentionCall
-from isoflop.models.segments import DenseSegment, LayerStore, Segment, attend_segments
+from isoflop.models.segments import DenseSegment, LayerStore, attend_segments
 
 
 @METHODS.register("mikv")
@@ -79,16 +79,13 @@ class MiKV(KvCacheMethod):
         whole = DenseSegment(key_positions(prompt), padding_bias(prompt), prompt.k_BGTD, prompt.v_BGTD)
         scale_BGD = balancer(prompt) if self.balancer else None
         width = prompt.k_BGTD.shape[-1]
+        hi, lo = (Tier(self._codec(bits, width, scale_BGD)) for bits in (self.bits_hi, self.bits_lo))
+        hi.append(exact(taken(whole, best)))
+        if self.bits_lo:
+            lo.append(exact(taken(whole, others)))
         store = LayerStore([], empty_recent(prompt))
-        store.state = {
-            "hi": self._codec(self.bits_hi, width, scale_BGD),
-            "lo": self._codec(self.bits_lo, width, scale_BGD),
-            "seen": seen,
-            "prompt": important,
-        }
-        hi = store.state["hi"].encode(exact(taken(whole, best)))
-        lo = store.state["lo"].encode(exact(taken(whole, others))) if self.bits_lo else None
-        self._keep(store, lo, hi, best.take(scores_BGT).float())
+        store.state = {"hi": hi, "lo": lo, "seen": seen, "prompt": important, "held": important}
+        self._keep(store, best.take(scores_BGT).float())
         return store
 
     def stride(self, store: LayerStore) -> int | None:
@@ -97,50 +94,43 @@ class MiKV(KvCacheMethod):
 
     def step(self, query: AttentionCall, store: LayerStore, prepared: Any) -> Tensor:
         """Attend, add what was received to the scores, and demote."""
-        recent, lo, hi = store.recent, store.state["low"], store.state["high"]
-        recent = DenseSegment(recent.positions_BGN, padding_bias(query), recent.k_BGND, recent.v_BGND)
-        segments: list[Segment] = [*([lo] if lo is not None else []), hi, recent]
-        out_B1HD, p_BH1N = attend_segments(query.q_BHTD, segments, query.softmax, query.order_BT)
+        hi: Tier = store.state["hi"]
+        new = store.recent
+        new = DenseSegment(new.positions_BGN, padding_bias(query), new.k_BGND, new.v_BGND)
+        out_B1HD, p_BH1N = attend_segments(query.q_BHTD, [*store.segments, new], query.softmax, query.order_BT)
         if query.valid_BT is not None:  # a padding query may see nothing at all
             out_B1HD, p_BH1N = out_B1HD.nan_to_num(), p_BH1N.nan_to_num()
-        new = hi.tokens + 1
-        received_BGN = over_group(p_BH1N[:, :, 0, -new:], query.k_BGTD.shape[1])
+        received_BGN = over_group(p_BH1N[:, :, 0, -(hi.tokens + 1) :], query.k_BGTD.shape[1])
         scores_BGN = torch.nn.functional.pad(store.state["scores"], (0, 1)) + received_BGN
-        hi = joined(hi, store.state["hi"].encode(recent))
+        hi.append(new)
         store.recent = empty_recent(query)
-        self._demote(query, store, lo, hi, scores_BGN)
+        self._keep(store, self._demoted(query, store, scores_BGN))
         return out_B1HD
 
-    def _demote(
-        self, query: AttentionCall, store: LayerStore, lo: Segment | None, hi: Segment, scores_BGN: Tensor
-    ) -> None:
+    def _demoted(self, query: AttentionCall, store: LayerStore, scores_BGN: Tensor) -> Tensor:
+        """Move what is over the budgets to the other tier; the scores of what stays."""
+        hi, lo = store.state["hi"], store.state["lo"]
         rows = query.q_BHTD.shape[0]
         fresh = [1] * rows if query.valid_BT is None else query.valid_BT[:, 0].long().tolist()
-        before = store.state["held"]
-        seen = store.state["seen"] = [n + f for n, f in zip(store.state["seen"], fresh, strict=True)]
-        budgets = [
-            self._important(n) if self.budget == "fraction" else p
-            for n, p in zip(seen, store.state["prompt"], strict=True)
-        ]
-        total = [h + f for h, f in zip(before, fresh, strict=True)]
+        seen, total = ([n + f for n, f in zip(store.state[name], fresh, strict=True)] for name in ("seen", "held"))
+        budgets = [self._important(n) for n in seen] if self.budget == "fraction" else store.state["prompt"]
         held = [min(pair) for pair in zip(total, budgets, strict=True)]
-        live_BGN = None if hi.log_bias_BGN is None else hi.log_bias_BGN == 0
+        store.state |= {"seen": seen, "held": held}
+        live_BGN = None if hi.segment.log_bias_BGN is None else hi.segment.log_bias_BGN == 0
         if held == total and live_BGN is None:
-            self._keep(store, lo, hi, scores_BGN, held)
-            return
-        protected_BGN = protect(scores_BGN, hi.positions_BGN, seen, [0] * rows, self._newest(held))
+            return scores_BGN
+        protected_BGN = protect(scores_BGN, hi.segment.positions_BGN, seen, [0] * rows, self._newest(held))
         stay, leave = split(protected_BGN, held, total, live_BGN)
         if leave.index_BGM.shape[-1] and self.bits_lo:
-            leaving = store.state["lo"].encode(exact(taken(hi, leave)))
-            lo = leaving if lo is None else joined(lo, leaving)
-        self._keep(store, lo, taken(hi, stay), stay.take(scores_BGN), held)
+            lo.append(exact(taken(hi.segment, leave)))
+        hi.keep(stay)
+        return stay.take(scores_BGN)
 
-    def _keep(
-        self, store: LayerStore, lo: Segment | None, hi: Segment, scores_BGN: Tensor, held: list[int] | None = None
-    ) -> None:
+    def _keep(self, store: LayerStore, scores_BGN: Tensor) -> None:
+        """The tiers as segments, and the scores of the important tokens."""
         scores_BGN = scores_BGN.contiguous()
-        store.state |= {"low": lo, "high": hi, "scores": scores_BGN, "held": held or store.state["prompt"]}
-        store.segments = [segment for segment in (lo, hi) if segment is not None]
+        store.state["scores"] = scores_BGN
+        store.segments = [tier.segment for tier in (store.state["lo"], store.state["hi"]) if tier.segment is not None]
         # seen as integers, so that they count their 4 bytes also where float32 stands for 16 bits
         store.extra = [scores_BGN.view(torch.int32)]
 

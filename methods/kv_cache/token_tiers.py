@@ -7,7 +7,7 @@ Shape suffixes: B batch, G key-value heads, N tokens of a segment, M chosen toke
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from isoflop.kernels.quant import Packed, quant_pack
 from isoflop.methods.kv_cache.quantised import EXACT
 from isoflop.methods.kv_cache.select import KeptTokens
+from isoflop.models.growing import Rooms
 from isoflop.models.segments import DenseSegment, PackedSegment, Segment
 
 
@@ -50,50 +51,89 @@ def exact(segment: Segment) -> DenseSegment:
     return DenseSegment(segment.positions_BGN, segment.log_bias_BGN, segment.keys(), segment.values())
 
 
-def taken(segment: Segment, chosen: KeptTokens) -> Segment:
-    """The chosen tokens, packed ones as they are packed; empty entries get a bias of -inf."""
-    bias_BGM = None if segment.log_bias_BGN is None else chosen.take(segment.log_bias_BGN)
+@dataclass
+class Tier:
+    """Tokens in one encoding, some of which leave while others come.
+
+    Attributes:
+        codec: how they are encoded.
+        segment: they themselves; None before the first.
+    """
+
+    codec: TokenCodec
+    segment: Segment | None = None
+    _rooms: Rooms = field(default_factory=Rooms, repr=False)
+
+    @property
+    def tokens(self) -> int:
+        """Entries, empty ones included."""
+        return 0 if self.segment is None else self.segment.tokens
+
+    def append(self, tokens: DenseSegment) -> None:
+        """Encode further tokens, behind those that are there."""
+        new = self.codec.encode(tokens)
+        self.segment = new if self.segment is None else _joined(self.segment, new, self._rooms)
+
+    def keep(self, chosen: KeptTokens) -> None:
+        """Let all others go."""
+        if self.segment is not None:
+            self._rooms = Rooms()
+            self.segment = taken(self.segment, chosen, self._rooms)
+
+
+def taken(segment: Segment, chosen: KeptTokens, rooms: Rooms | None = None) -> Segment:
+    """The chosen tokens, packed ones as they are packed; empty entries get a bias of -inf.
+
+    Args:
+        rooms: where more are to follow.
+    """
+    growing, rooms = rooms is not None, rooms or Rooms()
+
+    def take(name: str, x: Tensor) -> Tensor:
+        return rooms.gather(name, x, chosen.index_BGM, growing)
+
+    bias_BGM = None if segment.log_bias_BGN is None else take("bias", segment.log_bias_BGN)
     empty_BGM = chosen.bias(torch.float32)
     bias_BGM = empty_BGM if bias_BGM is None else bias_BGM if empty_BGM is None else bias_BGM + empty_BGM
-    positions_BGM = chosen.take(segment.positions_BGN)
+    positions_BGM = take("positions", segment.positions_BGN)
     if isinstance(segment, DenseSegment):
-        return DenseSegment(positions_BGM, bias_BGM, chosen.take(segment.k_BGND), chosen.take(segment.v_BGND))
+        return DenseSegment(positions_BGM, bias_BGM, take("k", segment.k_BGND), take("v", segment.v_BGND))
     assert isinstance(segment, PackedSegment)
-    k, v = (_on_tokens(x, chosen.take) for x in (segment.k, segment.v))
-    return PackedSegment(positions_BGM, bias_BGM, k, v, segment.k_channel_scale_BGD, segment.v_channel_scale_BGD)
+    k, v = (
+        _packed(held, {n: take(f"{name} {n}", x) for n, x in _named(held)})
+        for name, held in (("k", segment.k), ("v", segment.v))
+    )
+    return replace(segment, positions_BGN=positions_BGM, log_bias_BGN=bias_BGM, k=k, v=v)
 
 
-def joined(first: Segment, second: Segment) -> Segment:
+def _joined(first: Segment, second: Segment, rooms: Rooms) -> Segment:
     """The tokens of one segment and then those of another of the same kind."""
-    positions_BGN = torch.cat((first.positions_BGN, second.positions_BGN), dim=2)
-    bias_BGN = _joined_bias(first, second)
+    positions_BGN = rooms.append("positions", first.positions_BGN, second.positions_BGN)
+    bias_BGN = None
+    if first.log_bias_BGN is not None or second.log_bias_BGN is not None:
+        parts = (
+            s.positions_BGN.new_zeros(s.positions_BGN.shape, dtype=torch.float32)
+            if s.log_bias_BGN is None
+            else s.log_bias_BGN
+            for s in (first, second)
+        )
+        bias_BGN = rooms.append("bias", *(part.float() for part in parts))
     if isinstance(first, DenseSegment) and isinstance(second, DenseSegment):
-        pairs = ((first.k_BGND, second.k_BGND), (first.v_BGND, second.v_BGND))
-        return DenseSegment(positions_BGN, bias_BGN, *(torch.cat(pair, dim=2) for pair in pairs))
+        k_BGND = rooms.append("k", first.k_BGND, second.k_BGND)
+        return DenseSegment(positions_BGN, bias_BGN, k_BGND, rooms.append("v", first.v_BGND, second.v_BGND))
     assert isinstance(first, PackedSegment)
     assert isinstance(second, PackedSegment)
-    k, v = (_joined_packed(a, b) for a, b in ((first.k, second.k), (first.v, second.v)))
+    k, v = (
+        _packed(a, {n: rooms.append(f"{name} {n}", x, y) for (n, x), (_, y) in zip(_named(a), _named(b), strict=True)})
+        for name, a, b in (("k", first.k, second.k), ("v", first.v, second.v))
+    )
     return replace(first, positions_BGN=positions_BGN, log_bias_BGN=bias_BGN, k=k, v=v)
 
 
-def _joined_bias(first: Segment, second: Segment) -> Tensor | None:
-    if first.log_bias_BGN is None and second.log_bias_BGN is None:
-        return None
-    parts = [
-        torch.zeros_like(s.positions_BGN, dtype=torch.float32) if s.log_bias_BGN is None else s.log_bias_BGN.float()
-        for s in (first, second)
-    ]
-    return torch.cat(parts, dim=2)
+def _named(packed: Packed) -> list[tuple[str, Tensor]]:
+    return list(zip(("codes", "scale", "zero"), packed.tensors(), strict=True))
 
 
-def _joined_packed(first: Packed, second: Packed) -> Packed:
-    parts = zip(first.tensors(), second.tensors(), strict=True)
-    codes, scale, zero = (torch.cat(pair, dim=2) for pair in parts)
-    return replace(first, codes=codes, scale=scale, zero=zero, shape=(*first.shape[:2], codes.shape[2], first.shape[3]))
-
-
-def _on_tokens(packed: Packed, take: object) -> Packed:
-    codes, scale, zero = (take(x) for x in packed.tensors())  # type: ignore[operator]
-    return replace(
-        packed, codes=codes, scale=scale, zero=zero, shape=(*packed.shape[:2], codes.shape[2], packed.shape[3])
-    )
+def _packed(like: Packed, tensors: dict[str, Tensor]) -> Packed:
+    shape = (*like.shape[:2], tensors["codes"].shape[2], like.shape[3])
+    return replace(like, **tensors, shape=shape)  # type: ignore[arg-type]

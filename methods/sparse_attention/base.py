@@ -137,7 +137,8 @@ class SparseAttention(KvCacheMethod):
     def _choose(self, query: AttentionCall, store: LayerStore, prepared: Any) -> Tensor:
         """True at the tokens that each query reads, (B, S, T, N): chosen here, or by a layer before."""
         if not self.chooses(query.layer):
-            return query.carried["chosen"]
+            chosen: Tensor = query.carried["chosen"]
+            return chosen.to(query.q_BHTD.device)  # the layer that chose may lie on another one
         scores_BSTN = self.approximate(query, store, prepared)
         seen_B1TN = visible(query, store.segments[0])
         chosen_BSTN = best(scores_BSTN.masked_fill(~seen_B1TN, float("-inf")), self._counts(query))

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from allocations import Allocations
+from kv_cases import small
 from torch import Tensor
 
-from isoflop.methods.base import METHODS, build
+from isoflop.methods.base import METHODS
 from isoflop.methods.kv_cache.base import CompressedCache, KvCacheMethod
 from isoflop.methods.kv_cache.eviction import Rolling
 from isoflop.methods.kv_cache.probe import VOCABULARY, KvCacheProbe
@@ -99,7 +100,7 @@ def test_a_step_of_decoding_does_not_copy_the_cache(name: str, probe: KvCachePro
     """Whatever joins or moves keys of at least the kept prompt: nothing but growth, at most once in a quarter of the tokens."""
     model = probe.model
     whole = WholeCache(16) if name == "no method" else None
-    method = None if whole else build(name, {})
+    method = None if whole else small(name)
     keys = int(PROMPT * getattr(method, "keep", 1.0)) * 2 * 16
     placed = model.occupy(ATTENTION, whole) if whole else method.apply(model, probe.prepared(method, 0))  # type: ignore[union-attr]
     with torch.no_grad(), placed:
@@ -119,7 +120,7 @@ def test_a_step_of_decoding_does_not_copy_the_cache(name: str, probe: KvCachePro
 @pytest.mark.parametrize("name", NAMES)
 def test_a_session_keeps_nothing_alive_that_it_does_not_count(name: str, probe: KvCacheProbe) -> None:
     """Memory behind all tensors of the compressed prompt, positions apart, is what the report says."""
-    method = build(name, {})
+    method = small(name)
     with torch.no_grad(), method.apply(probe.model, probe.prepared(method, 0)):
         policy = probe.model.occupant(ATTENTION)
         assert isinstance(policy, CompressedCache)

@@ -7,10 +7,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 from allocations import Allocations
-from kv_cases import a_call, probabilities
+from kv_cases import a_call, probabilities, small
 
 from isoflop.kernels import blocks
-from isoflop.methods.base import METHODS, build
+from isoflop.methods.base import METHODS
 from isoflop.methods.kv_cache.base import CompressedCache, KvCacheMethod
 from isoflop.methods.kv_cache.eviction import Rolling
 from isoflop.methods.kv_cache.probe import VOCABULARY, KvCacheProbe
@@ -52,7 +52,7 @@ def largest(probe: KvCacheProbe, method: KvCacheMethod | None, tokens: int, padd
 @pytest.mark.parametrize("padding", [0, 100])
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in QUADRATIC])
 def test_no_tensor_grows_with_the_square_of_the_tokens(name: str, padding: int, probe: KvCacheProbe) -> None:
-    method = build(name, {})
+    method = small(name)
     assert isinstance(method, KvCacheMethod)
     short, long = (largest(probe, method, n * TOKENS, n * padding) for n in (1, 2))
     assert long <= 2.2 * short
@@ -84,7 +84,7 @@ def test_nor_in_steps_behind_a_whole_cache(probe: KvCacheProbe) -> None:
 def test_blocks_of_queries_change_nothing(name: str, probe: KvCacheProbe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one query each, and of all: also where choices and tiers depend on how many tokens there are."""
     monkeypatch.setattr(blocks, "LEAST_ROWS", 1)
-    method, batch = build(name, {}), probe.batch([0, 1, 2])
+    method, batch = small(name), probe.batch([0, 1, 2])
     found = []
     for values in (1, 1 << 22):
         monkeypatch.setattr(blocks, "BLOCK_VALUES", dict.fromkeys(("cpu", "cuda"), values))

@@ -33,7 +33,7 @@ def run(method: MiKV, call: AttentionCall, prompt: int) -> tuple[list[Tensor], L
 
 def held(store: LayerStore) -> tuple[Tensor, Tensor]:
     """Positions of the important tokens and of the others, ascending, (B, G, N) each."""
-    hi, lo = store.state["high"].positions_BGN, store.state["low"]
+    hi, lo = store.state["hi"].segment.positions_BGN, store.state["lo"].segment
     return hi.sort(-1).values, lo.positions_BGN.sort(-1).values if lo is not None else hi[:, :, :0]
 
 
@@ -139,9 +139,9 @@ def test_every_token_is_in_one_tier_and_none_is_promoted() -> None:
 def test_what_is_packed_is_within_half_a_step_and_is_never_packed_again() -> None:
     call, method = a_call(40), MiKV(importance=0.2, bits_lo=3, balancer=False)
     _, store = method.prefill(slice_call(call, 0, 30), None)
-    first = store.state["low"].keys()
+    first = store.state["lo"].segment.keys()
     _, store = run(method, call, 30)
-    lo = store.state["low"]
+    lo = store.state["lo"].segment
     torch.testing.assert_close(lo.keys()[:, :, : first.shape[2]], first, atol=0, rtol=0)
     true = call.k_BGTD.gather(2, lo.positions_BGN[..., None].expand(-1, -1, -1, WIDTH))
     step = lo.k.scale.float().repeat_interleave(WIDTH // 2, dim=-1)

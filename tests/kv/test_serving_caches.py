@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from kv_cases import EXACT, FITTING, small, tolerance
 
 from isoflop.methods.base import METHODS, build
 from isoflop.methods.kv_cache.base import KvCacheMethod
 from isoflop.methods.kv_cache.probe import PROMPT, KvCacheProbe
-from isoflop.methods.kv_cache.quantised import Quantised
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.lm import LmBatch, LmModel
 
 NAMES = [name for name in METHODS.names() if issubclass(METHODS.get(name), KvCacheMethod)]
 CASES: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in NAMES),
+    *((name, FITTING.get(name, {})) for name in NAMES),
     ("zipcache", {"streaming_gap": 3, "salient_ratio": 0.4}),
     ("kv-rtn", {"streaming_gap": 1, "bits": 2}),
     ("snapkv", {"keep": 0.4, "window": 8}),
@@ -26,15 +26,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("a2sf", {"keep": 0.3, "scope": "layer", "sinks": 2}),
     ("double-sparsity", {"dense_layers": 0, "k_share": 0.2, "label_bits": 4, "select_per": "kv-head"}),
 ]
-
-
-EXACT = 1e-5
-QUANTISED = 1e-3
-"""Noise in the last bit of a value can move the float16 grid that it is on the edge of."""
-
-
-def tolerance(method: object) -> float:
-    return QUANTISED if isinstance(method, Quantised) else EXACT
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +68,7 @@ def test_left_padding_changes_nothing(name: str, knobs: dict[str, Any], probe: K
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "double-sparsity"])
 def test_caches_of_images_keep_at_least_one_token(name: str, tokens: int) -> None:
     probe = VisualTokenProbe(examples=2)
-    method, visual = build(name, {}), build("avgpool", {"tokens": tokens})
+    method, visual = small(name), build("avgpool", {"tokens": tokens})
     bare = None
     with visual.apply(probe.model, None):
         bare = probe.outputs([0, 1])
@@ -177,7 +168,7 @@ def test_half_precision_is_near_full_precision(name: str, knobs: dict[str, Any])
 
 @pytest.mark.parametrize("name", NAMES)
 def test_half_precision_runs_with_every_method(name: str) -> None:
-    probe, method = KvCacheProbe(layers=3), build(name, {})
+    probe, method = KvCacheProbe(layers=3), small(name)
     prepared = probe.prepared(method, 0)
     probe.model.module.bfloat16()
     with method.apply(probe.model, prepared), torch.no_grad():

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from kv_cases import GROUPS, HEADS, a_call
+from kv_cases import GROUPS, HEADS, a_call, small, tolerance
 from torch import Tensor
 
 from isoflop.core.errors import Infeasible
@@ -21,7 +21,6 @@ from isoflop.methods.base import METHODS, build
 from isoflop.methods.kv_cache.base import KvCacheMethod
 from isoflop.methods.kv_cache.eviction import Eviction
 from isoflop.methods.kv_cache.probe import PROMPT, VOCABULARY, KvCacheProbe
-from isoflop.methods.kv_cache.quantised import Quantised
 from isoflop.models.decoder_model import layers_of
 from isoflop.models.hooks.attention import AttentionCall, causal_attention, replaced_attention
 from isoflop.models.lm import LmBatch, LmModel
@@ -95,10 +94,10 @@ def test_no_compression_is_the_models_own_attention(name: str, probe: SoftmaxPro
 @torch.no_grad()
 def test_one_pass_is_decoding_token_by_token(name: str, probe: SoftmaxProbe, stock_BTW: Tensor) -> None:
     """As methods come; sinks and caps are seen wherever tokens go away."""
-    method, batch = build(name, {}), probe.batch(range(2))
+    method, batch = small(name), probe.batch(range(2))
     with method.apply(probe.model, probe.prepared(method, 0)):
         together, alone = probe.model.logits(batch), probe.model.stepwise_logits(batch)
-    close(together, alone, 1e-3 if isinstance(method, Quantised) else 1e-5)
+    close(together, alone, tolerance(method))
 
 
 def weights_by_hand(call: AttentionCall) -> Tensor:

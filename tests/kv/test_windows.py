@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from kv_cases import small
 from torch import Tensor
 
 from isoflop.core.errors import Infeasible
@@ -123,7 +124,7 @@ def test_tokens_behind_a_prompt_cannot_be_padding() -> None:
 @torch.no_grad()
 def test_every_method_acts_on_the_other_layers(name: str, probe: WindowedProbe) -> None:
     """One pass is decoding token by token, in logits and bytes; the method never sees a layer with a window."""
-    method, batch = build(name, {}), probe.batch(range(2))
+    method, batch = small(name), probe.batch(range(2))
     seen: set[int] = set()
     with method.apply(probe.model, probe.prepared(method, 0)):
         cache: Any = probe.model.occupant(ATTENTION)
@@ -168,7 +169,7 @@ def test_padding_on_the_left_changes_nothing(probe: WindowedProbe) -> None:
     padded = LmBatch(ids_BT, batch.targets_BT, PROMPT, valid_BT)
     bare = LmBatch(ids_BT[1:, pads:], batch.targets_BT[1:, pads:], PROMPT - pads)
     for name in ("full-cache", "snapkv", "kv-rtn"):
-        method = build(name, {})
+        method = small(name)
         with method.apply(probe.model, None):
             alone = probe.model.logits(bare)
             for found in (probe.model.logits(padded), probe.model.stepwise_logits(padded)):
