@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 from isoflop.core.errors import Infeasible
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import build
-from isoflop.models.checkpoints.vision_language.kinds import KINDS
+from isoflop.models.checkpoints.vision_language.kinds import KINDS, NOT_TAKEN, other_classes
 from isoflop.models.family import family_of
 from isoflop.models.features import attention_in
 from isoflop.models.hooks.attention import ATTENTION
@@ -61,6 +62,19 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def test_every_class_has_a_small_checkpoint() -> None:
     assert set(KINDS) == set(SMALL)
+
+
+def test_every_other_class_is_refused_by_name(tmp_path: Path) -> None:
+    others = other_classes()
+    assert len(others) > 50
+    assert set(NOT_TAKEN) <= others
+    for name in sorted(others):
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": [name], "model_type": "llava"}))
+        with pytest.raises(Infeasible) as refused:
+            family_of("hf:").info(f"hf:{tmp_path}", {})
+        assert f"{name} is a vision-language model, and " in str(refused.value)
+        assert "allowed: LlavaForConditionalGeneration, LlavaNextFor" in str(refused.value)
+        assert "\n" not in str(refused.value)
 
 
 def test_every_place_is_exact_or_refused_and_on_the_page(subject: VisionLanguageSubject) -> None:

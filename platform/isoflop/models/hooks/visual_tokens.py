@@ -1,6 +1,8 @@
 """The hook ``visual_tokens``: a compressor between the vision tower and the projector, what it sees and what it returns.
 
-Shape suffixes: B batch, P patches, V visual tokens that enter the language model, Q question tokens, D vision width, d
+A picture may have several views (crops, a thumbnail): each is compressed by itself, as a row of the batch.
+
+Shape suffixes: B views of a batch, P patches, V visual tokens that enter the language model, Q question tokens, D vision width, d
 language width.
 """
 
@@ -27,13 +29,16 @@ class VisualInput:
     """What a compressor sees of a batch.
 
     Attributes:
-        x_BPD: patch features of the layer that feeds the projector, in raster order, without prefix tokens.
+        x_BPD: what enters the projector, in raster order: patch features of a layer of the tower without prefix tokens, or
+            blocks of patches side by side where a class merges them.
         hidden: what the compressor asked for besides: the same of other layers, by their numbers, and attention (B, P)
             by ``attention_in(layer)``.
-        grid: patches per side; P = grid².
+        grid: patches per side; P = grid². Where pictures keep their own shape, which methods with ``wants_square`` refuse,
+            grid² is the largest square up to P.
         question_BQ: token ids of the question, the text after the last image marker; None when there is none.
         question_mask_BQ: 1 for real tokens and 0 for padding (either side); None when nothing is padded.
-        ids_B: example numbers; what is random in a method may depend on them and on nothing else of the batch.
+        ids_B: example numbers, other ones for other views; what is random in a method may depend on them and on nothing else
+            of the batch.
         encode_text: the language model on text alone, without gradients and without a cache: (ids, mask) → (B, Q, d),
             last layer after the final norm.
         embed_text: ids → token embeddings (B, Q, d), without gradients.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from isoflop.core.errors import Infeasible
 from isoflop.core.stage import StageContext
 from isoflop.models.base import ModelInfo
 from isoflop.models.checkpoints.decoder import decoder_geometry, without_weights
@@ -19,7 +20,7 @@ from isoflop.models.checkpoints.source import (
     require_safetensors,
 )
 from isoflop.models.checkpoints.tokenizer import tokenizer_in
-from isoflop.models.checkpoints.vision_language.kinds import KINDS
+from isoflop.models.checkpoints.vision_language.kinds import KINDS, NOT_TAKEN, other_classes
 from isoflop.models.decoder_model import layers_of
 from isoflop.models.features import TowerSource, Vision, vision_of
 from isoflop.models.lm import tokenizer_of
@@ -59,8 +60,8 @@ class CheckpointTower(TowerSource):
 
 
 def handles(architecture: str) -> bool:
-    """Whether an architecture is one of ``KINDS``."""
-    return architecture in KINDS
+    """Whether an architecture is a vision-language model, be it one that is refused."""
+    return architecture in KINDS or architecture in other_classes()
 
 
 def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, version: str) -> VlmInfo:
@@ -71,7 +72,13 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
     """
     chosen = Options(**dict(options))
     config = read_config(source, chosen)
-    kind = KINDS[architecture_of(ref, source)]
+    architecture = architecture_of(ref, source)
+    if architecture not in KINDS:
+        why = NOT_TAKEN.get(architecture, "nothing is known of how its pictures become tokens")
+        raise Infeasible(
+            f"model {ref}: {architecture} is a vision-language model, and {why}; allowed: {', '.join(KINDS)}"
+        )
+    kind = KINDS[architecture]
     seen = kind.seen(ref, config, source)
     decoder = decoder_skeleton(config, ref)
     geometry = decoder_geometry(ref, decoder, type(decoder).__name__, windows=False)
