@@ -92,7 +92,8 @@ class KvCacheProbe(Probe):
         return method.calibrate(self.model, self.ctx, seed) if hasattr(method, "calibrate") else None
 
     def absolute(self) -> Sequence[AbsoluteCost]:
-        """Of 2 layers that keep 40 tokens: keys and values of 2 heads, 16 wide, at 2 bytes: 2·2·2·16·2 = 256 bytes a token.
+        """Of 2 layers that keep 40 tokens (of 4: twice that): keys and values of 2 heads, 16 wide, at 2 bytes: 2·2·2·16·2 = 256 bytes
+        a token.
 
         Whole: 40·256. Half of the tokens: 20·256. At 4 bits with grids over 32 values, per layer: codes 2·2·40·16/2; keys
         one grid per channel and 32 tokens, 2·16·2 of them; values one per token, 2·40; 4 bytes a grid.
@@ -110,10 +111,11 @@ class KvCacheProbe(Probe):
                     build("double-sparsity", {"k_share": 0.25, **head}), "cost", 12 * 512 + 4 * 2 * 48 * 2 * 2
                 ),
             )
-        packed = 2 * (2 * 2 * 40 * 16 / 2 + 4 * (2 * 16 * 2) + 4 * (2 * 40))
+        pairs = self.model.info.geometry["layers"] / 2
+        packed = pairs * 2 * (2 * 2 * 40 * 16 / 2 + 4 * (2 * 16 * 2) + 4 * (2 * 40))
         return (
-            AbsoluteCost(build("full-cache", {}), "cost", 40 * 256),
-            AbsoluteCost(build("kv-random", {"keep": 0.5}), "kv_prompt_bytes", 20 * 256),
+            AbsoluteCost(build("full-cache", {}), "cost", pairs * 40 * 256),
+            AbsoluteCost(build("kv-random", {"keep": 0.5}), "kv_prompt_bytes", pairs * 20 * 256),
             AbsoluteCost(build("kv-rtn", {"bits": 4}), "kv_prompt_bytes", packed),
         )
 

@@ -20,7 +20,12 @@ from isoflop.methods.kv_cache.quantised import Quantised
 from isoflop.models.hooks.attention import AttentionCall
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
-FITTING: dict[str, dict[str, Any]] = {"tidaldecode": {"sparse_start": 0}, "mikv": {"bits_lo": 8}, "gear": {"bits": 8}}
+FITTING: dict[str, dict[str, Any]] = {
+    "tidaldecode": {"sparse_start": 0},
+    "minicache": {"start": 0.0},
+    "mikv": {"bits_lo": 8},
+    "gear": {"bits": 8},
+}
 """Knobs of methods whose defaults ask for more layers than models of two or three have, or whose codes are so coarse that one
 at a tie, which noise moves, would be seen."""
 EXACT, PACKED = 1e-5, 1e-3
