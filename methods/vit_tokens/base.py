@@ -41,7 +41,8 @@ class VitTokenMethod(Method):
     scoring included; the dearest schedule within it is taken. Instead of it a method may be given the number that its
     paper uses: ``ratio``, the share of patches that a block keeps; ``macs`` then counts for nothing. Two numbers for one
     schedule are refused; only ``macs`` at its default counts as not given, since nobody can tell the two apart. The
-    blocks' counts are the same for every image.
+    blocks' counts are the same for every image. A head that averages patches weights merged ones by size, and attention that pools
+    them adds log sizes where a method's own attention does.
 
     Class attributes:
         after_block: tokens go after the MLP of a block instead of between attention and MLP.

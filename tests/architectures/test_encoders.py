@@ -8,13 +8,16 @@ import pytest
 import torch
 import transformers
 
-from isoflop.core.errors import Infeasible
+from isoflop.core.errors import Infeasible, UserError
+from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import build
 from isoflop.models import encoder as encoder_module
 from isoflop.models.checkpoints.encoder import HEADS, REFUSED, REFUSED_HEADS
 from isoflop.models.family import family_of
+from isoflop.models.lm import NOT_SCORED, calibrated_on
 from isoflop.testing.architectures.encoders import (
     ENCODER_CHECKS,
+    context,
     encoder_classes,
     examine_encoder,
     loaded,
@@ -106,3 +109,57 @@ def test_other_heads_and_labels_are_refused(tmp_path: Path) -> None:
     small_encoder("BertModel").save_pretrained(tmp_path / "c")
     with pytest.raises(Infeasible, match="no fast tokenizer"):
         family_of("hf:x").info(f"hf:{tmp_path / 'c'}", {})
+
+
+def test_weights_that_are_not_there_are_not_drawn_at_random(tmp_path: Path) -> None:
+    """A pooler is, since embeddings never ask it."""
+    from transformers import AutoConfig
+
+    save_encoder(small_encoder("BertModel", hidden_size=32), tmp_path / "m")
+    config = AutoConfig.from_pretrained(tmp_path / "m")
+    config.architectures = ["BertForSequenceClassification"]
+    config.num_labels = 1
+    config.save_pretrained(tmp_path / "m")
+    with pytest.raises(
+        UserError, match=r"BertForSequenceClassification needs classifier\.bias and 1 more, which its safetensors"
+    ):
+        loaded(f"hf:{tmp_path / 'm'}")
+    save_encoder(small_encoder("BertForMaskedLM"), tmp_path / "n")
+    (tmp_path / "n" / "modules.json").write_text(
+        '[{"path": "", "type": "x.Transformer"}, {"path": "1_Pooling", "type": "x.Pooling"}]'
+    )
+    (tmp_path / "n" / "1_Pooling").mkdir()
+    (tmp_path / "n" / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    assert loaded(f"hf:{tmp_path / 'n'}").info.head == "embedding"
+
+
+def test_a_text_of_ones_own_calibrates(tmp_path: Path) -> None:
+    save_encoder(small_encoder("BertForMaskedLM"), tmp_path / "m")
+    (tmp_path / "a.txt").write_text("abc def ghi " * 40)
+    model = loaded(f"hf:{tmp_path / 'm'}")
+    info = calibrated_on(model.info, {"data": str(tmp_path / "a.txt"), "length": 20})
+    assert isinstance(info, encoder_module.EncoderInfo)
+    model.info = info
+    (batch,) = model.calibration(FolderContext(tmp_path / "stages"), 16, 0)
+    assert batch.ids_BT.shape == (16, 22)
+    assert batch.targets_BT is not None
+    masked = batch.targets_BT != NOT_SCORED
+    assert 0 < masked.sum() < masked.numel() / 3
+    assert (batch.ids_BT[masked] == model.tokenizer.mask_token_id).all()
+    assert (batch.ids_BT[:, 0] == 0).all()
+    assert (batch.ids_BT[:, -1] == 2).all()
+
+
+def test_what_goes_by_a_loss_runs_on_an_encoder_that_fills_masks(tmp_path: Path) -> None:
+    save_encoder(small_encoder("BertForMaskedLM"), tmp_path / "m")
+    model, ctx = loaded(f"hf:{tmp_path / 'm'}"), context()
+    logits = model.supervised(next(model.calibration(ctx, 2, 0)))[0]
+    search = build(
+        "evopress", {"bits": 4.0, "group": 8, "generations": 2, "offspring": 2, "n_search": 4, "survivors": 1}
+    )
+    stacks = build("bitstack", {"bits": 4.0, "k": 1, "n_iter": 4, "n_calib": 4, "n_sort": 2})
+    for method in (search, stacks):
+        method.check(model.info)
+        with method.apply(model, method.calibrate(model, ctx, 0)):
+            assert not torch.equal(model.supervised(next(model.calibration(ctx, 2, 0)))[0], logits)
+    assert torch.equal(model.supervised(next(model.calibration(ctx, 2, 0)))[0], logits)

@@ -149,3 +149,11 @@ def test_token_methods_and_codecs_act_on_a_users_images(photos: Path, checkpoint
     with build("tome", {}).apply(model, None):
         assert task.measure(model, ctx)["flops"] < full["flops"]
         assert len(list(task.evaluate(model, ctx, 0))) == 1
+    codec = build("jpeg", {"quality": 20})
+    with codec.apply(model, None):
+        (shard,) = task.evaluate(model, ctx, 0)
+        assert set(shard.metrics) == {"nll", "mse", "psnr", "ssim"}
+        task.measure(model, ctx)
+        found = codec.footprint(model, ctx)
+    assert found["raw_bytes"] == 3 * 32 * 32
+    assert found["ratio"] == found["raw_bytes"] / found["codec_bytes"] > 1

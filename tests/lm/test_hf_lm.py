@@ -208,6 +208,20 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
         family_of(ref).load(info, None, FolderContext(tmp_path))
 
 
+def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path: Path) -> None:
+    """Transformers fills in what a folder lacks, and says so in a table that nobody reads."""
+    from safetensors.torch import load_file, save_file
+
+    ref = saved(CONFIGS["Llama"](), tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    weights = load_file(path)
+    save_file({name: w for name, w in weights.items() if "layers.1.mlp" not in name}, path, {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"needs model\.layers\.1\.mlp\.down_proj\.weight and 2 more, which its safetensors"
+    ):
+        family_of(ref).load(family_of(ref).info(ref, {}), None, FolderContext(tmp_path / "stages"))
+
+
 def test_bfloat16_counts_sixteen_bits(tmp_path: Path) -> None:
     ref = saved(CONFIGS["Llama"](), tmp_path)
     family = family_of(ref)

@@ -90,6 +90,14 @@ def test_multiply_adds_are_those_that_are_counted(architecture: str, changes: di
         assert counted_macs(model, image_1CHW) == scoring
 
 
+def test_a_processor_for_images_of_another_size_is_refused(tmp_path: Path) -> None:
+    """A head on learned positions takes one size; only DINOv2 stretches them."""
+    processor = {"size": {"height": 24, "width": 24}}
+    with pytest.raises(Infeasible, match="gives images of 24 pixels a side, and ViTForImageClassification takes 16"):
+        saved(tmp_path / "m", "ViTForImageClassification", processor)
+    assert saved(tmp_path / "d", "Dinov2ForImageClassification", processor).info.geometry["patches"] == 36
+
+
 def test_what_ranks_by_a_class_token_is_refused_where_there_is_none(tmp_path: Path) -> None:
     model = saved(tmp_path / "m", "SiglipForImageClassification")
     with pytest.raises(Infeasible, match=r"keeps what the class token attends to, and model .* has none"):

@@ -233,7 +233,9 @@ class EncoderModel(Model):
             targets_BT = None
             if self.info.head == MASKED_LM:
                 chosen_BT = torch.rand(whole_BT.shape, generator=rng) < MASKED
-                chosen_BT[:, 1] |= ~chosen_BT.any(1)
+                chosen_BT[:, : len(around[0])] = False
+                chosen_BT[:, whole_BT.shape[1] - len(around[1]) :] = False
+                chosen_BT[:, len(around[0])] |= ~chosen_BT.any(1)
                 targets_BT = torch.where(chosen_BT, whole_BT, NOT_SCORED)
                 whole_BT = torch.where(chosen_BT, tokenizer.mask_token_id, whole_BT)
             yield EncoderBatch(whole_BT, torch.ones_like(whole_BT), types_BT, targets_BT=targets_BT)

@@ -1,4 +1,4 @@
-"""Keeps transformers' progress bars off the screen while tiny checkpoints are written and read by the hundred."""
+"""Keeps transformers' progress bars and advice off the screen while checkpoints are described, written and read."""
 
 from __future__ import annotations
 
@@ -18,3 +18,16 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def no_advice() -> Iterator[None]:
+    """Keep transformers from advising on configs inside the block: what stops a sweep is told in lines of our own."""
+    from transformers.utils import logging
+
+    heard = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(heard)

@@ -13,12 +13,11 @@ from isoflop.core.stage import StageContext
 from isoflop.models.base import ModelInfo
 from isoflop.models.checkpoints.decoder import without_weights
 from isoflop.models.checkpoints.sentence import Stored, dense_layers, named_files, stored_in
-from isoflop.models.checkpoints.source import FAMILY, Options, read_config, require_safetensors, version_with
+from isoflop.models.checkpoints.source import FAMILY, Options, read_config, read_whole, version_with
 from isoflop.models.checkpoints.tokenizer import TOKENIZER_FILES, tokenizer_in
 from isoflop.models.encoder import EMBEDDING, MASKED_LM, MULTIPLE_CHOICE, OFFERS, RERANKER, EncoderInfo, EncoderModel
 from isoflop.models.hooks.matrices import BLOCK, MATRICES, matrix_shapes
 from isoflop.models.lm import tokenizer_of
-from isoflop.models.quiet import no_progress_bars
 from isoflop.models.sentence import Sentence
 from isoflop.models.worlds.english import EnglishStage
 from isoflop.models.worlds.lm_text import EnglishText, TokensStage
@@ -145,12 +144,8 @@ def load(info: ModelInfo, source: Path, options: Options, ctx: StageContext) -> 
     """The checkpoint on the worker's device in evaluation mode."""
     if not isinstance(info, EncoderInfo):
         raise TypeError(f"{info.ref} was not described as a text encoder")
-    require_safetensors(source)
     config = read_config(source, options)
-    with no_progress_bars():
-        module = _class(config, info.head).from_pretrained(
-            source, config=config, local_files_only=True, use_safetensors=True, dtype=options.torch_dtype
-        )
+    module = read_whole(_class(config, info.head), source, options.torch_dtype, unused="pooler", config=config)
     stored = stored_in(info.ref, source)
     if stored is not None and stored.dense:
         module.sentence_dense = dense_layers(source, stored.dense).to(options.torch_dtype)

@@ -11,7 +11,7 @@ from isoflop.core.stage import StageContext
 from isoflop.models.base import ModelInfo
 from isoflop.models.checkpoints.decoder import decoder_geometry, ropes_of, without_weights
 from isoflop.models.checkpoints.gguf import read_gguf
-from isoflop.models.checkpoints.source import FAMILY, Options, read_config, require_safetensors
+from isoflop.models.checkpoints.source import FAMILY, Options, read_config, read_whole
 from isoflop.models.checkpoints.tokenizer import tokenizer_in
 from isoflop.models.decoder_model import decoder_of, layers_of
 from isoflop.models.hooks.attention import ATTENTION
@@ -22,7 +22,6 @@ from isoflop.models.hooks.matrices import MATRICES
 from isoflop.models.hooks.prompt_text import PROMPT_TEXT
 from isoflop.models.hooks.residual import RESIDUAL
 from isoflop.models.lm import LmInfo, LmModel, tokenizer_of
-from isoflop.models.quiet import no_progress_bars
 from isoflop.models.spread import devices_for, placed
 from isoflop.models.worlds import recall_world
 from isoflop.models.worlds.calibration import CalibrationText
@@ -97,15 +96,9 @@ def load(info: ModelInfo, source: Path, options: Options, ctx: StageContext) -> 
     if options.gguf:
         module = read_gguf(source / options.gguf).to(options.torch_dtype)
     else:
-        require_safetensors(source)
-        with no_progress_bars():
-            module = AutoModelForCausalLM.from_pretrained(
-                source,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=options.trust_remote_code,
-                dtype=options.torch_dtype,
-            )
+        module = read_whole(
+            AutoModelForCausalLM, source, options.torch_dtype, trust_remote_code=options.trust_remote_code
+        )
     return LmModel(info, placed(module, decoder_of(module), ctx.device, devices), tokenizer_of(info, ctx))
 
 

@@ -65,7 +65,7 @@ def stored_in(ref: str, source: Path) -> Stored | None:
     """
     if not (source / MODULES).exists():
         return None
-    kinds, pools, dense = [], tuple[str, ...](), list[str]()
+    kinds, pools, dense, excludes = [], tuple[str, ...](), list[str](), False
     for module in _read(source / MODULES):
         kind, path = str(module["type"]).rsplit(".", 1)[-1], str(module.get("path", ""))
         if kind not in KINDS:
@@ -74,7 +74,8 @@ def stored_in(ref: str, source: Path) -> Stored | None:
         if kind == "Transformer" and path:
             raise Infeasible(f"model {ref}: its encoder lies in the subfolder {path}; allowed: in the folder itself")
         if kind == "Pooling":
-            pools = _pools(ref, _read(source / path / "config.json"))
+            pooling = _read(source / path / "config.json")
+            pools, excludes = _pools(ref, pooling), not pooling.get("include_prompt", True)
         if kind == "Dense":
             dense.append(path)
             _activation(ref, source, path)
@@ -87,6 +88,10 @@ def stored_in(ref: str, source: Path) -> Stored | None:
     if similarity not in SIMILARITIES:
         raise Infeasible(
             f"model {ref}: {FILES[2]} has similarity_fn_name = {similarity!r}; allowed: {', '.join(SIMILARITIES)}"
+        )
+    if excludes and any(prompts.values()):
+        raise Infeasible(
+            f"model {ref}: its pooling leaves out the tokens of prompts (include_prompt = false); allowed: pooling over all tokens"
         )
     document = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), usual)
     limits = _read(source / FILES[1]) if (source / FILES[1]).exists() else {}

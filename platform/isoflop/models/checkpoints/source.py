@@ -20,6 +20,7 @@ from isoflop.core.knobs import Knob
 from isoflop.core.public import local_path, looked_at
 from isoflop.models.checkpoints.gguf import read_gguf_config
 from isoflop.models.family import split_ref
+from isoflop.models.quiet import no_advice, no_progress_bars
 
 FAMILY = "hf"
 CONFIG_FILES = ("config.json", "preprocessor_config.json")
@@ -150,7 +151,10 @@ def read_config(source: Path, options: Options) -> Any:
     if options.gguf:
         return read_gguf_config(source / options.gguf)
     try:
-        return AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=options.trust_remote_code)
+        with no_advice():
+            return AutoConfig.from_pretrained(
+                source, local_files_only=True, trust_remote_code=options.trust_remote_code
+            )
     except Exception as error:  # each config checks its values in a way of its own
         raise UserError(f"{source / 'config.json'}: transformers cannot read it ({brief(error)})") from error
 
@@ -165,6 +169,30 @@ def require_safetensors(source: Path) -> None:
     """Raise UserError when a folder's weights are missing or pickled."""
     if not any(source.glob("*.safetensors")):
         raise UserError(f"model folder {source}: no *.safetensors file; pickled weights are not loaded")
+
+
+def read_whole(kind: Any, source: Path, dtype: torch.dtype, unused: str = "", **options: Any) -> Any:
+    """A Hugging Face module of a class, with the weights of a folder, all of them.
+
+    Args:
+        unused: part of the names of weights that may be missing, since nothing asks for what they give.
+        options: of ``from_pretrained``.
+
+    Raises:
+        UserError: weights that the class needs are not there, which transformers would draw at random; or there are none at all.
+    """
+    require_safetensors(source)
+    with no_progress_bars(), no_advice():
+        module, found = kind.from_pretrained(
+            source, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True, **options
+        )
+    missing = sorted(name for name in found["missing_keys"] if not unused or unused not in name)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(
+            f"model folder {source}: {kind.__name__} needs {missing[0]}{more}, which its safetensors do not hold"
+        )
+    return module
 
 
 def content_of(source: Path, names: Collection[str] = CONFIG_FILES, weights: bool = True) -> Content:

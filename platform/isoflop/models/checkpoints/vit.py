@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from isoflop.core.errors import Infeasible, UserError
+from isoflop.core.errors import Infeasible
 from isoflop.core.hook import Hook
 from isoflop.models.checkpoints.preprocessor import (
     check_preprocessor,
@@ -22,11 +22,12 @@ from isoflop.models.checkpoints.preprocessor import (
     resizing_of,
     side_of,
 )
+from isoflop.models.checkpoints.source import read_whole
 from isoflop.models.checkpoints.vision_towers import TOWERS, tower_of
 from isoflop.models.hooks.matrices import MATRICES, matrix_shapes
 from isoflop.models.hooks.pixels import PIXELS
 from isoflop.models.hooks.vision_blocks import VISION_BLOCKS, blocks_of
-from isoflop.models.quiet import no_progress_bars
+from isoflop.models.quiet import no_advice
 from isoflop.models.vit import LABELLED_IMAGES, VitInfo, VitModel
 from isoflop.models.worlds.lm_text import TokenizerSource
 from isoflop.models.worlds.sprite_world import DATA
@@ -69,6 +70,10 @@ def describe(
     check_preprocessor(ref, stored)
     side, patch = vision.image_size, vision.patch_size
     side = (side_of(stored) or side) if tower.interpolates else side
+    if isinstance(side, int) and (given := side_of(stored) or side) != side:
+        raise Infeasible(
+            f"model {ref}: its image processor gives images of {given} pixels a side, and {architecture} takes {side}"
+        )
     if not isinstance(side, int) or not isinstance(patch, int):
         raise Infeasible(
             f"model {ref}: image_size = {side} with patch_size = {patch}; allowed: square images and patches"
@@ -143,17 +148,12 @@ def read(source: Path, architecture: str, dtype: torch.dtype = torch.float32) ->
     """The Hugging Face module of a checkpoint folder, in evaluation mode without gradients; safetensors only.
 
     Raises:
-        UserError: the folder holds no safetensors.
+        UserError: the folder holds no safetensors, or not all weights.
     """
     import transformers
 
-    if not any(source.glob("*.safetensors")):
-        raise UserError(f"model folder {source}: no *.safetensors file; pickled weights are not loaded")
-    with no_progress_bars():
-        # Sizes enter the attention as an additive mask, which flash attention would not take.
-        module = getattr(transformers, architecture).from_pretrained(
-            source, local_files_only=True, use_safetensors=True, dtype=dtype, attn_implementation="sdpa"
-        )
+    # Sizes enter the attention as an additive mask, which flash attention would not take.
+    module = read_whole(getattr(transformers, architecture), source, dtype, attn_implementation="sdpa")
     return module.eval().requires_grad_(False)
 
 
@@ -192,7 +192,7 @@ def skeleton(architecture: str, config: PretrainedConfig) -> Any:
     """The classifier without memory for its weights; of a model that compares images with texts its image's side."""
     import transformers
 
-    with torch.device("meta"):
+    with torch.device("meta"), no_advice():
         module = getattr(transformers, architecture)(config)
     return DualEncoder(module) if TOWERS[architecture].names else module
 

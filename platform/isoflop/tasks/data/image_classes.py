@@ -20,6 +20,7 @@ from isoflop.core.rows import Rows
 from isoflop.core.stage import StageContext
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.features import batches
+from isoflop.models.hooks.pixels import PIXELS
 from isoflop.models.resizing import pixels_of
 from isoflop.models.vit import VitBatch, VitInfo, VitModel
 from isoflop.models.zero_shot import ZeroShotModel
@@ -27,7 +28,7 @@ from isoflop.tasks.base import TASKS, Shard
 from isoflop.tasks.data.base import DataTask, Example, bad_row, shards
 from isoflop.tasks.data.images import image_rows, opened
 from isoflop.tasks.image_costs import costs_of_image
-from isoflop.tasks.labelled_images import vit_info, vit_model
+from isoflop.tasks.labelled_images import distortions, vit_info, vit_model
 
 BATCH = 32
 PLACE = "{label}"
@@ -41,15 +42,16 @@ class ImageClasses(DataTask):
 
     ``data`` is a folder with a folder per class, or a table with paths (relative to the table) and classes. A class is what the
     model calls it (``id2label`` of its config; one of several names between commas is enough, whatever the case), or its
-    number. Images are resized, cut and normalised as the checkpoint's processor says. Secondary metric: ``nll`` of the class.
+    number. Images are resized, cut and normalised as the checkpoint's processor says. Secondary metrics: ``nll`` of the class; and where images
+    go through a codec, what it lost of them: ``mse``, ``psnr`` in dB, ``ssim``.
 
     A model without a head that compares images with texts (CLIP, SigLIP) chooses among ``labels``, by default all classes of the
     data, each put in the place of ``{label}`` in ``prompt``. The texts are embedded once for all images: ``flops_names`` beside
-    the costs of an image.
+    the costs of an image. ``nll`` is over the softmax of all classes, for SigLIP too, which was trained to judge each by itself.
     """
 
     version: ClassVar[str] = "1"
-    metrics: ClassVar[tuple[str, ...] | None] = ("nll",)
+    metrics: ClassVar[tuple[str, ...] | None] = ("nll", "mse", "psnr", "ssim")
 
     image: Annotated[str, Knob(doc="field of a table that holds paths of images")] = "image"
     label: Annotated[str, Knob(doc="field of a table that holds the class")] = "label"
@@ -142,17 +144,22 @@ class ImageClasses(DataTask):
         """Classify shard by shard."""
         vit = vit_model(model, self.name)
         for examples in shards(self, self.examples(), self.shard, seed):
-            wrong, nll = [], []
+            wrong = []
+            metrics: dict[str, list[np.ndarray]] = {"nll": []}
             for part in batches(len(examples), BATCH):
                 batch = self._batch(vit.info, examples[part])
                 with self._told(vit):
-                    logits_BK = vit.logits(batch.images_BCHW, batch.ids_B).float()
+                    seen_BCHW = vit.seen(batch.images_BCHW, batch.ids_B)
+                    logits_BK = vit.classify(seen_BCHW, batch.ids_B).float()
                 labels_B = batch.labels_B.to(vit.device)
                 best_BK = logits_BK.topk(min(self.top, logits_BK.shape[1]), dim=-1).indices
                 wrong.append((best_BK != labels_B[:, None]).all(-1).double().cpu().numpy())
-                nll.append(F.cross_entropy(logits_BK, labels_B, reduction="none").double().cpu().numpy())
+                metrics["nll"].append(F.cross_entropy(logits_BK, labels_B, reduction="none").double().cpu().numpy())
+                if vit.occupant(PIXELS) is not None:
+                    for name, lost_B in distortions(seen_BCHW, batch.images_BCHW).items():
+                        metrics.setdefault(name, []).append(lost_B)
             ids = np.array([example.id for example in examples])
-            yield Shard(ids, np.concatenate(wrong), {"nll": np.concatenate(nll)})
+            yield Shard(ids, np.concatenate(wrong), {name: np.concatenate(parts) for name, parts in metrics.items()})
 
     @torch.no_grad()
     def measure(self, model: Model, ctx: StageContext) -> dict[str, float]:

@@ -9,6 +9,7 @@ Shape suffixes: B rows, T tokens, W vocabulary, H query heads.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -315,4 +316,4 @@ def _refused(ref: str, error: UserError) -> Finding:
     line = str(error)
     if "\n" in line:
         return Finding("wrong", f"refused in several lines: {' '.join(line.split())[:160]}")
-    return Finding("refused", line.removeprefix(f"model {ref}: ").split("; allowed:")[0])
+    return Finding("refused", re.sub(rf"^model {re.escape(ref)}(\?\S*)?: ", "", line).split("; allowed:")[0])

@@ -17,14 +17,13 @@ from isoflop.models.checkpoints.source import (
     architecture_of,
     locate,
     read_config,
-    require_safetensors,
+    read_whole,
 )
 from isoflop.models.checkpoints.tokenizer import tokenizer_in
 from isoflop.models.checkpoints.vision_language.kinds import KINDS, NOT_TAKEN, other_classes
 from isoflop.models.decoder_model import layers_of
 from isoflop.models.features import TowerSource, Vision, vision_of
 from isoflop.models.lm import tokenizer_of
-from isoflop.models.quiet import no_progress_bars
 from isoflop.models.spread import devices_for, placed
 from isoflop.models.visual_side import decoder_in
 from isoflop.models.vlm import VlmModel
@@ -151,12 +150,6 @@ def decoder_skeleton(config: Any, ref: str) -> Any:
 def _read(source: Path, architecture: str, options: Options) -> Any:
     import transformers
 
-    require_safetensors(source)
-    with no_progress_bars():
-        return getattr(transformers, architecture).from_pretrained(
-            source,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=options.trust_remote_code,
-            dtype=options.torch_dtype,
-        )
+    return read_whole(
+        getattr(transformers, architecture), source, options.torch_dtype, trust_remote_code=options.trust_remote_code
+    )
