@@ -13,7 +13,7 @@ import torch
 import transformers
 from PIL import Image
 
-from isoflop.core.errors import Infeasible
+from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import build
 from isoflop.models.checkpoints.vision_language.kinds import KINDS, NOT_TAKEN, other_classes
@@ -263,6 +263,30 @@ def test_a_folder_without_its_processor_is_refused(subject: VisionLanguageSubjec
         return
     subject.stock.config.save_pretrained(tmp_path)
     with pytest.raises(Infeasible, match=r"holds no preprocessor_config.json; allowed: a checkpoint saved with its"):
+        family_of("hf:").info(f"hf:{tmp_path}", {})
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "NoSuchProcessor"}')
+    (tmp_path / "tokenizer.json").write_text((subject.folder / "tokenizer.json").read_text())
+    with pytest.raises(UserError, match=r"preprocessor_config.json: transformers makes no image processor of it"):
+        family_of("hf:").info(f"hf:{tmp_path}", {})
+
+
+def test_a_processor_that_cuts_otherwise_than_the_config_packs_is_refused(
+    subject: VisionLanguageSubject, tmp_path: Path
+) -> None:
+    """Crops of another size; where pictures keep their own shape there is nothing to disagree on."""
+    stored = json.loads((subject.folder / "preprocessor_config.json").read_text())
+    if not subject.model.side.sized or not subject.model.info.square:
+        return
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((subject.folder / name).read_text())
+    subject.stock.config.save_pretrained(tmp_path)
+    larger = {
+        key: {side: 2 * pixels for side, pixels in value.items() if pixels}
+        for key, value in stored.items()
+        if key.endswith("size") and isinstance(value, dict)
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**stored, **larger}))
+    with pytest.raises(Infeasible, match=r"its processor (cuts crops|gives views) of 48 pixels"):
         family_of("hf:").info(f"hf:{tmp_path}", {})
 
 

@@ -19,6 +19,7 @@ from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import build
 from isoflop.models.counting import flops_of
 from isoflop.models.hooks.attention import ATTENTION
+from isoflop.models.worlds.lm_text import read_tokenizer
 from isoflop.tasks.data.vqa import Vqa
 from isoflop.testing.architectures.vision_language import VisionLanguageSubject, vision_language_subject
 from isoflop.testing.small_vision_language import SMALL, save_small
@@ -117,6 +118,13 @@ def test_a_chat_template_places_the_image_by_the_class_own_token(subject: Vision
         prompt = task.prompted(task.questions(model), task.examples()[0])
     finally:
         tokenizer.chat_template = None
+    for name in ("chat_template.json", "processor_config.json"):  # where processors keep theirs
+        path = subject.folder / name
+        path.write_text(json.dumps({"chat_template": "of the processor"}))
+        try:
+            assert read_tokenizer(subject.folder).chat_template == "of the processor"
+        finally:
+            path.unlink()
     assert tokenizer.decode(prompt.before) == "U:"
     assert tokenizer.decode(prompt.behind) == f"{task.examples()[0].row['question']} A:"
 

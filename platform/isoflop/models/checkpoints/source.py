@@ -89,7 +89,7 @@ def locate(ref: str, revision: str, weights: bool, gguf: str = "") -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
     patterns = [gguf] if gguf else patterns
     try:
         found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True))

@@ -5,6 +5,7 @@ Shape suffixes: N tokens of a split, B batch, T tokens.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -145,10 +146,21 @@ class EnglishText(CalibrationText):
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The fast tokenizer in a folder; no code from the folder runs."""
+    """The fast tokenizer in a folder; no code from the folder runs.
+
+    Its chat template may be its own, or that of the processor beside it, as vision-language checkpoints have it.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_fast=True)
+    found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_fast=True)
+    for name in PROCESSOR_TEMPLATES:
+        if not getattr(found, "chat_template", None) and (folder / name).exists():
+            found.chat_template = json.loads((folder / name).read_text()).get("chat_template")
+    return found
+
+
+PROCESSOR_TEMPLATES = ("chat_template.json", "processor_config.json")
+"""Files in which processors keep a chat template."""
 
 
 def has_tokenizer(folder: Path) -> bool:

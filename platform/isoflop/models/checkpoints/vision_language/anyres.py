@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from isoflop.core.errors import Infeasible
 from isoflop.models.checkpoints.vision_language.kind import (
     Seen,
     VisionLanguageKind,
@@ -102,6 +103,7 @@ class AnyRes(VisionLanguageKind):
         layers, side = int(vision.num_hidden_layers), int(vision.image_size)
         layer = single_layer(ref, config, layers)
         check_tower(ref, config)
+        _check_crops(ref, config, image_processor(source))
         layout = layout_of(config, side, side)
         tokens = packed_tokens(config, layout)
         return Seen(side // int(vision.patch_size), int(vision.hidden_size), layers, layer, layout.views, 1, tokens)
@@ -124,6 +126,19 @@ class LlavaOneVision(AnyRes):
 
     architecture = "LlavaOnevisionForConditionalGeneration"
     side_of = OneVisionSide
+
+
+def _check_crops(ref: str, config: Any, processor: Any) -> None:
+    """Raise Infeasible where a processor cuts other crops than a config packs."""
+    side, given = int(config.vision_config.image_size), processor.crop_size or processor.size
+    cut = given["height"] or given["shortest_edge"]
+    pinpoints = [list(map(int, point)) for point in processor.image_grid_pinpoints]
+    if cut != side or pinpoints != [list(map(int, point)) for point in config.image_grid_pinpoints]:
+        raise Infeasible(
+            f"model {ref}: its processor cuts crops of {cut} pixels for {len(pinpoints)} resolutions ({pinpoints[0]} …), and its config "
+            f"packs crops of {side} pixels for {len(config.image_grid_pinpoints)} ({list(config.image_grid_pinpoints[0])} …); allowed: the same "
+            "in both"
+        )
 
 
 def layout_of(config: Any, height: int, width: int) -> Layout:

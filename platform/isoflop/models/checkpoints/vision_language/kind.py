@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from isoflop.core.errors import Infeasible
+from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.hook import Hook
 from isoflop.models.checkpoints.preprocessor import read_preprocessor, resizing_of
+from isoflop.models.checkpoints.source import brief
 from isoflop.models.features import PREFIX_TOKENS, Vision, vision_of
 from isoflop.models.hooks.pixels import PIXELS
 from isoflop.models.hooks.vision_blocks import VISION_BLOCKS
@@ -117,10 +118,19 @@ def check_processor(ref: str, source: Path, architecture: str) -> None:
 
 
 def image_processor(source: Path) -> Any:
-    """Transformers' own image processor of a checkpoint, on PIL and numpy: the same numbers wherever it runs."""
+    """Transformers' own image processor of a checkpoint, on PIL and numpy: the same numbers wherever it runs.
+
+    Raises:
+        UserError: transformers knows no such processor, or refuses its values.
+    """
     from transformers import AutoImageProcessor
 
-    return AutoImageProcessor.from_pretrained(source, local_files_only=True, backend="pil")
+    try:
+        return AutoImageProcessor.from_pretrained(source, local_files_only=True, backend="pil")
+    except Exception as error:  # each processor checks its values in a way of its own
+        raise UserError(
+            f"{source / 'preprocessor_config.json'}: transformers makes no image processor of it ({brief(error)})"
+        ) from error
 
 
 class Llava(VisionLanguageKind):

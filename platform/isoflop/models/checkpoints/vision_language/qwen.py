@@ -22,7 +22,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from isoflop.core.errors import Infeasible
+from isoflop.core.errors import Infeasible, UserError
+from isoflop.models.checkpoints.source import brief
 from isoflop.models.checkpoints.vision_language.kind import (
     MERGED,
     MERGED_LACKS,
@@ -178,14 +179,21 @@ class Qwen3Vl(Qwen25Vl):
 
 
 def layout_of(processor: Any, height: int, width: int) -> Layout:
-    """Patches of a picture in rows and columns."""
+    """Patches of a picture in rows and columns.
+
+    Raises:
+        UserError: the processor takes no picture of this shape (two hundred times as long as wide).
+    """
     resize = sys.modules[type(processor).__module__].smart_resize  # each processor has its own
     patch, size = int(processor.patch_size), processor.size
-    high, wide = resize(
-        height,
-        width,
-        patch * int(processor.merge_size),
-        min_pixels=size["shortest_edge"],
-        max_pixels=size["longest_edge"],
-    )
+    try:
+        high, wide = resize(
+            height,
+            width,
+            patch * int(processor.merge_size),
+            min_pixels=size["shortest_edge"],
+            max_pixels=size["longest_edge"],
+        )
+    except ValueError as error:
+        raise UserError(f"a picture of {width} x {height} pixels: {brief(error)}") from error
     return Layout(1, high // patch, wide // patch)
