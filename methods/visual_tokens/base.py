@@ -72,6 +72,22 @@ class VisualTokenMethod(Method):
             )
         return count
 
+    def left_of(self, grid: int, patches: int, square: bool) -> int:
+        """V for so many patches, of which ``grid`` x ``grid`` is the largest square.
+
+        Args:
+            square: all images have this grid; a picture in a shape of its own that has fewer patches keeps them all.
+        """
+        try:
+            return self.tokens_left(grid)
+        except Infeasible:
+            if square:
+                raise
+            return patches
+
+    def _planned(self, vlm: VlmInfo) -> int:
+        return self.left_of(vlm.geometry["grid"], vlm.geometry["visual_tokens"], vlm.square)
+
     @property
     def special_training(self) -> bool:
         """Also of methods whose occupant is more than ``compress``."""
@@ -98,7 +114,7 @@ class VisualTokenMethod(Method):
     def axes(self, info: ModelInfo) -> Axes:
         """V, the same in every layer, and what it would be with every patch over V, of an image as large as one view."""
         vlm = vlm_info(info)
-        left = vlm.tokens_of_image(self.tokens_left(vlm.geometry["grid"]))
+        left = vlm.tokens_of_image(self._planned(vlm))
         return Axes(visual_tokens=float(left), ratio=vlm.tokens_of_image() / left)
 
     def check(self, info: ModelInfo) -> None:
@@ -115,7 +131,7 @@ class VisualTokenMethod(Method):
                 f"method {self.name} needs images with a square grid of patches, and {info.ref} takes every picture in its own shape; "
                 "allowed: methods that keep patches wherever they are (none, random)"
             )
-        self.tokens_left(vlm.geometry["grid"])
+        self._planned(vlm)
 
     def check_beside(self, others: Sequence[Method], info: ModelInfo) -> None:
         """Refuse methods that act between the blocks of the tower, where patches merge or go, beside one that needs them all."""
@@ -161,7 +177,7 @@ class VisualTokenMethod(Method):
         module = compression.module if compression is not None else None
         tensors = [] if module is None else [*module.parameters(), *module.buffers()]
         return {
-            "ratio": patches / self.tokens_left(vlm.info.geometry["grid"]),
+            "ratio": patches / self._planned(vlm.info),
             "method_params": float(sum(t.numel() for t in tensors)),
             "method_bytes": sum(tensor_bytes(t, vlm.info.dense_bits) for t in tensors),
         }

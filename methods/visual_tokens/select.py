@@ -67,7 +67,7 @@ class PatchSelection(VisualTokenMethod):
 
     def compress(self, view: VisualInput, module: nn.Module | None) -> CompressedTokens:
         """Gather the kept patches."""
-        kept_BV = self.kept(view, self.tokens_left(view.grid))
+        kept_BV = self.kept(view, self.left_of(view.grid, view.x_BPD.shape[1], view.square))
         tokens_BVD = view.x_BPD.gather(1, kept_BV[:, :, None].expand(-1, -1, view.x_BPD.shape[2]))
         return CompressedTokens(tokens_BVD, kept_BV, kept_BV if self.keep_positions == "original" else None)
 

@@ -138,6 +138,20 @@ def test_visual_token_methods_leave_what_they_plan(subject: VisionLanguageSubjec
     torch.testing.assert_close(steps[:, 0], one, atol=1e-4, rtol=1e-4)
 
 
+def test_more_tokens_than_a_picture_has(subject: VisionLanguageSubject) -> None:
+    """Refused where all views are alike; a picture in a shape of its own keeps what it has, as if nothing were compressed."""
+    model, method = subject.model, build("random", {"tokens": 2000})
+    if model.info.square:
+        with pytest.raises(Infeasible, match="tokens = 2000 exceeds the"):
+            method.check(model.info)
+        return
+    method.check(model.info)
+    assert method.axes(model.info).ratio == 1
+    with method.apply(model, None):
+        found = model.answer_logits(subject.batch([0]))
+    torch.testing.assert_close(found, subject.alone[0][:1], atol=1e-4, rtol=1e-4)
+
+
 def test_attention_in_the_tower_is_that_of_eager_attention(subject: VisionLanguageSubject) -> None:
     """Of the class token where there is one, of all patches else; the mean of the patches that become a token."""
     model, side = subject.model, subject.model.side

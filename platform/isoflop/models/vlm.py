@@ -149,6 +149,7 @@ class VlmModel(DecoderModel):
             ids_B=_per_view(batch.ids_B, views),
             encode_text=self.encode_text,
             embed_text=self.embed_text,
+            square=self.info.square,
         )
         found = compression(view)
         if not self.side.keeps_places and (found.places_BV is not None or found.question_BQd is not None):

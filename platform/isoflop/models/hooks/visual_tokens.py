@@ -33,8 +33,7 @@ class VisualInput:
             blocks of patches side by side where a class merges them.
         hidden: what the compressor asked for besides: the same of other layers, by their numbers, and attention (B, P)
             by ``attention_in(layer)``.
-        grid: patches per side; P = grid². Where pictures keep their own shape, which methods with ``wants_square`` refuse,
-            grid² is the largest square up to P.
+        grid: patches per side; P = grid². Where pictures keep their own shape, grid² is the largest square up to P.
         question_BQ: token ids of the question, the text after the last image marker; None when there is none.
         question_mask_BQ: 1 for real tokens and 0 for padding (either side); None when nothing is padded.
         ids_B: example numbers, other ones for other views; what is random in a method may depend on them and on nothing else
@@ -42,6 +41,7 @@ class VisualInput:
         encode_text: the language model on text alone, without gradients and without a cache: (ids, mask) → (B, Q, d),
             last layer after the final norm.
         embed_text: ids → token embeddings (B, Q, d), without gradients.
+        square: whether pictures do not keep their own shape.
     """
 
     x_BPD: Tensor
@@ -52,6 +52,7 @@ class VisualInput:
     ids_B: Tensor
     encode_text: TextEncoder
     embed_text: Callable[[Tensor], Tensor]
+    square: bool = True
 
 
 @dataclass(frozen=True)
