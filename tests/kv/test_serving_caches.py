@@ -69,10 +69,11 @@ def test_left_padding_changes_nothing(name: str, knobs: dict[str, Any], probe: K
 def test_caches_of_images_keep_at_least_one_token(name: str, tokens: int) -> None:
     probe = VisualTokenProbe(examples=2)
     method, visual = small(name), build("avgpool", {"tokens": tokens})
+    prepared = method.calibrate(probe.model, probe.ctx, 0) if hasattr(method, "calibrate") else None
     bare = None
     with visual.apply(probe.model, None):
         bare = probe.outputs([0, 1])
-        with method.apply(probe.model, None):
+        with method.apply(probe.model, prepared):
             found = probe.outputs([0, 1])
             costs = method.footprint(probe.model, probe.ctx)
     assert found.shape == bare.shape
