@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(
 ) -> None:
     room[THERE] = room[HERE] = 20_000.0
     monkeypatch.setattr(
-        "isoflop.models.checkpoints.lm.require_safetensors", lambda source: pytest.fail("weights are read")
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("weights are read")
     )
     with pytest.raises(NoRoom, match="2 devices with room for"):
         load(checkpoint, tmp_path, HERE, THERE)
@@ -247,7 +247,7 @@ def test_a_worker_has_as_many_devices_as_gpus(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert devices_here() == devices_here(0.5) == ("cuda",)
     assert devices_here(4) == ("cuda:0", "cuda:1", "cuda:2", "cuda:3")
-    with pytest.raises(UserError, match=r"gpus = 8, and this process sees 4"):
+    with pytest.raises(UserError, match=r"resources\.gpus = 8: this process sees 4 GPUs; allowed: up to 4"):
         devices_here(8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert devices_here(4) == ("cpu",)

@@ -20,8 +20,9 @@ def devices_here(gpus: float = 1) -> tuple[str, ...]:
         return ("cpu",)
     if gpus <= 1:
         return ("cuda",)
-    if torch.cuda.device_count() < gpus:
-        raise UserError(f"resources: gpus = {gpus:g}, and this process sees {torch.cuda.device_count()}")
+    seen = torch.cuda.device_count()
+    if seen < gpus:
+        raise UserError(f"resources.gpus = {gpus:g}: this process sees {seen} GPUs; allowed: up to {seen}")
     return tuple(f"cuda:{number}" for number in range(int(gpus)))
 
 
