@@ -46,6 +46,7 @@ BOTH_WAYS = {
 REFUSED: dict[str, dict[str, str]] = {
     **{name: NO_PIXELS if name in CONCATENATING else NO_BLOCKS for name in SMALL},
     "PaliGemmaForConditionalGeneration": BOTH_WAYS,
+    "Qwen3VLMoeForConditionalGeneration": {**NO_BLOCKS, "feed_forward": "not every layer of its decoder has one"},
 }
 """By class and check, what is not exact; everything else is."""
 
@@ -318,7 +319,7 @@ def _processor(subject: VisionLanguageSubject) -> Callable[[Any], str]:
     """
     small, name = SMALL[type(subject.stock).__name__], type(subject.stock).__name__
     images = getattr(transformers, small.processor).from_pretrained(subject.folder)
-    kind = getattr(transformers, name.replace("ForConditionalGeneration", "Processor"))
+    kind = getattr(transformers, name.replace("Moe", "").replace("ForConditionalGeneration", "Processor"))
     made = kind.__new__(kind)
     made.image_processor, made.tokenizer = images, subject.model.tokenizer
     config = subject.stock.config

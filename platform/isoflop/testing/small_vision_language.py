@@ -148,13 +148,18 @@ def _qwen(generation: str) -> Callable[[Any], Any]:
             "Qwen2_5_VL": {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]},
             "Qwen3VL": {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]},
         }  # fmt: skip
-        vision |= own[generation]
+        vision |= own[generation.removesuffix("Moe")]
         text: dict[str, Any] = {
             **TEXT,
             "vocab_size": len(tokenizer),
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
         }
-        text |= {"head_dim": 8, "num_hidden_layers": 3} if generation == "Qwen3VL" else {}
+        text |= {"head_dim": 8, "num_hidden_layers": 3} if generation.startswith("Qwen3") else {}
+        text |= (
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+            if generation.endswith("Moe")
+            else {}
+        )
         ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")}
         marks = {
             f"vision_{end}_token_id": tokenizer.convert_tokens_to_ids(f"<|vision_{end}|>") for end in ("start", "end")
@@ -211,7 +216,7 @@ SMALL["PaliGemmaForConditionalGeneration"] = Small(
     "SiglipImageProcessorPil",
     {"size": SQUARE, "resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
 )
-for _generation in ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL"):
+for _generation in ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe"):
     SMALL[f"{_generation}ForConditionalGeneration"] = Small(
         _qwen(_generation), "Qwen2VLImageProcessorPil", QWEN, "<|image_pad|>"
     )

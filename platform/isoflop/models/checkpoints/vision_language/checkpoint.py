@@ -23,6 +23,7 @@ from isoflop.models.checkpoints.tokenizer import tokenizer_in
 from isoflop.models.checkpoints.vision_language.kinds import KINDS, NOT_TAKEN, other_classes
 from isoflop.models.decoder_model import layers_of
 from isoflop.models.features import TowerSource, Vision, vision_of
+from isoflop.models.hooks.feed_forward import FEED_FORWARD, has_mlps
 from isoflop.models.lm import tokenizer_of
 from isoflop.models.spread import devices_for, placed
 from isoflop.models.visual_side import decoder_in
@@ -87,8 +88,8 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
         family=FAMILY,
         version=version,
         n_params=sum(p.numel() for p in layers_of(decoder).parameters()),
-        hooks=kind.hooks,
-        lacks=tuple(kind.lacks.items()),
+        hooks=kind.hooks if has_mlps(decoder) else kind.hooks - {FEED_FORWARD},
+        lacks=(*kind.lacks.items(), (FEED_FORWARD.name, "not every layer of its decoder has one feed-forward block")),
         offers=frozenset({f"vocabulary:{vocabulary}" if vocabulary else "tokenizer"}),
         geometry={
             "grid": seen.grid,

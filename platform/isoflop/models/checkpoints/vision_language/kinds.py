@@ -6,7 +6,7 @@ from isoflop.models.checkpoints.vision_language.anyres import LlavaNext, LlavaOn
 from isoflop.models.checkpoints.vision_language.kind import Llava, VisionLanguageKind
 from isoflop.models.checkpoints.vision_language.merged import Idefics3, InternVl, SmolVlm
 from isoflop.models.checkpoints.vision_language.paligemma import PaliGemma
-from isoflop.models.checkpoints.vision_language.qwen import Qwen2Vl, Qwen3Vl, Qwen25Vl
+from isoflop.models.checkpoints.vision_language.qwen import Qwen2Vl, Qwen3Vl, Qwen3VlMoe, Qwen25Vl
 
 _ALL = (
     Llava(),
@@ -18,6 +18,7 @@ _ALL = (
     Qwen2Vl(),
     Qwen25Vl(),
     Qwen3Vl(),
+    Qwen3VlMoe(),
     PaliGemma(),
 )
 KINDS: dict[str, VisionLanguageKind] = {kind.architecture: kind for kind in _ALL}

@@ -178,6 +178,12 @@ class Qwen3Vl(Qwen25Vl):
     side_of = Qwen3Side
 
 
+class Qwen3VlMoe(Qwen3Vl):
+    """Qwen3-VL with experts."""
+
+    architecture = "Qwen3VLMoeForConditionalGeneration"
+
+
 def layout_of(processor: Any, height: int, width: int) -> Layout:
     """Patches of a picture in rows and columns.
 
