@@ -12,23 +12,18 @@ from isoflop.core.hashing import content_hash
 from isoflop.core.knobs import (
     LARGEST_COUNTED,
     KnobSpec,
-    check_knobs,
     frozen,
     grid_value,
-    knob_specs,
-    placed,
-    placed_path,
 )
 from isoflop.core.public import look_beside
 from isoflop.core.yaml_source import KeyPath, Source
 from isoflop.jobs import ResolvedJob
 from isoflop.methods.base import METHODS, method_knobs
-from isoflop.models.family import family_of
-from isoflop.models.lm import calibrated_on
 from isoflop.search import Branch, Config, Param, SearchSpace, Zip
 from isoflop.search.space import MAX_GRID, Exclusion, Value
 from isoflop.sweep import columns
 from isoflop.sweep.blocks import KnobEntry, MethodEntry
+from isoflop.sweep.named import calibration, check_models, check_tasks, task_options
 from isoflop.sweep.resolved import Sweep, knob_prefix
 from isoflop.sweep.searching import check_problem, find_strategy
 from isoflop.sweep.spec import SweepSpec, import_modules, load_spec
@@ -53,14 +48,14 @@ def resolve(given: Any) -> Sweep:
             params.extend(_params(method, knob_prefix(label, position), path, source, zips))
         branches.append(Branch(label, tuple(params)))
         methods[label] = tuple(m.name for m in composition)
-    _check_models(spec, source)
-    tasks = _task_options(spec, source)
-    _check_tasks(spec, tasks, source)
+    check_models(spec, source)
+    tasks = task_options(spec, source)
+    check_tasks(spec, tasks, source)
     columns.check(spec, source, {name: task_class(name)(**options) for name, options in tasks.items()})
     strategy = find_strategy(spec, source)
     space = SearchSpace(tuple(m.ref for m in spec.models), tuple(branches), zips, _excludes(spec, source, branches))
     _check_zips(spec, source, space, zipped)
-    sweep = Sweep(spec, source, strategy, space, tasks, methods, _calibration(spec, source))
+    sweep = Sweep(spec, source, strategy, space, tasks, methods, calibration(spec, source))
     _check_grid(sweep)
     check_problem(sweep)
     return sweep
@@ -228,71 +223,6 @@ def _stepped(
     low, high = spec.grid_value(first), spec.grid_value(last)
     every = grid_value(0, step, round(times), spec.type is int)
     return Param(full, None, low, high, every, False, spec.type is int, spelling=(origin, step), **common)
-
-
-def _check_models(spec: SweepSpec, source: Source) -> None:
-    """Every model exists, and none stands there twice under two spellings of its options."""
-    seen: dict[tuple[Any, ...], str] = {}
-    for index, entry in enumerate(spec.models):
-        where = source.where(("models", index))
-        try:
-            info = family_of(entry.ref, where).info(entry.ref, entry.options)
-        except UserError as error:
-            raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
-        same = seen.setdefault((entry.ref.partition("?")[0], info.version, info.options), entry.ref)
-        if same != entry.ref:
-            raise UserError(f"{where}: {entry.ref} is the same model as {same}, with the same options; keep one")
-
-
-def _calibration(spec: SweepSpec, source: Source) -> tuple[tuple[str, Any], ...]:
-    """The text that methods calibrate on, its place made absolute; every model can read it, and some method does."""
-    if spec.calibration is None:
-        return ()
-    where = source.where(("calibration",))
-    chosen = spec.calibration.model_dump(exclude_none=True)
-    chosen["data"] = placed_path(chosen["data"], source.folder)
-    calibrating = [name for name in METHODS.names() if METHODS.get(name).calibrates]
-    if not any(method.name in calibrating for composition in spec.methods for method in composition):
-        raise UserError(f"{where}: no method of the sweep calibrates; those that do: {', '.join(calibrating)}")
-    for entry in spec.models:
-        try:
-            calibrated_on(family_of(entry.ref).info(entry.ref, entry.options), chosen)
-        except UserError as error:
-            raise UserError(f"{where}: {str(error).removeprefix('calibration: ')}") from None
-    return tuple(sorted(chosen.items()))
-
-
-def _task_options(spec: SweepSpec, source: Source) -> dict[str, dict[str, Any]]:
-    out = {}
-    for index, entry in enumerate(spec.tasks):
-        where = source.where(("tasks", index))
-        cls = task_class(entry.name, where)
-        given = dict(placed(cls, entry.options, source.folder))
-        label = entry.name.partition(":")[2]
-        if cls.labelled and label:
-            given.setdefault(cls.labelled, label)
-        checked, specs = check_knobs(cls, given, f"task {entry.name}", where), knob_specs(cls)
-        out[entry.name] = {
-            name: value
-            for name, value in checked.items()
-            if not (specs[name].knob.newer and value == specs[name].default)
-        }
-    return out
-
-
-def _check_tasks(spec: SweepSpec, options: Mapping[str, Mapping[str, Any]], source: Source) -> None:
-    """Every model can do every task: a sweep runs them all."""
-    for index, entry in enumerate(spec.tasks):
-        task = task_class(entry.name)(**options[entry.name])
-        for model in spec.models:
-            try:
-                task.check(family_of(model.ref).info(model.ref, model.options))
-            except UserError as error:
-                where = source.where(("tasks", index))
-                several = len(spec.models) > 1 or len(spec.tasks) > 1
-                several = several and isinstance(error, Infeasible)  # else the task itself is wrong, whatever the model
-                more = "; every task runs on every model: give it a sweep of its own" if several else ""
-                raise UserError(f"{where}: {error}{more}") from None
 
 
 def _zips(spec: SweepSpec, source: Source) -> tuple[Zip, ...]:
