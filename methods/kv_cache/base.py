@@ -176,6 +176,12 @@ class KvCacheMethod(Method):
         return KvCacheProbe()
 
 
+def full_layers(info: ModelInfo) -> list[int]:
+    """Numbers of the layers whose caches methods act on: those that attend to all tokens before."""
+    windows = info.geometry.get("windows") or (None,) * info.geometry["layers"]
+    return [layer for layer, window in enumerate(windows) if window is None]
+
+
 @dataclass(frozen=True)
 class Counted:
     """What is known of a layer's tokens when its bytes are counted; no tensors, which would stay alive with it.

@@ -115,6 +115,10 @@ class Gear(KvCacheMethod):
     def _parts(self, x_BGND: Tensor, axis: int, group: int | None, rank: int, live_BGN1: Tensor | None) -> Parts:
         outliers = outliers_of(x_BGND, axis, self.sparsity, live_BGN1)
         filled_BGND = x_BGND if outliers is None else outliers.put(x_BGND, outliers.mean)
+        if live_BGN1 is not None:  # empty entries are copies of the last token, which may just have been filled
+            last_BG11 = live_BGN1.sum(2, keepdim=True).clamp(min=1) - 1
+            index_BGN1 = torch.arange(x_BGND.shape[2], device=x_BGND.device)[:, None].minimum(last_BG11)
+            filled_BGND = filled_BGND.gather(2, index_BGN1.expand_as(filled_BGND))
         codes = quant_pack(filled_BGND, self.bits, axis, group)
         backbone_BGND = unpack(codes)
         if outliers is not None:
@@ -179,22 +183,29 @@ def _flat(x_BGND: Tensor) -> Tensor:
 
 
 def outliers_of(x_BGND: Tensor, axis: int, share: float, live_BGN1: Tensor | None) -> Outliers | None:
-    """The ``share``/2 largest and as many smallest entries of each vector, to the nearest number; None where that is none.
+    """The ``share``/2 largest and as many smallest entries of each vector, to the nearest number, one at least; None for a share of 0.
 
-    The number goes by the vector's length, which the released code takes from another tensor's dimension for keys.
+    The number goes by the vector's own length, which the released code takes from another tensor's dimension for keys. Rows whose
+    vectors are shorter repeat an entry.
     """
-    vectors = x_BGND if axis == -2 else _flat(x_BGND)
-    # keys lie along dimension 2 (tokens), values along dimension 2 (channels) of their own shapes
-    count = int(share * vectors.shape[2] / 2 + 0.5)
-    if count == 0:
+    if not share:
         return None
-    if live_BGN1 is None or axis == -1:
+    vectors = x_BGND if axis == -2 else _flat(x_BGND)
+    length = vectors.shape[2]
+    if live_BGN1 is None or axis == -1:  # a token's channels are all there
+        counts = torch.full((vectors.shape[0],), length, device=vectors.device)
         low, high, mean = vectors, vectors, vectors.mean(2, keepdim=True)
     else:
         live = live_BGN1.expand_as(vectors)
+        counts = live_BGN1[:, 0, :, 0].sum(-1)
         low, high = vectors.masked_fill(~live, torch.inf), vectors.masked_fill(~live, -torch.inf)
-        mean = (vectors * live).sum(2, keepdim=True) / live.sum(2, keepdim=True).clamp(min=1)
-    index = torch.cat([low.topk(count, 2, largest=False).indices, high.topk(count, 2).indices], dim=2)
+        mean = (vectors * live).sum(2, keepdim=True) / counts.clamp(min=1)[:, None, None, None]
+    counts_B = (share * counts / 2 + 0.5).long().clamp(min=1)
+    most = int(counts_B.max())
+    rank = torch.arange(most, device=vectors.device).minimum(counts_B[:, None] - 1)
+    rank = rank[:, None, :, None] if axis == -2 else rank[:, None]
+    sides = (low.topk(most, 2, largest=False).indices, high.topk(most, 2).indices)
+    index = torch.cat([side.gather(2, rank.expand_as(side)) for side in sides], dim=2)
     return Outliers(index.short(), vectors.gather(2, index).half(), mean, axis)
 
 

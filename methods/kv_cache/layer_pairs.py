@@ -129,12 +129,14 @@ class Pair:
     Attributes:
         k, v: keys and values.
         positions_BGN, log_bias_BGN: as in ``Segment``.
+        devices: of the two layers; what they hold together lies where the lower one does, and queries come to it.
     """
 
     k: PairPart | OwnPart
     v: PairPart | OwnPart
     positions_BGN: Tensor
     log_bias_BGN: Tensor | None
+    devices: tuple[torch.device, torch.device]
     _rooms: Rooms = field(default_factory=Rooms, repr=False)
 
     def append(self, other: Pair) -> None:
@@ -155,7 +157,9 @@ class Pair:
 
     def segment(self, side: int) -> PairSegment:
         """What the lower (0) or upper (1) layer reads."""
-        return PairSegment(self.positions_BGN, self.log_bias_BGN, self, side)
+        device = self.devices[side]
+        bias_BGN = None if self.log_bias_BGN is None else self.log_bias_BGN.to(device)
+        return PairSegment(self.positions_BGN.to(device), bias_BGN, self, side)
 
 
 @dataclass
@@ -167,7 +171,8 @@ class PairSegment(Segment):
 
     def part(self) -> SegmentPart:
         """Multiplied out, for readers that know no pairs."""
-        return SegmentPart(self.pair.k.whole(self.side), self.pair.v.whole(self.side), self.log_bias_BGN)
+        k_BGND, v_BGND = (part.whole(self.side).to(self.positions_BGN.device) for part in (self.pair.k, self.pair.v))
+        return SegmentPart(k_BGND, v_BGND, self.log_bias_BGN)
 
     def tensors(self) -> Iterable[Tensor]:
         """Shared ones are the same in both layers, and count once."""
@@ -177,11 +182,11 @@ class PairSegment(Segment):
 
     def products(self, q_BGMD: Tensor) -> Tensor:
         """See ``PairPart``."""
-        return self.pair.k.products(q_BGMD, self.side)
+        return self.pair.k.products(q_BGMD.to(self.pair.devices[0]), self.side).to(q_BGMD.device)
 
     def mixed(self, p_BGMN: Tensor) -> Tensor:
         """See ``PairPart``."""
-        return self.pair.v.mixed(p_BGMN, self.side)
+        return self.pair.v.mixed(p_BGMN.to(self.pair.devices[0]), self.side).to(p_BGMN.device)
 
 
 def angles(lower_BGND: Tensor, upper_BGND: Tensor) -> Tensor:

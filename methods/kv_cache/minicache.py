@@ -19,7 +19,7 @@ from torch import Tensor
 from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS, Axes
-from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, whole_prompt
+from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, full_layers, whole_prompt
 from isoflop.methods.kv_cache.layer_pairs import OwnPart, Pair, PairPart, PairSegment, angles, between
 from isoflop.models.base import ModelInfo
 from isoflop.models.hooks.attention import AttentionCall
@@ -71,18 +71,18 @@ class MiniCache(KvCacheMethod):
 
     def axes(self, info: ModelInfo) -> Axes:
         """All layers over those that are left, norms and kept tokens left out."""
-        layers = info.geometry["layers"]
-        saved = len(self.pairs(list(range(layers)))) * (1 if self.what == "kv" else 0.5)
+        layers = len(full_layers(info))
+        saved = len(self.pairs(full_layers(info))) * (1 if self.what == "kv" else 0.5)
         return Axes(ratio=layers / (layers - saved))
 
     def check(self, info: ModelInfo) -> None:
         """Refuse a start behind which there is no pair."""
         super().check(info)
-        layers = info.geometry["layers"]
-        if self.start < 1 and not self.pairs(list(range(layers))):
+        layers = len(full_layers(info))
+        if self.start < 1 and not self.pairs(full_layers(info)):
             raise Infeasible(
-                f"method minicache: start = {self.start:g} leaves no pair of the {layers} layers; allowed: up to "
-                f"{math.floor(1000 * (layers - 2) / layers) / 1000:g}, or 1 for none on purpose"
+                f"method minicache: start = {self.start:g} leaves no pair of the {layers} layers that attend to all tokens; allowed: "
+                f"{f'up to {math.floor(1000 * (layers - 2) / layers) / 1000:g}, or ' if layers > 1 else ''}1 for none on purpose"
             )
 
     def pairs(self, layers: list[int]) -> list[tuple[int, int]]:
@@ -125,13 +125,15 @@ class MiniCache(KvCacheMethod):
         assert isinstance(lower, DenseSegment)
         assert isinstance(upper, DenseSegment)
         parts: dict[str, PairPart | OwnPart] = {}
+        devices = lower.k_BGND.device, upper.k_BGND.device
         for name, x_BGND, y_BGND in (("k", lower.k_BGND, upper.k_BGND), ("v", lower.v_BGND, upper.v_BGND)):
+            y_BGND = y_BGND.to(devices[0])
             if name not in self.what:
                 parts[name] = OwnPart([x_BGND, y_BGND])
                 continue
             known = None if before is None else getattr(before, name).limits_BG
             parts[name] = self._part(x_BGND, y_BGND, lower.log_bias_BGN, known)
-        return Pair(parts["k"], parts["v"], lower.positions_BGN, lower.log_bias_BGN)
+        return Pair(parts["k"], parts["v"], lower.positions_BGN, lower.log_bias_BGN, devices)
 
     def _part(
         self, lower_BGND: Tensor, upper_BGND: Tensor, bias_BGN: Tensor | None, limits_BG: Tensor | None

@@ -14,6 +14,7 @@ from torch import Tensor
 from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS
+from isoflop.methods.kv_cache.base import full_layers
 from isoflop.methods.sparse_attention.base import SparseAttention
 from isoflop.models.base import ModelInfo
 from isoflop.models.hooks.attention import AttentionCall
@@ -58,17 +59,20 @@ class TidalDecode(SparseAttention):
     def check(self, info: ModelInfo) -> None:
         """Refuse layers that do not exist, and a selection that no layer uses."""
         super().check(info)
-        layers = info.geometry["layers"]
-        if self.sparse_start > layers - 2:
-            raise Infeasible(
-                f"method tidaldecode: sparse_start = {self.sparse_start} leaves no layer of {layers} that reads what one selected; "
-                f"allowed: 0 … {layers - 2}"
-            )
-        if self.correction and not self.sparse_start < self.correction < layers - 1:
-            raise Infeasible(
-                f"method tidaldecode: correction = {self.correction} is no layer between the selecting and the last one; "
-                f"allowed: {self.sparse_start + 1} … {layers - 2}, or 0 for none"
-            )
+        layers, full = info.geometry["layers"], full_layers(info)
+        first = full[:-1]
+        second = [layer for layer in first if layer > self.sparse_start]
+        for knob, layer, allowed in (
+            ("sparse_start", self.sparse_start, first),
+            ("correction", self.correction, second),
+        ):
+            if layer not in allowed and (knob == "sparse_start" or layer):
+                behind = f" behind sparse_start = {self.sparse_start}" if knob == "correction" else ""
+                raise Infeasible(
+                    f"method tidaldecode: {knob} = {layer} is no layer of {layers}{behind} that attends to all tokens and has another "
+                    f"such behind it; allowed: {', '.join(map(str, allowed)) or 'none of this model'}"
+                    f"{', or 0 for none' if behind else ''}"
+                )
 
     def dense(self, layer: int) -> bool:
         """The first layers, and those that select."""

@@ -118,6 +118,8 @@ def test_windows_go_through_all_documents_with_ends_in_between() -> None:
     whole = [*range(10, 15), 2, *range(15, 26), 2, *range(26, 33)]
     rows = torch.cat(list(text.batches(Held(), 6, 0))).tolist()
     assert sorted(rows) == [whole[start : start + 4] for start in range(0, 24, 4)]
+    exact = OwnText(Held.tokens(Tokens(ids[:12], ids[:12], np.array([0, 12])), end=2), 4)
+    assert sorted(torch.cat(list(exact.batches(Held(), 3, 0))).tolist()) == ids[:12].reshape(3, 4).tolist()
     short = OwnText(Held.tokens(tokens, end=None), 100)
     assert torch.cat(list(short.batches(Held(), 3, 0))).tolist() == [ids.tolist()] * 3
     with pytest.raises(UserError, match="less than two tokens"):

@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from isoflop.bench.live_bytes import LiveBytes
-from isoflop.bench.memory import HEADS, KV_HEADS, LAYERS, SCORED, WIDTH, bench_memory
+from isoflop.bench.memory import (
+    DEPTHS,
+    HEADS,
+    KV_HEADS,
+    LAYERS,
+    SCORED,
+    WIDTH,
+    _method,
+    bench_memory,
+    cache_methods,
+    decoder,
+)
 from isoflop.core.errors import UserError
 
 
@@ -44,6 +55,15 @@ def test_a_whole_cache_of_the_large_model_is_what_its_shapes_say() -> None:
     assert row["peak_bytes"][512]["read"] == pytest.approx(2 * row["peak_bytes"][256]["read"], rel=0.02)
     assert row["read_slope"] == pytest.approx(1, abs=0.02)
     assert SCORED < 256
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_every_method_of_the_default_list_works_on_both_decoders(depth: int) -> None:
+    info = decoder(depth, 300).info
+    for name in cache_methods():
+        method = _method(name)
+        if method is not None:
+            method.check(info)
 
 
 def test_bad_input_is_said_in_a_line() -> None:

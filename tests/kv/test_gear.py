@@ -102,7 +102,7 @@ def test_outliers_are_the_extremes_of_their_vectors_and_come_back_exactly(axis: 
     order = vectors.sort(2).indices
     for places in (order[:, :, :2], order[:, :, -2:]):
         assert torch.equal(back.gather(2, places), vectors.gather(2, places))
-    assert outliers_of(x_BGND, axis, 0.01, None) is None, "a share of nothing"
+    assert outliers_of(x_BGND, axis, 0.0, None) is None
 
 
 def test_attention_in_factors_is_attention_on_what_they_multiply_to() -> None:
@@ -146,8 +146,9 @@ def test_rows_do_not_depend_on_one_another_nor_on_padding() -> None:
     padded, _ = run(Gear(**knobs), left_padded(one, 5), 25)
     torch.testing.assert_close(padded, alone, atol=1e-4, rtol=1e-4)
     mixed = a_call(30, pads=(0, 7))
+    mixed.k_BGTD[1, :, 19] *= 10  # an outlier where empty entries take their copy from
     ragged, _ = run(Gear(**knobs), mixed, 20)
-    short = slice_call(a_call(30), 7, 30)
+    short = slice_call(mixed, 7, 30)
     other = replace(
         short,
         order_BT=torch.arange(23)[None],
@@ -155,10 +156,9 @@ def test_rows_do_not_depend_on_one_another_nor_on_padding() -> None:
         k_BGTD=short.k_BGTD[1:],
         v_BGTD=short.v_BGTD[1:],
         ids_BT=None,
+        valid_BT=None,
     )
-    expected = causal_attention(other)[:, 13:]
-    error = [float((x - expected).norm()) for x in (ragged[1:], run(Gear(**knobs), other, 13)[0])]
-    assert error[0] <= 1.5 * error[1], "a row of another length has another number of outliers, and no worse a cache"
+    torch.testing.assert_close(ragged[1:], run(Gear(**knobs), other, 13)[0], atol=1e-4, rtol=1e-4)
 
 
 def test_bytes_are_those_of_all_three_parts() -> None:

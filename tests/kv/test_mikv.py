@@ -75,7 +75,7 @@ def simulated(method: MiKV, call: AttentionCall, prompt: int, row: int, group: i
 def test_tiers_and_outputs_equal_a_plain_simulation(importance: float, bits_lo: int) -> None:
     """With 0 bits it is H2O, which forgets; with 16 every token is seen, whatever its tier."""
     call, prompt = a_call(40), 24
-    method = MiKV(importance=importance, bits_lo=bits_lo)
+    method = MiKV(importance=importance, bits_lo=bits_lo, recent=0.0 if importance == 0.2 else 0.5)
     outs, store = run(method, call, prompt)
     hi, lo = held(store)
     for row in range(2):

@@ -199,7 +199,8 @@ def test_pairs_go_upwards_from_the_start() -> None:
     assert MiniCache(start=0.0).pairs([0, 2, 5, 6]) == [(0, 2), (5, 6)], "layers within windows are not among them"
     assert isinstance(small("minicache"), MiniCache)
     with pytest.raises(
-        Infeasible, match=r"start = 0.9 leaves no pair of the 4 layers; allowed: up to 0.5, or 1 for none"
+        Infeasible,
+        match=r"start = 0.9 leaves no pair of the 4 layers that attend to all tokens; allowed: up to 0.5, or 1 for none",
     ):
         build("minicache", {"start": 0.9}).check(KvCacheProbe(layers=4).model.info)
 

@@ -174,14 +174,46 @@ def test_bytes_read_are_those_of_the_formula() -> None:
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
-        ({"sparse_start": 3}, "sparse_start = 3 leaves no layer of 4 that reads what one selected; allowed: 0 … 2"),
+        ({"sparse_start": 3}, "sparse_start = 3 is no layer of 4 that attends to all tokens .*; allowed: 0, 1, 2"),
         (
-            {"sparse_start": 1, "correction": 1},
-            "correction = 1 is no layer between the selecting and the last one; allowed: 2 … 2",
+            {"sparse_start": 1, "correction": 3},
+            "correction = 3 is no layer of 4 behind sparse_start = 1 .*; allowed: 2, or 0 for none",
         ),
-        ({"sparse_start": 1, "correction": 3}, "allowed: 2 … 2, or 0 for none"),
+        ({"sparse_start": 2, "correction": 1}, "correction = 1 .* allowed: none of this model, or 0 for none"),
     ],
 )
 def test_impossible_layers_are_refused(knobs: dict[str, int], words: str, probe: KvCacheProbe) -> None:
     with pytest.raises(Infeasible, match=words):
         build("tidaldecode", knobs).check(probe.model.info)
+
+
+def test_layers_within_windows_neither_select_nor_read(probe: KvCacheProbe) -> None:
+    """Where every other layer has a window, the full ones select and read; the others are refused at plan."""
+    info = replace(
+        probe.model.info, geometry={**probe.model.info.geometry, "layers": 6, "windows": (8, None, 8, None, 8, None)}
+    )
+    build("tidaldecode", {"sparse_start": 1, "correction": 3}).check(info)
+    for knobs, allowed in (
+        ({"sparse_start": 2}, "1, 3"),
+        ({"sparse_start": 1, "correction": 4}, "3, or 0"),
+        ({"sparse_start": 5}, "1, 3"),
+    ):
+        with pytest.raises(Infeasible, match=f"has another such behind it; allowed: {allowed}"):
+            build("tidaldecode", knobs).check(info)
+
+
+@pytest.mark.parametrize("per", ["kv-head", "layer"])
+def test_groups_choose_by_their_summed_attention(per: str) -> None:
+    """Not by summed products: one query head that is sure counts once, however large its logits."""
+    call = a_call(LENGTH)
+    call = replace(call, q_BHTD=call.q_BHTD * torch.tensor([6.0, 1.0, 6.0, 1.0])[:, None, None])
+    memory: dict[str, Any] = {}
+    TidalDecode(k_share=0.2, sparse_start=0, select_per=per, force_recent=0).compress(
+        replace(call, carried=memory), None
+    )
+    p_BGN = probabilities(call)[:, :, -1].unflatten(1, (GROUPS, -1)).sum(2)
+    p_BGN = p_BGN.sum(1, keepdim=True).expand_as(p_BGN) if per == "layer" else p_BGN
+    expected = torch.zeros_like(p_BGN, dtype=torch.bool).scatter(
+        -1, p_BGN.topk(int(0.2 * LENGTH + 0.5), -1).indices, True
+    )
+    assert torch.equal(memory["chosen"][:, :, -1], expected)

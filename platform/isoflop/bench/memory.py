@@ -20,6 +20,7 @@ from isoflop.bench.live_bytes import LiveBytes
 from isoflop.cli.common import console, emit, grid, json_option
 from isoflop.core.errors import UserError
 from isoflop.core.folder_context import FolderContext
+from isoflop.core.knobs import KnobValue
 from isoflop.methods.base import METHODS, build, method_knobs
 from isoflop.methods.kv_cache.base import KvCacheMethod
 from isoflop.methods.kv_cache.probe import RandomTokens
@@ -35,6 +36,8 @@ WIDTH, INNER, HEADS, KV_HEADS, LAYERS = 4096, 14336, 32, 8, 32
 """Of Llama 3.1 8B."""
 DEPTHS = (2, 4)
 SCORED, GENERATED = 64, 8
+TRIED: dict[str, KnobValue] = {"keep": 0.5, "rolling": False, "dense_layers": 0, "sparse_start": 0, "start": 0.0}
+"""Knobs of methods that have them: half of the tokens, and all layers of the shallow decoder compressed."""
 PHASES = ("read", "score", "decode")
 FULL = "none"
 COLUMNS = {
@@ -78,7 +81,7 @@ def _method(name: str) -> KvCacheMethod | None:
     if name == FULL:
         return None
     knobs = method_knobs(name)
-    given = {k: v for k, v in {"keep": 0.5, "rolling": False, "dense_layers": 0}.items() if k in knobs}
+    given = {k: v for k, v in TRIED.items() if k in knobs}
     method = build(name, given)
     assert isinstance(method, KvCacheMethod)
     return method

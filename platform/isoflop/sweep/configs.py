@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ LEVEL = 0.95
 MOST_VARIANTS = 16
 _MOST_LEVELS = 4  # a number with more values is something to draw along, not a variant
 _SPEC = ("methods", "model", "model_options", "task", "task_options", "calibration")
+_PLACES = ("data", "split")  # of a text that is calibrated on, which its content names
 _COLUMNS = (
     "job_id", "task", "model", "method", "family", "spec", "repeat", "N", "V", "Q", "ratio", "bits", "error", "error_se", "flops", "flops_llm",
     "flops_vision", "flops_method", "seconds", "weight_bytes", "kv_bytes", "footprint", "wall_seconds",
@@ -115,8 +117,11 @@ def read_configs(table: pa.Table) -> list[Config]:
         if row["error"] is None or not math.isfinite(row["error"]):
             continue
         spec = json.loads(row["spec"] or "{}")
+        read = spec.get("calibration") or {}
+        content = (spec.get("versions") or {}).get("calibration")
         spec = {k: spec.get(k) for k in _SPEC}
-        key = json.dumps([row["task"], row["model"], row["method"], spec], sort_keys=True)
+        named = {**spec, "calibration": {**{k: v for k, v in read.items() if k not in _PLACES}, "content": content}}
+        key = json.dumps([row["task"], row["model"], row["method"], named], sort_keys=True)
         groups.setdefault(key, []).append(row)
         specs[key] = spec
     settings = {key: _settings(spec) for key, spec in specs.items()}
@@ -145,8 +150,13 @@ def _settings(spec: Mapping[str, Any]) -> dict[str, Any]:
     prefix = len(parts) > 1
     found = {f"{p['name']}.{k}" if prefix else k: v for p in parts for k, v in p.get("knobs", {}).items()}
     found.update({f"model.{k}": v for k, v in (spec.get("model_options") or {}).items()})
-    found.update({f"calibration.{k}": v for k, v in (spec.get("calibration") or {}).items()})
+    found.update({f"calibration.{k}": _named(k, v) for k, v in (spec.get("calibration") or {}).items()})
     return {k: v if isinstance(v, (bool, int, float, str)) or v is None else json.dumps(v) for k, v in found.items()}
+
+
+def _named(setting: str, value: Any) -> Any:
+    """A path by its last part: what distinguishes texts is their content, which is compared elsewhere."""
+    return Path(value).name if setting == "data" else value
 
 
 def _varied(settings: Mapping[str, tuple[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
