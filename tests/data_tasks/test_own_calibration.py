@@ -41,6 +41,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
     (tmp_path / "b.txt").write_text("Words of another kind: 1 2 3, 4 5 6. " * 20)
+    (tmp_path / "tiny.txt").write_text("hi there")
     (tmp_path / "test.txt").write_text("What is measured is another text again. " * 12)
     return tmp_path
 
@@ -120,10 +121,8 @@ def test_windows_go_through_all_documents_with_ends_in_between() -> None:
     assert sorted(rows) == [whole[start : start + 4] for start in range(0, 24, 4)]
     exact = OwnText(Held.tokens(Tokens(ids[:12], ids[:12], np.array([0, 12])), end=2), 4)
     assert sorted(torch.cat(list(exact.batches(Held(), 3, 0))).tolist()) == ids[:12].reshape(3, 4).tolist()
-    short = OwnText(Held.tokens(tokens, end=None), 100)
-    assert torch.cat(list(short.batches(Held(), 3, 0))).tolist() == [ids.tolist()] * 3
-    with pytest.raises(UserError, match="less than two tokens"):
-        next(OwnText(Held.tokens(Tokens(ids[:1], ids[:1], np.array([0, 1])), end=2), 4).batches(Held(), 1, 0))
+    with pytest.raises(UserError, match="the data hold 25 tokens, and an example has 26; allowed: more text"):
+        next(OwnText(Held.tokens(tokens, end=2), 26).batches(Held(), 1, 0))
 
 
 def test_methods_calibrate_on_it(folder: Path, checkpoint: Path) -> None:
@@ -166,6 +165,7 @@ def test_every_method_says_whether_it_calibrates(checkpoint: Path) -> None:
         ({"calibration": {"data": "c.jsonl"}}, r"calibration: data .*c.jsonl: no file or folder 'c.jsonl'.*did you mean 'a.jsonl'"),
         ({"calibration": "a.jsonl"}, r"calibration: field: unknown field of .*a.jsonl 'text'; allowed: body"),
         ({"calibration": {"dat": "a.jsonl"}}, r"calibration.*dat.*did you mean 'data'"),
+        ({"calibration": {"data": "tiny.txt"}}, r"calibration: data .*tiny.txt: hold 8 bytes, and an example has 128 tokens; allowed: more text, or"),
         ({"calibration": {**A, "length": 1}}, r"calibration.length.*1"),
         ({"calibration": {**A, "length": 100000}}, r"calibration: length = 100000 is more than the \d+ tokens that a text of model"),
         ({"calibration": A, "methods": ["none", {"snapkv": {"keep": 0.5}}]}, r"calibration: no method of the sweep calibrates; those that do: .*gptq"),

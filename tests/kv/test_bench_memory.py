@@ -69,5 +69,5 @@ def test_every_method_of_the_default_list_works_on_both_decoders(depth: int) -> 
 def test_bad_input_is_said_in_a_line() -> None:
     with pytest.raises(UserError, match=r"--tokens: one length has no slope"):
         bench_memory((512, 512), 1024)
-    with pytest.raises(UserError, match=r"method gptq: is none on the KV cache; allowed: none, .*snapkv"):
-        bench_memory((256, 512), 1024, ("gptq",))
+    with pytest.raises(UserError, match=r"unknown method on the KV cache 'snapvk' .did you mean 'snapkv'"):
+        bench_memory((256, 512), 1024, ("snapvk",))

@@ -18,7 +18,7 @@ import torch
 
 from isoflop.bench.live_bytes import LiveBytes
 from isoflop.cli.common import console, emit, grid, json_option
-from isoflop.core.errors import UserError
+from isoflop.core.errors import UserError, unknown
 from isoflop.core.folder_context import FolderContext
 from isoflop.core.knobs import KnobValue
 from isoflop.methods.base import METHODS, build, method_knobs
@@ -63,7 +63,7 @@ def bench_memory(tokens: tuple[int, ...], target: int, methods: tuple[str, ...] 
     known = cache_methods()
     for name in methods:
         if name not in known:
-            raise UserError(f"method {name}: is none on the KV cache; allowed: {', '.join(known)}")
+            raise unknown("method on the KV cache", name, known)
     rows = []
     for name in methods or known:
         peaks = {(n, depth): _peaks(name, n, depth) for n in lengths for depth in DEPTHS}

@@ -19,6 +19,7 @@ from torch import Tensor
 from isoflop.core.documents import documents
 from isoflop.core.errors import Infeasible, UserError, unknown
 from isoflop.core.hashing import derive_seed
+from isoflop.core.rows import Rows
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.worlds.calibration import CalibrationText
 from isoflop.models.worlds.english import TextSource
@@ -70,7 +71,7 @@ class OwnText(CalibrationText):
 
     Args:
         tokens: the documents in the model's tokens.
-        length: tokens of a window; a text that has fewer is one window.
+        length: tokens of a window.
     """
 
     tokens: TokensStage
@@ -88,12 +89,14 @@ class OwnText(CalibrationText):
         """Windows drawn without replacement while there are enough.
 
         Raises:
-            UserError: the text has less than two tokens.
+            UserError: the text has fewer tokens than a window.
         """
         ids_N = _joined(ctx.get(self.tokens), ctx.get(self.tokens.tokenizer).eos_token_id)
-        length = min(self.length, len(ids_N))
-        if length < 2:
-            raise UserError("calibration: the data hold less than two tokens of text")
+        length = self.length
+        if len(ids_N) < length:
+            raise UserError(
+                f"calibration: the data hold {len(ids_N)} tokens, and an example has {length}; allowed: more text, or a shorter length"
+            )
         starts = np.arange(0, len(ids_N) - length + 1, length)
         chosen = np.random.default_rng(derive_seed("calibration", seed)).choice(
             starts, examples, replace=examples > len(starts)
@@ -128,9 +131,19 @@ def own_text(choice: Mapping[str, Any], tokenizer: TokenizerSource | None, posit
     rows = documents(data, split)
     if field not in rows.fields():
         raise unknown(f"field of {rows.name}", field, rows.fields(), "calibration: field")
-    if not any(str(row.get(field) or "").strip() for row in rows.rows):
+    size = text_bytes(rows, field)
+    if not size:
         raise UserError(f"calibration: data {data}: every document is empty")
+    if size + len(rows) < length:  # tokens are no shorter than a byte, and one stands between documents
+        raise UserError(
+            f"calibration: data {data}: hold {size} bytes, and an example has {length} tokens; allowed: more text, or a shorter length"
+        )
     return OwnText(TokensStage(OwnDocuments(rows.content, field, data, split), tokenizer, "train"), length)
+
+
+def text_bytes(rows: Rows, field: str) -> int:
+    """Bytes of all documents together."""
+    return sum(len(str(row.get(field) or "").strip().encode()) for row in rows.rows)
 
 
 def _joined(tokens: Tokens, end: int | None) -> np.ndarray:
