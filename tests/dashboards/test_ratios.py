@@ -98,7 +98,7 @@ def test_models_whose_ratios_differ_a_little_share_a_setting(tmp_path: Path) -> 
 
     spec = {"name": "sized", "methods": [{"knorm": {"keep": 0.5}}], **KV}
     lines = table_of(store_of(tmp_path, spec | {"models": ["tiny-llava/d24", "tiny-llava/d48"]}, sized))
-    assert re.split(r" {2,}", lines[1]) == ["model", "N", "V=36"]
+    assert re.split(r" {2,}", lines[1]) == ["model", "N", "1.78…1.88 ×"]
     two = {"name": "both", "methods": [{"knorm": {"keep": [0.5, 0.6]}}], **KV}
     both = store_of(tmp_path, two | {"models": ["tiny-llava/d24", "tiny-llava/d48"]}, cached_by_model)
     assert re.split(r" {2,}", table_of(both)[1]) == ["model", "N", "1.58…1.65 ×", "1.88…1.97 ×"]

@@ -13,7 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from isoflop.cli.common import grid, show
+from isoflop.core.hook import names_of
 from isoflop.core.knobs import shown
+from isoflop.methods.base import METHODS
 from isoflop.sweep.compression import definitions
 
 if TYPE_CHECKING:
@@ -100,14 +102,28 @@ def _of_method(method: str, own: Sequence[Config], keys: Sequence[str]) -> list[
 
 
 def _amounts(own: Sequence[Config], keys: Sequence[str]) -> tuple[list[float | None], str]:
-    """What tells most of a method's settings apart, of V, ratio and bits, in this order; and how it is written."""
+    """What tells most of a method's settings apart, of V, ratio and bits, in this order; and how it is written.
+
+    V comes last for a method that does not set it: it would be the model's, whatever the method does.
+    """
     choices: list[tuple[list[float | None], str]] = [
         ([_rounded(c.V) or None for c in own], "V={}"),
         ([_rounded(c.times) for c in own], "{} ×"),
         ([_rounded(c.bits) for c in own], "{} bits"),
     ]
+    if not _sets_tokens(own[0].method):
+        choices = [*choices[1:], choices[0]]
     known = [choice for choice in choices if all(v is not None for v in choice[0])]
     return max(known, key=lambda choice: _levels(choice[0], keys)) if known else ([None] * len(own), "")
+
+
+def _sets_tokens(method: str) -> bool:
+    """Whether some method of a composition decides how many tokens of a picture there are, as far as is known here."""
+    names = method.split("+")
+    return any(
+        name not in METHODS or {"visual_tokens", "vision_blocks"} & set(names_of(METHODS.get(name).hooks))
+        for name in names
+    )
 
 
 def _levels(values: Sequence[float | None], keys: Sequence[str]) -> int:
