@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,38 @@ def test_a_text_of_ones_own_calibrates(tmp_path: Path) -> None:
     assert (batch.ids_BT[masked] == model.tokenizer.mask_token_id).all()
     assert (batch.ids_BT[:, 0] == 0).all()
     assert (batch.ids_BT[:, -1] == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "tokenizer.json is no valid JSON"),
+        ("[]", "tokenizer.json holds a JSON value of the type list; allowed: an object"),
+        ('{"model": 5}', "tokenizer.json: transformers makes no tokenizer of it"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_told_in_one_line(content: str, told: str, tmp_path: Path) -> None:
+    save_encoder(small_encoder("BertModel"), tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError) as refused:
+        assert loaded(f"hf:{tmp_path / 'm'}").tokenizer
+    assert told in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_windows_of_ones_own_text_are_read_whole_or_refused(tmp_path: Path) -> None:
+    """With no length said, they are as long as fits between the special tokens."""
+    save_encoder(small_encoder("BertForMaskedLM"), tmp_path / "m")
+    (tmp_path / "a.txt").write_text("abc def ghi " * 400)
+    choice, model = {"data": str(tmp_path / "a.txt")}, loaded(f"hf:{tmp_path / 'm'}")
+    for cut in (model.info.tokens_at_most, 12):
+        info = dataclasses.replace(model.info, tokens_at_most=cut)
+        for length, wide in ((None, cut), (cut - 2, cut), (5, 7)):
+            model.info = calibrated_on(info, choice if length is None else {**choice, "length": length})
+            (batch,) = model.calibration(FolderContext(tmp_path / "stages"), 2, 0)
+            assert batch.ids_BT.shape == (2, wide)
+        with pytest.raises(Infeasible, match=rf"length = {cut - 1} is more than the {cut - 2} tokens that a text of"):
+            calibrated_on(info, {**choice, "length": cut - 1})
 
 
 def test_what_goes_by_a_loss_runs_on_an_encoder_that_fills_masks(tmp_path: Path) -> None:

@@ -104,6 +104,21 @@ def test_pictures_of_all_sizes(subject: VisionLanguageSubject) -> None:
         torch.testing.assert_close(model.answer_logits(shown.batch([0], layout)), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_what_a_class_does_to_its_logits_is_done(
+    subject: VisionLanguageSubject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every shape of states, as its own forward pass has it, here with a cap in the config that some classes apply."""
+    model, states = subject.model, []
+    monkeypatch.setattr(model.module.config.get_text_config(), "final_logit_softcapping", 0.5, raising=False)
+    listening = model.decoder.register_forward_hook(lambda _, args, output: states.append(output.last_hidden_state))
+    try:
+        logits_1TW = stock_logits(model.module, subject.inputs(0))
+    finally:
+        listening.remove()
+    torch.testing.assert_close(model.head(states[0]), logits_1TW)
+    torch.testing.assert_close(model.head(states[0][0, -2:]), logits_1TW[0, -2:], atol=1e-5, rtol=1e-5)
+
+
 def test_greedy_answers_are_those_of_transformers(subject: VisionLanguageSubject) -> None:
     model = subject.model
     for row in range(2):

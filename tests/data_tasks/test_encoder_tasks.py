@@ -227,6 +227,42 @@ def test_what_a_folder_says_is_part_of_the_model_and_what_is_not_known_is_refuse
         info()
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("modules.json", "{", "modules.json is no valid JSON"),
+        ("modules.json", "{}", "modules.json holds a JSON value of the type dict; allowed: a list"),
+        ("modules.json", '[{"path": ""}]', "modules.json: {'path': ''} in its list; allowed: objects with a type and a path"),
+        ("1_Pooling/config.json", None, "config.json cannot be read (No such file or directory)"),
+        ("1_Pooling/config.json", "{", "config.json is no valid JSON"),
+        ("1_Pooling/config.json", '{"pooling_mode": 5}', "its pooling is 5; allowed: cls, max, mean"),
+        ("1_Pooling/config.json", '{"pooling_mode": "cls", "include_prompt": false}', "(include_prompt = false); allowed: pooling over all"),
+        ("2_Dense/config.json", None, "config.json cannot be read (No such file or directory)"),
+        ("2_Dense/config.json", "{}", "config.json: in_features = 0, out_features = 0; allowed: whole numbers from 1"),
+        ("2_Dense/config.json", '{"in_features": "a"}', "config.json: in_features = 'a'; allowed: a whole number"),
+        ("sentence_bert_config.json", "{", "sentence_bert_config.json is no valid JSON"),
+        ("sentence_bert_config.json", '{"max_seq_length": "16"}', "max_seq_length = '16'; allowed: a whole number"),
+        ("sentence_bert_config.json", '{"max_seq_length": 0}', "max_seq_length = 0; allowed: a whole number from 3"),
+        ("config_sentence_transformers.json", '{"prompts": ["q"]}', "prompts = ['q']; allowed: an object"),
+        ("config_sentence_transformers.json", '{"prompts": {"query": 5}}', "query = 5; allowed: text"),
+        ("config.json", "[]", "config.json holds a JSON value of the type list; allowed: an object"),
+        ("config.json", '{"architectures": "BertModel"}', "architectures = 'BertModel'; allowed: a list"),
+    ],
+)  # fmt: skip
+def test_files_of_a_folder_that_are_missing_broken_or_of_other_types(
+    file: str, content: str | None, told: str, tmp_path: Path
+) -> None:
+    folder = sentence_folder(tmp_path / "m", ("mean",), dense=True, prompts={"query": "q: "})
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(content)
+    with pytest.raises(UserError) as refused:
+        family_of("hf:x").info(f"hf:{folder}", {})
+    assert told in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
 def test_options_are_chosen_by_pseudo_log_likelihood(checkpoints: dict[str, Path], data: dict[str, str]) -> None:
     model, task = loaded(f"hf:{checkpoints['ForMaskedLM']}"), Choice(data=data["choice"], context="passage", shard=2)
     found = found_by(task, model)

@@ -79,6 +79,18 @@ def test_answers_and_losses_are_those_of_transformers(subject: VisionLanguageSub
         assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits_SW, ids).item(), rel=1e-4)
 
 
+def test_a_picture_of_a_shape_that_a_class_does_not_take_is_named(
+    subject: VisionLanguageSubject, data: str, tmp_path: Path
+) -> None:
+    questions, path = Vqa(data=data, prompt=PROMPT).questions(subject.model), tmp_path / "line.png"
+    Image.new("RGB", (300, 1)).save(path)
+    if not type(subject.stock).__name__.startswith("Qwen"):
+        questions.prompt(0, str(path), "what")
+        return
+    with pytest.raises(UserError, match=r"image .*line\.png: a picture of 300 x 1 pixels: .* aspect ratio"):
+        questions.prompt(0, str(path), "what")
+
+
 def test_an_answer_costs_what_transformers_pays_for_it(
     subject: VisionLanguageSubject, data: str, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from isoflop.methods.kv_cache.full_cache import FullCache
 from isoflop.methods.kv_cache.probe import KvCacheProbe
 from isoflop.models.family import family_of
 from isoflop.models.hooks.attention import ATTENTION
+from isoflop.models.tiny.vision import save_preprocessing
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -35,6 +36,7 @@ def test_a_decoder_that_calls_attention_twice_per_layer_is_refused_when_planned(
             architectures=["LlavaForConditionalGeneration"],
         )
     config.save_pretrained(tmp_path)
+    save_preprocessing(tmp_path, VISION["image_size"])
     with pytest.raises(
         Infeasible, match=r"DiffLlama\w+ calls its attention 2 times per pass in layer 0.*allowed"
     ) as error:

@@ -15,6 +15,7 @@ from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import build
 from isoflop.models.family import family_of
 from isoflop.models.hooks.attention import ATTENTION
+from isoflop.models.tiny.vision import save_preprocessing
 from isoflop.models.vlm import VlmModel
 from isoflop.models.vlm_info import VlmBatch, VlmInfo
 
@@ -24,7 +25,7 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
 GQA = {**SHAPE, "intermediate_size": 48, "num_key_value_heads": 2}
-VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 12, "patch_size": 4}  # fmt: skip
+VISION: dict[str, int] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 12, "patch_size": 4}  # fmt: skip
 MLA = {
     "kv_lora_rank": 16, "q_lora_rank": None, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
     "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2,
@@ -71,6 +72,7 @@ def llava(text: Any, vision: Any, strategy: str) -> Any:
 
 def refused(config: Any, folder: Path) -> str:
     config.save_pretrained(folder)
+    save_preprocessing(folder, VISION["image_size"])
     with pytest.raises(Infeasible) as error:
         family_of("hf:x").info(f"hf:{folder}", {})
     assert "\n" not in str(error.value)
@@ -139,6 +141,7 @@ def test_a_checkpoint_gives_stock_logits_from_pixels(tower: str, strategy: str, 
         torch.manual_seed(0)
         stock = transformers.LlavaForConditionalGeneration(config).eval()
     stock.save_pretrained(tmp_path / "model")
+    save_preprocessing(tmp_path / "model", VISION["image_size"])
     ref = f"hf:{tmp_path / 'model'}"
     info = family_of(ref).info(ref, {})
     assert isinstance(info, VlmInfo)

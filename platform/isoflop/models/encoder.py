@@ -38,6 +38,8 @@ OFFERS: dict[str, frozenset[str]] = {
 """By head."""
 MASKED = 0.15
 """Share of the tokens of calibration text that a masked language model has to fill, as it was trained."""
+SPECIAL = 2
+"""Tokens around a text: one before it, one behind it."""
 _WIDTHS = 24
 """Numbers that a pass holds of each token at its widest place, in widths; see ``budget``."""
 
@@ -59,6 +61,11 @@ class EncoderInfo(TextInfo):
     head: str
     sentence: Sentence
     tokens_at_most: int
+
+    @property
+    def window_at_most(self) -> int:
+        """What it embeds or ranks of a text, without the special tokens around."""
+        return self.tokens_at_most - SPECIAL
 
     @property
     def has_loss(self) -> bool:
@@ -224,10 +231,9 @@ class EncoderModel(Model):
         first = first if first is not None else tokenizer.bos_token_id
         last = last if last is not None else tokenizer.eos_token_id
         around = [[] if token is None else [token] for token in (first, last)]
-        room = self.info.tokens_at_most - sum(map(len, around))
         rng = torch.Generator().manual_seed(derive_seed("masks", seed))
         for ids_BT in self.info.text.batches(ctx, examples, seed):
-            rows = [[*around[0], *row, *around[1]] for row in ids_BT[:, :room].tolist()]
+            rows = [[*around[0], *row, *around[1]] for row in ids_BT.tolist()]
             whole_BT = torch.tensor(rows)
             types_BT = torch.zeros_like(whole_BT) if "token_type_ids" in tokenizer.model_input_names else None
             targets_BT = None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isoflop.core.stage import Stage, StageContext
-from isoflop.models.checkpoints.preprocessor import read_preprocessor
+from isoflop.models.checkpoints.preprocessor import normalisation_of, read_preprocessor
 from isoflop.models.taps import Tap
 from isoflop.models.taps import attention_in as attention_in_layer
 from isoflop.models.worlds.digit_world import VOCABULARY, SceneSet
@@ -27,6 +27,9 @@ LayerKey = int | str
 _ATTENTION = "attention-"
 PREFIX_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "internvl_vision": 1}
 """Tokens before the patches by the type of the tower: a class token, or none."""
+
+HALF = (0.5, 0.5, 0.5)
+"""Mean and deviation of a tower that comes without a processor, as towers trained here are."""
 
 
 def attention_in(layer: int) -> str:
@@ -105,8 +108,7 @@ def vision_of(tower: nn.Module, folder: Path | None) -> Vision:
     """Wrap a tower; ``folder`` may hold a ``preprocessor_config.json`` with its normalisation and image size."""
     stored = read_preprocessor(folder)
     config: Any = tower.config
-    mean = tuple(stored.get("image_mean", (0.5, 0.5, 0.5)))
-    std = tuple(stored.get("image_std", (0.5, 0.5, 0.5)))
+    mean, std = normalisation_of(stored, HALF, HALF)
     return Vision(tower, config.image_size, mean, std, PREFIX_TOKENS[config.model_type])
 
 

@@ -1,4 +1,4 @@
-"""The output head of a Hugging Face language model, by itself: logits of some positions, without those of the others.
+"""The output head of a Hugging Face model of text, or of pictures and text, by itself: logits of some positions, without those of the others.
 
 With a vocabulary of 128,000 words, logits of all positions of a long text take far more memory than the pass that gives them.
 What an architecture does behind its head (caps, scales) is its own: so its own forward pass runs, with the decoder's states
@@ -38,7 +38,7 @@ def head_logits(module: Any, decoder: nn.Module, output: Any, states_Sd: Tensor)
     Args:
         module: the language model.
         decoder: inside it; its layers do not run.
-        output: what ``decoder`` gave in the pass that the states are from.
+        output: what ``decoder`` gave in the pass that the states are from, or an empty output where nothing else of it is read.
     """
     cut = type(output)(**{**output, "last_hidden_state": states_Sd[None]})
     ids_1S = torch.zeros(1, len(states_Sd), dtype=torch.int64, device=states_Sd.device)

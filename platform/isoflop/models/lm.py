@@ -212,7 +212,7 @@ def calibrated_on(info: ModelInfo, choice: Mapping[str, Any]) -> TextInfo:
     """
     if not isinstance(info, TextInfo):
         raise Infeasible(f"calibration: model {info.ref} is no language model; allowed: language models that read text")
-    return replace(info, text=own_text(choice, info.tokenizer, info.geometry.get("positions"), info.ref))
+    return replace(info, text=own_text(choice, info.tokenizer, info.window_at_most, info.ref))
 
 
 def tokenizer_of(info: Any, ctx: StageContext) -> Callable[[], Any] | None:

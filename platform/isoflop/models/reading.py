@@ -20,3 +20,8 @@ class TextInfo(ModelInfo):
 
     text: CalibrationText | None
     tokenizer: TokenizerSource | None = None
+
+    @property
+    def window_at_most(self) -> int | None:
+        """Tokens of a window of calibration text that the model reads whole; None where nothing limits it."""
+        return self.geometry.get("positions")

@@ -24,6 +24,7 @@ from isoflop.core.hashing import derive_seed
 from isoflop.core.stage import StageContext
 from isoflop.models.decoder_model import DecoderModel
 from isoflop.models.features import LayerKey, Vision
+from isoflop.models.heads import head_logits
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.decoder_layers import DECODER_LAYERS, PromptLayout
 from isoflop.models.hooks.vision_blocks import VISION_BLOCKS
@@ -249,8 +250,11 @@ class VlmModel(DecoderModel):
         return generated(self, prompt, most)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits (…, vocabulary) of the decoder's last hidden states (…, d)."""
-        return self.module.lm_head(hidden)
+        """Logits (…, vocabulary) of the decoder's last hidden states (…, d), with what the class does to them behind its matrix."""
+        from transformers.modeling_outputs import MoeModelOutputWithPast  # has what any class reads
+
+        logits_SW = head_logits(self.module, self.decoder, MoeModelOutputWithPast(), hidden.flatten(0, -2))
+        return logits_SW.unflatten(0, hidden.shape[:-1])
 
     def _laid_out(self, visual_BVd: Tensor, batch: VlmBatch, places_BV: Tensor | None) -> _Tokens:
         image = self.side.image_token

@@ -15,7 +15,16 @@ from isoflop.models.checkpoints.decoder import without_weights
 from isoflop.models.checkpoints.sentence import Stored, dense_layers, named_files, stored_in
 from isoflop.models.checkpoints.source import FAMILY, Options, read_config, read_whole, version_with
 from isoflop.models.checkpoints.tokenizer import TOKENIZER_FILES, tokenizer_in
-from isoflop.models.encoder import EMBEDDING, MASKED_LM, MULTIPLE_CHOICE, OFFERS, RERANKER, EncoderInfo, EncoderModel
+from isoflop.models.encoder import (
+    EMBEDDING,
+    MASKED_LM,
+    MULTIPLE_CHOICE,
+    OFFERS,
+    RERANKER,
+    SPECIAL,
+    EncoderInfo,
+    EncoderModel,
+)
 from isoflop.models.hooks.matrices import BLOCK, MATRICES, matrix_shapes
 from isoflop.models.lm import tokenizer_of
 from isoflop.models.sentence import Sentence
@@ -132,7 +141,9 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
         },
         dense_bits=chosen.bits,
         options=options,
-        text=EnglishText(TokensStage(EnglishStage.here(), tokenizer, "train"), min(CALIBRATION_LENGTH, longest - 2)),
+        text=EnglishText(
+            TokensStage(EnglishStage.here(), tokenizer, "train"), min(CALIBRATION_LENGTH, longest - SPECIAL)
+        ),
         tokenizer=tokenizer,
         head=head,
         sentence=Sentence() if stored is None else stored.sentence,

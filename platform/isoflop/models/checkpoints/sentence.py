@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from isoflop.core.errors import Infeasible
+from isoflop.core.errors import Infeasible, UserError
+from isoflop.models.checkpoints.stored import read_json, value_of
 from isoflop.models.sentence import POOLS, SIMILARITIES, Sentence
 
 MODULES = "modules.json"
 FILES = (MODULES, "sentence_bert_config.json", "config_sentence_transformers.json")
+LEAST = 3
+"""Tokens that a text may be cut to: one, and the special ones around it."""
 KINDS = ("Transformer", "Pooling", "Dense", "Normalize")
 ACTIVATIONS = {"Identity": nn.Identity, "Tanh": nn.Tanh, "ReLU": nn.ReLU, "GELU": nn.GELU, "Sigmoid": nn.Sigmoid}
 _KEYS = {
@@ -46,9 +48,9 @@ def named_files(source: Path) -> list[str]:
     """Files of the folder that have a part in embeddings, by their paths inside."""
     found = [name for name in FILES if (source / name).exists()]
     if MODULES in found:
-        for module in _read(source / MODULES):
-            inside = source / str(module.get("path", ""))
-            if module.get("path") and inside.is_dir():
+        for _, path in _modules(source):
+            inside = source / path
+            if path and inside.is_dir():
                 found += [
                     str(p.relative_to(source))
                     for p in sorted(inside.iterdir())
@@ -62,29 +64,33 @@ def stored_in(ref: str, source: Path) -> Stored | None:
 
     Raises:
         Infeasible: modules, pools or similarities that are not known here, or modules in another order.
+        UserError: a file that is missing, broken, or holds a value of another type.
     """
     if not (source / MODULES).exists():
         return None
     kinds, pools, dense, excludes = [], tuple[str, ...](), list[str](), False
-    for module in _read(source / MODULES):
-        kind, path = str(module["type"]).rsplit(".", 1)[-1], str(module.get("path", ""))
+    for full, path in _modules(source):
+        kind = full.rsplit(".", 1)[-1]
         if kind not in KINDS:
-            raise Infeasible(f"model {ref}: its {MODULES} has a {module['type']}; allowed: {', '.join(KINDS)}")
+            raise Infeasible(f"model {ref}: its {MODULES} has a {full}; allowed: {', '.join(KINDS)}")
         kinds.append(kind)
         if kind == "Transformer" and path:
             raise Infeasible(f"model {ref}: its encoder lies in the subfolder {path}; allowed: in the folder itself")
         if kind == "Pooling":
-            pooling = _read(source / path / "config.json")
-            pools, excludes = _pools(ref, pooling), not pooling.get("include_prompt", True)
+            file = source / path / "config.json"
+            pooling = read_json(file, dict)
+            pools, excludes = _pools(ref, pooling), not value_of(pooling, "include_prompt", bool, True, file)
         if kind == "Dense":
             dense.append(path)
             _activation(ref, source, path)
+            _widths(source, path)
     if kinds not in (order := _orders(len(dense))):
         raise Infeasible(f"model {ref}: its {MODULES} lists {', '.join(kinds)}; allowed: {', '.join(order[1])}")
-    options = _read(source / FILES[2]) if (source / FILES[2]).exists() else {}
-    prompts: dict[str, str] = options.get("prompts") or {}
-    usual = prompts.get(options.get("default_prompt_name") or "", "")
-    similarity = options.get("similarity_fn_name") or "cosine"
+    file, options = _settings(source, FILES[2])
+    given = value_of(options, "prompts", dict, {}, file)
+    prompts = {name: value_of(given, name, str, "", file) for name in given}
+    usual = prompts.get(value_of(options, "default_prompt_name", str, "", file), "")
+    similarity = value_of(options, "similarity_fn_name", str, "cosine", file)
     if similarity not in SIMILARITIES:
         raise Infeasible(
             f"model {ref}: {FILES[2]} has similarity_fn_name = {similarity!r}; allowed: {', '.join(SIMILARITIES)}"
@@ -94,7 +100,10 @@ def stored_in(ref: str, source: Path) -> Stored | None:
             f"model {ref}: its pooling leaves out the tokens of prompts (include_prompt = false); allowed: pooling over all tokens"
         )
     document = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), usual)
-    limits = _read(source / FILES[1]) if (source / FILES[1]).exists() else {}
+    file, limits = _settings(source, FILES[1])
+    tokens = value_of(limits, "max_seq_length", int, 0, file)
+    if tokens < LEAST and limits.get("max_seq_length") is not None:
+        raise UserError(f"{file}: max_seq_length = {tokens}; allowed: a whole number from {LEAST}")
     return Stored(
         Sentence(
             pools,
@@ -102,9 +111,9 @@ def stored_in(ref: str, source: Path) -> Stored | None:
             similarity,
             prompts.get("query", usual),
             document,
-            bool(limits.get("do_lower_case")),
+            value_of(limits, "do_lower_case", bool, False, file),
         ),
-        limits.get("max_seq_length"),
+        tokens or None,
         tuple(dense),
     )
 
@@ -119,19 +128,20 @@ def dense_layers(source: Path, paths: tuple[str, ...]) -> nn.Sequential:
 
     layers: list[nn.Module] = []
     for path in paths:
-        config = _read(source / path / "config.json")
+        inputs, outputs = _widths(source, path)
         weights = source / path / "model.safetensors"
         if not weights.exists():
             raise Infeasible(f"model folder {source}: {path} has no model.safetensors; pickled weights are not loaded")
         state = {name.removeprefix("linear."): tensor for name, tensor in load_file(weights).items()}
-        linear = nn.Linear(config["in_features"], config["out_features"], bias="bias" in state)
+        linear = nn.Linear(inputs, outputs, bias="bias" in state)
         linear.load_state_dict(state)
         layers += [linear, _activation(str(source), source, path)]
     return nn.Sequential(*layers)
 
 
 def _activation(ref: str, source: Path, path: str) -> nn.Module:
-    name = str(_read(source / path / "config.json").get("activation_function", "torch.nn.modules.activation.Tanh"))
+    file = source / path / "config.json"
+    name = value_of(read_json(file, dict), "activation_function", str, "torch.nn.modules.activation.Tanh", file)
     kind = ACTIVATIONS.get(name.rsplit(".", 1)[-1])
     if kind is None:
         raise Infeasible(f"model {ref}: {path} has the activation {name}; allowed: {', '.join(ACTIVATIONS)}")
@@ -140,8 +150,8 @@ def _activation(ref: str, source: Path, path: str) -> nn.Module:
 
 def _pools(ref: str, config: dict[str, Any]) -> tuple[str, ...]:
     given = config.get("pooling_mode")
-    given = [given] if isinstance(given, str) else given
-    found = tuple(given) if given else tuple(name for name, key in _KEYS.items() if config.get(key))
+    given = given if isinstance(given, list) or not given else [given]
+    found = tuple(map(str, given)) if given else tuple(name for name, key in _KEYS.items() if config.get(key))
     unknown = [name for name in found if name not in POOLS]
     if unknown or not found:
         raise Infeasible(f"model {ref}: its pooling is {', '.join(unknown) or 'none'}; allowed: {', '.join(POOLS)}")
@@ -153,5 +163,27 @@ def _orders(dense: int) -> list[list[str]]:
     return [plain, [*plain, "Normalize"]]
 
 
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text())
+def _modules(source: Path) -> list[tuple[str, str]]:
+    """Types and folders of the modules that a folder lists."""
+    file, found = source / MODULES, []
+    for module in read_json(file, list):
+        if not isinstance(module, dict) or not isinstance(module.get("type"), str):
+            raise UserError(f"{file}: {module!r} in its list; allowed: objects with a type and a path")
+        found.append((str(module["type"]), value_of(module, "path", str, "", file)))
+    return found
+
+
+def _settings(source: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    """A file that need not be there, and what it holds."""
+    file = source / name
+    return file, read_json(file, dict) if file.exists() else {}
+
+
+def _widths(source: Path, path: str) -> tuple[int, int]:
+    """Of a layer behind the pooling, what goes in and comes out."""
+    file = source / path / "config.json"
+    config = read_json(file, dict)
+    inputs, outputs = (value_of(config, key, int, 0, file) for key in ("in_features", "out_features"))
+    if min(inputs, outputs) < 1:
+        raise UserError(f"{file}: in_features = {inputs}, out_features = {outputs}; allowed: whole numbers from 1")
+    return inputs, outputs

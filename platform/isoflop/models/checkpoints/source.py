@@ -5,7 +5,6 @@ Shared by the kinds of checkpoints that the family ``hf`` loads.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from isoflop.core.hashing import content_hash, file_hash
 from isoflop.core.knobs import Knob
 from isoflop.core.public import local_path, looked_at
 from isoflop.models.checkpoints.gguf import read_gguf_config
+from isoflop.models.checkpoints.stored import read_json, value_of
 from isoflop.models.family import split_ref
 from isoflop.models.quiet import no_advice, no_progress_bars
 
@@ -119,22 +119,20 @@ def architecture_of(ref: str, source: Path) -> str:
     """The first architecture that ``config.json`` names; "unknown" where it names none.
 
     Raises:
-        UserError: there is no such file, or it is no JSON.
+        UserError: there is no such file, it is no JSON, or names no list.
     """
     path = source / "config.json"
     if not path.exists():
         raise UserError(f"model {ref}: {source} holds no config.json; allowed: a folder in save_pretrained form")
-    try:
-        stored = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"model {ref}: {path} is no valid JSON ({error})") from error
-    return str((stored.get("architectures") or ["unknown"])[0])
+    named = value_of(read_json(path, dict, f"model {ref}: "), "architectures", list, [], path)
+    return str(named[0]) if named else "unknown"
 
 
 def own_dtype(source: Path) -> str:
     """The type that a checkpoint's config names, which is that of its weights; float32 where it names none of ``DTYPES``."""
-    stored = json.loads((source / "config.json").read_text())
-    inner = stored.get("text_config") or {}
+    path = source / "config.json"
+    stored = read_json(path, dict)
+    inner = value_of(stored, "text_config", dict, {}, path)
     named = [holder.get(key) for holder in (stored, inner) for key in ("dtype", "torch_dtype")]
     found = next((str(name).removeprefix("torch.") for name in named if name), "")
     return found if found in DTYPES else "float32"

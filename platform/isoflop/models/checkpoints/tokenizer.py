@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from isoflop.core.errors import UserError
 from isoflop.core.stage import StageContext
 from isoflop.models.byte_trees.vocabulary import not_byte_level
 from isoflop.models.checkpoints.gguf import read_gguf_tokenizer
-from isoflop.models.checkpoints.source import Content, Options, content_of, locate
-from isoflop.models.worlds.lm_text import TokenizerSource, has_tokenizer, read_tokenizer
+from isoflop.models.checkpoints.source import Content, Options, brief, content_of, locate
+from isoflop.models.checkpoints.stored import read_json
+from isoflop.models.worlds.lm_text import PROCESSOR_TEMPLATES, TokenizerSource, has_tokenizer, read_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -37,13 +39,26 @@ class CheckpointTokenizer(TokenizerSource):
         (folder / "source.json").write_text(json.dumps({"ref": self.ref, "revision": self.revision}) + "\n")
 
     def load(self, ctx: StageContext, folder: Path) -> Any:
-        """The tokenizer, read from the checkpoint."""
-        return read_tokenizer(locate(self.ref, self.revision, weights=False))
+        """The tokenizer, read from the checkpoint.
+
+        Raises:
+            UserError: a file of it is broken.
+        """
+        source = locate(self.ref, self.revision, weights=False)
+        for name in (*TOKENIZER_FILES, *PROCESSOR_TEMPLATES):
+            if (source / name).exists():
+                read_json(source / name, dict)
+        try:
+            return read_tokenizer(source)
+        except Exception as error:  # each tokenizer checks its files in a way of its own
+            raise UserError(
+                f"{source / 'tokenizer.json'}: transformers makes no tokenizer of it ({brief(error)})"
+            ) from error
 
     def not_byte_level(self) -> str:
         """Read off ``tokenizer.json``."""
         stored = locate(self.ref, self.revision, weights=False) / "tokenizer.json"
-        return not_byte_level(json.loads(stored.read_text()))
+        return not_byte_level(read_json(stored, dict))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ The family ``hf`` dispatches here by the architecture that a checkpoint's config
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from isoflop.models.checkpoints.preprocessor import (
     resizing_of,
     side_of,
 )
-from isoflop.models.checkpoints.source import read_whole
+from isoflop.models.checkpoints.source import architecture_of, read_whole
 from isoflop.models.checkpoints.vision_towers import TOWERS, tower_of
 from isoflop.models.hooks.matrices import MATRICES, matrix_shapes
 from isoflop.models.hooks.pixels import PIXELS
@@ -74,7 +73,7 @@ def describe(
         raise Infeasible(
             f"model {ref}: its image processor gives images of {given} pixels a side, and {architecture} takes {side}"
         )
-    if not isinstance(side, int) or not isinstance(patch, int):
+    if not isinstance(side, int) or not isinstance(patch, int) or min(side, patch) < 1:
         raise Infeasible(
             f"model {ref}: image_size = {side} with patch_size = {patch}; allowed: square images and patches"
         )
@@ -169,7 +168,7 @@ def load(
     Args:
         tokenizer: gives it, for a model that compares images with texts.
     """
-    architecture = json.loads((source / "config.json").read_text())["architectures"][0]
+    architecture = architecture_of(info.ref, source)
     module = read(source, architecture, dtype).to(device)
     tower = TOWERS[architecture]
     if tower.names and tokenizer is not None:

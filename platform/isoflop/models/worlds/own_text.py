@@ -106,12 +106,12 @@ class OwnText(CalibrationText):
             yield torch.from_numpy(ids_N[rows])
 
 
-def own_text(choice: Mapping[str, Any], tokenizer: TokenizerSource | None, positions: int | None, ref: str) -> OwnText:
+def own_text(choice: Mapping[str, Any], tokenizer: TokenizerSource | None, most: int | None, ref: str) -> OwnText:
     """The windows that ``calibration:`` of a sweep asks for, in a model's tokens.
 
     Args:
         choice: ``data``, and perhaps ``split``, ``field`` and ``length``.
-        positions: tokens that a text of the model may have.
+        most: tokens of a window that the model reads whole; None where nothing limits it.
         ref: the model's name, for messages.
 
     Raises:
@@ -122,10 +122,10 @@ def own_text(choice: Mapping[str, Any], tokenizer: TokenizerSource | None, posit
         raise Infeasible(f"calibration: model {ref} has no tokenizer; allowed: language models that read text")
     length = choice.get("length")
     if length is None:
-        length = min(LENGTH, positions or LENGTH)
-    if positions is not None and length > positions:
+        length = min(LENGTH, most or LENGTH)
+    if most is not None and length > most:
         raise Infeasible(
-            f"calibration: length = {length} is more than the {positions} tokens that a text of model {ref} may have"
+            f"calibration: length = {length} is more than the {most} tokens that a text of model {ref} may have, beside special ones"
         )
     data, split, field = choice["data"], choice.get("split", ""), choice.get("field", "text")
     rows = documents(data, split)

@@ -20,7 +20,7 @@ from isoflop.models.prefix import SegmentedPrompt
 from isoflop.models.visual_side import PLAIN, Layout
 from isoflop.models.vlm import VlmModel
 from isoflop.models.vlm_info import VlmBatch, VlmInfo
-from isoflop.tasks.data.images import opened, size_of
+from isoflop.tasks.data.images import opened, shown, size_of
 from isoflop.tasks.data.language import batches_of
 from isoflop.tasks.data.prompts import PromptTokenizer
 from isoflop.tasks.footprint import measure_answer
@@ -85,7 +85,7 @@ class ImageQuestions:
         """The tokens of a question; a question with ``<image>`` in it places the image itself.
 
         Raises:
-            UserError: the chat template has no place for an image.
+            UserError: the chat template has no place for an image, or the model takes none of this shape.
         """
         marker = IMAGE
         if self._chat:
@@ -110,7 +110,10 @@ class ImageQuestions:
         layout = PLAIN
         if side.sized:
             width, height = size_of(image)
-            layout = side.layout(height, width)
+            try:
+                layout = side.layout(height, width)
+            except UserError as error:
+                raise UserError(f"{self._what}: image {shown(image)}: {error}") from error
         tokens = (*first, *self.tokens.plain(before)), tuple(self.tokens.plain(behind))
         return ImagePrompt(number, image, *tokens, layout)
 

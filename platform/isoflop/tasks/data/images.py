@@ -15,6 +15,9 @@ from isoflop.core.rows import HUB, Rows, named, read, suffix_of
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
+_LYING = (5, 6, 7, 8)
+"""Orientations in EXIF data by which height and width change places."""
+
 
 def image_rows(data: str, split: str, image: str) -> Rows:
     """Rows with images: of a table with a field of paths (or of images, in Parquet and hub data), or of a folder per class.
@@ -45,25 +48,37 @@ def image_rows(data: str, split: str, image: str) -> Rows:
 
 
 def opened(value: Any) -> Any:
-    """A PIL image in RGB of a path, of bytes, of what Parquet and hubs hold, or of an image.
+    """A PIL image in RGB, upright, of a path, of bytes, of what Parquet and hubs hold, or of an image.
+
+    As transformers' ``load_image`` does, it is turned as its EXIF data say that it was taken.
 
     Raises:
         UserError: it cannot be read as an image.
     """
+    from PIL import ImageOps
+
     picture = _open(value)
     try:
-        return picture.convert("RGB")
+        return ImageOps.exif_transpose(picture).convert("RGB")
     except (OSError, ValueError) as error:
         raise _unreadable(value, error) from None
 
 
 def size_of(value: Any) -> tuple[int, int]:
-    """Width and height of what ``opened`` takes, without decoding more than is needed.
+    """Width and height of what ``opened`` gives, without decoding more than is needed.
 
     Raises:
         UserError: it cannot be read as an image.
     """
-    width, height = _open(value).size
+    from PIL import ExifTags
+
+    picture = _open(value)
+    try:
+        # Pillow turns TIFF files by itself
+        lies = picture.format != "TIFF" and picture.getexif().get(ExifTags.Base.Orientation) in _LYING
+    except (OSError, ValueError) as error:
+        raise _unreadable(value, error) from None
+    width, height = reversed(picture.size) if lies else picture.size
     return int(width), int(height)
 
 
@@ -83,9 +98,14 @@ def _open(value: Any) -> Any:
 
 
 def _unreadable(value: Any, error: Exception) -> UserError:
-    shown = value if isinstance(value, str) else type(value).__name__
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return UserError(f"image {shown}: cannot be read ({reason})")
+    return UserError(f"image {shown(value)}: cannot be read ({reason})")
+
+
+def shown(value: Any) -> str:
+    """An image in messages: its path, or its type."""
+    path = value.get("path") if isinstance(value, Mapping) else value
+    return path if isinstance(path, str) else type(value).__name__
 
 
 def _pictures(folder: Path, split: str) -> list[Path]:

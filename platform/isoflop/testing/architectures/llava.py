@@ -21,6 +21,7 @@ from isoflop.methods.decoder_tokens.fastv import FastV
 from isoflop.models.checkpoints.source import brief
 from isoflop.models.family import family_of
 from isoflop.models.quiet import no_progress_bars
+from isoflop.models.tiny.vision import save_preprocessing
 from isoflop.models.vlm import VlmModel
 from isoflop.models.vlm_info import VlmBatch
 from isoflop.testing.architectures.small import RESERVED, WORDS, Architecture, NotSmall, small_config
@@ -34,7 +35,7 @@ from isoflop.testing.architectures.walk import (
 )
 
 IMAGE, PATCHES, QUESTION, PADS, ANSWER = RESERVED, 9, 5, 2, 3
-VISION = {
+VISION: dict[str, int] = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 12, "patch_size": 4,
 }  # fmt: skip
 
@@ -181,6 +182,7 @@ def _save(config: Any, source: Path) -> None:
         config.save_pretrained(source)
     except Exception as error:
         raise NotSmall(f"transformers does not save a LlavaConfig with it ({brief(error)})") from error
+    save_preprocessing(source, VISION["image_size"])
 
 
 def _stock(config: Any) -> Any:

@@ -11,6 +11,7 @@ Shape suffixes: B pictures, N views, P patches of a view, V tokens of a view, M 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -27,10 +28,14 @@ from isoflop.models.checkpoints.vision_language.kind import (
     check_tower,
     image_processor,
     single_layer,
+    whole,
 )
 from isoflop.models.features import vision_of
 from isoflop.models.visual_side import PLAIN, Layout, ProcessedSide
 from isoflop.models.vlm_info import VlmInfo
+
+LIMIT = "anyres_max_"
+"""Stands before the number of views to which OneVision makes a raster coarser."""
 
 
 class AnyResSide(ProcessedSide):
@@ -100,13 +105,15 @@ class AnyRes(VisionLanguageKind):
         """A CLIP or SigLIP tower; a picture as large as a view has the crops of the best resolution for it."""
         check_processor(ref, source, self.architecture)
         vision = config.vision_config
-        layers, side = int(vision.num_hidden_layers), int(vision.image_size)
+        layers, side = whole(ref, vision, "num_hidden_layers"), whole(ref, vision, "image_size")
+        grid = side // whole(ref, vision, "patch_size")
         layer = single_layer(ref, config, layers)
         check_tower(ref, config)
+        _check_packing(ref, config, side)
         _check_crops(ref, config, image_processor(source))
         layout = layout_of(config, side, side)
         tokens = packed_tokens(config, layout)
-        return Seen(side // int(vision.patch_size), int(vision.hidden_size), layers, layer, layout.views, 1, tokens)
+        return Seen(grid, int(vision.hidden_size), layers, layer, layout.views, 1, tokens)
 
     def side(self, module: Any, info: VlmInfo, source: Path, tokenizer: Callable[[], Any] | None) -> AnyResSide:
         """With the checkpoint's processor."""
@@ -126,6 +133,33 @@ class LlavaOneVision(AnyRes):
 
     architecture = "LlavaOnevisionForConditionalGeneration"
     side_of = OneVisionSide
+
+
+def _check_packing(ref: str, config: Any, side: int) -> None:
+    """Raise Infeasible for resolutions that are not made of crops, and for a limit that the class knows no number of."""
+    pinpoints = config.image_grid_pinpoints
+    if (
+        not isinstance(pinpoints, list | tuple)
+        or not pinpoints
+        or not all(_of_crops(point, side) for point in pinpoints)
+    ):
+        raise Infeasible(
+            f"model {ref}: image_grid_pinpoints = {str(pinpoints)[:60]} in its config; allowed: a list of heights and widths that are "
+            f"multiples of {side} pixels"
+        )
+    limit = getattr(config, "vision_aspect_ratio", None)
+    if limit is not None and not re.fullmatch(f"{LIMIT}[1-9][0-9]*", str(limit)):
+        raise Infeasible(
+            f"model {ref}: vision_aspect_ratio = {limit!r} in its config; allowed: {LIMIT}<number of views>"
+        )
+
+
+def _of_crops(point: Any, side: int) -> bool:
+    return (
+        isinstance(point, list | tuple)
+        and len(point) == 2
+        and all(isinstance(n, int) and n > 0 and n % side == 0 for n in point)
+    )
 
 
 def _check_crops(ref: str, config: Any, processor: Any) -> None:
@@ -156,7 +190,7 @@ def packed_tokens(config: Any, layout: Layout) -> int:
     grid = int(config.vision_config.image_size) // int(config.vision_config.patch_size)
     limit = getattr(config, "vision_aspect_ratio", None)
     assert layout.size is not None
-    return _packed_tokens(grid, layout, None if limit is None else int(limit.removeprefix("anyres_max_")))
+    return _packed_tokens(grid, layout, None if limit is None else int(limit.removeprefix(LIMIT)))
 
 
 @lru_cache(maxsize=1024)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from isoflop.core.errors import Infeasible
+from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.stage import StageContext
 from isoflop.models.base import ModelInfo
 from isoflop.models.checkpoints.decoder import decoder_geometry, without_weights
@@ -15,11 +15,13 @@ from isoflop.models.checkpoints.source import (
     FAMILY,
     Options,
     architecture_of,
+    brief,
     locate,
     read_config,
     read_whole,
 )
 from isoflop.models.checkpoints.tokenizer import tokenizer_in
+from isoflop.models.checkpoints.vision_language.kind import Seen, VisionLanguageKind
 from isoflop.models.checkpoints.vision_language.kinds import KINDS, NOT_TAKEN, other_classes
 from isoflop.models.decoder_model import layers_of
 from isoflop.models.features import TowerSource, Vision, vision_of
@@ -79,7 +81,7 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
             f"model {ref}: {architecture} is a vision-language model, and {why}; allowed: {', '.join(KINDS)}"
         )
     kind = KINDS[architecture]
-    seen = kind.seen(ref, config, source)
+    seen = _seen(kind, ref, config, source)
     decoder = decoder_skeleton(config, ref)
     geometry = decoder_geometry(ref, decoder, type(decoder).__name__, windows=False)
     vocabulary = (getattr(config, "isoflop", None) or {}).get("vocabulary") if kind.lessons else None
@@ -111,6 +113,18 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
         image_tokens=seen.image_tokens,
         square=seen.square,
     )
+
+
+def _seen(kind: VisionLanguageKind, ref: str, config: Any, source: Path) -> Seen:
+    """What a class says of a config; transformers' processors look at their settings only when they compute with them."""
+    try:
+        return kind.seen(ref, config, source)
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"model {ref}: {kind.architecture} cannot compute with its config.json and the settings of its image processor ({brief(error)})"
+        ) from error
 
 
 def load(info: ModelInfo, source: Path, options: Options, ctx: StageContext) -> VlmModel:

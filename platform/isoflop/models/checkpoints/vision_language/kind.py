@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.hook import Hook
-from isoflop.models.checkpoints.preprocessor import read_preprocessor, resizing_of
+from isoflop.models.checkpoints.preprocessor import check_preprocessor, read_preprocessor, resizing_of, side_of
 from isoflop.models.checkpoints.source import brief
 from isoflop.models.features import PREFIX_TOKENS, Vision, vision_of
 from isoflop.models.hooks.pixels import PIXELS
@@ -78,12 +78,26 @@ MERGED_LACKS = {**LACKS, VISION_BLOCKS.name: "its connector merges neighbouring 
 
 def single_layer(ref: str, config: Any, layers: int) -> int:
     """Number of the hidden state that feeds the projector. Raises Infeasible where it reads several."""
-    if not isinstance(config.vision_feature_layer, int):
+    if not isinstance(getattr(config, "vision_feature_layer", -1), int):
         raise Infeasible(
             f"model {ref}: its projector reads several vision layers ({config.vision_feature_layer}); allowed: one layer"
         )
-    found: int = config.vision_feature_layer % (layers + 1)
-    return found
+    layer: int = getattr(config, "vision_feature_layer", -1)
+    if not -layers - 1 <= layer <= layers:
+        raise Infeasible(
+            f"model {ref}: vision_feature_layer = {layer}, and its tower has {layers} layers; allowed: {-layers - 1} to {layers}"
+        )
+    return layer % (layers + 1)
+
+
+def whole(ref: str, config: Any, key: str) -> int:
+    """A size that a config holds, or the same size twice, for height and width. Raises Infeasible for anything else."""
+    value = given = getattr(config, key, None)
+    if isinstance(value, list | tuple) and value and all(side == value[0] for side in value):
+        value = value[0]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise Infeasible(f"model {ref}: {key} = {given!r} in its config; allowed: a whole number from 1")
+    return value
 
 
 def check_tower(ref: str, config: Any) -> None:
@@ -112,9 +126,24 @@ def check_processor(ref: str, source: Path, architecture: str) -> None:
     """Raise Infeasible where a folder does not say how images are processed."""
     if not read_preprocessor(source):
         raise Infeasible(
-            f"model {ref}: {architecture} cuts images up as its processor says, and the folder holds no preprocessor_config.json; "
+            f"model {ref}: {architecture} takes images as its processor makes them, and the folder holds no preprocessor_config.json; "
             "allowed: a checkpoint saved with its processor"
         )
+
+
+def square_views(ref: str, source: Path, architecture: str, side: int) -> Resizing:
+    """How pictures become the one view of a class, pixels a side.
+
+    Raises:
+        Infeasible: the folder does not say, its processor does something else with pictures, or gives them another size.
+    """
+    check_processor(ref, source, architecture)
+    stored = read_preprocessor(source)
+    check_preprocessor(ref, stored)
+    given = side_of(stored) or side
+    if given != side:
+        raise Infeasible(f"model {ref}: its processor gives views of {given} pixels, and its tower takes {side}")
+    return resizing_of(source)
 
 
 def image_processor(source: Path) -> Any:
@@ -142,11 +171,12 @@ class Llava(VisionLanguageKind):
     def seen(self, ref: str, config: Any, source: Path) -> Seen:
         """A CLIP or SigLIP tower."""
         vision = config.vision_config
-        layers = int(vision.num_hidden_layers)
+        layers, side = whole(ref, vision, "num_hidden_layers"), whole(ref, vision, "image_size")
         layer = single_layer(ref, config, layers)
         check_tower(ref, config)
-        grid = int(vision.image_size) // int(vision.patch_size)
-        return Seen(grid, int(vision.hidden_size), layers, layer, resizing=resizing_of(source))
+        resizing = square_views(ref, source, self.architecture, side)
+        grid = side // whole(ref, vision, "patch_size")
+        return Seen(grid, int(vision.hidden_size), layers, layer, resizing=resizing)
 
     def side(self, module: Any, info: VlmInfo, source: Path, tokenizer: Callable[[], Any] | None) -> VisualSide:
         """The plain one."""

@@ -26,6 +26,8 @@ from isoflop.models.checkpoints.vision_language.kind import (
     VisionLanguageKind,
     check_processor,
     image_processor,
+    single_layer,
+    whole,
 )
 from isoflop.models.features import LayerKey, Vision
 from isoflop.models.visual_side import PLAIN, Layout, ProcessedSide
@@ -160,8 +162,8 @@ class Merged(VisionLanguageKind):
     prefix: ClassVar[int] = 0
 
     @abstractmethod
-    def scale(self, config: Any) -> int:
-        """Patches per side of a block."""
+    def scale(self, ref: str, config: Any) -> int:
+        """Patches per side of a block. Raises Infeasible for no whole number."""
 
     @abstractmethod
     def cut_to(self, processor: Any) -> int:
@@ -175,8 +177,10 @@ class Merged(VisionLanguageKind):
                 f"model {ref}: {self.architecture} writes text around the views of an image, and the folder holds no tokenizer.json; "
                 "allowed: a checkpoint saved with its tokenizer"
             )
-        vision, scale = config.vision_config, self.scale(config)
-        side, patch = _side(vision.image_size), _side(vision.patch_size)
+        vision, scale = config.vision_config, self.scale(ref, config)
+        side, patch = whole(ref, vision, "image_size"), whole(ref, vision, "patch_size")
+        layers = whole(ref, vision, "num_hidden_layers")
+        layer = single_layer(ref, config, layers)
         processor = image_processor(source)
         if self.cut_to(processor) != side or side // patch % scale:
             raise Infeasible(
@@ -184,11 +188,10 @@ class Merged(VisionLanguageKind):
                 f"{side // patch} patches of {patch} pixels, {scale} x {scale} of which become a token; allowed: views of {side} pixels that "
                 "divide into such blocks"
             )
-        grid, layers = side // patch // scale, int(vision.num_hidden_layers)
-        layer = getattr(config, "vision_feature_layer", -1)
+        grid = side // patch // scale
         views = self.side_of.layout(_Planned(processor), side, side).views  # type: ignore[arg-type]
         tokens = views * grid**2
-        return Seen(grid, int(vision.hidden_size) * scale**2, layers, layer % (layers + 1), views, 0, tokens)
+        return Seen(grid, int(vision.hidden_size) * scale**2, layers, layer, views, 0, tokens)
 
     def side(self, module: Any, info: VlmInfo, source: Path, tokenizer: Callable[[], Any] | None) -> MergedSide:
         """With the checkpoint's processor and tokenizer."""
@@ -227,9 +230,14 @@ class InternVl(Merged):
             )
         return super().seen(ref, config, source)
 
-    def scale(self, config: Any) -> int:
+    def scale(self, ref: str, config: Any) -> int:
         """By the config's ratio."""
-        return round(1 / config.downsample_ratio)
+        ratio = config.downsample_ratio
+        if not 0 < ratio <= 1 or round(1 / ratio) * ratio != 1:
+            raise Infeasible(
+                f"model {ref}: downsample_ratio = {ratio} in its config; allowed: one divided by a whole number"
+            )
+        return round(1 / ratio)
 
     def cut_to(self, processor: Any) -> int:
         """Square views."""
@@ -242,9 +250,9 @@ class Idefics3(Merged):
     architecture = "Idefics3ForConditionalGeneration"
     side_of = IdeficsSide
 
-    def scale(self, config: Any) -> int:
+    def scale(self, ref: str, config: Any) -> int:
         """The config's."""
-        return int(config.scale_factor)
+        return whole(ref, config, "scale_factor")
 
     def cut_to(self, processor: Any) -> int:
         """Square views."""

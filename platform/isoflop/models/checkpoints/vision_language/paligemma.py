@@ -13,8 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from isoflop.models.checkpoints.preprocessor import resizing_of
-from isoflop.models.checkpoints.vision_language.kind import LACKS, Seen, VisionLanguageKind, patches_of
+from isoflop.models.checkpoints.vision_language.kind import (
+    LACKS,
+    Seen,
+    VisionLanguageKind,
+    patches_of,
+    square_views,
+    whole,
+)
 from isoflop.models.features import Vision, vision_of
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.decoder_layers import DECODER_LAYERS
@@ -40,7 +46,7 @@ class PaliGemmaSide(VisualSide):
 
 
 class PaliGemma(VisionLanguageKind):
-    """PaliGemma; the second one caps its attention logits, and is refused for that."""
+    """PaliGemma, the first and the second, which caps the logits of its attention and of its head."""
 
     architecture = "PaliGemmaForConditionalGeneration"
     hooks = HOOKS - {ATTENTION, DECODER_LAYERS}
@@ -53,10 +59,11 @@ class PaliGemma(VisionLanguageKind):
     def seen(self, ref: str, config: Any, source: Path) -> Seen:
         """A SigLIP tower behind its last norm."""
         vision = config.vision_config
-        layers = int(vision.num_hidden_layers)
+        layers, side = whole(ref, vision, "num_hidden_layers"), whole(ref, vision, "image_size")
         patches_of(ref, vision)
-        grid = int(vision.image_size) // int(vision.patch_size)
-        return Seen(grid, int(vision.hidden_size), layers, layers, resizing=resizing_of(source))
+        resizing = square_views(ref, source, self.architecture, side)
+        grid = side // whole(ref, vision, "patch_size")
+        return Seen(grid, int(vision.hidden_size), layers, layers, resizing=resizing)
 
     def side(self, module: Any, info: VlmInfo, source: Path, tokenizer: Callable[[], Any] | None) -> VisualSide:
         """With the tokenizer, which says how a text begins."""

@@ -31,6 +31,7 @@ from isoflop.models.checkpoints.vision_language.kind import (
     VisionLanguageKind,
     check_processor,
     image_processor,
+    whole,
 )
 from isoflop.models.features import LayerKey, Vision
 from isoflop.models.visual_side import PLAIN, Layout, ProcessedSide
@@ -145,9 +146,18 @@ class Qwen2Vl(VisionLanguageKind):
         """A picture of 448 x 448 pixels."""
         check_processor(ref, source, self.architecture)
         processor, vision = image_processor(source), config.vision_config
-        merge = int(vision.spatial_merge_size)
+        for key, own in (
+            ("patch_size", "patch_size"),
+            ("merge_size", "spatial_merge_size"),
+            ("temporal_patch_size",) * 2,
+        ):
+            if getattr(processor, key) != whole(ref, vision, own):
+                raise Infeasible(
+                    f"model {ref}: its processor has {key} = {getattr(processor, key)!r}, and its config {own} = {getattr(vision, own)}; "
+                    "allowed: the same in both"
+                )
+        merge, depth = whole(ref, vision, "spatial_merge_size"), whole(ref, vision, "depth")
         grid = layout_of(processor, PLANNED, PLANNED).rows // merge
-        depth = int(vision.depth)
         return Seen(grid, self.width(vision) * merge**2, depth, depth, square=False)
 
     def width(self, vision: Any) -> int:
