@@ -61,6 +61,10 @@ class Eviction(KvCacheMethod):
         """How many first and newest tokens a budget of ``kept`` protects whatever their score, (sinks, recent)."""
         return 0, 0
 
+    def counts(self, layer: int, seen: list[int], prepared: Any) -> list[int]:
+        """How many tokens each row keeps in a layer."""
+        return [count_of(self.keep, length) for length in seen]
+
     def choose(
         self, scores_BGN: Tensor, positions_BGN: Tensor, seen: list[int], counts: list[int], live_BGN: Tensor | None
     ) -> KeptTokens:
@@ -74,7 +78,7 @@ class Eviction(KvCacheMethod):
     def compress(self, prompt: AttentionCall, prepared: Any) -> LayerStore:
         """One dense segment with the survivors."""
         seen = lengths(prompt)
-        counts = [count_of(self.keep, length) for length in seen]
+        counts = self.counts(prompt.layer, seen, prepared)
         scores_BGT = self.score(prompt)
         chosen = self.choose(scores_BGT, key_positions(prompt), seen, counts, candidates(prompt))
         store = LayerStore([_kept(whole_prompt(prompt), chosen)], empty_recent(prompt))

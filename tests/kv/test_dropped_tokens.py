@@ -50,6 +50,12 @@ def recorded(
     del cache.attend
 
 
+def occupant(method: KvCacheMethod, model: Any) -> CompressedCache:
+    cache = method.occupants(model, None)[ATTENTION]
+    assert isinstance(cache, CompressedCache)
+    return cache
+
+
 @pytest.fixture(scope="module")
 def probes() -> dict[str, VisualTokenProbe]:
     return {"fastv": DecoderTokenProbe(examples=2), "vtc-cls": VisualTokenProbe(examples=2, tower="cls")}
@@ -68,7 +74,7 @@ def test_gaps_in_positions_change_nothing(
     outs: dict[int, Any] = {}
     model = probe.model
     with build(*before).apply(model, None):
-        cache = CompressedCache(method, None, model.info.dense_bits)
+        cache = occupant(method, model)
         with recorded(cache, calls, outs), model.occupy(ATTENTION, cache):
             probe.outputs([0, 1])
     assert sorted(calls) == list(range(model.info.geometry["layers"]))
@@ -78,7 +84,7 @@ def test_gaps_in_positions_change_nothing(
         row = AttentionCall(
             layer, call.q_BHTD, call.k_BGTD, call.v_BGTD, call.softmax, torch.arange(length)[None], None, call.ids_BT
         )
-        expected = CompressedCache(method, None, model.info.dense_bits)
+        expected = occupant(method, model)
         expected.prefix, expected.examples_B = prefix, torch.tensor([0, 1])
         torch.testing.assert_close(outs[layer], expected.attend(row))
         assert cache._reports[layer] == expected._reports[layer]
