@@ -32,7 +32,7 @@ from isoflop.core.hook import Hook
 from isoflop.core.stage import StageContext
 from isoflop.kernels.blocks import queries_at_once
 from isoflop.methods.base import Method
-from isoflop.methods.kv_cache.calls import append_recent, empty_recent, slice_call
+from isoflop.methods.kv_cache.calls import append_recent, attend_joined, empty_recent, slice_call
 from isoflop.methods.kv_cache.carrying import Carrying
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.hooks.attention import (
@@ -110,6 +110,8 @@ class KvCacheMethod(Method):
         """
         if query.q_BHTD.shape[2] == 1:
             return decode_one(query.q_BHTD, store.all(), query.softmax)
+        if (out_BTHD := attend_joined(query, store)) is not None:
+            return out_BTHD
         return attend_segments(query.q_BHTD, store.all(), query.softmax, query.order_BT)[0]
 
     def stride(self, store: LayerStore) -> int | None:

@@ -8,9 +8,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from isoflop.models.hooks.attention import AttentionCall
-from isoflop.models.segments import DenseSegment, LayerStore, key_positions
+from isoflop.models.segments import DenseSegment, LayerStore, Segment, key_positions
+
+WORTH_JOINING = 8
+"""Queries from which on a cache is read in one piece."""
 
 
 def slice_call(call: AttentionCall, start: int, stop: int | None) -> AttentionCall:
@@ -24,6 +28,36 @@ def slice_call(call: AttentionCall, start: int, stop: int | None) -> AttentionCa
         valid_BT=None if call.valid_BT is None else call.valid_BT[:, start:stop],
         ids_BT=None if call.ids_BT is None else call.ids_BT[:, start:stop],
     )
+
+
+def attend_joined(query: AttentionCall, store: LayerStore) -> Tensor | None:
+    """Attention of many queries over a cache of exact tokens without gaps, (B, T, H, D), by the fused kernel; None for any other.
+
+    The cache of the layer is copied once to be in one piece, which fewer queries would not be worth.
+    """
+    segments = [segment for segment in store.all() if segment.tokens]
+    if query.q_BHTD.shape[2] < WORTH_JOINING or not all(
+        isinstance(s, DenseSegment) and s.heads_G is None and s.log_bias_BGN is None for s in segments
+    ):
+        return None
+    *before, last = segments
+    first = int(query.order_BT.min())
+    if any(int(s.positions_BGN.max()) >= first for s in before):
+        return None
+    k_BGND, v_BGND = (torch.cat([part(s) for s in segments], dim=2) for part in (_keys, _values))
+    # behind the prompt all heads hold the same tokens
+    sees_B1TN = last.positions_BGN[:, :1, None] <= query.order_BT[:, None, :, None]
+    width = k_BGND.shape[2] - last.tokens
+    sees_B1TN = torch.nn.functional.pad(sees_B1TN, (width, 0), value=True)
+    return query.softmax.attend(query.q_BHTD, k_BGND, v_BGND, sees_B1TN).transpose(1, 2)
+
+
+def _keys(segment: Segment) -> Tensor:
+    return segment.keys()
+
+
+def _values(segment: Segment) -> Tensor:
+    return segment.values()
 
 
 def append_recent(store: LayerStore, call: AttentionCall) -> None:

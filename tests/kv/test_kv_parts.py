@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from kv_cases import a_call, column_sums, left_padded, probabilities
 
 from isoflop.methods.base import build
+from isoflop.methods.kv_cache.calls import append_recent, attend_joined, slice_call
 from isoflop.methods.kv_cache.chance import row_keys, uniform
 from isoflop.methods.kv_cache.scores import attention_scores, forgetting, window
 from isoflop.methods.kv_cache.select import count_of, protect, select, split
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
 from isoflop.models.hooks.attention import AttentionCall
+from isoflop.models.segments import attend_segments
 
 
 @pytest.mark.parametrize(
@@ -154,3 +156,21 @@ def test_padding_neither_scores_nor_is_scored(alpha: float) -> None:
 
 def test_the_reference_matrix_is_a_softmax() -> None:
     assert torch.allclose(probabilities(a_call(9)).sum(-1), torch.ones(2, 4, 9, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("length", [8, 20])
+@pytest.mark.parametrize("pads", [None, (0, 3)])
+def test_a_cache_in_one_piece_is_read_as_its_segments_are(length: int, pads: tuple[int, ...] | None) -> None:
+    """By the fused kernel where nothing is packed or left empty; anything else goes the general way."""
+    call = a_call(30 + length, pads=pads)
+    store = build("snapkv", {"keep": 0.5, "window": 4}).compress(slice_call(call, 0, 30), None)  # type: ignore[attr-defined]
+    rest = slice_call(call, 30, 30 + length)
+    append_recent(store, rest)
+    found = attend_joined(rest, store)
+    expected = attend_segments(rest.q_BHTD, store.all(), rest.softmax, rest.order_BT)[0]
+    if pads is not None:
+        assert found is None, "rows of two lengths leave entries empty"
+        return
+    assert found is not None
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert attend_joined(slice_call(rest, 0, 3), store) is None, "too few to be worth a copy"

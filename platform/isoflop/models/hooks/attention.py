@@ -113,10 +113,13 @@ class AttentionPolicy(Occupant):
 
     @contextmanager
     def returning(self) -> Iterator[None]:
-        """Inside a session: what passes inside the block add is gone behind it, but for what ``report`` says of them."""
+        """Inside a session: what passes inside the block add is gone behind it, but for what ``report`` says of them.
+
+        Tensors are shared with what it returns to, not copied: passes replace them, or write behind their end.
+        """
         held = {name: getattr(self, name) for name in self.held_in_session}
         # one copy of all, so that what several of them share they share afterwards, too
-        vars(self).update(copy.deepcopy(held))
+        vars(self).update(copy.deepcopy(held, _tensors_within(held)))
         try:
             yield
         finally:
@@ -144,6 +147,27 @@ class AttentionPolicy(Occupant):
     @abstractmethod
     def forget(self) -> None:
         """Nothing has been run yet, as far as ``report`` knows; a session goes on. Meters call it when they open."""
+
+
+def _tensors_within(held: Any) -> dict[int, Any]:
+    """Every tensor that can be reached, by its id: for ``copy.deepcopy`` something that it has copied already."""
+    found: dict[int, Any] = {}
+    seen: set[int] = set()
+    left = [held]
+    while left:
+        one = left.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, Tensor):
+            found[id(one)] = one
+        elif isinstance(one, dict):
+            left += one.values()
+        elif isinstance(one, (list, tuple, set)):
+            left += one
+        elif hasattr(one, "__dict__"):
+            left += vars(one).values()
+    return found
 
 
 class AttentionHook(Hook[AttentionPolicy]):
