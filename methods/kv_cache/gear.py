@@ -183,13 +183,11 @@ def _flat(x_BGND: Tensor) -> Tensor:
 
 
 def outliers_of(x_BGND: Tensor, axis: int, share: float, live_BGN1: Tensor | None) -> Outliers | None:
-    """The ``share``/2 largest and as many smallest entries of each vector, to the nearest number, one at least; None for a share of 0.
+    """The ``share``/2 largest and as many smallest entries of each vector, to the nearest number; None where the longest has none.
 
-    The number goes by the vector's own length, which the released code takes from another tensor's dimension for keys. Rows whose
-    vectors are shorter repeat an entry.
+    The number goes by the vector's own length, which the released code takes from another tensor's dimension for keys. Beside longer
+    rows a short one has one at least, and repeats entries.
     """
-    if not share:
-        return None
     vectors = x_BGND if axis == -2 else _flat(x_BGND)
     length = vectors.shape[2]
     if live_BGN1 is None or axis == -1:  # a token's channels are all there
@@ -200,8 +198,11 @@ def outliers_of(x_BGND: Tensor, axis: int, share: float, live_BGN1: Tensor | Non
         counts = live_BGN1[:, 0, :, 0].sum(-1)
         low, high = vectors.masked_fill(~live, torch.inf), vectors.masked_fill(~live, -torch.inf)
         mean = (vectors * live).sum(2, keepdim=True) / counts.clamp(min=1)[:, None, None, None]
-    counts_B = (share * counts / 2 + 0.5).long().clamp(min=1)
+    counts_B = (share * counts / 2 + 0.5).long()
     most = int(counts_B.max())
+    if most == 0:
+        return None
+    counts_B = counts_B.clamp(min=1)
     rank = torch.arange(most, device=vectors.device).minimum(counts_B[:, None] - 1)
     rank = rank[:, None, :, None] if axis == -2 else rank[:, None]
     sides = (low.topk(most, 2, largest=False).indices, high.topk(most, 2).indices)

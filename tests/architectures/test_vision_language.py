@@ -32,7 +32,7 @@ from isoflop.testing.architectures.vision_language import (
     vision_language_subject,
 )
 from isoflop.testing.architectures.walk import EXACT, examined
-from isoflop.testing.small_vision_language import SMALL
+from isoflop.testing.small_vision_language import MOST, SMALL
 
 SIZES = [(24, 24), (40, 52), (52, 40), (20, 90), (90, 17), (200, 150)]
 """Heights and widths of pictures: as large as a view, wide and tall, smaller than a view on one side, large."""
@@ -56,7 +56,9 @@ def _quiet() -> None:
     transformers.logging.set_verbosity_error()
 
 
-@pytest.fixture(scope="module", params=SMALL)
+@pytest.fixture(
+    scope="module", params=[*MOST, *(pytest.param(name, marks=pytest.mark.slow) for name in SMALL if name not in MOST)]
+)
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> VisionLanguageSubject:
     return vision_language_subject(request.param, tmp_path_factory.mktemp("small"))
 

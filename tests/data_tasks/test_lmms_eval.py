@@ -18,7 +18,9 @@ from isoflop.models.family import family_of
 from isoflop.models.vlm import VlmModel
 from isoflop.tasks.base import Shard
 from isoflop.tasks.harness.lmms_eval_task import LmmsEval, load
+from isoflop.testing.architectures.vision_language import vision_language_subject
 from isoflop.testing.small_llava import PATCHES, save_small_llava
+from isoflop.testing.small_vision_language import MOST, SMALL
 from isoflop.testing.task_probes import reader_of_text
 
 pytest.importorskip("lmms_eval")
@@ -295,3 +297,25 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
     with pytest.raises(UserError, match=r"pip install 'isoflop\[lmms-eval\]'"):
         LmmsEval(task="own_choices", include_path=tasks).check(model.info)
     load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "name", [*MOST[::3], *(pytest.param(n, marks=pytest.mark.slow) for n in SMALL if n not in MOST[::3])]
+)
+def test_every_class_answers_the_harness_as_it_answers_by_itself(name: str, tasks: str, tmp_path: Path) -> None:
+    """Likelihoods and greedy answers, and a method on visual tokens that changes them."""
+    model = vision_language_subject(name, tmp_path).model
+    task, loaded = LmmsEval(task="own_choices", include_path=tasks), load("own_choices", tasks, 0)
+    questions, expected = task._questions(model), {}
+    for number, document in zip(loaded.numbers, loaded.task.eval_docs, strict=True):
+        prompt = questions.prompt(number, document["image"], document["question"])
+        found = questions.losses([prompt] * 3, [f" {option}" for option in document["options"]])
+        expected[number] = float(np.argmin([loss for loss, _ in found]) != document["label"])
+    (shard,) = shards(tasks, "own_choices", model)
+    assert dict(zip(shard.ids.tolist(), shard.errors.tolist(), strict=True)) == expected
+    (words,) = shards(tasks, "own_words", model)
+    assert set(words.ids.tolist()) == set(load("own_words", tasks, 0).numbers)
+    costs = task.measure(model, None)  # type: ignore[arg-type]
+    with build("random", {"tokens": 1}).apply(model, None):
+        assert task.measure(model, None)["visual_tokens"] < costs["visual_tokens"]  # type: ignore[arg-type]
+        assert len(shards(tasks, "own_choices", model)) == 1

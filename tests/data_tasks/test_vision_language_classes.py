@@ -22,7 +22,7 @@ from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.worlds.lm_text import read_tokenizer
 from isoflop.tasks.data.vqa import Vqa
 from isoflop.testing.architectures.vision_language import VisionLanguageSubject, vision_language_subject
-from isoflop.testing.small_vision_language import SMALL, save_small
+from isoflop.testing.small_vision_language import MOST, SMALL, save_small
 
 PROMPT = "a: <image> {question} b:"
 SHAPES = [(40, 52), (52, 40), (24, 24), (30, 90)]
@@ -41,7 +41,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "vqa.jsonl")
 
 
-@pytest.fixture(scope="module", params=SMALL)
+@pytest.fixture(
+    scope="module", params=[*MOST, *(pytest.param(name, marks=pytest.mark.slow) for name in SMALL if name not in MOST)]
+)
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> VisionLanguageSubject:
     transformers.logging.set_verbosity_error()
     return vision_language_subject(request.param, tmp_path_factory.mktemp("small"))

@@ -46,11 +46,10 @@ def test_bytes_live_as_long_as_some_tensor_on_them() -> None:
 
 
 def test_a_whole_cache_of_the_large_model_is_what_its_shapes_say() -> None:
-    found = bench_memory((256, 512), 32768, ("none", "snapkv", "kv-rtn"))
-    none, snapkv, rtn = (row["cache_gib"] for row in found["rows"])
+    found = bench_memory((256, 512), 32768, ("none", "snapkv"))
+    none, snapkv = (row["cache_gib"] for row in found["rows"])
     assert none == pytest.approx(2 * 2 * LAYERS * KV_HEADS * (WIDTH // HEADS) * 32768 / 2**30, rel=1e-3)
     assert snapkv == pytest.approx(none / 2, rel=0.03)
-    assert rtn < none / 2
     row = found["rows"][0]
     assert row["peak_bytes"][512]["read"] == pytest.approx(2 * row["peak_bytes"][256]["read"], rel=0.02)
     assert row["read_slope"] == pytest.approx(1, abs=0.02)

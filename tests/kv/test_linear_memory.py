@@ -49,7 +49,7 @@ def largest(probe: KvCacheProbe, method: KvCacheMethod | None, tokens: int, padd
     return seen.largest
 
 
-@pytest.mark.parametrize("padding", [0, 100])
+@pytest.mark.parametrize("padding", [pytest.param(0, marks=pytest.mark.slow), 100])
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in QUADRATIC])
 def test_no_tensor_grows_with_the_square_of_the_tokens(name: str, padding: int, probe: KvCacheProbe) -> None:
     method = small(name)

@@ -89,6 +89,8 @@ def methods_on_decoders() -> Iterator[str]:
     """Without those that train copies of a model, and those of vision transformers: these fit one device."""
     for name in METHODS.names():
         cls = METHODS.get(name)
+        if not cls.__module__.startswith("isoflop.methods."):  # registered by other tests
+            continue
         if not {DOCUMENTS, GRADIENTS, PIXELS, VISION_BLOCKS} & set(cls.hooks):
             yield name
 
@@ -168,11 +170,11 @@ def walked(one_pass: Check, step_by_step: Check) -> dict[str, Check]:
 
 LM_CHECKS = walked(CHECKS["one pass"], CHECKS["step by step"])
 KNOWN = {architecture.model_type: architecture for architecture in architectures()}
-SOME = ["gemma2", "gemma3n_text", "gpt2", "gpt_neox", "gpt_oss", "modernbert-decoder", "opt", "phi3", "qwen3_moe"]
+SOME = ["gemma2", "gpt2", "gpt_oss", "opt", "qwen3_moe"]
 
 
 @pytest.mark.parametrize(
-    "name", [*SOME, *(pytest.param(name, marks=pytest.mark.slow) for name in set(KNOWN) - set(SOME))]
+    "name", [*SOME, *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(set(KNOWN) - set(SOME)))]
 )
 def test_a_language_model_over_two_devices_is_exact_or_refused(name: str, tmp_path: Path) -> None:
     try:

@@ -222,6 +222,13 @@ for _generation in ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe"):
     )
 
 
+MOST = tuple(
+    f"{name}ForConditionalGeneration"
+    for name in ("LlavaNext", "LlavaOnevision", "InternVL", "Idefics3", "Qwen2_5_VL", "Qwen3VL", "PaliGemma")
+)
+"""Classes that differ from one another; the others are nearly the same as one of these, or have tests of their own."""
+
+
 def save_small(architecture: str, folder: Path) -> Any:
     """Write the small checkpoint of a class, with weights large enough to attend unevenly; transformers' own module of it."""
     import transformers
