@@ -168,7 +168,7 @@ def test_settings_of_processors_that_classes_compute_with(described: Callable[[s
             (QWEN, {"size": {"shortest_edge": "a"}}),
         ]
     ):
-        refusal(changed(described(architecture), tmp_path / str(number), file, **values))
+        assert refusal(changed(described(architecture), tmp_path / str(number), file, **values))
 
 
 def test_both_caps_of_a_second_paligemma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

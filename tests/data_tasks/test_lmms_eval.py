@@ -173,14 +173,20 @@ def test_values_are_those_of_the_harness_own_evaluation(tasks: str, model: VlmMo
     assert set(np.concatenate([shard.ids for shard in found]).tolist()) == set(loaded.numbers)
 
 
-def test_a_choice_is_the_option_of_least_mean_loss(tasks: str, model: VlmModel) -> None:
-    """By hand: the evaluation of lmms-eval 0.7.3 itself turns losses into text, and fails."""
+def errors_by_hand(tasks: str, model: VlmModel) -> dict[int, float]:
+    """Of every document, whether another option than the right one has the least mean loss."""
     task, loaded = LmmsEval(task="own_choices", include_path=tasks), load("own_choices", tasks, 0)
     questions, expected = task._questions(model), {}
     for number, document in zip(loaded.numbers, loaded.task.eval_docs, strict=True):
         prompt = questions.prompt(number, document["image"], document["question"])
         found = questions.losses([prompt] * 3, [f" {option}" for option in document["options"]])
         expected[number] = float(np.argmin([loss for loss, _ in found]) != document["label"])
+    return expected
+
+
+def test_a_choice_is_the_option_of_least_mean_loss(tasks: str, model: VlmModel) -> None:
+    """By hand: the evaluation of lmms-eval 0.7.3 itself turns losses into text, and fails."""
+    expected = errors_by_hand(tasks, model)
     for shard in shards(tasks, "own_choices", model, shard=4):
         assert [expected[number] for number in shard.ids.tolist()] == shard.errors.tolist()
 
@@ -305,12 +311,7 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
 def test_every_class_answers_the_harness_as_it_answers_by_itself(name: str, tasks: str, tmp_path: Path) -> None:
     """Likelihoods and greedy answers, and a method on visual tokens that changes them."""
     model = vision_language_subject(name, tmp_path).model
-    task, loaded = LmmsEval(task="own_choices", include_path=tasks), load("own_choices", tasks, 0)
-    questions, expected = task._questions(model), {}
-    for number, document in zip(loaded.numbers, loaded.task.eval_docs, strict=True):
-        prompt = questions.prompt(number, document["image"], document["question"])
-        found = questions.losses([prompt] * 3, [f" {option}" for option in document["options"]])
-        expected[number] = float(np.argmin([loss for loss, _ in found]) != document["label"])
+    task, expected = LmmsEval(task="own_choices", include_path=tasks), errors_by_hand(tasks, model)
     (shard,) = shards(tasks, "own_choices", model)
     assert dict(zip(shard.ids.tolist(), shard.errors.tolist(), strict=True)) == expected
     (words,) = shards(tasks, "own_words", model)

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from isoflop.kernels.softmax import Softmax
 from isoflop.methods.base import build
-from isoflop.methods.kv_cache.base import KvCacheMethod, slice_call
+from isoflop.methods.kv_cache.base import KvCacheMethod, append_recent, slice_call
 from isoflop.methods.kv_cache.gear import Gear
 from isoflop.methods.kv_cache.mikv import MiKV
 from isoflop.methods.kv_cache.quantised import Quantised
 from isoflop.models.hooks.attention import AttentionCall
+from isoflop.models.segments import LayerStore
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
 FITTING: dict[str, dict[str, Any]] = {
@@ -91,6 +92,24 @@ def column_sums(call: AttentionCall, weight_T: Tensor) -> Tensor:
     """Weighted column sums over queries, added up over each group, (B, G, T)."""
     sums_BHT = (probabilities(call) * weight_T.double()[:, None]).sum(2)
     return sums_BHT.unflatten(1, (call.k_BGTD.shape[1], -1)).sum(2)
+
+
+def one_row(call: AttentionCall, row: int, start: int = 0) -> AttentionCall:
+    """A row of a call by itself, from a column on, without its padding."""
+    short = slice_call(call, start, None)
+    q_BHTD, k_BGTD, v_BGTD = (x[row : row + 1] for x in (short.q_BHTD, short.k_BGTD, short.v_BGTD))
+    order_BT = torch.arange(q_BHTD.shape[2])[None]
+    return replace(short, q_BHTD=q_BHTD, k_BGTD=k_BGTD, v_BGTD=v_BGTD, order_BT=order_BT, ids_BT=None, valid_BT=None)
+
+
+def stepped(method: KvCacheMethod, call: AttentionCall, prompt: int, prepared: Any = None) -> tuple[Tensor, LayerStore]:
+    """Outputs (B, T, H, D) of the tokens behind a prompt, one after the other, and the store at the end."""
+    _, store = method.prefill(slice_call(call, 0, prompt), prepared)
+    outs = []
+    for place in range(prompt, call.q_BHTD.shape[2]):
+        append_recent(store, token(call, place))
+        outs.append(method.step(token(call, place), store, prepared))
+    return torch.cat(outs, 1), store
 
 
 def token(call: AttentionCall, place: int) -> AttentionCall:

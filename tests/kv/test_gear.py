@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from kv_cases import GROUPS, WIDTH, a_call, left_padded, token
+from kv_cases import GROUPS, WIDTH, a_call, left_padded, one_row, stepped
 from torch import Tensor
 
 from isoflop.core.errors import Infeasible
 from isoflop.kernels.quant import packed_nbytes
 from isoflop.methods.base import build
-from isoflop.methods.kv_cache.base import append_recent, slice_call
+from isoflop.methods.kv_cache.base import slice_call
 from isoflop.methods.kv_cache.gear import Gear, GearSegment, first_guess, outliers_of, power_iteration
 from isoflop.methods.kv_cache.probe import KvCacheProbe
-from isoflop.models.hooks.attention import AttentionCall, causal_attention
-from isoflop.models.segments import DenseSegment, LayerStore, attend_segments, stored_bytes
+from isoflop.models.hooks.attention import causal_attention
+from isoflop.models.segments import DenseSegment, attend_segments, stored_bytes
 
 NUMBERS = json.loads((Path(__file__).parent / "numbers" / "gear.json").read_text())
 """What ``gearslkivi_channelQ_new`` and ``gearslkivi_tokenQ_new`` of opengear-project/GEAR (commit efe0bfe,
@@ -42,15 +42,6 @@ def outlying() -> Tensor:
 def parts(x_BGND: Tensor, axis: int, **knobs: Any) -> Any:
     method = Gear(**{"group": 16, "sparsity": 0.0, "rank": 0, "bits": 2, **knobs})
     return method._parts(x_BGND, axis, method.group or None, method.rank, None)
-
-
-def run(method: Gear, call: AttentionCall, prompt: int) -> tuple[Tensor, LayerStore]:
-    _, store = method.prefill(slice_call(call, 0, prompt), None)
-    outs = []
-    for place in range(prompt, call.q_BHTD.shape[2]):
-        append_recent(store, token(call, place))
-        outs.append(method.step(token(call, place), store, None))
-    return torch.cat(outs, 1), store
 
 
 @pytest.mark.parametrize("case", NUMBERS)
@@ -118,8 +109,8 @@ def test_attention_in_factors_is_attention_on_what_they_multiply_to() -> None:
 def test_new_tokens_wait_and_become_blocks_that_are_never_touched_again() -> None:
     call = a_call(60)
     method = Gear(bits=4, group=8, n_b=8)
-    _, early = run(method, slice_call(call, 0, 40), 20)
-    _, late = run(method, call, 20)
+    _, early = stepped(method, slice_call(call, 0, 40), 20)
+    _, late = stepped(method, call, 20)
     assert [s.tokens for s in late.segments] == [20, 8, 8, 8, 8, 8]
     for one, other in zip(early.segments, late.segments, strict=False):
         assert torch.equal(one.keys(), other.keys())
@@ -133,32 +124,25 @@ def test_new_tokens_wait_and_become_blocks_that_are_never_touched_again() -> Non
 
 def test_sixteen_bits_are_dense_attention() -> None:
     call = a_call(30)
-    torch.testing.assert_close(run(Gear(bits=16), call, 20)[0], causal_attention(call)[:, 20:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        stepped(Gear(bits=16), call, 20)[0], causal_attention(call)[:, 20:], atol=1e-5, rtol=1e-5
+    )
 
 
 def test_rows_do_not_depend_on_one_another_nor_on_padding() -> None:
     knobs: dict[str, Any] = {"bits": 2, "group": 8, "sparsity": 0.2, "n_b": 6}
     call = a_call(30, rows=2)
-    both, _ = run(Gear(**knobs), call, 20)
-    one = replace(call, q_BHTD=call.q_BHTD[:1], k_BGTD=call.k_BGTD[:1], v_BGTD=call.v_BGTD[:1], ids_BT=None)
-    alone, _ = run(Gear(**knobs), one, 20)
+    both, _ = stepped(Gear(**knobs), call, 20)
+    one = one_row(call, 0)
+    alone, _ = stepped(Gear(**knobs), one, 20)
     torch.testing.assert_close(both[:1], alone, atol=1e-5, rtol=1e-5)
-    padded, _ = run(Gear(**knobs), left_padded(one, 5), 25)
+    padded, _ = stepped(Gear(**knobs), left_padded(one, 5), 25)
     torch.testing.assert_close(padded, alone, atol=1e-4, rtol=1e-4)
     mixed = a_call(30, pads=(0, 7))
     mixed.k_BGTD[1, :, 19] *= 10  # an outlier where empty entries take their copy from
-    ragged, _ = run(Gear(**knobs), mixed, 20)
-    short = slice_call(mixed, 7, 30)
-    other = replace(
-        short,
-        order_BT=torch.arange(23)[None],
-        q_BHTD=short.q_BHTD[1:],
-        k_BGTD=short.k_BGTD[1:],
-        v_BGTD=short.v_BGTD[1:],
-        ids_BT=None,
-        valid_BT=None,
-    )
-    torch.testing.assert_close(ragged[1:], run(Gear(**knobs), other, 13)[0], atol=1e-4, rtol=1e-4)
+    ragged, _ = stepped(Gear(**knobs), mixed, 20)
+    other = one_row(mixed, 1, 7)
+    torch.testing.assert_close(ragged[1:], stepped(Gear(**knobs), other, 13)[0], atol=1e-4, rtol=1e-4)
 
 
 def test_bytes_are_those_of_all_three_parts() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kv_cases import GROUPS, HEADS, WIDTH, a_call, left_padded, probabilities, token
+from kv_cases import GROUPS, HEADS, WIDTH, a_call, left_padded, one_row, probabilities, token
 from torch import Tensor
 
 from isoflop.core.errors import Infeasible
@@ -163,15 +163,7 @@ def test_rows_that_are_padded_are_as_if_alone() -> None:
     torch.testing.assert_close(torch.cat(beside, 1), torch.cat(alone, 1), atol=1e-5, rtol=1e-5)
     mixed = a_call(30, pads=(0, 7))
     both, _ = run(MiKV(importance=0.4), mixed, 20)
-    short = slice_call(a_call(30), 7, 30)
-    one = replace(
-        short,
-        order_BT=torch.arange(23)[None],
-        q_BHTD=short.q_BHTD[1:],
-        k_BGTD=short.k_BGTD[1:],
-        v_BGTD=short.v_BGTD[1:],
-        ids_BT=None,
-    )
+    one = one_row(mixed, 1, 7)
     other, _ = run(MiKV(importance=0.4), one, 13)
     torch.testing.assert_close(torch.cat(both, 1)[1:], torch.cat(other, 1), atol=1e-5, rtol=1e-5)
 

@@ -7,18 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from kv_cases import GROUPS, HEADS, WIDTH, a_call, left_padded, probabilities, token
+from kv_cases import GROUPS, HEADS, WIDTH, a_call, left_padded, probabilities, stepped
 from torch import Tensor
 
 from isoflop.kernels import blocks
 from isoflop.kernels.softmax import Softmax
 from isoflop.methods.base import build
-from isoflop.methods.kv_cache.base import append_recent, slice_call
 from isoflop.methods.kv_cache.probe import KvCacheProbe
 from isoflop.methods.kv_cache.razor_attention import RazorAttention
 from isoflop.methods.kv_cache.retrieval_heads import HeadScores, head_scores, masses
 from isoflop.models.hooks.attention import AttentionCall, causal_attention
-from isoflop.models.segments import LayerStore, stored_bytes
+from isoflop.models.segments import stored_bytes
 
 ONE = HeadScores(torch.zeros(1, GROUPS), torch.tensor([[0.1, 0.9]]), (0,))
 """Of two heads the second retrieves."""
@@ -31,17 +30,6 @@ def probe() -> KvCacheProbe:
 
 def razor(**knobs: Any) -> RazorAttention:
     return RazorAttention(**{"least": 0, "buffer": 0.2, "sinks": 2, "induction": 0.5, "echo": 0.0, **knobs})
-
-
-def run(
-    method: RazorAttention, call: AttentionCall, prompt: int, scores: HeadScores = ONE
-) -> tuple[Tensor, LayerStore]:
-    _, store = method.prefill(slice_call(call, 0, prompt), scores)
-    outs = []
-    for place in range(prompt, call.q_BHTD.shape[2]):
-        append_recent(store, token(call, place))
-        outs.append(method.step(token(call, place), store, scores))
-    return torch.cat(outs, 1), store
 
 
 def repeated(period: int, repeats: int, seed: int = 0) -> Tensor:
@@ -124,9 +112,9 @@ def test_equal_dropped_tokens_are_stood_for_exactly() -> None:
     k, v = (torch.where(middle[:, None], x[:, :, 2:3], x) for x in (call.k_BGTD, call.v_BGTD))
     call = replace(call, k_BGTD=k, v_BGTD=v)
     expected = causal_attention(call)[:, 30:]
-    torch.testing.assert_close(run(razor(), call, 30)[0], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stepped(razor(), call, 30, ONE)[0], expected, atol=1e-5, rtol=1e-5)
     for other in ("plain", "none"):
-        assert (run(razor(compensation=other), call, 30)[0] - expected).abs().max() > 0.05
+        assert (stepped(razor(compensation=other), call, 30, ONE)[0] - expected).abs().max() > 0.05
 
 
 def test_the_summary_is_the_mean_of_what_is_dropped_and_padding_is_not_among_it() -> None:
