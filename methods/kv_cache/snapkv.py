@@ -47,5 +47,8 @@ class SnapKV(Eviction):
         """Smoothed votes, (B, G, T)."""
         votes_BGT = attention_scores(prompt, window(prompt, self.window))
         before_T = torch.arange(votes_BGT.shape[-1], device=votes_BGT.device) < votes_BGT.shape[-1] - self.window
-        side = self.kernel // 2
-        return F.avg_pool1d(votes_BGT * before_T, self.kernel, stride=1, padding=side)
+        return self.smoothed(votes_BGT * before_T)
+
+    def smoothed(self, votes_BGT: Tensor) -> Tensor:
+        """Over neighbours."""
+        return F.avg_pool1d(votes_BGT, self.kernel, stride=1, padding=self.kernel // 2)

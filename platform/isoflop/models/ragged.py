@@ -1,0 +1,117 @@
+"""A segment whose heads hold different numbers of tokens, one behind the other without gaps.
+
+Keys and values of all rows and heads lie in one tensor each, head by head, and the ends of the heads' parts beside them: what is
+resident is the sum of the lengths. Reading goes by tiles, so many tokens of one head, whose number follows that sum too: one long
+head does not make the others as long.
+
+Shape suffixes: B batch, G key-value heads, O rows and heads (b·G + g), R tokens of all of them, S tiles, W tokens of a tile, M query
+rows of a key-value head, N tokens of the longest head, T tokens of a prompt, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isoflop.kernels.decode_segments import SegmentPart
+from isoflop.models.segments import Segment
+
+TILE = 32
+NEVER = torch.iinfo(torch.long).max
+"""Position of an entry that is not there: behind every query, so that none sees it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """Where the tokens of the tiles lie.
+
+    Attributes:
+        owner_S: row and head of each tile.
+        place_S: which of its owner's tiles it is.
+        index_SW: tokens in the flat tensors; entries beyond the end repeat a token.
+        most: tiles of the longest owner.
+    """
+
+    owner_S: Tensor
+    place_S: Tensor
+    index_SW: Tensor
+    most: int
+
+
+@dataclass
+class RaggedSegment(Segment):
+    """Exact tokens, of each head as many as it has; N is the length of the longest, and shorter ones end in entries that no query sees.
+
+    Attributes:
+        k_RD, v_RD: of all rows and heads, ascending.
+        ends_O: int32, one past the last token of each.
+    """
+
+    k_RD: Tensor
+    v_RD: Tensor
+    ends_O: Tensor
+
+    @classmethod
+    def kept(cls, kept_BGT: Tensor, positions_BGT: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> RaggedSegment:
+        """Those tokens where ``kept_BGT`` is True."""
+        counts_BG = kept_BGT.sum(-1)
+        rank_BGT = torch.where(kept_BGT, kept_BGT.long().cumsum(-1), 0)  # from 1; 0 for those that go
+        most = int(counts_BG.max()) if counts_BG.numel() else 0
+        positions_BGN = positions_BGT.new_full((*counts_BG.shape, most + 1), NEVER)
+        positions_BGN = positions_BGN.scatter(2, rank_BGT, positions_BGT)[:, :, 1:].contiguous()
+        ends_O = counts_BG.flatten().cumsum(0).int()
+        return cls(positions_BGN, None, k_BGTD[kept_BGT], v_BGTD[kept_BGT], ends_O)
+
+    @property
+    def lengths_BG(self) -> Tensor:
+        """Tokens of each head."""
+        return self.ends_O.long().diff(prepend=self.ends_O.new_zeros(1)).view(self.positions_BGN.shape[:2])
+
+    def part(self) -> SegmentPart:
+        """With room for the longest head in all of them, for readers that know no ragged heads."""
+        lengths_BG, places_N = self.lengths_BG, torch.arange(self.tokens, device=self.ends_O.device)
+        empty_BGN = places_N >= lengths_BG[..., None]
+        starts_BG = self.ends_O.view(lengths_BG.shape) - lengths_BG
+        index_BGN = (starts_BG[..., None] + places_N).masked_fill(empty_BGN, 0)
+        bias_BGN = torch.zeros(empty_BGN.shape, dtype=self.k_RD.dtype, device=self.k_RD.device)
+        bias_BGN.masked_fill_(empty_BGN, float("-inf"))
+        k_BGND, v_BGND = (x[index_BGN].masked_fill(empty_BGN[..., None], 0) for x in (self.k_RD, self.v_RD))
+        return SegmentPart(k_BGND, v_BGND, bias_BGN)
+
+    def products(self, q_BGMD: Tensor) -> Tensor:
+        """Queries times keys; 0 at entries that are not there."""
+        tiles = self._tiles()
+        q_OMD = q_BGMD.float().flatten(0, 1)
+        found_SMW = q_OMD[tiles.owner_S] @ self.k_RD[tiles.index_SW].float().transpose(-1, -2)
+        rows = q_OMD.shape[1]
+        found_OMXW = found_SMW.new_zeros(len(q_OMD), rows, tiles.most, TILE)
+        found_OMXW[tiles.owner_S, :, tiles.place_S] = found_SMW
+        return found_OMXW.view(*q_BGMD.shape[:3], -1)[..., : self.tokens]
+
+    def mixed(self, p_BGMN: Tensor) -> Tensor:
+        """Weights times values; weights of entries that are not there are 0."""
+        tiles = self._tiles()
+        missing = tiles.most * TILE - p_BGMN.shape[-1]
+        p_OMXW = torch.nn.functional.pad(p_BGMN, (0, missing)).flatten(0, 1).unflatten(-1, (tiles.most, TILE))
+        found_SMD = p_OMXW[tiles.owner_S, :, tiles.place_S] @ self.v_RD[tiles.index_SW].float()
+        found_OMD = found_SMD.new_zeros(p_OMXW.shape[0], *found_SMD.shape[1:])
+        found_OMD.index_add_(0, tiles.owner_S, found_SMD)
+        return found_OMD.view(*p_BGMN.shape[:3], -1).to(self.v_RD.dtype)
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Keys, values, and where heads end."""
+        yield from (self.k_RD, self.v_RD, self.ends_O)
+
+    def _tiles(self) -> Tiles:
+        """Cut each head's tokens into tiles, the last one of a head with what is left."""
+        lengths_O, device = self.lengths_BG.flatten(), self.ends_O.device
+        tiles_O = (lengths_O + TILE - 1) // TILE
+        owner_S = torch.arange(len(tiles_O), device=device).repeat_interleave(tiles_O)
+        place_S = torch.arange(len(owner_S), device=device) - (tiles_O.cumsum(0) - tiles_O)[owner_S]
+        first_S = self.ends_O[owner_S] - lengths_O[owner_S] + place_S * TILE
+        index_SW = first_S[:, None] + torch.arange(TILE, device=device)
+        index_SW = index_SW.minimum(self.ends_O[owner_S, None] - 1)
+        return Tiles(owner_S, place_S, index_SW, -(-self.tokens // TILE))
