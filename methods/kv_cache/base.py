@@ -47,6 +47,7 @@ from isoflop.models.hooks.decoder_layers import DECODER_LAYERS
 from isoflop.models.hooks.occupant import Occupant, tensor_bytes
 from isoflop.models.metering import metered
 from isoflop.models.moving import moved
+from isoflop.models.rotary import OTHER, unknown_rotation
 from isoflop.models.segments import (
     LayerStore,
     attend_segments,
@@ -80,6 +81,7 @@ class KvCacheMethod(Method):
     Class attributes:
         cuts: which of the two measured ratios is the method's ``ratio``: ``kv_store_ratio`` or ``kv_read_ratio``.
         spans_layers: layers share what they store, see ``merge``.
+        follows_rotation: the method looks at queries or keys as they were before positions turned them.
     """
 
     family: ClassVar[str] = "kv-cache"
@@ -88,6 +90,7 @@ class KvCacheMethod(Method):
     hooks: ClassVar[tuple[Hook[Any], ...]] = (ATTENTION,)
     cuts: ClassVar[str] = "kv_store_ratio"
     spans_layers: ClassVar[bool] = False
+    follows_rotation: ClassVar[bool] = False
 
     @property
     def merges_later(self) -> bool:
@@ -134,6 +137,12 @@ class KvCacheMethod(Method):
     def read_bytes(self, store: LayerStore, fetched: list[Tensor], dense_bits: int) -> float:
         """Bytes that one step fetches for the whole batch; ``fetched`` are the segments' ``read_tensors``."""
         return stored_bytes([*fetched, *store.extra], dense_bits)
+
+    def check(self, info: ModelInfo) -> None:
+        """Refuse models whose rotation cannot be taken back, where the method has to."""
+        super().check(info)
+        if self.follows_rotation and info.geometry.get("rotation") == OTHER:
+            raise Infeasible(f"method {self.name}: {unknown_rotation(f'model {info.ref}')}")
 
     def check_beside(self, others: Sequence[Method], info: ModelInfo) -> None:
         """Refuse, beside a cache that spans layers, methods that look at image and question between the layers."""
@@ -213,6 +222,7 @@ class CompressedCache(AttentionPolicy):
         self.method = method
         self.spans_layers = method.spans_layers
         self.token_by_token = method.spans_layers and method.merges_later
+        self.follows_rotation = method.follows_rotation
         self.prefix: int | None = None
         self.examples_B: Tensor | None = None
         self._prepared = prepared

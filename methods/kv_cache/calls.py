@@ -27,6 +27,7 @@ def slice_call(call: AttentionCall, start: int, stop: int | None) -> AttentionCa
         order_BT=call.order_BT[:, start:stop],
         valid_BT=None if call.valid_BT is None else call.valid_BT[:, start:stop],
         ids_BT=None if call.ids_BT is None else call.ids_BT[:, start:stop],
+        rotation=None if call.rotation is None else call.rotation.sliced(start, stop),
     )
 
 

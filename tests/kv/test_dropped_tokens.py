@@ -82,8 +82,9 @@ def test_gaps_in_positions_change_nothing(
     for layer, (call, prefix) in calls.items():
         length = call.q_BHTD.shape[2]
         row = AttentionCall(
-            layer, call.q_BHTD, call.k_BGTD, call.v_BGTD, call.softmax, torch.arange(length)[None], None, call.ids_BT
-        )
+            layer, call.q_BHTD, call.k_BGTD, call.v_BGTD, call.softmax, torch.arange(length)[None], None, call.ids_BT,
+            rotation=call.rotation,
+        )  # fmt: skip
         expected = occupant(method, model)
         expected.prefix, expected.examples_B = prefix, torch.tensor([0, 1])
         torch.testing.assert_close(outs[layer], expected.attend(row))

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from isoflop.core.errors import Infeasible
 from isoflop.kernels.softmax import Softmax
-from isoflop.models.hooks.attention import own_last_row
+from isoflop.models.hooks.one_attention import own_last_row
 from isoflop.models.moving import moved
 
 

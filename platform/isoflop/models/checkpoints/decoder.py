@@ -19,6 +19,7 @@ from isoflop.models.checkpoints.source import brief
 from isoflop.models.decoder_model import layers_of
 from isoflop.models.hooks.attention import AttentionCall, replaced_attention, supports_attention
 from isoflop.models.hooks.matrices import matrix_shapes
+from isoflop.models.rotary import OTHER, rotation_known
 
 
 def without_weights(ref: str, config: Any, what: str, make: Callable[[], Any]) -> Any:
@@ -46,7 +47,8 @@ def without_weights(ref: str, config: Any, what: str, make: Callable[[], Any]) -
 
 def decoder_geometry(ref: str, decoder: Any, name: str, windows: bool = True) -> dict[str, Any]:
     """``width``, ``layers``, ``heads``, ``kv_heads``, ``head_width``, ``vocab_size`` and ``matrices`` of a Hugging Face decoder,
-    and ``windows`` where some of its layers attend within windows: by layer, None for one that attends to all tokens before.
+    and ``windows`` where some of its layers attend within windows: by layer, None for one that attends to all tokens before; and
+    ``rotation``, where positions turn queries in a way that cannot be taken back.
 
     Heads are those that the first layer's attention is called with, which configs name in different ways.
 
@@ -90,6 +92,7 @@ def decoder_geometry(ref: str, decoder: Any, name: str, windows: bool = True) ->
         "vocab_size": int(config.vocab_size),
         "matrices": matrix_shapes(decoder),
         **({"windows": widths} if any(widths) else {}),
+        **({} if rotation_known(decoder, head_width) else {"rotation": OTHER}),
     }
 
 

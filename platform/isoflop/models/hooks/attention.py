@@ -12,10 +12,10 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from isoflop.core.hook import Hook
 from isoflop.kernels.softmax import Softmax
 from isoflop.models.hooks.occupant import Occupant
 from isoflop.models.windows import windowed_attention
+
+if TYPE_CHECKING:
+    from isoflop.models.rotary import Rotation
 
 IMPLEMENTATION = "isoflop"
 _WITHOUT_EFFECT = frozenset(
@@ -60,6 +63,7 @@ class AttentionCall:
             tokens which a layer takes at once have one memory, so that what is left holds for each query by itself.
         window: tokens that each query sees, itself included; None where it sees all before it. A policy leaves layers with a
             window as they are: their caches hold no more (see ``isoflop.models.windows``).
+        rotation: how the layer has turned the queries and keys, where the policy follows it and positions turn them.
     """
 
     layer: int
@@ -73,6 +77,7 @@ class AttentionCall:
     examples_B: Tensor | None = None
     carried: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     window: int | None = None
+    rotation: Rotation | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ class AttentionPolicy(Occupant):
         spans_layers: layers share their caches, so that the prompt must run through all of them before anything behind it
             does: models run such a policy in a session, the prompt first.
         token_by_token: and what comes behind the prompt takes a pass per token.
+        follows_rotation: calls tell how queries and keys were turned.
     """
 
     prefix: int | None = None
@@ -110,6 +116,7 @@ class AttentionPolicy(Occupant):
     """Attributes in which a session keeps what it has seen; what ``report`` needs is none of them."""
     spans_layers: bool = False
     token_by_token: bool = False
+    follows_rotation: bool = False
 
     @contextmanager
     def returning(self) -> Iterator[None]:
@@ -173,9 +180,14 @@ def _tensors_within(held: Any) -> dict[int, Any]:
 class AttentionHook(Hook[AttentionPolicy]):
     """Every attention layer of the decoder calls the policy's ``attend``."""
 
-    def installed(self, model: Any, occupant: AttentionPolicy) -> AbstractContextManager[None]:
-        """See ``replaced_attention`` and ``once_per_pass``."""
-        return once_per_pass(model.decoder, occupant.attend)
+    @contextmanager
+    def installed(self, model: Any, occupant: AttentionPolicy) -> Iterator[None]:
+        """See ``once_per_pass`` and ``isoflop.models.rotary``."""
+        from isoflop.models.rotary import followed_rotations
+
+        following = followed_rotations(model.decoder) if occupant.follows_rotation else nullcontext()
+        with following as rotation_of, once_per_pass(model.decoder, occupant.attend, rotation_of):
+            yield
 
 
 ATTENTION = AttentionHook("attention", 30, "computes the decoder's attention and keeps its key-value cache")
@@ -186,11 +198,17 @@ _ACTIVE: dict[int, Attend] = {}
 @contextmanager
 def replaced_attention(decoder: Any, attend: Attend) -> Iterator[None]:
     """Every attention layer of ``decoder`` calls ``attend`` inside the ``with`` block."""
-    _register()
-    config = decoder.config
-    before = config._attn_implementation
-    if id(config) in _ACTIVE:
+    if id(decoder.config) in _ACTIVE:
         raise RuntimeError("another method has replaced the attention of this model already")
+    with replacing(decoder.config, attend):
+        yield
+
+
+@contextmanager
+def replacing(config: Any, attend: Attend) -> Iterator[None]:
+    """Attention modules of a config call ``attend`` inside the block, whatever took their attention before."""
+    _register()
+    before, occupied = config._attn_implementation, _ACTIVE.get(id(config))
     _ACTIVE[id(config)] = attend
     config._attn_implementation = IMPLEMENTATION
     try:
@@ -198,11 +216,18 @@ def replaced_attention(decoder: Any, attend: Attend) -> Iterator[None]:
     finally:
         config._attn_implementation = before
         del _ACTIVE[id(config)]
+        if occupied is not None:
+            _ACTIVE[id(config)] = occupied
 
 
 @contextmanager
-def once_per_pass(decoder: Any, attend: Attend) -> Iterator[None]:
+def once_per_pass(
+    decoder: Any, attend: Attend, rotation_of: Callable[[int], Rotation | None] | None = None
+) -> Iterator[None]:
     """``replaced_attention`` for a policy that keeps a cache: a layer has one store, to which a call adds its tokens.
+
+    Args:
+        rotation_of: how a layer turns the queries and keys of the pass, where the policy follows it.
 
     Raises:
         Infeasible: inside the block, when a layer calls its attention again in the same pass of ``decoder``, whose
@@ -218,7 +243,7 @@ def once_per_pass(decoder: Any, attend: Attend) -> Iterator[None]:
             )
         if running[0]:
             called.add(call.layer)
-        return attend(call)
+        return attend(call if rotation_of is None else replace(call, rotation=rotation_of(call.layer)))
 
     def started(module: Any, args: Any) -> None:
         called.clear()
@@ -289,65 +314,6 @@ def order_of(valid_BT: Tensor | None, length: int, device: torch.device, before:
     if valid_BT is None:
         return torch.arange(length, device=device)[None] + before
     return (valid_BT.long().cumsum(-1) - 1 + before).clamp(min=0)
-
-
-class _Called(Exception):
-    """Ends a module's pass at its attention; nothing went wrong."""
-
-    def __init__(self, call: AttentionCall) -> None:
-        self.call = call
-
-
-def own_last_row(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Softmax]:
-    """Logits of the last token in an attention module as the module itself computes them, masked, (B, H, T) in float32; and
-    what makes weights of them.
-
-    The module runs up to its softmax, whatever is occupied.
-
-    Args:
-        attention: a Hugging Face attention module.
-        args, kwargs: what its layer called it with.
-
-    Raises:
-        Infeasible: it does not go through transformers' interface, or has a window or another softmax.
-    """
-
-    def stop(call: AttentionCall) -> Tensor:
-        raise _Called(call)
-
-    _register()
-    config = attention.config
-    before, occupied = config._attn_implementation, _ACTIVE.get(id(config))
-    _ACTIVE[id(config)] = stop
-    config._attn_implementation = IMPLEMENTATION
-    mask = kwargs.get("attention_mask")
-    try:
-        # a cache would count the tokens again; the mask, which may have any shape, is laid on here
-        attention.forward(*args, **{**kwargs, "past_key_values": None, "attention_mask": None})
-    except _Called as found:
-        call = found.call
-    else:
-        raise Infeasible(f"{type(attention).__name__} does not call its attention through transformers' interface")
-    finally:
-        config._attn_implementation = before
-        del _ACTIVE[id(config)]
-        if occupied is not None:
-            _ACTIVE[id(config)] = occupied
-    if call.window is not None:
-        raise Infeasible(f"{type(attention).__name__} attends within a window of {call.window} tokens")
-    heads, groups = call.q_BHTD.shape[1], call.k_BGTD.shape[1]
-    k_BHTD = call.k_BGTD.repeat_interleave(heads // groups, dim=1)
-    logits_BHT = call.softmax.logits((call.q_BHTD[:, :, -1:].float() @ k_BHTD.float().transpose(-1, -2))[:, :, 0])
-    return _masked(logits_BHT, mask), call.softmax
-
-
-def _masked(logits_BHT: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return logits_BHT
-    row = mask[:, None] if mask.dim() == 2 else mask[:, :, -1]
-    if row.dtype is torch.bool or mask.dim() == 2:
-        return logits_BHT.masked_fill(~row.bool(), float("-inf"))
-    return (logits_BHT + row.float()).masked_fill(row <= torch.finfo(row.dtype).min / 2, float("-inf"))
 
 
 def supports_attention(module: Any) -> bool:
