@@ -26,9 +26,10 @@ FITTING: dict[str, dict[str, Any]] = {
     "minicache": {"start": 0.0},
     "mikv": {"bits_lo": 8},
     "gear": {"bits": 8},
+    "ems": {"window": 4},
 }
-"""Knobs of methods whose defaults ask for more layers than models of two or three have, or whose codes are so coarse that one
-at a tie, which noise moves, would be seen."""
+"""Knobs of methods whose defaults ask for more layers than models of two or three have, or for longer answers, or whose codes are so
+coarse that one at a tie, which noise moves, would be seen."""
 EXACT, PACKED = 1e-5, 1e-3
 
 

@@ -227,6 +227,8 @@ def test_prompts_shorter_than_the_window_keep_their_newest_tokens(length: int) -
         count = max(1, int(keep * length + 0.5))
         found = kept_by(AdaKV(keep=keep).compress(a_call(length), None))
         assert found == [[list(range(length - count, length))] * GROUPS] * 2
+        padded = kept_by(AdaKV(keep=keep).compress(left_padded(a_call(length), 3), None))
+        assert padded == found
 
 
 def test_a_whole_budget_changes_nothing() -> None:
