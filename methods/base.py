@@ -72,8 +72,10 @@ class Method:
         family: the family's name; set by the family base class, which also owns the hooks' algorithms.
         version: part of every job id; raise it when the same knobs would compute something else.
         paper: reference, e.g. "arXiv 2411.03312".
-        hooks: the places in the model that the method takes, each for itself: a trial has one method per hook. Methods
-            of a trial are applied in the order of their first hooks.
+        hooks: the places in the model that the method takes, each for itself: a trial has one method per hook, or two of
+            which one can act on what the other leaves (``over``). Methods of a trial are applied in the order of their
+            first hooks.
+        sharing: which pairs may share a hook, in words, behind "a trial has one method there, or …".
         needs: what the model must offer besides its hooks (``ModelInfo.offers``).
         ratio_of: what ``ratio`` compares, dense over compressed, in a few words ("visual tokens").
         ratio_bytes: keys of a footprint, dense and compressed, where that is bytes which the task measures for a whole answer;
@@ -88,6 +90,7 @@ class Method:
     version: ClassVar[str] = "1"
     paper: ClassVar[str] = ""
     hooks: ClassVar[tuple[Hook[Any], ...]] = ()
+    sharing: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     ratio_of: ClassVar[str] = ""
     ratio_bytes: ClassVar[tuple[str, str] | None] = None
@@ -196,6 +199,13 @@ class Method:
 
         Each method of a trial is asked about the others, so that one of a pair may say it for both.
         """
+
+    def over(self, other: Method) -> Method | None:
+        """One method that does what ``other`` does and then, on what that leaves, this; None where they cannot share a hook.
+
+        Asked only of methods of a trial that take the same hook, in either order.
+        """
+        return None
 
     def prepare(
         self, info: ModelInfo, weights: Stage | None, seed: int, trained_with: tuple[Method, ...] = ()
@@ -320,6 +330,19 @@ def _check_class(cls: type[Method], where: str) -> None:
             raise UserError(f"{what}: {name} is a function; write @property above it")
     if cls.occupants is Method.occupants and cls.apply is Method.apply:
         raise UserError(f"{what}: class {cls.__name__} does not say what sits in its hooks; give it `occupants`")
+
+
+def in_turn(methods: Sequence[Method]) -> tuple[Method, ...]:
+    """A trial's methods, where two that can act one after the other in the same hook are one (``Method.over``)."""
+    left = list(methods)
+    for first in methods:
+        for then in methods:
+            if first in left and then in left and first is not then and set(first.hooks) & set(then.hooks):
+                both = then.over(first)
+                if both is not None:
+                    left[left.index(first)] = both
+                    left.remove(then)
+    return tuple(left)
 
 
 def method_knobs(name: str) -> dict[str, KnobSpec]:

@@ -46,6 +46,7 @@ class AdaKV(PyramidKV):
     """
 
     paper: ClassVar[str] = "arXiv 2407.11550"
+    even: ClassVar[bool] = False
 
     kernel: Annotated[int, Knob(choices=KERNELS, unit="tokens", doc="neighbours that scores are taken over; odd, for a middle")] = 7  # fmt: skip
     floor: Annotated[float, Knob(low=0.0, high=1.0, doc="share of the budget that every head has; 1 is SnapKV's, alike for all")] = 0.2  # fmt: skip

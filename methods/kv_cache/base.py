@@ -88,6 +88,7 @@ class KvCacheMethod(Method):
     ratio_of: ClassVar[str] = "bytes of the KV cache"
     ratio_bytes: ClassVar[tuple[str, str] | None] = ("kv_bytes_dense", "kv_bytes")
     hooks: ClassVar[tuple[Hook[Any], ...]] = (ATTENTION,)
+    sharing: ClassVar[str] = "one that keeps tokens (snapkv, h2o …) with one that packs what is kept (kv-rtn, gear …)"
     cuts: ClassVar[str] = "kv_store_ratio"
     spans_layers: ClassVar[bool] = False
     follows_rotation: ClassVar[bool] = False
@@ -225,7 +226,7 @@ class CompressedCache(AttentionPolicy):
         self.follows_rotation = method.follows_rotation
         self.prefix: int | None = None
         self.examples_B: Tensor | None = None
-        self._prepared = prepared
+        self.prepared = prepared
         self._dense_bits = dense_bits
         self._stores: dict[int, LayerStore] | None = None
         self._windows: dict[int, WindowCache] = {}
@@ -348,7 +349,7 @@ class CompressedCache(AttentionPolicy):
 
     def _prefill(self, prompt: AttentionCall) -> tuple[Tensor, LayerStore]:
         prompt = self._carrying.onto(prompt, ("prompt", prompt.q_BHTD.shape[2]))
-        out_BTHD, store = self.method.prefill(prompt, self._prepared)
+        out_BTHD, store = self.method.prefill(prompt, self.prepared)
         self._prompt_passed = True
         self._note_prompt(self._counted(prompt), store)
         self._note(self._counted(prompt), store)
@@ -368,7 +369,7 @@ class CompressedCache(AttentionPolicy):
             piece = slice_call(tokens, start, start + (most if stride is None else min(most, stride)))
             piece = self._carrying.onto(piece, (self._widths[tokens.layer], start, start + piece.q_BHTD.shape[2]))
             append_recent(store, piece)
-            outs.append(self.method.step(piece, store, self._prepared))
+            outs.append(self.method.step(piece, store, self.prepared))
             start += piece.q_BHTD.shape[2]
         self._note(self._counted(tokens), store)
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
@@ -376,7 +377,7 @@ class CompressedCache(AttentionPolicy):
     def _span(self, stores: dict[int, LayerStore]) -> None:
         """What a cache that spans layers does when a pass has been through all of them; shared tensors count once."""
         if self._prompt_passed or self.method.merges_later:
-            self.method.merge(stores, self._prepared)
+            self.method.merge(stores, self.prepared)
         counted: set[int] = set()
         for layer, store in stores.items():
             if self._prompt_passed:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -28,7 +28,13 @@ from isoflop.models.segments import DenseSegment, LayerStore, attend_segments
 
 @dataclass(frozen=True)
 class Eviction(KvCacheMethod):
-    """Base class: each key-value head keeps its best tokens of the prompt. At least one token is always kept."""
+    """Base class: each key-value head keeps its best tokens of the prompt. At least one token is always kept.
+
+    Class attributes:
+        even: heads of a row keep as many tokens each, exactly, so that a method can pack what stays (see ``packing``).
+    """
+
+    even: ClassVar[bool] = True
 
     keep: Annotated[
         float,

@@ -21,7 +21,8 @@ from isoflop.core.stage import StageContext
 from isoflop.kernels.decode_segments import SegmentPart
 from isoflop.kernels.quant import Packed, quant_pack, unpack
 from isoflop.methods.base import METHODS, Axes
-from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, whole_prompt
+from isoflop.methods.kv_cache.base import empty_recent, whole_prompt
+from isoflop.methods.kv_cache.packing import Packs
 from isoflop.methods.kv_cache.quantised import EXACT
 from isoflop.methods.kv_cache.select import candidates, lengths, select
 from isoflop.models.base import Model, ModelInfo
@@ -37,7 +38,7 @@ MOST_INDEXED = 2**15
 
 @METHODS.register("gear")
 @dataclass(frozen=True)
-class Gear(KvCacheMethod):
+class Gear(Packs):
     """X ≈ D̂ + L + S for keys and values of every block: packed codes, a low rank of their error, outliers as they are.
 
     The largest and smallest entries of each vector (keys: a channel over the block's tokens; values: a token over the channels
@@ -102,6 +103,10 @@ class Gear(KvCacheMethod):
         positions_BGN, k_BGND, v_BGND = (kept.take(x) for x in (whole.positions_BGN, whole.k_BGND, whole.v_BGND))
         block = DenseSegment(positions_BGN, kept.bias(torch.float32), k_BGND, v_BGND)
         return LayerStore([self.block(block, self.rank)], empty_recent(prompt))
+
+    def pack(self, kept: DenseSegment) -> list[Segment]:
+        """One block of tokens that another method keeps."""
+        return [kept if self.bits >= EXACT else self.block(kept, self.rank)]
 
     def block(self, tokens: DenseSegment, rank: int) -> GearSegment:
         """Tokens as a block; empty entries (a bias of -inf, values repeated from another token) are left out of everything fitted."""

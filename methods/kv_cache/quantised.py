@@ -111,6 +111,9 @@ def quantise(
             continue
         k_BGND, v_BGND = chosen.take(block.k_BGND), chosen.take(block.v_BGND)
         positions_BGN, bias_BGN = chosen.take(block.positions_BGN), chosen.bias(k_BGND.dtype)
+        if block.log_bias_BGN is not None:  # entries that are empty, or stand for several tokens
+            own_BGM = chosen.take(block.log_bias_BGN)
+            bias_BGN = own_BGM if bias_BGN is None else own_BGM + bias_BGN
         if bits >= EXACT:
             segments.append(DenseSegment(positions_BGN, bias_BGN, k_BGND, v_BGND))
             continue

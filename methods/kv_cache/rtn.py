@@ -10,15 +10,17 @@ import torch
 
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS, Axes
-from isoflop.methods.kv_cache.quantised import Grids, Quantised
+from isoflop.methods.kv_cache.packing import Packs, everything
+from isoflop.methods.kv_cache.quantised import Grids, Quantised, quantise
 from isoflop.methods.kv_cache.select import KeptTokens, candidates, lengths, select
 from isoflop.models.base import ModelInfo
 from isoflop.models.hooks.attention import AttentionCall
+from isoflop.models.segments import DenseSegment, Segment
 
 
 @METHODS.register("kv-rtn")
 @dataclass(frozen=True)
-class KvRtn(Quantised):
+class KvRtn(Quantised, Packs):
     """Every token at the same bits, rounded to nearest.
 
     KIVI keeps the newest tokens exactly; here those since the last block are (``streaming_gap``).
@@ -53,3 +55,7 @@ class KvRtn(Quantised):
         """All tokens in one tier."""
         everything_BGT = torch.zeros_like(block.k_BGTD[..., 0], dtype=torch.float32)
         return [(self.bits, select(everything_BGT, lengths(block), candidates(block)))]
+
+    def pack(self, kept: DenseSegment) -> list[Segment]:
+        """The same of tokens that another method keeps."""
+        return quantise(kept, [(self.bits, everything(kept))], self.grids())

@@ -12,7 +12,7 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import content_hash
 from isoflop.core.knobs import KnobValue, frozen
 from isoflop.core.stage import Stage, walk
-from isoflop.methods.base import METHODS, Method, build
+from isoflop.methods.base import METHODS, Method, build, in_turn
 from isoflop.models.base import ModelInfo
 from isoflop.models.family import ModelFamily, family_of
 from isoflop.models.lm import calibrated_on
@@ -166,7 +166,7 @@ class ResolvedJob:
         info = family.info(job.model, dict(job.model_options))
         if job.calibration:
             info = calibrated_on(info, dict(job.calibration))
-        methods = tuple(build(m.name, dict(m.knobs)) for m in job.methods)
+        methods = in_turn([build(m.name, dict(m.knobs)) for m in job.methods])
         built = task_of(job.task, dict(job.task_options), dict(job.task_paths))
         built.check(info)
         for method in methods:

@@ -41,7 +41,8 @@ def compression(row: Mapping[str, Any]) -> Compression | None:
         row: with :data:`COLUMNS`.
     """
     names = str(row["method"]).split("+")
-    of, keys = ("bytes of weights and cache", _TOGETHER) if len(names) > 1 else _declared(names[0], row.get("family"))
+    several = "+" in str(row.get("family") or "+") and len(names) > 1  # two methods of one family share its place
+    of, keys = ("bytes of weights and cache", _TOGETHER) if several else _declared(names[0], row.get("family"))
     footprint = dict(row.get("footprint") or ())
     if keys is not None and footprint.get(keys[0]) and footprint.get(keys[1]):
         return Compression(of, footprint[keys[0]] / footprint[keys[1]])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from isoflop.core.errors import UserError
-from isoflop.methods.base import Method, build
+from isoflop.methods.base import Method, build, in_turn
 from isoflop.models.base import ModelInfo
 from isoflop.models.family import family_of
 from isoflop.search import Config, Param
@@ -35,7 +35,7 @@ def axes_of(info: ModelInfo, methods: Iterable[Method]) -> dict[str, float]:
     """
     found: list[dict[str, float]] = []
     now = info  # with the tokens that the methods before have left
-    for method in sorted(methods, key=lambda method: method.order()):
+    for method in sorted(in_turn(list(methods)), key=lambda method: method.order()):
         planned = method.axes(now).named()
         method.check(info)
         if "V" in planned and "visual_tokens" in info.geometry:

@@ -37,7 +37,7 @@ def make_row(sweep: str, trial_number: int, job: Job, outcome: Outcome, attempt:
         "sweep": sweep,
         "model": safe_text(job.model, None),
         "method": job.method_label,
-        "family": "+".join(METHODS.get(m.name).family for m in job.methods),
+        "family": "+".join(dict.fromkeys(METHODS.get(m.name).family for m in job.methods)),
         "knobs": json.dumps(job.knobs(), sort_keys=True),
         "task": job.task,
         "repeat": job.repeat,

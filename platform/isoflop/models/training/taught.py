@@ -131,7 +131,9 @@ def one_per_hook(methods: Iterable[Taught]) -> None:
     for method in methods:
         for name in names_of(method.hooks):
             if name in taken:
+                sharing = getattr(method, "sharing", "")
                 raise Infeasible(
                     f"methods {taken[name]} and {method.name} both take {name}; a trial has one method there"
+                    + (f", or {sharing}" if sharing else "")
                 )
             taken[name] = method.name
