@@ -54,6 +54,11 @@ class A2SF(Accumulated):
         """The knobs ``sinks`` and ``recent``."""
         return self.sinks, self.recent
 
+    @property
+    def exact_prompt(self) -> bool:
+        """Not where the prompt itself is read under the budget."""
+        return self.prompt == "exact"
+
     def prefill(self, prompt: AttentionCall, prepared: Any) -> tuple[Tensor, LayerStore]:
         """Exact attention and one eviction, or token by token under the budget."""
         return super().prefill(prompt, prepared) if self.prompt == "exact" else self.sequential(prompt)

@@ -98,6 +98,11 @@ class KvCacheMethod(Method):
         """Whether ``merge`` runs again after every token behind the prompt; each of them then takes a pass of its own."""
         return False
 
+    @property
+    def exact_prompt(self) -> bool:
+        """Whether attention inside the prompt is what it would be without the method, which then needs its calls alone."""
+        return type(self).prefill is KvCacheMethod.prefill
+
     @abstractmethod
     def compress(self, prompt: AttentionCall, prepared: Any) -> LayerStore:
         """The store of one layer after the prompt. Padding must get a log bias of -inf or be left out."""
@@ -223,6 +228,7 @@ class CompressedCache(AttentionPolicy):
         self.method = method
         self.spans_layers = method.spans_layers
         self.token_by_token = method.spans_layers and method.merges_later
+        self.exact_prompt = method.exact_prompt
         self.follows_rotation = method.follows_rotation
         self.prefix: int | None = None
         self.examples_B: Tensor | None = None
@@ -238,6 +244,8 @@ class CompressedCache(AttentionPolicy):
         self._widths: dict[int, int] = {}
         self._carrying = Carrying()
         self._prompt_passed = False
+        self._noted: list[AttentionCall] | None = None
+        self._following = False
 
     @contextmanager
     def at_work(self, model: Any) -> Iterator[None]:
@@ -262,6 +270,8 @@ class CompressedCache(AttentionPolicy):
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Plain causal attention, the one-pass form, or a step of a session."""
+        if self._noted is not None:
+            self._noted.append(call)
         if self._stores is None and self.prefix is None:
             return causal_attention(call)
         if call.window is not None:
@@ -283,6 +293,26 @@ class CompressedCache(AttentionPolicy):
             yield
         finally:
             self._stores, self._windows = None, {}
+
+    @contextmanager
+    def noting(self) -> Iterator[list[AttentionCall]]:
+        """See ``AttentionPolicy``."""
+        self._noted = []
+        try:
+            yield self._noted
+        finally:
+            self._noted = None
+
+    def follow(self, calls: Sequence[AttentionCall], ids_BT: Tensor) -> None:
+        """Compress every layer's prompt; its attention is known."""
+        self._ids_BT, self._following = ids_BT, True
+        try:
+            for call in calls:
+                self.attend(call)
+        finally:
+            self._following = False
+        if self.spans_layers:
+            self._span(self.stores())
 
     def stores(self) -> dict[int, LayerStore]:
         """What each layer holds in the open session, by its number. Raises ValueError outside one."""
@@ -349,7 +379,13 @@ class CompressedCache(AttentionPolicy):
 
     def _prefill(self, prompt: AttentionCall) -> tuple[Tensor, LayerStore]:
         prompt = self._carrying.onto(prompt, ("prompt", prompt.q_BHTD.shape[2]))
-        out_BTHD, store = self.method.prefill(prompt, self.prepared)
+        if self._following:
+            out_BTHD, store = (
+                prompt.q_BHTD.transpose(1, 2),
+                self.method.compress(prompt, self.prepared),
+            )  # the output is not read
+        else:
+            out_BTHD, store = self.method.prefill(prompt, self.prepared)
         self._prompt_passed = True
         self._note_prompt(self._counted(prompt), store)
         self._note(self._counted(prompt), store)

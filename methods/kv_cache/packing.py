@@ -83,6 +83,11 @@ class EvictThenPack(KvCacheMethod):
         """What each refuses, and eviction that goes on while decoding, which needs exact tokens."""
         self.keeps.check(info)
         self.packs.check(info)
+        if not self.keeps.exact_prompt:
+            raise Infeasible(
+                f"method {self.keeps.name} evicts while it reads the prompt, before {self.packs.name} could pack what stays; beside "
+                f"it set {self.keeps.name}.prompt: exact"
+            )
         if getattr(self.keeps, "rolling", False):
             raise Infeasible(
                 f"method {self.keeps.name} goes on evicting while tokens are generated, which packed tokens cannot leave; beside "

@@ -153,6 +153,7 @@ def test_a_trial_has_both_and_a_quantised_model_beneath() -> None:
         ((("kv-rtn", {}), ("gear", {})), "both take attention; a trial has one method there, or one that keeps"),
         ((("snapkv", {}), ("knorm", {})), "both take attention"),
         ((("ada-kv", {}), ("kv-rtn", {})), "both take attention"),
+        ((("a2sf", {"prompt": "sequential"}), ("gear", {})), "beside it set a2sf.prompt: exact"),
         ((("h2o", {}), ("kv-rtn", {})), "beside kv-rtn set h2o.rolling: false"),
     ],
 )

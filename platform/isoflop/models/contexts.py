@@ -10,6 +10,7 @@ Shape suffixes: B rows, T tokens of a pass, S scored tokens, W vocabulary.
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,9 @@ from isoflop.core.errors import Infeasible
 from isoflop.kernels.blocks import queries_at_once
 from isoflop.models.hooks.attention import ATTENTION, AttentionPolicy
 from isoflop.models.hooks.feed_forward import FEED_FORWARD
+from isoflop.models.hooks.prompt_text import PROMPT_TEXT
 from isoflop.models.lm import LmModel
+from isoflop.models.prompt_passes import PromptPass
 
 MOST_LOGITS = 2**25
 """Numbers of one tensor of logits, rows times tokens times vocabulary; longer continuations take several passes."""
@@ -168,8 +171,12 @@ class Contexts:
 
 
 @contextmanager
-def read_contexts(lm: LmModel, contexts: Sequence[Ids]) -> Iterator[Contexts]:
+def read_contexts(lm: LmModel, contexts: Sequence[Ids], known: bool = False) -> Iterator[Contexts]:
     """Read contexts, at least one token each, as one batch; methods on the cache compress them, and only them.
+
+    Args:
+        known: the pass over contexts that the model has read before need not run again, where it would be the same; not
+            where it is to be measured.
 
     Raises:
         ValueError: a context without a token.
@@ -183,7 +190,7 @@ def read_contexts(lm: LmModel, contexts: Sequence[Ids]) -> Iterator[Contexts]:
     valid_BT = torch.arange(length, device=lm.device) >= length - lengths_B[:, None]
     positions_BT = (valid_BT.long().cumsum(-1) - 1).clamp(min=0)
     policy = lm.occupant(ATTENTION)
-    cache: _Cache = _Whole(lm) if policy is None else _Compressed(lm, policy)
+    cache: _Cache = _Whole(lm) if policy is None else _Compressed(lm, policy, known)
     with torch.no_grad(), cache.open():
         cache.begin(ids_BT, positions_BT, None if bool(valid_BT.all()) else valid_BT)
         yield Contexts(lm, cache, lengths_B)
@@ -285,9 +292,11 @@ class _Whole(_Cache):
 class _Compressed(_Cache):
     """The session of what sits in the attention."""
 
-    def __init__(self, lm: LmModel, policy: AttentionPolicy) -> None:
+    def __init__(self, lm: LmModel, policy: AttentionPolicy, known: bool) -> None:
         super().__init__(lm)
         self._policy = policy
+        # whatever else acts on the model might change the pass; text is shortened before
+        self._known = known and policy.exact_prompt and set(lm.occupied) <= {ATTENTION, PROMPT_TEXT}
 
     def most_tokens(self, rows: int) -> int | None:
         """One, where the policy wants a pass per token."""
@@ -299,7 +308,22 @@ class _Compressed(_Cache):
             yield
 
     def begin(self, ids_BT: Tensor, positions_BT: Tensor, valid_BT: Tensor | None) -> None:
-        self.last_BW = self._module(
+        if not self._known:
+            self.last_BW = self._read(ids_BT, positions_BT, valid_BT)
+            return
+        key = _key(ids_BT, valid_BT, self._policy.follows_rotation)
+        found = self._lm.passes.find(key)
+        if found is None:
+            with self._policy.noting() as calls:
+                last_BW = self._read(ids_BT, positions_BT, valid_BT)
+            found = PromptPass(calls, last_BW)
+            self._lm.passes.keep(key, found)
+        else:
+            self._policy.follow(found.calls, ids_BT)
+        self.last_BW = found.last_BW
+
+    def _read(self, ids_BT: Tensor, positions_BT: Tensor, valid_BT: Tensor | None) -> Tensor:
+        return self._module(
             1,
             input_ids=ids_BT,
             attention_mask=None if valid_BT is None else valid_BT.long(),
@@ -314,6 +338,13 @@ class _Compressed(_Cache):
     def returning(self) -> Iterator[None]:
         with self._policy.returning():
             yield
+
+
+def _key(ids_BT: Tensor, valid_BT: Tensor | None, rotated: bool) -> bytes:
+    """All that a pass of one model depends on, and whether it tells rotations; positions follow from padding."""
+    valid = b"" if valid_BT is None else valid_BT.cpu().numpy().tobytes()
+    text = repr((tuple(ids_BT.shape), rotated, torch.get_num_threads())).encode()
+    return hashlib.sha256(text + ids_BT.cpu().numpy().tobytes() + valid).digest()
 
 
 def _check_tails(tails: Sequence[Ids], scored: Sequence[int]) -> None:

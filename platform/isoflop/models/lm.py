@@ -23,6 +23,7 @@ from isoflop.models.base import ModelInfo
 from isoflop.models.decoder_model import DecoderModel, decoder_of
 from isoflop.models.heads import head_logits
 from isoflop.models.hooks.attention import ATTENTION, AttentionPolicy
+from isoflop.models.prompt_passes import PromptPasses
 from isoflop.models.reading import TextInfo
 from isoflop.models.worlds.lm_text import TokensStage
 from isoflop.models.worlds.own_text import own_text
@@ -91,6 +92,7 @@ class LmModel(DecoderModel):
         super().__init__(tokenizer)
         self.info = info
         self.module: Any = module
+        self.passes = PromptPasses()
 
     @property
     def decoder(self) -> Any:

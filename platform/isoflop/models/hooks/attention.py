@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -108,6 +108,7 @@ class AttentionPolicy(Occupant):
             does: models run such a policy in a session, the prompt first.
         token_by_token: and what comes behind the prompt takes a pass per token.
         follows_rotation: calls tell how queries and keys were turned.
+        exact_prompt: the pass over a prompt, in a session, is what it would be without the policy.
     """
 
     prefix: int | None = None
@@ -117,6 +118,7 @@ class AttentionPolicy(Occupant):
     spans_layers: bool = False
     token_by_token: bool = False
     follows_rotation: bool = False
+    exact_prompt: bool = False
 
     @contextmanager
     def returning(self) -> Iterator[None]:
@@ -131,6 +133,14 @@ class AttentionPolicy(Occupant):
             yield
         finally:
             vars(self).update(held)
+
+    def noting(self) -> AbstractContextManager[list[AttentionCall]]:
+        """Gives the calls of the layers in the passes inside the block; of whoever has an ``exact_prompt``."""
+        raise NotImplementedError(f"{type(self).__name__} notes no calls")
+
+    def follow(self, calls: Sequence[AttentionCall], ids_BT: Tensor) -> None:
+        """Inside a session: take in a prompt whose pass has run before, with the calls that were noted then."""
+        raise NotImplementedError(f"{type(self).__name__} follows no calls")
 
     @abstractmethod
     def attend(self, call: AttentionCall) -> Tensor:

@@ -143,7 +143,7 @@ class ContextTask(Task):
             found: list[dict[str, float]] = [{} for _ in asked]
             for numbers in self.groups(lm, asked):
                 batch = [asked[number] for number in numbers]
-                with read_contexts(lm, [one.prompt.context for one in batch]) as contexts:
+                with read_contexts(lm, [one.prompt.context for one in batch], known=True) as contexts:
                     for number, scores in zip(numbers, self.scores_of(contexts, batch, tokens), strict=True):
                         found[number] = scores
             columns = {name: np.array([scores[name] for scores in found]) for name in found[0]}

@@ -140,7 +140,7 @@ class Retrieval(Task):
         scores_QD = np.zeros((len(queries), len(documents)))
         contexts = [len(row[0][0].context) for row in pairs]
         for batch in batches_of(lm, [None] * len(documents), lengths, contexts):
-            with read_contexts(lm, [pairs[number][0][0].context for number in batch]) as documents_read:
+            with read_contexts(lm, [pairs[number][0][0].context for number in batch], known=True) as documents_read:
                 for place in range(len(queries)):
                     rows = [pairs[number][place] for number in batch]
                     counts = [len(tail) - len(prompt.behind) for prompt, tail in rows]
