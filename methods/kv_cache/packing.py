@@ -38,7 +38,7 @@ class Packs(KvCacheMethod):
 
     def over(self, other: Method) -> Method | None:
         """Behind an eviction, whose survivors are packed."""
-        if not isinstance(other, Eviction) or not other.even or other.hooks != self.hooks:
+        if not isinstance(other, Eviction) or not other.even or other.spans_layers or other.hooks != self.hooks:
             return None
         return EvictThenPack(other, self)
 
@@ -66,6 +66,11 @@ class EvictThenPack(KvCacheMethod):
     def name(self) -> str:  # type: ignore[override]
         """Both names, as rows have them."""
         return f"{self.keeps.name}+{self.packs.name}"
+
+    @property
+    def follows_rotation(self) -> bool:  # type: ignore[override]
+        """Where the eviction or what packs looks behind RoPE."""
+        return self.keeps.follows_rotation or self.packs.follows_rotation
 
     def knobs(self) -> dict[str, KnobValue]:
         """Those of both, behind their names."""

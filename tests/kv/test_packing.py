@@ -58,6 +58,20 @@ def test_the_survivors_are_those_of_the_eviction_and_the_bytes_those_of_the_pack
     assert ours < exact
 
 
+@pytest.mark.parametrize("keeps", KEEPS)
+def test_in_a_model_the_eviction_sees_what_it_sees_alone(keeps: str) -> None:
+    probe, pair = KvCacheProbe(layers=2), both(keeps, "kv-rtn")
+    kept = []
+    for method in (pair, pair.keeps):
+        with method.apply(probe.model, None), torch.no_grad():
+            cache = method.cache(probe.model)
+            with cache.session():
+                probe.model.module(probe.batch([0]).ids_BT[:, :40], use_cache=False)
+                kept.append([tokens_of(store) for _, store in sorted(cache.stores().items())])
+    for packed, exact in zip(*kept, strict=True):
+        assert torch.equal(packed, exact)
+
+
 def test_bytes_by_hand() -> None:
     """12 tokens × 2 heads × 8 channels at 4 bits; a grid (scale and zero, 16 bits each) per channel and 4 tokens, and per token and 8 channels."""
     method = both("snapkv", "kv-rtn", bits=4, group=4)
