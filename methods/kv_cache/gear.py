@@ -17,15 +17,14 @@ from torch import Tensor
 from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import derive_seed
 from isoflop.core.knobs import Knob
-from isoflop.core.stage import StageContext
 from isoflop.kernels.decode_segments import SegmentPart
 from isoflop.kernels.quant import Packed, quant_pack, unpack
 from isoflop.methods.base import METHODS, Axes
 from isoflop.methods.kv_cache.base import empty_recent, whole_prompt
 from isoflop.methods.kv_cache.packing import Packs
-from isoflop.methods.kv_cache.quantised import EXACT
-from isoflop.methods.kv_cache.select import candidates, lengths, select
-from isoflop.models.base import Model, ModelInfo
+from isoflop.methods.kv_cache.quantised import EXACT, LowBit
+from isoflop.methods.kv_cache.select import all_tokens
+from isoflop.models.base import ModelInfo
 from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.segments import DenseSegment, LayerStore, Segment, attend_segments
 
@@ -38,7 +37,7 @@ MOST_INDEXED = 2**15
 
 @METHODS.register("gear")
 @dataclass(frozen=True)
-class Gear(Packs):
+class Gear(LowBit, Packs):
     """X ≈ D̂ + L + S for keys and values of every block: packed codes, a low rank of their error, outliers as they are.
 
     The largest and smallest entries of each vector (keys: a channel over the block's tokens; values: a token over the channels
@@ -97,8 +96,7 @@ class Gear(Packs):
         """One block with the prompt."""
         if self.bits >= EXACT:
             return LayerStore([whole_prompt(prompt)], empty_recent(prompt))
-        everything_BGT = torch.zeros_like(prompt.k_BGTD[..., 0], dtype=torch.float32)
-        kept = select(everything_BGT, lengths(prompt), candidates(prompt))
+        kept = all_tokens(prompt)
         whole = whole_prompt(prompt)
         positions_BGN, k_BGND, v_BGND = (kept.take(x) for x in (whole.positions_BGN, whole.k_BGND, whole.v_BGND))
         block = DenseSegment(positions_BGN, kept.bias(torch.float32), k_BGND, v_BGND)
@@ -152,11 +150,6 @@ class Gear(Packs):
             store.segments.append(self.block(store.recent, self.rank_new))
             store.recent = empty_recent(query)
         return out_BTHD
-
-    def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
-        """Also ``bits``: per element of the prompt's cache, overhead included."""
-        costs = super().footprint(model, ctx)
-        return {**costs, "bits": model.info.dense_bits / costs["ratio"]}
 
 
 @dataclass(frozen=True, eq=False)

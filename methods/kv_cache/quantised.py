@@ -48,8 +48,18 @@ class Grids:
 
 
 @dataclass(frozen=True)
-class Quantised(KvCacheMethod):
-    """Base class of low-precision caches."""
+class LowBit(KvCacheMethod):
+    """Base class of methods whose rows say how many bits an element takes."""
+
+    def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
+        """Also ``bits``: per element of the prompt's cache, overhead included."""
+        costs = super().footprint(model, ctx)
+        return {**costs, "bits": model.info.dense_bits / costs["ratio"]}
+
+
+@dataclass(frozen=True)
+class Quantised(LowBit):
+    """Base class of low-precision caches of which every tier is packed a block at a time."""
 
     streaming_gap: Annotated[
         int,
@@ -89,11 +99,6 @@ class Quantised(KvCacheMethod):
             store.segments += quantise(store.recent, self.new_tiers(last, store), self.grids())
             store.recent = empty_recent(query)
         return out_BTHD
-
-    def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
-        """Also ``bits``: per element of the prompt's cache, overhead included."""
-        costs = super().footprint(model, ctx)
-        return {**costs, "bits": model.info.dense_bits / costs["ratio"]}
 
 
 def quantise(

@@ -1,4 +1,4 @@
-"""Uniform low precision, as in KIVI (arXiv 2402.02750): keys per channel, values per token."""
+"""Uniform low precision in the layout of KIVI (arXiv 2402.02750): keys per channel, values per token."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
-
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import METHODS, Axes
 from isoflop.methods.kv_cache.packing import Packs, everything
 from isoflop.methods.kv_cache.quantised import Grids, Quantised, quantise
-from isoflop.methods.kv_cache.select import KeptTokens, candidates, lengths, select
+from isoflop.methods.kv_cache.select import KeptTokens, all_tokens
 from isoflop.models.base import ModelInfo
 from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.segments import DenseSegment, Segment
@@ -23,7 +21,8 @@ from isoflop.models.segments import DenseSegment, Segment
 class KvRtn(Quantised, Packs):
     """Every token at the same bits, rounded to nearest.
 
-    KIVI keeps the newest tokens exactly; here those since the last block are (``streaming_gap``).
+    The plain baseline: the prompt is quantised to its last token, and new tokens wait exactly until they are a block
+    (``streaming_gap``). KIVI itself, which always keeps the newest tokens exactly, is ``kivi``.
     """
 
     paper: ClassVar[str] = "arXiv 2402.02750"
@@ -53,8 +52,7 @@ class KvRtn(Quantised, Packs):
 
     def tiers(self, block: AttentionCall) -> Sequence[tuple[int, KeptTokens]]:
         """All tokens in one tier."""
-        everything_BGT = torch.zeros_like(block.k_BGTD[..., 0], dtype=torch.float32)
-        return [(self.bits, select(everything_BGT, lengths(block), candidates(block)))]
+        return [(self.bits, all_tokens(block))]
 
     def pack(self, kept: DenseSegment) -> list[Segment]:
         """The same of tokens that another method keeps."""

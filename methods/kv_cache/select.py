@@ -106,6 +106,11 @@ def select(scores_BGN: Tensor, counts: list[int], candidates_BGN: Tensor | None 
     return KeptTokens(torch.where(empty_BGM, last_BG1, places_BGM), empty_BGM)
 
 
+def all_tokens(call: AttentionCall) -> KeptTokens:
+    """All real tokens, those of each row in front."""
+    return select(torch.zeros_like(call.k_BGTD[..., 0], dtype=torch.float32), lengths(call), candidates(call))
+
+
 def split(
     scores_BGN: Tensor, counts: list[int], total: list[int], candidates_BGN: Tensor | None = None
 ) -> tuple[KeptTokens, KeptTokens]:

@@ -123,11 +123,14 @@ def _joined(first: Segment, second: Segment, rooms: Rooms) -> Segment:
         return DenseSegment(positions_BGN, bias_BGN, k_BGND, rooms.append("v", first.v_BGND, second.v_BGND))
     assert isinstance(first, PackedSegment)
     assert isinstance(second, PackedSegment)
-    k, v = (
-        _packed(a, {n: rooms.append(f"{name} {n}", x, y) for (n, x), (_, y) in zip(_named(a), _named(b), strict=True)})
-        for name, a, b in (("k", first.k, second.k), ("v", first.v, second.v))
-    )
+    k, v = (appended(a, b, rooms, name) for name, a, b in (("k", first.k, second.k), ("v", first.v, second.v)))
     return replace(first, positions_BGN=positions_BGN, log_bias_BGN=bias_BGN, k=k, v=v)
+
+
+def appended(held: Packed, new: Packed, rooms: Rooms, name: str) -> Packed:
+    """Tokens behind others that stay as they are packed; where grids lie along tokens, those held must fill theirs."""
+    pairs = zip(_named(held), _named(new), strict=True)
+    return _packed(held, {part: rooms.append(f"{name} {part}", x, y) for (part, x), (_, y) in pairs})
 
 
 def _named(packed: Packed) -> list[tuple[str, Tensor]]:

@@ -18,6 +18,7 @@ from isoflop.kernels.quant import Packed, quant_pack, unpack
 from isoflop.methods.base import METHODS, Method
 from isoflop.methods.calibration import OnModel
 from isoflop.methods.kv_cache.quantised import EXACT
+from isoflop.methods.kv_cache.token_tiers import appended
 from isoflop.methods.sparse_attention.base import SparseAttention, visible
 from isoflop.methods.sparse_attention.labels import Contributions, LabelStage, contributions, pick, ranked
 from isoflop.models.base import Model, ModelInfo
@@ -156,10 +157,7 @@ def joined(a: Tensor | Packed, b: Tensor | Packed, rooms: Rooms) -> Tensor | Pac
         rooms: where ``a`` grows.
     """
     if isinstance(a, Packed) and isinstance(b, Packed):
-        shape = (*a.shape[:2], a.shape[2] + b.shape[2], a.shape[3])
-        pairs = zip(("codes", "scale", "zero"), a.tensors(), b.tensors(), strict=True)
-        codes, scale, zero = (rooms.append(name, *pair) for name, *pair in pairs)
-        return Packed(codes, scale, zero, a.bits, shape, a.axis, a.group)
+        return appended(a, b, rooms, "labels")
     assert isinstance(a, Tensor)
     assert isinstance(b, Tensor)
     return rooms.append("labels", a, b)

@@ -14,9 +14,8 @@ from torch import Tensor
 from isoflop.kernels.softmax import Softmax
 from isoflop.methods.base import build
 from isoflop.methods.kv_cache.base import KvCacheMethod, append_recent, slice_call
-from isoflop.methods.kv_cache.gear import Gear
 from isoflop.methods.kv_cache.mikv import MiKV
-from isoflop.methods.kv_cache.quantised import Quantised
+from isoflop.methods.kv_cache.quantised import LowBit
 from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.segments import LayerStore
 
@@ -27,6 +26,8 @@ FITTING: dict[str, dict[str, Any]] = {
     "mikv": {"bits_lo": 8},
     "gear": {"bits": 8},
     "ems": {"window": 4},
+    "kivi": {"bits": 8},
+    "quarot-kv": {"bits": 8},
 }
 """Knobs of methods whose defaults ask for more layers than models of two or three have, or for longer answers, or whose codes are so
 coarse that one at a tie, which noise moves, would be seen."""
@@ -35,7 +36,7 @@ EXACT, PACKED = 1e-5, 1e-3
 
 def tolerance(method: KvCacheMethod) -> float:
     """Of logits: noise in the last bit of a value can move the float16 grid that it is on the edge of."""
-    return PACKED if isinstance(method, (Quantised, MiKV, Gear)) else EXACT
+    return PACKED if isinstance(method, (LowBit, MiKV)) else EXACT
 
 
 def small(name: str) -> KvCacheMethod:

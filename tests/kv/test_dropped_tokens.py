@@ -24,6 +24,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("zipcache", {"probe_random": 0.2}),
     ("zipcache", {"normalizer": "rows_total"}),
     ("mixed-random", {}),
+    ("kivi", {"residual": 4, "group": 4}),
+    ("quarot-kv", {}),
     ("double-sparsity", {"k_share": 0.25, "dense_layers": 0, "channel": "random", "force_recent": 3}),
 ]
 BEFORE: list[tuple[str, dict[str, Any]]] = [
