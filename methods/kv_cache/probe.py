@@ -15,6 +15,7 @@ from isoflop.core.folder_context import FolderContext
 from isoflop.core.knobs import KnobValue
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
+from isoflop.methods.own_weights import Learner
 from isoflop.methods.probe import AbsoluteCost, Probe
 from isoflop.methods.untrained import untrained_llama
 from isoflop.models.hooks.attention import ATTENTION
@@ -88,8 +89,16 @@ class KvCacheProbe(Probe):
         return self._tried.get(knob) or super().settings(knob)
 
     def prepared(self, method: Method, seed: int) -> Any:
-        """The value of the method's own calibration on this model."""
+        """The value of the method's own calibration on this model; weights of its own as they are drawn."""
+        if isinstance(method, Learner):
+            return method.untrained(self.model.info, seed)
         return method.calibrate(self.model, self.ctx, seed) if hasattr(method, "calibrate") else None
+
+    def trained(self, method: Method, prepared: Any) -> Any:
+        """Of methods with weights of their own, how they are trained."""
+        if not isinstance(method, Learner):
+            return None
+        return method.learning_rate, method.schedule.steps, method.examples
 
     def absolute(self) -> Sequence[AbsoluteCost]:
         """Of 2 layers that keep 40 tokens (of 4: twice that): keys and values of 2 heads, 16 wide, at 2 bytes: 2·2·2·16·2 = 256 bytes

@@ -41,10 +41,16 @@ class HeadScores:
         """By layer, True at the heads among the given shares of all heads with the largest scores of either kind."""
         chosen_LG = torch.zeros_like(self.echo_LG, dtype=torch.bool)
         for scores_LG, share in ((self.echo_LG, echo), (self.induction_LG, induction)):
-            count = int(share * scores_LG.numel() + 0.5 + 1e-9)
-            best = scores_LG.flatten().sort(descending=True, stable=True).indices[:count]
-            chosen_LG.view(-1)[best] = True
+            chosen_LG |= best_heads(scores_LG, share)
         return dict(zip(self.layers, chosen_LG, strict=True))
+
+
+def best_heads(scores_LG: Tensor, share: float) -> Tensor:
+    """True at the share of all heads with the largest scores, (L, G); the nearest number, and of equal ones the first."""
+    chosen_LG = torch.zeros_like(scores_LG, dtype=torch.bool)
+    count = int(share * scores_LG.numel() + 0.5 + 1e-9)
+    chosen_LG.view(-1)[scores_LG.flatten().sort(descending=True, stable=True).indices[:count]] = True
+    return chosen_LG
 
 
 @dataclass(frozen=True)

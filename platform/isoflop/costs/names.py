@@ -43,6 +43,7 @@ MEASURED: dict[str, str] = {
     "bits": "bits per element",
     "method_params": "parameters that a method holds",
     "method_bytes": "bytes that a method holds",
+    "training_seconds": "CPU seconds that training a method's own weights took",
     "activation_ratio": "share of neurons that are active",
     "calibration_ppl_ratio": "perplexity of the calibration's texts, over that without the method",
     "calibration_active": "share of neurons that are active, of the calibration's texts",

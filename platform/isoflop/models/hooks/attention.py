@@ -286,7 +286,7 @@ def causal_attention(call: AttentionCall) -> Tensor:
     if call.valid_BT is None:
         return call.softmax.attend(*tensors).transpose(1, 2)
     out_BHTD = call.v_BGTD.new_zeros(*call.q_BHTD.shape[:3], call.v_BGTD.shape[-1])
-    for rows, columns in _standing_alike(call.valid_BT):
+    for rows, columns in standing_alike(call.valid_BT):
         q, k, v = (x[rows][:, :, columns] for x in tensors)
         out_BHTD[rows, :, columns] = call.softmax.attend(q, k, v)
     return out_BHTD.transpose(1, 2)
@@ -301,7 +301,7 @@ def whole_attention(call: AttentionCall) -> Tensor:
     return call.softmax.attend(call.q_BHTD, call.k_BGTD, call.v_BGTD, sees).transpose(1, 2)
 
 
-def _standing_alike(valid_BT: Tensor) -> Iterator[tuple[slice, slice | Tensor]]:
+def standing_alike(valid_BT: Tensor) -> Iterator[tuple[slice, slice | Tensor]]:
     """Neighbouring rows with their real tokens in the same columns, and those columns; rows without any are left out."""
     host_BT = valid_BT.cpu()
     start = 0
