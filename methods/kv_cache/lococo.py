@@ -31,7 +31,7 @@ from isoflop.models.hooks.occupant import Occupant
 from isoflop.models.lm import LmBatch, LmInfo
 from isoflop.models.segments import DenseSegment, LayerStore
 from isoflop.models.training.loop import Schedule
-from isoflop.models.training.taught import InTraining
+from isoflop.models.training.taught import InTraining, in_its_hooks
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class LoCoCo(LearnedCacheMethod):
 
     def loss(self, model: Model, module: nn.Module, lesson: LmBatch) -> Tensor:
         """Of every token, each chunk read over what its predecessors left."""
-        with model.occupy(ATTENTION, self.occupants(model, InTraining(module))[ATTENTION]):
+        with in_its_hooks(self, model, InTraining(module)):
             logits_SW, targets_S = model.supervised(lesson)
         return F.cross_entropy(logits_SW.float(), targets_S)
 
