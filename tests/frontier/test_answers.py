@@ -60,6 +60,18 @@ def test_what_is_best_at_half_the_bytes() -> None:
     assert [c["configuration"] for c in answer.candidates][:2] == ["snap keep 0.5", "snap keep 0.25"]
 
 
+def test_shares_of_what_is_compressed_need_no_bytes() -> None:
+    rows = {
+        "method": ["none", "snap", "snap"],
+        "ratio": [1.0, 2.0, 16.0],
+        "error": [0.1, 0.2, 0.5],
+        "knob.keep": [1.0, 0.5, 0.0625],
+    }
+    half, sixteenth = isoflop.answers(rows, share=[0.5, 0.0625], cost="1/ratio")
+    assert "at half of what is compressed: snap keep 0.5, at 0.5 of it, error 0.2" in half.sentence
+    assert "at a sixteenth of what is compressed: snap keep 0.0625, at 0.0625 of it" in sixteenth.sentence
+
+
 def test_how_far_one_may_compress_and_what_that_saves() -> None:
     far, near = (one(isoflop.answers(table(1000), within=m, cost="kv_bytes")) for m in (0.2, 0.06))
     assert far.values["configuration"] == "snap keep 0.25"

@@ -19,7 +19,14 @@ from isoflop.core.result import Result
 from isoflop.frontier.evidence import Candidate
 from isoflop.laws.render import wrapped
 
-_SHARES = {0.5: "half", 0.25: "a quarter", 0.125: "an eighth", 0.75: "three quarters", 1.0: "all"}
+_SHARES = {
+    0.5: "half",
+    0.25: "a quarter",
+    0.125: "an eighth",
+    0.0625: "a sixteenth",
+    0.75: "three quarters",
+    1.0: "all",
+}
 
 
 @dataclass(frozen=True)
@@ -177,8 +184,12 @@ def fewer(cost: str) -> str:
 def spent(c: Candidate, asked: Asked) -> str:
     """A cost in words: with its unit, or as a part of the uncompressed one."""
     if not asked.unit and c.cost == 1:
-        return "all of them"
-    return f"{short(c.cost)} of them" if not asked.unit else quantity(c.cost, asked.unit)
+        return f"all of {_them(asked.cost)}"
+    return f"{short(c.cost)} of {_them(asked.cost)}" if not asked.unit else quantity(c.cost, asked.unit)
+
+
+def _them(cost: str) -> str:
+    return "it" if cost.startswith("what ") else "them"
 
 
 def part(share: float, cost: str) -> str:

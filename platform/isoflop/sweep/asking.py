@@ -31,6 +31,8 @@ WORDS = {
     "seconds": ("seconds of an answer", "s"),
 }
 """Measured costs by name: what they are called in a sentence, and their unit."""
+FORMULAS = {"1/ratio": ("what is compressed", "")}
+"""The same of costs that are worked out."""
 OR = " or "
 """Between the costs of answers to several."""
 
@@ -101,8 +103,8 @@ def answers(
         budget: one or several costs of an answer: the best configuration of all models.
         within: the largest compression of each model whose error is within this of the uncompressed one; the same margin for speed-ups.
         speed_up: how much cheaper each method is than uncompressed at equal error; ``versus``: than this method.
-        cost: ``bytes``, ``kv_bytes``, ``weight_bytes``, ``flops``, ``seconds``, or an expression of columns; by default what the
-            methods compress, and FLOPs for a budget.
+        cost: ``bytes``, ``kv_bytes``, ``weight_bytes``, ``flops``, ``seconds``, ``1/ratio`` (what families cut, as they count it:
+            the cache behind the prompt, not behind the answer), or an expression of columns; by default what the methods compress, and FLOPs for a budget.
         y, map, where: the error, names of columns and a condition on rows, as for :func:`isoflop.fit`.
         baseline: the method that leaves a model as it is, in a table from elsewhere; default: ``none``.
         level: of statements and intervals.
@@ -214,7 +216,7 @@ def _asked(key: Mapping[str, str], cost: str | None, level: float, seed: int, co
 
 
 def _words(cost: str) -> tuple[str, str]:
-    return WORDS.get(cost, (cost, "units"))
+    return (WORDS | FORMULAS).get(cost, (cost, "units"))
 
 
 def _refuse_nothing(found: Sequence[Answer], asked: Questions) -> None:
