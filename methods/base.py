@@ -194,6 +194,9 @@ class Method:
     def check_prompt(self, tokens: int, task: str) -> None:
         """Raise Infeasible when this configuration would keep nothing of prompts of ``tokens`` tokens in ``task``."""
 
+    def check_room(self, info: ModelInfo, tokens: int, task: str) -> None:
+        """Raise Infeasible when the model has no room for what the method adds to prompts of ``tokens`` tokens in ``task``."""
+
     def check_beside(self, others: Sequence[Method], info: ModelInfo) -> None:
         """Raise Infeasible when this method cannot work together with another one of the trial, which takes other hooks.
 

@@ -5,7 +5,7 @@ Shape suffixes: B batch, G key-value heads, T tokens of a pass.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,20 @@ from isoflop.models.segments import DenseSegment, LayerStore, Segment, key_posit
 
 WORTH_JOINING = 8
 """Queries from which on a cache is read in one piece."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What is known of a layer's tokens when its bytes are counted; no tensors, which would stay alive with it.
+
+    Attributes:
+        rows: of the batch.
+        dense: bytes of all tokens that one row has brought the layer so far, kept whole; of its window's where it has one.
+    """
+
+    layer: int
+    rows: int
+    dense: float
 
 
 def slice_call(call: AttentionCall, start: int, stop: int | None) -> AttentionCall:

@@ -27,14 +27,8 @@ from isoflop.models.segments import DenseSegment, LayerStore, attend_segments
 
 
 @dataclass(frozen=True)
-class Eviction(KvCacheMethod):
-    """Base class: each key-value head keeps its best tokens of the prompt. At least one token is always kept.
-
-    Class attributes:
-        even: heads of a row keep as many tokens each, exactly, so that a method can pack what stays (see ``packing``).
-    """
-
-    even: ClassVar[bool] = True
+class KeepsShare(KvCacheMethod):
+    """Base class: a share of the prompt's tokens is kept, per head or on average; at least one."""
 
     keep: Annotated[
         float,
@@ -58,6 +52,17 @@ class Eviction(KvCacheMethod):
     def check_prompt(self, tokens: int, task: str) -> None:
         """At least one token is left without rounding up."""
         check_share(self.name, "keep", self.keep, tokens, task)
+
+
+@dataclass(frozen=True)
+class Eviction(KeepsShare):
+    """Base class: each key-value head keeps its best tokens of the prompt.
+
+    Class attributes:
+        even: heads of a row keep as many tokens each, exactly, so that a method can pack what stays (see ``packing``).
+    """
+
+    even: ClassVar[bool] = True
 
     @abstractmethod
     def score(self, prompt: AttentionCall) -> Tensor:

@@ -98,6 +98,11 @@ class EvictThenPack(KvCacheMethod):
                 f"method {self.keeps.name} goes on evicting while tokens are generated, which packed tokens cannot leave; beside "
                 f"{self.packs.name} set {self.keeps.name}.rolling: false"
             )
+        if getattr(self.keeps, "count_bias", False):
+            raise Infeasible(
+                f"method {self.keeps.name} counts what each token stands for, which packed tokens do not; beside "
+                f"{self.packs.name} set {self.keeps.name}.count_bias: false"
+            )
 
     def check_prompt(self, tokens: int, task: str) -> None:
         """What each refuses."""

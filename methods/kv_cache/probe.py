@@ -41,7 +41,15 @@ class RandomTokens(CalibrationText):
         yield torch.from_numpy(rng.integers(0, self.vocabulary, (examples, self.length)))
 
 
-def untrained_decoder(seed: int = 0, layers: int = 2) -> LmModel:
+class Spelling:
+    """A tokenizer that has a token for each letter."""
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text."""
+        return [ord(letter) % VOCABULARY for letter in text]
+
+
+def untrained_decoder(seed: int = 0, layers: int = 2, spells: bool = False) -> LmModel:
     """A Llama with 4 query heads on 2 key-value heads, width 64, and weights large enough to attend unevenly."""
     module, n_params, geometry = untrained_llama(
         VOCABULARY, width=64, mlp=96, layers=layers, heads=4, kv_heads=2, positions=256, spread=0.15, seed=seed
@@ -56,7 +64,7 @@ def untrained_decoder(seed: int = 0, layers: int = 2) -> LmModel:
         text=RandomTokens(VOCABULARY, PROMPT + TAIL),
         vocabulary="probe",
     )  # fmt: skip
-    return LmModel(info, module)
+    return LmModel(info, module, Spelling if spells else None)
 
 
 class KvCacheProbe(Probe):
@@ -66,6 +74,7 @@ class KvCacheProbe(Probe):
         cost: ``stored`` bytes of the compressed prompt, or ``read`` bytes of one step.
         layers: of the decoder.
         tried: settings in which a knob shows what it does, where none shows by itself; see ``Probe.settings``.
+        spells: the decoder has a tokenizer.
     """
 
     def __init__(
@@ -74,9 +83,10 @@ class KvCacheProbe(Probe):
         examples: int = 4,
         layers: int = 2,
         tried: Mapping[str, Sequence[Mapping[str, KnobValue]]] | None = None,
+        spells: bool = False,
     ) -> None:
         self._tried = tried or {}
-        self.model: LmModel = untrained_decoder(layers=layers)
+        self.model: LmModel = untrained_decoder(layers=layers, spells=spells)
         self.ctx = FolderContext.temporary()
         self.examples = examples
         self.exact = False

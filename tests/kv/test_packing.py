@@ -169,6 +169,7 @@ def test_a_trial_has_both_and_a_quantised_model_beneath() -> None:
         ((("ada-kv", {}), ("kv-rtn", {})), "both take attention"),
         ((("a2sf", {"prompt": "sequential"}), ("gear", {})), "beside it set a2sf.prompt: exact"),
         ((("h2o", {}), ("kv-rtn", {})), "beside kv-rtn set h2o.rolling: false"),
+        ((("ems", {"rolling": False, "count_bias": True}), ("kv-rtn", {})), "beside kv-rtn set ems.count_bias: false"),
     ],
 )
 def test_what_cannot_follow_is_refused_in_one_line(pair: tuple[tuple[str, dict[str, Any]], ...], says: str) -> None:

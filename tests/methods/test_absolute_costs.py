@@ -61,7 +61,8 @@ def scaled_each(call: Callable[..., Any], factor: float) -> Callable[..., Any]:
 
 CACHE: list[Patch] = [
     ("isoflop.methods.kv_cache.base.stored_bytes", scaled),
-    ("isoflop.methods.kv_cache.base.tensor_bytes", scaled),
+    ("isoflop.methods.kv_cache.compressed_cache.stored_bytes", scaled),
+    ("isoflop.methods.kv_cache.compressed_cache.tensor_bytes", scaled),
 ]
 METERS: dict[str, list[Patch]] = {
     "full-cache": CACHE,

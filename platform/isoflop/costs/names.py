@@ -52,6 +52,7 @@ MEASURED: dict[str, str] = {
     "mlp_flops_dense": "the same, of all neurons",
     "kv_prompt_bytes": "bytes of the prompt's cache",
     "kv_read_ratio": "bytes that a step would read of the whole cache, over those that it reads",
+    "kv_scoring_tokens": "tokens read a second time to score the prompt's cache",
     "kv_store_ratio": "bytes of the prompt's whole cache over those kept",
     "layer_visual_tokens": "visual tokens, mean over layers",
     "scored_by_cls": "1 where a [CLS] token tells what to keep",

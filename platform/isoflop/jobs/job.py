@@ -176,6 +176,7 @@ class ResolvedJob:
             prompt = built.prompt_length(info)
             if prompt is not None:
                 method.check_prompt(prompt, built.name)
+                method.check_room(info, prompt, built.name)
         one_per_hook(methods)
         for place, method in enumerate(methods):
             method.check_beside([*methods[:place], *methods[place + 1 :]], info)
