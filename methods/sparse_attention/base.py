@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.kernels.softmax import Softmax
 from isoflop.methods.base import Axes
@@ -75,9 +76,15 @@ class SparseAttention(KvCacheMethod):
     def index(self, tokens: AttentionCall, store: LayerStore, prepared: Any) -> None:
         """Take new tokens into the tables of a layer (``store.state``); resident ones belong to ``store.extra``."""
 
-    @abstractmethod
     def approximate(self, query: AttentionCall, store: LayerStore, prepared: Any) -> Tensor:
         """Scores of every cached token for every query, (B, S, T, N) with S = H or G; higher is read first."""
+        raise NotImplementedError(f"method {self.name} says neither how it scores tokens nor which it reads")
+
+    def chosen(self, query: AttentionCall, store: LayerStore, prepared: Any) -> Tensor:
+        """True at the tokens that each query reads, (B, S, T, N); by default those with the best scores."""
+        scores_BSTN = self.approximate(query, store, prepared)
+        seen_B1TN = visible(query, store.segments[0])
+        return best(scores_BSTN.masked_fill(~seen_B1TN, float("-inf")), self._counts(query))
 
     def dense(self, layer: int) -> bool:
         """Whether a layer reads everything."""
@@ -139,9 +146,7 @@ class SparseAttention(KvCacheMethod):
         if not self.chooses(query.layer):
             chosen: Tensor = query.carried["chosen"]
             return chosen.to(query.q_BHTD.device)  # the layer that chose may lie on another one
-        scores_BSTN = self.approximate(query, store, prepared)
-        seen_B1TN = visible(query, store.segments[0])
-        chosen_BSTN = best(scores_BSTN.masked_fill(~seen_B1TN, float("-inf")), self._counts(query))
+        chosen_BSTN = self.chosen(query, store, prepared)
         if self.shares_choices:
             query.carried["chosen"] = chosen_BSTN
         return chosen_BSTN
@@ -155,6 +160,26 @@ class SparseAttention(KvCacheMethod):
         """Remember how many tokens the last query of the batch's rows fetches, over all key-value heads."""
         chosen_BGCN = chosen_BS1N[:, :, 0].unflatten(1, (groups, -1))
         store.state["chosen"] = int(chosen_BGCN.any(2).sum())
+
+
+@dataclass(frozen=True)
+class DenseFirst(SparseAttention):
+    """Base class of methods whose first layers read everything."""
+
+    dense_layers: Annotated[int, Knob(low=0, high=256, unit="layers", doc="first layers that read everything")] = 2
+
+    def check(self, info: ModelInfo) -> None:
+        """Refuse models whose layers would all be dense."""
+        super().check(info)
+        layers = info.geometry["layers"]
+        if self.dense_layers >= layers:
+            raise Infeasible(
+                f"method {self.name}: dense_layers = {self.dense_layers} leaves none of the {layers} layers sparse; allowed: 0 … {layers - 1}"
+            )
+
+    def dense(self, layer: int) -> bool:
+        """The first ``dense_layers``."""
+        return layer < self.dense_layers
 
 
 def visible(query: AttentionCall, cached: Any) -> Tensor:

@@ -19,7 +19,7 @@ from isoflop.methods.base import METHODS, Method
 from isoflop.methods.calibration import OnModel
 from isoflop.methods.kv_cache.quantised import EXACT
 from isoflop.methods.kv_cache.token_tiers import appended
-from isoflop.methods.sparse_attention.base import SparseAttention, visible
+from isoflop.methods.sparse_attention.base import DenseFirst, visible
 from isoflop.methods.sparse_attention.labels import Contributions, LabelStage, contributions, pick, ranked
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.growing import Rooms
@@ -29,7 +29,7 @@ from isoflop.models.segments import LayerStore
 
 @METHODS.register("double-sparsity")
 @dataclass(frozen=True)
-class DoubleSparsity(SparseAttention):
+class DoubleSparsity(DenseFirst):
     """A label cache holds a few channels of every key; query labels times key labels choose the tokens that are read.
 
     1. Calibration: channels of each head in order of the mean of |q k| over text, each token's query with its own key
@@ -70,21 +70,15 @@ class DoubleSparsity(SparseAttention):
         int,
         Knob(low=0, high=4096, unit="tokens", doc="newest tokens always among those read, as far as the budget goes"),
     ] = 0
-    dense_layers: Annotated[int, Knob(low=0, high=256, unit="layers", doc="first layers that read everything")] = 2
     texts: Annotated[int, Knob(low=1, high=65536, log=True, doc="calibration sequences")] = 64
 
     def check(self, info: ModelInfo) -> None:
-        """Refuse label channels fewer than one, and models whose layers would all be dense."""
+        """Refuse label channels fewer than one."""
         super().check(info)
         width = info.geometry.get("head_width", info.geometry["width"] // info.geometry["heads"])
         if self.group_factor > width:
             raise Infeasible(
                 f"method double-sparsity: group_factor = {self.group_factor} leaves no label channel of {width}; allowed: 1 … {width}"
-            )
-        layers = info.geometry["layers"]
-        if self.dense_layers >= layers:
-            raise Infeasible(
-                f"method double-sparsity: dense_layers = {self.dense_layers} leaves none of the {layers} layers sparse; allowed: 0 … {layers - 1}"
             )
 
     def prepare(
@@ -99,10 +93,6 @@ class DoubleSparsity(SparseAttention):
     def calibrate(self, model: Model, ctx: StageContext, seed: int) -> Contributions:
         """What the stage computes, on a model that is at hand."""
         return contributions(model, ctx, self.texts, seed)
-
-    def dense(self, layer: int) -> bool:
-        """The first ``dense_layers``."""
-        return layer < self.dense_layers
 
     def index(self, tokens: AttentionCall, store: LayerStore, prepared: Any) -> None:
         """Append the tokens' labels."""

@@ -23,6 +23,7 @@ HEADS, GROUPS, WIDTH = 4, 2, 8
 FITTING: dict[str, dict[str, Any]] = {
     "tidaldecode": {"sparse_start": 0},
     "lococo": {"mem_size": 8, "chunk": 12, "buffer": 4, "steps": 0},
+    "quest": {"dense_layers": 0, "page": 4},
     "minicache": {"start": 0.0},
     "mikv": {"bits_lo": 8},
     "gear": {"bits": 8},

@@ -26,6 +26,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("mixed-random", {}),
     ("kivi", {"residual": 4, "group": 4}),
     ("quarot-kv", {}),
+    ("think", {"recent": 3, "window": 4}),
+    ("quest", {"page": 3, "k_share": 0.3, "dense_layers": 0}),
     ("double-sparsity", {"k_share": 0.25, "dense_layers": 0, "channel": "random", "force_recent": 3}),
 ]
 BEFORE: list[tuple[str, dict[str, Any]]] = [

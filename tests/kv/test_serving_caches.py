@@ -24,6 +24,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("a2sf", {"keep": 0.3, "prompt": "sequential"}),
     ("a2sf", {"keep": 0.05, "rolling": False}),
     ("a2sf", {"keep": 0.3, "scope": "layer", "sinks": 2}),
+    ("kivi", {"residual": 4, "group": 4, "bits": 4}),
+    ("think", {"recent": 5, "keep": 0.6, "window": 6}),
+    ("quest", {"dense_layers": 0, "k_share": 0.2, "page": 4, "select_per": "kv-head"}),
+    ("quest", {"dense_layers": 0, "k_share": 0.2, "page": 3, "newest": True}),
     ("double-sparsity", {"dense_layers": 0, "k_share": 0.2, "label_bits": 4, "select_per": "kv-head"}),
 ]
 
