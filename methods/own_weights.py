@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from isoflop.core.errors import Infeasible
 from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Method
 from isoflop.methods.calibration import OnModel
@@ -104,6 +105,9 @@ def trained(
     """The method's weights behind all lessons, and the loss of each.
 
     Nothing of the model changes: its parameters take no gradients while it lasts.
+
+    Raises:
+        Infeasible: the loss does not depend on the weights.
     """
     module = method.untrained(model.info, seed)
     if module is None:
@@ -111,6 +115,15 @@ def trained(
     module = module.to(next(model.module.parameters()).device).train().requires_grad_(True)
     if keeper is not None:
         keeper.modules = [module]
+
+    def loss_of(lesson: Any) -> Tensor:
+        loss = method.loss(model, module, lesson)
+        if not loss.requires_grad:
+            raise Infeasible(
+                f"method {method.name}: nothing that model {model.info.ref} says of its texts depends on what should learn; allowed: longer texts"
+            )
+        return loss
+
     learning = [(parameter, parameter.requires_grad) for parameter in model.module.parameters()]
     losses: list[float] = []
     try:
@@ -122,7 +135,7 @@ def trained(
                     optimizer,
                     method.schedule,
                     method.lessons(model, ctx, seed),
-                    lambda lesson: method.loss(model, module, lesson),
+                    loss_of,
                     method.pace(optimizer),
                     keeper=keeper,
                     seed=seed,

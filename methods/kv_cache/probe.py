@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from isoflop.core.errors import Infeasible
 from isoflop.core.folder_context import FolderContext
 from isoflop.core.knobs import KnobValue
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import Method
-from isoflop.methods.own_weights import Learner
+from isoflop.methods.own_weights import Learner, trained
 from isoflop.methods.probe import AbsoluteCost, Probe
 from isoflop.methods.untrained import untrained_llama
 from isoflop.models.hooks.attention import ATTENTION
@@ -105,10 +106,18 @@ class KvCacheProbe(Probe):
         return method.calibrate(self.model, self.ctx, seed) if hasattr(method, "calibrate") else None
 
     def trained(self, method: Method, prepared: Any) -> Any:
-        """Of methods with weights of their own, how they are trained."""
+        """Of methods with weights of their own, how they are trained, and where the first steps lead if texts are long enough to learn from."""
         if not isinstance(method, Learner):
             return None
-        return method.learning_rate, method.schedule.steps, method.examples
+        recipe = method.learning_rate, method.schedule.steps, method.examples
+        few: dict[str, Any] = {"steps": min(3, method.schedule.steps)}
+        begun: Learner = replace(method, **few)
+        try:
+            bare = untrained_decoder(layers=self.model.info.geometry["layers"])  # nothing is in its places
+            module, losses = trained(begun, bare, self.ctx, 0)
+        except (Infeasible, ValueError):
+            return recipe
+        return *recipe, losses, dict(module.named_parameters())
 
     def absolute(self) -> Sequence[AbsoluteCost]:
         """Of 2 layers that keep 40 tokens (of 4: twice that): keys and values of 2 heads, 16 wide, at 2 bytes: 2·2·2·16·2 = 256 bytes

@@ -299,6 +299,8 @@ def test_what_cannot_learn_is_refused_before_it_starts(probe: KvCacheProbe) -> N
     info = replace(probe.model.info, text=RandomTokens(48, 64))
     with pytest.raises(Infeasible, match="first merged behind 64 tokens, and calibration texts have 64"):
         LoCoCo(mem_size=40).prepare(info, None, 0)
+    with pytest.raises(Infeasible, match="depends on what should learn; allowed: longer texts"):
+        trained(LoCoCo(mem_size=32, steps=1, batch=1), probe.model, probe.ctx, 0)
     visual = VisualTokenProbe(examples=2)
     with pytest.raises(Infeasible, match="is no language model; allowed: language models, or steps: 0"):
         LoCoCo().prepare(visual.model.info, None, 0)
