@@ -30,6 +30,9 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("tova", {"keep": 0.5, "rolling": False}),
     ("h2o", {"keep": 0.5, "rolling": False}),
     ("a2sf", {"keep": 0.5, "rolling": False}),
+    ("pyramidkv", {"keep": 0.5, "window": 64, "kernel": 5, "beta": 20}),
+    ("ada-kv", {"keep": 0.5, "window": 64, "kernel": 5, "pooling": "mean", "shares": "at-least", "floor": 0.2}),
+    ("expected-attention", {"keep": 0.5, "sinks": 4, "future": 512}),
 ]
 SCORED = 64
 """Tokens behind each prompt."""
@@ -78,9 +81,9 @@ def bench_prefill(
     if peer:
         sides["kvpress"] = [peer, str(SIDES / "prefill_kvpress.py")]
     found: dict[str, list[list[dict[str, Any]]]] = {side: [] for side in sides}
-    for _ in range(rounds):
+    for number in range(rounds):
         for side, command in sides.items():
-            found[side].append(_ask(side, command, given, threads))
+            found[side].append(_ask(side, command, {**given, "positions": number == 0}, threads))
     return {
         "model": model,
         "threads": threads,
@@ -154,7 +157,10 @@ def _rows(sides: dict[str, dict[tuple[str, int], dict[str, Any]]]) -> list[dict[
                 "kvpress_nll": other["nll"],
                 "prefill_over_kvpress": own["prefill"]["seconds"] / other["prefill"]["seconds"],
                 "peak_over_kvpress": own["prefill"]["peak_bytes"] / max(1.0, other["prefill"]["peak_bytes"]),
-                "scoring_over_kvpress": own["scoring"]["seconds"] / other["scoring"]["seconds"],
+                # kvpress scores behind a pyramid token by token
+                "scoring_over_kvpress": None
+                if method == "pyramidkv"
+                else own["scoring"]["seconds"] / other["scoring"]["seconds"],
                 "same_positions": _same(own["kept"], other["kept"]),
             }
         rows.append(row)

@@ -19,6 +19,7 @@ from isoflop.methods.kv_cache.base import KvCacheMethod
 from isoflop.models.contexts import Contexts, read_contexts
 from isoflop.models.family import family_of
 from isoflop.models.lm import LmModel
+from isoflop.models.ragged import NEVER
 
 
 def run(lm: LmModel, ids: list[int], tail: list[int], name: str, knobs: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +50,8 @@ def _opened(lm: LmModel, ids: list[int]) -> Any:
 def _kept(lm: LmModel, method: KvCacheMethod) -> list[list[list[int]]] | None:
     """Positions that each head of each layer holds of the prompt, before what was scored."""
     stores = method.cache(lm).stores()
-    return [stores[layer].segments[0].positions_BGN[0].sort(-1).values.tolist() for layer in sorted(stores)]
+    heads = [stores[layer].segments[0].positions_BGN[0].sort(-1).values.tolist() for layer in sorted(stores)]
+    return [[[place for place in head if place != NEVER] for head in layer] for layer in heads]
 
 
 def loaded(model: str, cache: str) -> LmModel:
