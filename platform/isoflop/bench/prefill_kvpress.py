@@ -25,6 +25,8 @@ PRESSES = {
     "expected-attention": lambda ratio, knobs: kvpress.ExpectedAttentionPress(
         ratio, n_future_positions=knobs["future"], n_sink=knobs["sinks"]
     ),
+    # masks, too; asks by the checkpoint's chat template
+    "kvzip": lambda ratio, knobs: kvpress.KVzipPress(ratio, n_sink=knobs["sinks"], chunk_size=knobs["chunk"]),
 }
 
 
@@ -39,8 +41,11 @@ def kept_by(model: Any, ids: list[int], name: str, knobs: dict[str, Any]) -> lis
         return found
 
     press.compress = noted
+    cache = DynamicCache()
     with press(model):
-        model(input_ids=torch.tensor([ids]), past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
+        model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    if name == "kvzip":  # decides behind the pass
+        kept = [_masked(layer.self_attn, cache.layers[n].keys) for n, layer in enumerate(model.model.layers)]
     return kept
 
 
