@@ -21,7 +21,10 @@ PRESSES = {
         ratio, window_size=knobs["window"], kernel_size=knobs["kernel"], beta=knobs["beta"]
     ),
     # masks what is evicted and keeps its bytes
-    "ada-kv": lambda ratio, knobs: kvpress.AdaKVPress(PRESSES["snapkv"](ratio, knobs), alpha_safeguard=knobs["floor"]),
+    "ada-kv": lambda ratio, knobs: kvpress.AdaKVPress(
+        kvpress.SnapKVPress(ratio, window_size=knobs["window"], kernel_size=knobs["kernel"]),
+        alpha_safeguard=knobs["floor"],
+    ),
     "expected-attention": lambda ratio, knobs: kvpress.ExpectedAttentionPress(
         ratio, n_future_positions=knobs["future"], n_sink=knobs["sinks"]
     ),
