@@ -157,13 +157,13 @@ def test_bytes_are_those_of_the_lengths() -> None:
 @pytest.mark.parametrize("lengths", [[[1, 40], [0, 7]], [[TILE, TILE + 1], [2 * TILE - 1, 3]], [[0, 0], [0, 5]]])
 def test_ragged_heads_are_read_as_if_each_were_alone(lengths: list[list[int]]) -> None:
     """Head by head, over what it holds; and in the form for readers that know no ragged heads."""
-    call = a_call(70)
+    call = a_call(2 * TILE + 6)
     rng = torch.Generator().manual_seed(1)
-    kept_BGT = torch.zeros(2, GROUPS, 64, dtype=torch.bool)
+    kept_BGT = torch.zeros(2, GROUPS, 2 * TILE, dtype=torch.bool)
     for b in range(2):
         for g in range(GROUPS):
-            kept_BGT[b, g, torch.randperm(64, generator=rng)[: lengths[b][g]]] = True
-    prompt, tail = slice_call(call, 0, 64), slice_call(call, 64, 70)
+            kept_BGT[b, g, torch.randperm(2 * TILE, generator=rng)[: lengths[b][g]]] = True
+    prompt, tail = slice_call(call, 0, 2 * TILE), slice_call(call, 2 * TILE, 2 * TILE + 6)
     positions = prompt.order_BT[:, None].expand(2, GROUPS, -1)
     segment = RaggedSegment.kept(kept_BGT, positions, prompt.k_BGTD, prompt.v_BGTD)
     assert segment.lengths_BG.tolist() == lengths
@@ -173,7 +173,7 @@ def test_ragged_heads_are_read_as_if_each_were_alone(lengths: list[list[int]]) -
     for b in range(2):
         for h in range(4):
             keys, values = (
-                torch.cat((x[b, h // 2, :64][kept_BGT[b, h // 2]], x[b, h // 2, 64:]))
+                torch.cat((x[b, h // 2, : 2 * TILE][kept_BGT[b, h // 2]], x[b, h // 2, 2 * TILE :]))
                 for x in (call.k_BGTD, call.v_BGTD)
             )
             seen = torch.ones(6, len(keys), dtype=torch.bool).tril(len(keys) - 6)

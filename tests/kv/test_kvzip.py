@@ -19,7 +19,7 @@ from isoflop.methods.kv_cache.base import slice_call
 from isoflop.methods.kv_cache.compressed_cache import CompressedCache
 from isoflop.methods.kv_cache.kvzip import FIRST, LATER, OVERLAP, KVzip, Reader
 from isoflop.methods.kv_cache.probe import PROMPT, KvCacheProbe
-from isoflop.methods.kv_cache.rereading import Passage
+from isoflop.methods.kv_cache.rereading import Passage, largest_attention
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
 from isoflop.models.counting import flops_of
 from isoflop.models.hooks.attention import ATTENTION, AttentionCall, causal_attention, replaced_attention
@@ -161,6 +161,27 @@ def test_rows_of_unequal_lengths_are_as_if_alone(probe: KvCacheProbe) -> None:
         together = kept_by(model, method, ids_BT, valid_BT)
         for row, pad in enumerate(pads):
             assert together[row] == kept_by(model, method, ids_BT[row : row + 1, pad:])[0]
+
+
+def test_what_a_row_reads_ends_with_it(probe: KvCacheProbe) -> None:
+    """Rows of 40, 31 and 12 tokens in parts of 11: of the instruction, the overlap and the part nothing behind a row's end."""
+    ids_BT = probe.batch([0, 1, 2]).ids_BT[:, :PROMPT]
+    valid_BT = torch.arange(PROMPT) >= torch.tensor((0, 9, 28))[:, None]
+    read = list(KVzip(chunk=11).passages(ids_BT, valid_BT, Reader((1, 2, 3), (4, 5))))
+    counts = [passage.real_BT.sum(-1).tolist() for passage in read]
+    assert counts == [[3 + 11] * 3, [2 + 8 + 11, 2 + 8 + 11, 2 + 8 + 1], [2 + 8 + 11, 2 + 8 + 9, 0], [2 + 8 + 7, 0, 0]]
+    assert [passage.positions_BT[:, 0].tolist() for passage in read] == [[40, 31, 12]] * 4
+
+
+def test_tokens_behind_the_end_of_a_row_do_not_count() -> None:
+    call = a_call(40, rows=1)
+    keys, there_BC = call.k_BGTD, torch.ones(1, 10, dtype=torch.bool)
+    real_BT = torch.arange(30)[None] < 5
+    found = largest_attention(call.q_BHTD[:, :, 10:], keys, call.softmax, there_BC, real_BT)
+    short = largest_attention(call.q_BHTD[:, :, 10:15], keys[:, :, :15], call.softmax, there_BC, real_BT[:, :5])
+    every = largest_attention(call.q_BHTD[:, :, 10:], keys, call.softmax, there_BC, torch.ones_like(real_BT))
+    torch.testing.assert_close(found, short)
+    assert bool((every > found + 1e-3).any())
 
 
 def test_budgets_are_kept_exactly_where_they_are_shared(probe: KvCacheProbe) -> None:

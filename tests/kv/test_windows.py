@@ -201,3 +201,16 @@ def test_the_whole_cache_of_images_takes_no_windows(probe: WindowedProbe) -> Non
         pytest.raises(Infeasible, match="window of 16 tokens"),
     ):
         probe.model.module(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+
+
+@torch.no_grad()
+def test_a_prompt_that_is_read_twice_counts_once(probe: WindowedProbe) -> None:
+    """In windows, too, which have room for some of the second reading."""
+    ids_BT = probe.batch(range(2)).ids_BT[:, : WINDOW - 4]
+    with build("kvzip", {}).apply(probe.model, None):
+        policy: Any = probe.model.occupant(ATTENTION)
+        with policy.session():
+            probe.model.module(ids_BT, use_cache=False)
+            report = policy.report()
+    assert report.dense == report.prompt_dense == probe.model.dense_cache_bytes(WINDOW - 4)
+    assert report.stored == report.prompt_stored

@@ -19,7 +19,7 @@ from torch import Tensor
 from isoflop.kernels.decode_segments import SegmentPart
 from isoflop.models.segments import Segment
 
-TILE = 32
+TILE = 64
 NEVER = torch.iinfo(torch.long).max
 """Position of an entry that is not there: behind every query, so that none sees it."""
 
@@ -39,6 +39,10 @@ class Tiles:
     place_S: Tensor
     index_SW: Tensor
     most: int
+
+    def of(self, x_RD: Tensor) -> Tensor:
+        """Their tokens, (S, W, D)."""
+        return x_RD.index_select(0, self.index_SW.flatten()).view(*self.index_SW.shape, -1)
 
 
 @dataclass
@@ -85,7 +89,7 @@ class RaggedSegment(Segment):
         """Queries times keys; 0 at entries that are not there."""
         tiles = self._tiles()
         q_OMD = q_BGMD.float().flatten(0, 1)
-        found_SMW = q_OMD[tiles.owner_S] @ self.k_RD[tiles.index_SW].float().transpose(-1, -2)
+        found_SMW = q_OMD[tiles.owner_S] @ tiles.of(self.k_RD).float().transpose(-1, -2)
         rows = q_OMD.shape[1]
         found_OMXW = found_SMW.new_zeros(len(q_OMD), rows, tiles.most, TILE)
         found_OMXW[tiles.owner_S, :, tiles.place_S] = found_SMW
@@ -96,7 +100,7 @@ class RaggedSegment(Segment):
         tiles = self._tiles()
         missing = tiles.most * TILE - p_BGMN.shape[-1]
         p_OMXW = torch.nn.functional.pad(p_BGMN, (0, missing)).flatten(0, 1).unflatten(-1, (tiles.most, TILE))
-        found_SMD = p_OMXW[tiles.owner_S, :, tiles.place_S] @ self.v_RD[tiles.index_SW].float()
+        found_SMD = p_OMXW[tiles.owner_S, :, tiles.place_S] @ tiles.of(self.v_RD).float()
         found_OMD = found_SMD.new_zeros(p_OMXW.shape[0], *found_SMD.shape[1:])
         found_OMD.index_add_(0, tiles.owner_S, found_SMD)
         return found_OMD.view(*p_BGMN.shape[:3], -1).to(self.v_RD.dtype)
