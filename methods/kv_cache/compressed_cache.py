@@ -37,7 +37,9 @@ class CompressedCache(AttentionPolicy):
         dense_bits: see ``ModelInfo``.
     """
 
-    held_in_session = ("_stores", "_windows", "_passed", "_last", "_widths", "_carrying", "_prompt_passed")
+    held_in_session = (
+        "_stores", "_windows", "_passed", "_prompts", "_last", "_widths", "_carrying", "_prompt_passed"
+    )  # fmt: skip
 
     def __init__(self, method: KvCacheMethod, prepared: Any, dense_bits: int) -> None:
         self.method = method
@@ -108,12 +110,10 @@ class CompressedCache(AttentionPolicy):
     @contextmanager
     def session(self) -> Iterator[None]:
         """A step-by-step run; see ``AttentionPolicy``."""
-        self._stores, self._passed, self._carrying = {}, {}, Carrying()
-        self._windows, self._last = {}, {}
-        try:
+        with self._putting_back():
+            self._stores, self._windows, self._passed, self._prompts = {}, {}, {}, {}
+            self._last, self._widths, self._carrying, self._prompt_passed = {}, {}, Carrying(), False
             yield
-        finally:
-            self._stores, self._windows = None, {}
 
     @contextmanager
     def noting(self) -> Iterator[list[AttentionCall]]:

@@ -96,12 +96,27 @@ class KVzip(KeepsShare):
 
     def check_room(self, info: ModelInfo, tokens: int, task: str) -> None:
         """Refuse prompts that the model has no room to read twice."""
-        room, wanted = info.geometry.get("positions"), tokens + min(tokens, self.chunk)
+        room, wanted = info.geometry.get("positions"), tokens + self._longest_part(tokens, Reader())
         if room is not None and wanted > room:
-            raise Infeasible(self._no_room(wanted, room, tokens, f"a prompt of task {task}"))
+            raise Infeasible(self._no_room(wanted, room, tokens, Reader(), f"a prompt of task {task}"))
 
-    def _no_room(self, wanted: int, room: int, tokens: int, what: str) -> str:
-        fits = f"; chunk up to {room - tokens} fits" if room > tokens else "; shorter prompts fit"
+    def _parts(self, tokens: int, reader: Reader) -> Iterator[tuple[int, int, int, tuple[int, ...]]]:
+        """Parts of a prompt, from ``start`` to ``stop``: how many tokens before it are read, too, and words in front."""
+        for start in range(0, tokens, self.chunk):
+            words = reader.later if start else reader.first
+            yield start, min(start + self.chunk, tokens), min(start, OVERLAP), words
+
+    def _longest_part(self, tokens: int, reader: Reader) -> int:
+        """Tokens that are read behind the prompt at most at a time."""
+        parts = self._parts(tokens, reader)
+        return max((stop - start + before + len(words) for start, stop, before, words in parts), default=0)
+
+    def _no_room(self, wanted: int, room: int, tokens: int, reader: Reader, what: str) -> str:
+        left = room - tokens - OVERLAP
+        spoken = min(left - len(reader.later), left + OVERLAP - len(reader.first))
+        fits = "; shorter prompts fit"
+        if left > 0:
+            fits = f"; chunk up to {spoken} fits" if spoken > 0 else f"; instruct: false and chunk up to {left} fit"
         return f"method kvzip reads {what} again, in all {wanted} tokens, and the model has {room} positions{fits}"
 
     def occupants(self, model: Model, prepared: Any) -> dict[Hook[Any], Occupant]:
@@ -129,18 +144,16 @@ class KVzip(KeepsShare):
         columns_BT, lengths_B = columns_of(valid_BT, width, ids_BT.device)
         columns_BT, lengths_B1 = columns_BT.expand(rows, -1), lengths_B.expand(rows)[:, None]
         longest = int(lengths_B1.max())
-        for start in range(0, longest, self.chunk):
-            stop = min(start + self.chunk, longest)
-            before = min(start, OVERLAP)
-            words = torch.tensor(reader.later if start else reader.first, dtype=ids_BT.dtype, device=ids_BT.device)
+        wanted = longest + self._longest_part(longest, reader)
+        if reader.positions is not None and wanted > reader.positions:
+            raise Infeasible(self._no_room(wanted, reader.positions, longest, reader, "its prompt"))
+        for start, stop, before, said in self._parts(longest, reader):
+            words = torch.tensor(said, dtype=ids_BT.dtype, device=ids_BT.device)
             ids_BT_ = torch.cat((words.expand(rows, -1), ids_BT.gather(1, columns_BT[:, start - before : stop])), dim=1)
             numbers_T = torch.arange(stop - start + before, device=ids_BT.device) + start - before
             # a row that ends before this part has nothing to read here, instruction included
             read_BT = torch.cat((numbers_T.new_full((len(words),), start), numbers_T.clamp(min=start))) < lengths_B1
             places_T = torch.arange(ids_BT_.shape[1], device=ids_BT.device)
-            wanted = longest + ids_BT_.shape[1]
-            if reader.positions is not None and wanted > reader.positions:
-                raise Infeasible(self._no_room(wanted, reader.positions, longest, "its prompt"))
             yield Passage(ids_BT_, read_BT, lengths_B1 + places_T, start, stop)
 
     def notice(self, call: AttentionCall, store: LayerStore, passage: Passage, noticed: dict[int, Tensor]) -> None:

@@ -126,11 +126,14 @@ def positions(ids_BT: Tensor, valid_BT: Tensor | None) -> Tensor:
 
 
 class Words:
-    """A tokenizer that knows the two instructions."""
+    """A tokenizer that knows the two instructions, of so many tokens and of one less."""
+
+    def __init__(self, words: int = 3) -> None:
+        self.words = words
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         assert not add_special_tokens
-        return {FIRST: [40, 41, 42], LATER: [43, 44]}[text]
+        return [{FIRST: 40, LATER: 43}[text] + n % 4 for n in range(self.words - (text == LATER))]
 
 
 @pytest.mark.parametrize("spoken", [False, True])
@@ -258,19 +261,38 @@ def test_prompts_with_images_are_refused_at_plan() -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_prompts_that_cannot_be_read_twice_are_refused(probe: KvCacheProbe) -> None:
-    info = probe.model.info
-    room = info.geometry["positions"]
-    KVzip().check_room(info, room // 2, "t")
-    with pytest.raises(Infeasible, match=f"has {room} positions; chunk up to 56 fits"):
-        KVzip().check_room(info, room - 56, "t")
-    KVzip(chunk=56).check_room(info, room - 56, "t")
-    ids_BT = torch.ones(1, room - 20, dtype=torch.long)
-    with pytest.raises(Infeasible, match="chunk up to 20 fits"):
-        kept_by(probe.model, KVzip(), ids_BT)
-    fits = LmBatch(ids_BT[:, : room // 2], torch.zeros(1, room // 2).long(), room // 2)
-    with KVzip().apply(probe.model, None), torch.no_grad():
-        assert torch.isfinite(probe.model.logits(fits)).all(), "nothing of the refused pass is left"
+@pytest.mark.parametrize(("words", "chunk"), [(0, 48), (3, 46), (60, 0)])
+def test_prompts_that_cannot_be_read_twice_are_refused(words: int, chunk: int, probe: KvCacheProbe) -> None:
+    """In one line whose advice fits: later parts follow tokens that stand before them, and all an instruction."""
+    room = probe.model.info.geometry["positions"]
+    lm = LmModel(probe.model.info, probe.model.module, (lambda: Words(words)) if words else None)
+    ids_BT = torch.ones(1, room - 48 - OVERLAP, dtype=torch.long)
+    advised = f"chunk up to {chunk} fits" if chunk else "instruct: false and chunk up to 48 fit"
+    with pytest.raises(Infeasible, match=f"has {room} positions; {advised}"):
+        kept_by(lm, KVzip(), ids_BT)
+    kept_by(lm, KVzip(chunk=chunk) if chunk else KVzip(chunk=48, instruct=False), ids_BT)
+    with pytest.raises(Infeasible, match="; "):
+        kept_by(lm, KVzip(chunk=chunk + 1) if chunk else KVzip(chunk=49, instruct=False), ids_BT)
+    fits = LmBatch(ids_BT[:, : room // 4], torch.zeros(1, room // 4).long(), room // 4)
+    with KVzip().apply(lm, None), torch.no_grad():
+        assert torch.isfinite(lm.logits(fits)).all(), "nothing of the refused pass is left"
+
+
+@pytest.mark.parametrize(("tokens", "chunk"), [(120, 120), (136, 120), (137, 120), (200, 48), (200, 49), (240, 8)])
+def test_what_a_plan_lets_pass_is_read(tokens: int, chunk: int, probe: KvCacheProbe) -> None:
+    """Where nothing is said in front, a plan knows all that will be read."""
+    lm, method = LmModel(probe.model.info, probe.model.module), KVzip(chunk=chunk)
+
+    def refused(run: Any) -> bool:
+        try:
+            run()
+        except Infeasible:
+            return True
+        return False
+
+    planned = refused(lambda: method.check_room(lm.info, tokens, "t"))
+    assert planned == refused(lambda: kept_by(lm, method, torch.ones(1, tokens, dtype=torch.long)))
+    assert planned == ((tokens, chunk) in {(137, 120), (200, 49)})
 
 
 def test_a_plan_asks_for_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from isoflop.methods.base import METHODS, build
 from isoflop.methods.kv_cache.base import KvCacheMethod
 from isoflop.methods.kv_cache.probe import PROMPT, KvCacheProbe
 from isoflop.methods.visual_tokens.probe import VisualTokenProbe
+from isoflop.models.contexts import read_contexts
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.lm import LmBatch, LmModel
 
@@ -46,6 +47,18 @@ def test_one_pass_equals_decoding_token_by_token(name: str, knobs: dict[str, Any
         alone = probe.model.stepwise_logits(batch)
         assert probe.model.occupant(ATTENTION).report() == report  # type: ignore[union-attr]
     assert (together - alone).abs().max() <= tolerance(method) * together.abs().max()
+
+
+@pytest.mark.parametrize("name", ["knorm", "kivi", "minicache", "lococo"])
+def test_a_session_inside_another_leaves_it_as_it_was(name: str, probe: KvCacheProbe) -> None:
+    method, lm, tails = small(name), probe.model, [[5, 9, 2, 4]]
+    with method.apply(lm, probe.prepared(method, 0)), read_contexts(lm, [list(range(1, 31))]) as outer:
+        before = outer.score(tails, [4]).nll_B.tolist()
+        report = method.cache(lm).report()
+        with read_contexts(lm, [list(range(7, 20))]) as inner:
+            assert inner.score(tails, [4]).nll_B.tolist() != before
+        assert outer.score(tails, [4]).nll_B.tolist() == before
+        assert method.cache(lm).report() == report
 
 
 @pytest.mark.parametrize(("name", "knobs"), CASES)

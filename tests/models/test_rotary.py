@@ -83,6 +83,33 @@ def test_the_mean_ahead_is_that_of_the_positions_behind_the_last_token(kind: str
     torch.testing.assert_close(call.rotation.ahead(3)(same), torch.stack(later).mean(0), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_looking_ahead_changes_no_frequencies(kind: str) -> None:
+    """Where these follow the positions asked for: neither the model's, nor what is found when one looks again."""
+    from transformers import LlamaConfig, LlamaModel
+
+    own = {"dynamic": {}, "longrope": {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}}[kind]
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=16 if kind == "dynamic" else 64,
+        rope_parameters={"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16, **own},
+    )  # fmt: skip
+    module = LlamaModel(config).eval()
+    found = calls(module)
+    before = module.rotary_emb.inv_freq.clone()
+    rotation = found[0].rotation
+    assert rotation is not None
+    x = torch.randn(1, 4, 3, 8, generator=torch.Generator().manual_seed(0))
+    near = rotation.ahead(10)(x)
+    rotation.ahead(500)(x)
+    assert torch.equal(rotation.ahead(10)(x), near)
+    assert torch.equal(module.rotary_emb.inv_freq, before)
+    later = torch.arange(2, 14)[None].expand(2, -1)
+    assert torch.equal(calls(module, position_ids=later)[1].q_BHTD, calls(module, False, position_ids=later)[1].q_BHTD)
+    calls(module, position_ids=later + 400)
+    assert torch.equal(rotation.ahead(10)(x), near), "of the pass in which it was noted"
+
+
 def test_parts_of_a_call_keep_their_own_positions() -> None:
     call = calls(decoder("llama"))[0]
     assert call.rotation is not None

@@ -142,7 +142,8 @@ def followed_rotations(decoder: Any) -> Iterator[Callable[[int], Rotation | None
         arguments = _named(module, args, kwargs)
         x, positions_BT = arguments.pop("x"), arguments.pop("position_ids")
         like = x.new_empty(1, dtype=torch.float32)
-        embeds.append((output[0], positions_BT, lambda p: module.forward(x=like, position_ids=p, **arguments)))
+        then = _twin(module)
+        embeds.append((output[0], positions_BT, lambda p: _twin(then).forward(x=like, position_ids=p, **arguments)))
 
     def started(module: Any, args: Any) -> None:
         embeds.clear()
@@ -187,6 +188,13 @@ def attentions(decoder: Any) -> list[Any]:
 
 def _embeddings(decoder: Any) -> list[Any]:
     return [module for module in decoder.modules() if "Rotary" in type(module).__name__]
+
+
+def _twin(module: Any) -> Any:
+    """A module with buffers of its own: frequencies that follow the positions asked for stay those of the pass in the other."""
+    twin = copy.copy(module)
+    twin._buffers = {name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)}
+    return twin
 
 
 def _named(module: Any, args: Any, kwargs: Any) -> dict[str, Any]:

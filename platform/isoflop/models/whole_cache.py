@@ -73,11 +73,9 @@ class WholeCache(AttentionPolicy):
     @contextmanager
     def session(self) -> Iterator[None]:
         """See ``AttentionPolicy``."""
-        self._held, self._passed, self._bytes = {}, {}, {}
-        try:
+        with self._putting_back():
+            self._held, self._passed, self._bytes = {}, {}, {}
             yield
-        finally:
-            self._held = None
 
     def forget(self) -> None:
         """See ``AttentionPolicy``."""

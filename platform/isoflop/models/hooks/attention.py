@@ -126,11 +126,17 @@ class AttentionPolicy(Occupant):
 
         Tensors are shared with what it returns to, not copied: passes replace them, or write behind their end.
         """
-        held = {name: getattr(self, name) for name in self.held_in_session}
-        # one copy of all, so that what several of them share they share afterwards, too
-        vars(self).update(copy.deepcopy(held, _tensors_within(held)))
-        try:
+        with self._putting_back() as held:
+            # one copy of all, so that what several of them share they share afterwards, too
+            vars(self).update(copy.deepcopy(held, _tensors_within(held)))
             yield
+
+    @contextmanager
+    def _putting_back(self) -> Iterator[dict[str, Any]]:
+        """Gives what a session holds, which behind the block is there again: what one was open before goes on."""
+        held = {name: getattr(self, name) for name in self.held_in_session}
+        try:
+            yield held
         finally:
             vars(self).update(held)
 
@@ -150,7 +156,7 @@ class AttentionPolicy(Occupant):
     def session(self) -> AbstractContextManager[None]:
         """A step-by-step run: the first pass inside the block is the prompt, later ones continue it.
 
-        Where ``prefix`` is set, the first pass is a one-pass evaluation: a prompt and tokens behind it.
+        One that is open already waits, and goes on behind the block. Where ``prefix`` is set, the first pass is a one-pass evaluation: a prompt and tokens behind it.
         """
 
     @abstractmethod
