@@ -209,6 +209,17 @@ def test_rows_that_are_padded_are_as_if_alone() -> None:
     torch.testing.assert_close(outs(method, mixed, 30)[1:], alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shares", ["shared", "official", "at-least"])
+def test_padding_never_stays_whatever_its_score(shares: str) -> None:
+    """Smoothing lends padding the scores of the first tokens beside it, and these are often the highest."""
+    call = a_call(40, pads=(0, 7))
+    assert call.valid_BT is not None
+    scores_BGT = torch.arange(40, 0, -1).float().expand(2, GROUPS, 40)
+    kept_BGT = AdaKV(window=4, shares=shares).kept(scores_BGT, call, [20, 16])
+    assert not bool((kept_BGT & ~call.valid_BT[:, None]).any())
+    assert kept_BGT.sum((1, 2)).tolist() == [GROUPS * 20, GROUPS * 16]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_reads_what_full_precision_does(dtype: torch.dtype) -> None:
     call = a_call(40)

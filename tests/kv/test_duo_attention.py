@@ -236,6 +236,9 @@ def test_released_forms_are_other_losses(knob: str, values: list[str], probe: Kv
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)
     gates.gates_LG.data.fill_(1.0)
     assert float(method.loss(probe.model, gates, text).detach()) == pytest.approx(method.regularisation, rel=1e-4)
+    gates.gates_LG.data.copy_(torch.tensor([[1.7, -0.3]]).expand(3, GROUPS))
+    method.loss(probe.model, gates, text)
+    assert gates.gates_LG[0].tolist() == [1.0, 0.0], "a step too far is taken back, so that gates go on learning"
 
 
 def test_what_cannot_be_asked_is_refused(probe: KvCacheProbe) -> None:

@@ -147,6 +147,17 @@ def test_sixteen_bits_are_dense_attention() -> None:
     )
 
 
+@pytest.mark.parametrize("width", [8, 12, 20])
+def test_what_is_rotated_comes_back_in_heads_of_any_width(width: int) -> None:
+    """Matrices of Paley's sizes are not symmetric: the way back is not the way there."""
+    rng = torch.Generator().manual_seed(width)
+    call = a_call(30)
+    q, k, v = (torch.randn(*x.shape[:-1], width, generator=rng) for x in (call.q_BHTD, call.k_BGTD, call.v_BGTD))
+    call = replace(call, q_BHTD=q, k_BGTD=k, v_BGTD=v)
+    found, _ = stepped(QuarotKv(bits=8, clip=1.0), call, 20)
+    torch.testing.assert_close(found, causal_attention(call)[:, 20:], atol=0.05, rtol=0)
+
+
 def test_clipping_cuts_the_ends_and_leaves_groups_of_one_sign_their_entries() -> None:
     x = torch.tensor([[-1.0, 0.5, 2.0, 0.0, 1.0, 1.5, 2.0, 1.9], [-4.0, -1.0, -2.0, -3.9, 0.0, 0.0, 0.0, 0.0]])[
         None, None
@@ -154,6 +165,11 @@ def test_clipping_cuts_the_ends_and_leaves_groups_of_one_sign_their_entries() ->
     found = clipped(x, 4, 0.9)[0, 0]
     torch.testing.assert_close(found[0], torch.tensor([-0.9, 0.5, 1.8, 0.0, 1.0, 1.5, 1.8, 1.8]))
     torch.testing.assert_close(found[1], torch.tensor([-3.6, -1.0, -2.0, -3.6, 0.0, 0.0, 0.0, 0.0]))
+    narrow = torch.tensor([-10.0, -9.9, -9.8, -9.8])
+    for sign in (1, -1):  # no end passes the entry on the other side
+        torch.testing.assert_close(
+            clipped(sign * narrow[None, None, None], 4, 0.9)[0, 0, 0], sign * narrow.new_full((4,), -9.8)
+        )
 
 
 def test_bytes_are_those_of_codes_and_grids() -> None:
