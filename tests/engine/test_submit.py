@@ -50,6 +50,10 @@ def test_the_copied_package_does_not_depend_on_where_it_is_copied_to(tmp_path: P
     contents = [{str(p.relative_to(c)): p.read_bytes() for p in c.rglob("*") if p.is_file()} for c in (one, two)]
     assert contents[0] == contents[1]
     assert sum(map(len, contents[0].values())) < 5 * 2**20
+    assert not {"sweeps/sweep.schema.json", "dashboards/outcomes/outcomes.json"} & contents[0].keys(), (
+        "no worker reads them"
+    )
+    assert {"sweeps/quickstart.yaml", "methods/kv_cache/snapkv.py"} <= contents[0].keys()
 
 
 def test_modules_beside_the_yaml_travel_with_what_they_import(tmp_path: Path) -> None:

@@ -15,18 +15,20 @@ from isoflop.core.errors import UserError
 MOST_BYTES = 90 * 2**20
 """Ray takes working folders of 100 MiB, packed; code and YAML want some of it."""
 _LONGEST_PATH = 1024
+_FOR_READERS = {"sweep.schema.json", "outcomes.json", "outcomes.md"}
+"""Generated for editors and people; they grow with every method, and no worker opens them."""
 _DATA = {".py", ".typed", ".yaml", ".json", ".jsonl", ".csv", ".txt", ".md", ".ipynb"}
 
 
 def copy_package(target: Path) -> Path:
-    """Copy the running isoflop, as real files, to ``target/isoflop``: those that its wheel holds, and that folder.
+    """Copy the running isoflop, as real files, to ``target/isoflop``: what its wheel holds and a worker may read; that folder.
 
     A folder rather than the wheel: Ray installs a wheel with ``pip install --target``, which ignores what the cluster
     has and would fetch torch and all the rest from a package index again.
     """
     root = Path(isoflop.__file__).parent
     for path in _files(root):
-        if path.suffix in _DATA:
+        if path.suffix in _DATA and path.name not in _FOR_READERS:
             _copy(path, target / "isoflop" / path.relative_to(root))
     return target / "isoflop"
 
