@@ -84,3 +84,14 @@ def empty_recent(call: AttentionCall) -> DenseSegment:
     """A segment without tokens, to which later ones are added; it keeps none of the call's tensors alive."""
     positions_BG0 = key_positions(call)[:, :, :0].clone()
     return DenseSegment(positions_BG0, None, *(torch.empty_like(x[:, :, :0]) for x in (call.k_BGTD, call.v_BGTD)))
+
+
+def take_in(segment: DenseSegment, query: AttentionCall) -> None:
+    """Add a call's tokens behind those that are there; padding gets a bias of -inf."""
+    if segment.log_bias_BGN is None and query.valid_BT is not None:
+        segment.log_bias_BGN = torch.zeros_like(segment.k_BGND[..., 0])
+    segment.append(query.k_BGTD, query.v_BGTD, key_positions(query))
+    if query.valid_BT is not None:
+        assert segment.log_bias_BGN is not None
+        new_BGT = segment.log_bias_BGN[:, :, -query.k_BGTD.shape[2] :]
+        new_BGT.masked_fill_(~query.valid_BT[:, None], float("-inf"))

@@ -17,7 +17,8 @@ from isoflop.core.hook import Hook
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.methods.base import METHODS, Axes
-from isoflop.methods.kv_cache.base import empty_recent, full_layers, key_positions, whole_prompt
+from isoflop.methods.kv_cache.base import empty_recent, full_layers, whole_prompt
+from isoflop.methods.kv_cache.calls import take_in
 from isoflop.methods.kv_cache.learned import LearnedCache, LearnedCacheMethod
 from isoflop.methods.kv_cache.passkeys import ORDINALS, PasskeyText, passkey_texts
 from isoflop.methods.kv_cache.retrieval_heads import best_heads
@@ -220,7 +221,7 @@ class DuoAttention(LearnedCacheMethod):
         banks = dict(zip(store.state["banks"], store.segments, strict=True))
         for bank in banks.values():
             assert isinstance(bank, DenseSegment)
-            _take_in(bank, query)
+            take_in(bank, query)
         if query.q_BHTD.shape[2] == 1:
             out_BTHD = decode_one(query.q_BHTD, store.segments, query.softmax)
         else:
@@ -291,13 +292,3 @@ def _full(call: AttentionCall, prepared: Any) -> Tensor:
         raise ValueError("method duo-attention learns gates: apply() needs the value of its prepare() stage")
     full_G: Tensor = prepared[call.layer].to(call.k_BGTD.device)
     return full_G
-
-
-def _take_in(bank: DenseSegment, query: AttentionCall) -> None:
-    """Add tokens behind those that are there; padding gets a bias of -inf."""
-    if bank.log_bias_BGN is None and query.valid_BT is not None:
-        bank.log_bias_BGN = torch.zeros_like(bank.k_BGND[..., 0])
-    bank.append(query.k_BGTD, query.v_BGTD, key_positions(query))
-    if query.valid_BT is not None:
-        assert bank.log_bias_BGN is not None
-        bank.log_bias_BGN[:, :, -query.q_BHTD.shape[2] :].masked_fill_(~query.valid_BT[:, None], float("-inf"))

@@ -19,6 +19,7 @@ from torch import Tensor
 from isoflop.core.knobs import Knob
 from isoflop.methods.base import Axes
 from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, key_positions, slice_call, whole_prompt
+from isoflop.methods.kv_cache.calls import take_in
 from isoflop.methods.kv_cache.scores import over_group
 from isoflop.methods.kv_cache.select import KeptTokens, candidates, check_share, count_of, lengths, protect, select
 from isoflop.models.base import ModelInfo
@@ -161,7 +162,7 @@ class Rolling(Eviction):
         """Take in one token per row, (B, 1, H, D); rows for which it is padding stay as they are."""
         kept = store.segments[0]
         assert isinstance(kept, DenseSegment)
-        _take_in(kept, query)
+        take_in(kept, query)
         out_B1HD, p_BH1N = attend_segments(query.q_BHTD, [kept], query.softmax, query.order_BT)
         if query.valid_BT is not None:  # a padding query may see nothing at all
             out_B1HD, p_BH1N = out_B1HD.nan_to_num(), p_BH1N.nan_to_num()
@@ -203,13 +204,3 @@ class Rolling(Eviction):
 
 def _kept(segment: DenseSegment, chosen: KeptTokens, growing: bool = False) -> DenseSegment:
     return segment.taken(chosen.index_BGM, chosen.bias(segment.k_BGND.dtype), growing)
-
-
-def _take_in(segment: DenseSegment, query: AttentionCall) -> None:
-    """Add one more token per row; padding gets a bias of -inf."""
-    if segment.log_bias_BGN is None and query.valid_BT is not None:
-        segment.log_bias_BGN = torch.zeros_like(segment.k_BGND[..., 0])
-    segment.append(query.k_BGTD, query.v_BGTD, key_positions(query))
-    if query.valid_BT is not None:
-        assert segment.log_bias_BGN is not None
-        segment.log_bias_BGN[:, :, -1].masked_fill_(~query.valid_BT, float("-inf"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.kernels.decode_segments import SegmentPart
 from isoflop.kernels.quant import Packed, quant_pack, unpack
-from isoflop.methods.base import METHODS, Axes
+from isoflop.methods.base import METHODS
 from isoflop.methods.kv_cache.base import empty_recent, whole_prompt
-from isoflop.methods.kv_cache.quantised import EXACT, LowBit
+from isoflop.methods.kv_cache.quantised import EXACT, KeyAndValueBits
 from isoflop.methods.kv_cache.select import lengths
 from isoflop.methods.kv_cache.token_tiers import appended
 from isoflop.models.base import ModelInfo
@@ -32,7 +32,7 @@ from isoflop.models.segments import LayerStore, Segment, attend_segments
 
 @METHODS.register("kivi")
 @dataclass(frozen=True)
-class Kivi(LowBit):
+class Kivi(KeyAndValueBits):
     """Keys share grids along tokens, values along channels, and a residual of the newest tokens stays as it is.
 
     Of n tokens the first n - n mod ``residual`` keys are packed, so that groups are always whole, and the first n - ``residual`` values.
@@ -44,19 +44,8 @@ class Kivi(LowBit):
     paper: ClassVar[str] = "arXiv 2402.02750"
 
     bits: Annotated[int, Knob(choices=(2, 3, 4, 8, 16), ratio=True, unit="bits", doc="per element; 16 keeps the cache")] = 2  # fmt: skip
-    value_bits: Annotated[int, Knob(choices=(0, 2, 3, 4, 8), unit="bits", doc="per element of the values; 0: as the keys")] = 0  # fmt: skip
     group: Annotated[int, Knob(low=1, high=65536, log=True, unit="values", doc="tokens (keys) or channels (values) of one grid; divides residual")] = 32  # fmt: skip
     residual: Annotated[int, Knob(low=1, high=1_000_000, log=True, unit="tokens", doc="newest tokens whose values stay exact, and keys that become a block together")] = 32  # fmt: skip
-
-    @classmethod
-    def identity(cls, info: ModelInfo) -> Self:
-        """16 bits."""
-        return cls(bits=EXACT)
-
-    def axes(self, info: ModelInfo) -> Axes:
-        """Bits, per element, grids and residual left out."""
-        bits = (self.bits + (self.value_bits or self.bits)) / 2 if self.bits < EXACT else float(EXACT)
-        return Axes(bits=bits, ratio=info.dense_bits / bits)
 
     def check(self, info: ModelInfo) -> None:
         """Refuse blocks of keys that are not whole groups."""

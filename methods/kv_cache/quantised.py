@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import torch
 from torch import Tensor
@@ -21,9 +21,10 @@ from torch import Tensor
 from isoflop.core.knobs import Knob
 from isoflop.core.stage import StageContext
 from isoflop.kernels.quant import FP16_MAX, quant_pack
+from isoflop.methods.base import Axes
 from isoflop.methods.kv_cache.base import KvCacheMethod, empty_recent, key_positions
 from isoflop.methods.kv_cache.select import KeptTokens, candidates
-from isoflop.models.base import Model
+from isoflop.models.base import Model, ModelInfo
 from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.segments import DenseSegment, LayerStore, PackedSegment, Segment
 
@@ -55,6 +56,24 @@ class LowBit(KvCacheMethod):
         """Also ``bits``: per element of the prompt's cache, overhead included."""
         costs = super().footprint(model, ctx)
         return {**costs, "bits": model.info.dense_bits / costs["ratio"]}
+
+
+@dataclass(frozen=True)
+class KeyAndValueBits(LowBit):
+    """Base class of those whose values may have bits of their own."""
+
+    bits: Annotated[int, Knob(choices=(2, 3, 4, 8, 16), ratio=True, unit="bits", doc="per element; 16 keeps the cache")] = 4  # fmt: skip
+    value_bits: Annotated[int, Knob(choices=(0, 2, 3, 4, 8), unit="bits", doc="per element of the values; 0: as the keys")] = 0  # fmt: skip
+
+    @classmethod
+    def identity(cls, info: ModelInfo) -> Self:
+        """16 bits."""
+        return cls(bits=EXACT)
+
+    def axes(self, info: ModelInfo) -> Axes:
+        """Bits, per element; grids and exact tokens left out."""
+        bits = (self.bits + (self.value_bits or self.bits)) / 2 if self.bits < EXACT else float(EXACT)
+        return Axes(bits=bits, ratio=info.dense_bits / bits)
 
 
 @dataclass(frozen=True)

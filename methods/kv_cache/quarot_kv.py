@@ -6,7 +6,7 @@ Shape suffixes: B batch, H query heads, G key-value heads, T queries, N tokens, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,11 +14,11 @@ from torch import Tensor
 from isoflop.core.errors import Infeasible
 from isoflop.core.knobs import Knob
 from isoflop.kernels.quant import quant_pack
-from isoflop.methods.base import METHODS, Axes
+from isoflop.methods.base import METHODS
 from isoflop.methods.hadamard import hadamard, has_hadamard
 from isoflop.methods.kv_cache.base import empty_recent, whole_prompt
 from isoflop.methods.kv_cache.packing import Packs
-from isoflop.methods.kv_cache.quantised import EXACT, LowBit
+from isoflop.methods.kv_cache.quantised import EXACT, KeyAndValueBits
 from isoflop.methods.kv_cache.select import all_tokens
 from isoflop.methods.kv_cache.token_tiers import Tier, TokenCodec
 from isoflop.models.base import ModelInfo
@@ -28,7 +28,7 @@ from isoflop.models.segments import DenseSegment, LayerStore, PackedSegment, Seg
 
 @METHODS.register("quarot-kv")
 @dataclass(frozen=True)
-class QuarotKv(LowBit, Packs):
+class QuarotKv(KeyAndValueBits, Packs):
     """A Hadamard matrix spreads the large channels of keys and values over all channels of a head; then few bits suffice per token.
 
     Keys and queries are rotated behind RoPE, which leaves their products as they are; values are rotated, and outputs back. Every
@@ -39,20 +39,8 @@ class QuarotKv(LowBit, Packs):
 
     paper: ClassVar[str] = "arXiv 2404.00456"
 
-    bits: Annotated[int, Knob(choices=(2, 3, 4, 8, 16), ratio=True, unit="bits", doc="per element; 16 keeps the cache")] = 4  # fmt: skip
-    value_bits: Annotated[int, Knob(choices=(0, 2, 3, 4, 8), unit="bits", doc="per element of the values; 0: as the keys")] = 0  # fmt: skip
     group: Annotated[int, Knob(low=0, high=65536, unit="values", doc="channels of one grid; 0: all of a head")] = 0
     clip: Annotated[float, Knob(low=0.5, high=1.0, doc="share of a group's range that its grid spans")] = 0.95
-
-    @classmethod
-    def identity(cls, info: ModelInfo) -> Self:
-        """16 bits."""
-        return cls(bits=EXACT)
-
-    def axes(self, info: ModelInfo) -> Axes:
-        """Bits, per element, grids left out."""
-        bits = (self.bits + (self.value_bits or self.bits)) / 2 if self.bits < EXACT else float(EXACT)
-        return Axes(bits=bits, ratio=info.dense_bits / bits)
 
     def check(self, info: ModelInfo) -> None:
         """Refuse heads of a width without a Hadamard matrix."""
