@@ -29,7 +29,7 @@ class PairPart:
         norms: (B, G, N) of each layer, which directions are multiplied by; None for a mean.
         owner_R, place_R: int32, row and head (b·G + g) and token of each exception.
         kept: (R, D) of each layer, what stands there instead.
-        limits_BG: the angle by which exceptions were chosen, in case tokens follow.
+        limits_BG: the angle by which exceptions are chosen among tokens that follow; None where none are merged.
     """
 
     shared_BGND: Tensor
@@ -37,7 +37,7 @@ class PairPart:
     owner_R: Tensor
     place_R: Tensor
     kept: list[Tensor]
-    limits_BG: Tensor
+    limits_BG: Tensor | None
     _rooms: Rooms = field(default_factory=Rooms, repr=False)
 
     def append(self, other: PairPart) -> None:
@@ -91,6 +91,8 @@ class PairPart:
         yield from (self.shared_BGND, self.owner_R, self.place_R, self.kept[side])
         if self.norms is not None:
             yield self.norms[side]
+        if self.limits_BG is not None:
+            yield self.limits_BG
 
 
 @dataclass

@@ -42,6 +42,7 @@ class MiniCache(KvCacheMethod):
     """
 
     paper: ClassVar[str] = "arXiv 2405.14366"
+    version: ClassVar[str] = "2"  # the limits of heads are counted
     spans_layers: ClassVar[bool] = True
 
     start: Annotated[float, Knob(low=0.0, high=1.0, ratio=True, doc="share of the layers below the first merged pair")] = 0.5  # fmt: skip
@@ -147,7 +148,8 @@ class MiniCache(KvCacheMethod):
         norms = [x.float().norm(dim=-1).to(x.dtype) for x in both] if self.mode == SLERP else None
         shared_BGND = between(lower_BGND, upper_BGND, self.t) if self.mode == SLERP else (lower_BGND + upper_BGND) / 2
         owner_R, place_R = kept_BGN.flatten(0, 1).nonzero().int().unbind(1)
-        return PairPart(shared_BGND, norms, owner_R.clone(), place_R.clone(), [x[kept_BGN] for x in both], limits_BG)
+        exceptions = owner_R.clone(), place_R.clone(), [x[kept_BGN] for x in both]
+        return PairPart(shared_BGND, norms, *exceptions, limits_BG if self.merges_later else None)
 
     def _limits(self, angle_BGN: Tensor, real_BGN: Tensor) -> Tensor:
         """The angle of each head from which on tokens are kept, or up to which: D_max - γ (D_max - D_min), or the other way round.

@@ -15,7 +15,7 @@ from isoflop.methods.kv_cache.base import KvCacheMethod
 from isoflop.methods.kv_cache.probe import KvCacheProbe
 from isoflop.models.contexts import read_contexts
 
-NOT_HELD = {"positions_BGN", "heads_G", "channels", "mean", "limits_BG", "rooms", "_rooms"}
+NOT_HELD = {"positions_BGN", "heads_G", "channels", "mean", "rooms", "_rooms"}
 """Order queries against keys, or are known of the model, or belong to the making of a block; and room that holds nothing yet."""
 FORGETFUL = {"tova", "streaming-llm"}
 """Whose scores are made anew for each choice."""

@@ -180,17 +180,19 @@ def test_padding_is_no_exception_and_moves_no_range() -> None:
     assert len(given) == LAYERS
 
 
-def test_bytes_are_those_of_the_formula() -> None:
-    """Of a pair: directions once, a norm per layer and token, exceptions twice with 8 bytes of places."""
+@pytest.mark.parametrize("later", [True, False])
+def test_bytes_are_those_of_the_formula(later: bool) -> None:
+    """Of a pair: directions once, a norm per layer and token, exceptions twice with 8 bytes of places, limits if tokens follow."""
     given = calls(40)
-    stores = merged(MiniCache(gamma=0.3), given)
+    stores = merged(MiniCache(gamma=0.3, merge_new=later), given)
     pair = [stores[layer] for layer in (2, 3)]
     segment = pair[0].segments[0]
     assert isinstance(segment, PairSegment)
     exceptions = sum(len(part.owner_R) for part in (segment.pair.k, segment.pair.v) if isinstance(part, PairPart))
     tokens = 2 * GROUPS * 40
     found = stored_bytes([t for store in pair for t in store.resident()], 16)
-    assert found == 2 * tokens * (2 * WIDTH + 2 * 2) + exceptions * (2 * 2 * WIDTH + 8)
+    limits = 2 * 2 * GROUPS * 2 if later else 0
+    assert found == 2 * tokens * (2 * WIDTH + 2 * 2) + exceptions * (2 * 2 * WIDTH + 8) + limits
 
 
 def test_pairs_go_upwards_from_the_start() -> None:
