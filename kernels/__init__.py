@@ -3,7 +3,7 @@
 ================================  ==============================================================================
 ``quant``                         ``quant_pack``, ``unpack``: grids per token or per channel, 1 to 8 bits, packed
 ``column_scores``                 weighted column sums of attention, without the matrix
-``decode_segments``               a decoding step over dense and packed pieces of a cache
+``decode_segments``               a decoding step over dense, packed and ragged pieces of a cache
 ``merge``                         ``bipartite_match``, ``merge_tokens``
 ``dispatch``                      which implementation runs: the twin, or the kernel on CUDA tensors
 ``registry``, ``cases``           all of them with inputs, bytes, FLOPs and peers, for tests and benchmarks

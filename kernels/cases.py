@@ -9,14 +9,14 @@ width 128, 32,768 tokens) and from vision transformers; a CPU gets the same shap
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from isoflop.kernels.decode_segments import SegmentPart
+from isoflop.kernels.decode_segments import Part, RaggedPart, SegmentPart
 from isoflop.kernels.quant import Packed, quant_pack
 from isoflop.kernels.softmax import Softmax
 
@@ -182,7 +182,7 @@ def _scores(
 
 
 def decode_small() -> tuple[Case, ...]:
-    """Dense, packed in every layout, biases, empty entries, empty segments, channel scales, several queries, one token."""
+    """Dense, packed in every layout, ragged, biases, empty entries, empty segments, channel scales, several queries, one token."""
 
     def mixed(s: Source) -> list[SegmentPart]:
         return [
@@ -200,6 +200,9 @@ def decode_small() -> tuple[Case, ...]:
         parts = functools.partial(_packed_parts, tokens=33, k_bits=k, v_bits=v)
         return _decode(f"{k} bit keys, {v} bit values", 1, 4, 2, 1, 16, parts)
 
+    def joined(s: Source) -> list[Part]:
+        return [_ragged_part(s, [0, 1, 90, 7], 2, 20), *mixed(s)]
+
     made = [bits(k, v) for k, v in ((1, 8), (2, 4), (3, 3), (4, 2), (5, 6), (8, 7))]
     return (
         *made,
@@ -208,6 +211,10 @@ def decode_small() -> tuple[Case, ...]:
         _decode("keys by token", 1, 4, 2, 1, 16, lambda s: [_packed_part(s, 1, 2, 21, 16, 3, None, 4, None, k_axis=-1, k_scale=True)]),
         _decode("one token", 1, 2, 1, 1, 8, lambda s: [_dense_part(s, 1, 1, 1, 8)]),
         _decode("every entry empty", 1, 2, 1, 1, 16, empty),
+        _decode("ragged heads", 2, 4, 2, 1, 16, lambda s: [_ragged_part(s, [130, 0, 64, 65], 2, 16)]),
+        _decode("one long head among short ones", 1, 4, 4, 1, 16, lambda s: [_ragged_part(s, [3, 700, 2, 5], 4, 16)]),
+        _decode("ragged heads with all kinds, cap and sinks", 2, 6, 2, 2, 20, joined, cap=1.5, sinks=True),
+        _decode("half precision, ragged", 1, 4, 2, 1, 16, lambda s: [_ragged_part(s, [40, 9], 2, 16, torch.float16)], torch.float16),
         _decode("cap and sinks", 2, 6, 2, 2, 20, mixed, cap=1.5, sinks=True),
         _decode("every entry empty but the sink", 1, 2, 1, 1, 16, empty, sinks=True),
         _decode("half precision", 1, 4, 2, 1, 16, lambda s: [_dense_part(s, 1, 2, 40, 16, torch.float16)], torch.float16),
@@ -216,12 +223,15 @@ def decode_small() -> tuple[Case, ...]:
 
 
 def decode_large(batch: int, tokens: int) -> tuple[Case, ...]:
-    """One step over a dense cache, over packed ones, and over ZipCache's mixture."""
+    """One step over a dense cache, over packed ones, over ZipCache's mixture, and over heads that keep 0 to 1/2, 1/4 on average."""
     few = tokens // 5
     kind = torch.bfloat16
 
-    def case(name: str, parts: Callable[[Source], list[SegmentPart]]) -> Case:
-        return _decode(name, batch, 32, 8, 1, 128, parts, kind, flops=4.0 * batch * 32 * tokens * 128)
+    heads = batch * 8
+    kept = [tokens * (heads - i) // (2 * heads) for i in range(heads)]
+
+    def case(name: str, parts: Callable[[Source], Sequence[Part]], read: int = batch * 8 * tokens) -> Case:
+        return _decode(name, batch, 32, 8, 1, 128, parts, kind, flops=4.0 * 4 * read * 128)
 
     return (
         case("dense", lambda s: [_dense_part(s, batch, 8, tokens, 128, kind)]),
@@ -234,6 +244,7 @@ def decode_large(batch: int, tokens: int) -> tuple[Case, ...]:
                 _packed_part(s, batch, 8, tokens - few, 128, 2, None, 2, None, v_scale=True, dtype=kind),
             ],
         ),
+        case("ragged", lambda s: [_ragged_part(s, kept, 8, 128, kind)], sum(kept)),
     )
 
 
@@ -244,7 +255,7 @@ def _decode(
     groups: int,
     queries: int,
     width: int,
-    parts: Callable[[Source], list[SegmentPart]],
+    parts: Callable[[Source], Sequence[Part]],
     dtype: torch.dtype = torch.float32,
     flops: float = 0.0,
     cap: float | None = None,
@@ -266,6 +277,14 @@ def _dense_part(
 ) -> SegmentPart:
     shape = (batch, groups, tokens, width)
     return SegmentPart(s.normal(*shape, dtype=dtype), s.normal(*shape, dtype=dtype))
+
+
+def _ragged_part(
+    s: Source, lengths: list[int], groups: int, width: int, dtype: torch.dtype = torch.float32
+) -> RaggedPart:
+    ends_O = torch.tensor(lengths, device=s.device).cumsum(0).int()
+    k_RD, v_RD = (s.normal(sum(lengths), width, dtype=dtype) for _ in range(2))
+    return RaggedPart(k_RD, v_RD, ends_O, groups, max(lengths))
 
 
 def _packed_parts(s: Source, tokens: int, k_bits: int, v_bits: int) -> list[SegmentPart]:

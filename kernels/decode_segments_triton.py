@@ -4,6 +4,7 @@ One launch per segment, all writing partial results to one workspace, and one la
 are split among programs, since a decoding step has too few heads to fill a GPU. A program reads each code once for all
 query rows of its key-value head, and dequantises in registers. What can be applied to less than every element is: channel
 scales to the queries and to the partial output, grids per token to logits and probabilities (codes are exact in 16 bits).
+Of a ragged segment every head has the programs that its longest head needs; those behind a head's end do nothing.
 
 Shape suffixes: see ``isoflop.kernels.decode_segments``.
 """
@@ -22,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isoflop.kernels.decode_segments import SegmentPart
+from isoflop.kernels.decode_segments import Part, RaggedPart, operands
 from isoflop.kernels.quant import Packed, unit
 from isoflop.kernels.quant_triton import load_codes
 from isoflop.kernels.softmax import Softmax
@@ -48,20 +49,20 @@ def _token_grids(scale_ptr, zero_ptr, head, n, tokens):
 
 @triton.jit
 def _load_tile(
-    ptr, scale_ptr, zero_ptr, head, stride_b, stride_g, stride_n, groups, start, tokens, width, group, row_units,
+    ptr, scale_ptr, zero_ptr, head, first, stride_n, start, tokens, width, group, row_units,
     LAYOUT: tl.constexpr, PER_ROW: tl.constexpr, BITS: tl.constexpr, U: tl.constexpr, BYTES: tl.constexpr,
     FOLDED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Keys or values (BLOCK_N, BLOCK_D) of one key-value head from token ``start`` on; float32 if packed, 0 outside.
 
+    first: where the head begins, if it is dense.
     FOLDED: codes as they are; the caller applies the grids, one per token, to what it computes from them.
     """
     n = start + tl.arange(0, BLOCK_N).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     n_inside, d_inside = n < tokens, d < width
     if LAYOUT == 0:
-        base = ptr + (head // groups) * stride_b + (head % groups) * stride_g
-        at = base + n[:, None] * stride_n + d[None, :]
+        at = ptr + first + n[:, None] * stride_n + d[None, :]
         return tl.load(at, mask=n_inside[:, None] & d_inside[None, :], other=0.0)
     else:
         row_ptr = ptr + (head * tokens + n) * row_units * BYTES
@@ -89,12 +90,12 @@ def _load_tile(
 @triton.jit
 def _segment_kernel(
     q_ptr, k_ptr, k_scale_ptr, k_zero_ptr, v_ptr, v_scale_ptr, v_zero_ptr, bias_ptr, k_channel_ptr, v_channel_ptr,
-    out_ptr, lse_ptr,
+    ends_ptr, out_ptr, lse_ptr,
     k_stride_b, k_stride_g, k_stride_n, v_stride_b, v_stride_g, v_stride_n,
     scaling, cap, groups, rows, tokens, width, v_width, k_group, v_group, k_units, v_units, chunk, first_split, splits,
     K_LAYOUT: tl.constexpr, K_PER_ROW: tl.constexpr, K_BITS: tl.constexpr, K_U: tl.constexpr, K_BYTES: tl.constexpr,
     V_LAYOUT: tl.constexpr, V_PER_ROW: tl.constexpr, V_BITS: tl.constexpr, V_U: tl.constexpr, V_BYTES: tl.constexpr,
-    K_FOLDED: tl.constexpr, V_FOLDED: tl.constexpr,
+    K_FOLDED: tl.constexpr, V_FOLDED: tl.constexpr, RAGGED: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_K_CHANNEL: tl.constexpr, HAS_V_CHANNEL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -109,12 +110,19 @@ def _segment_kernel(
         channel = tl.load(k_channel_ptr + head * width + d, mask=d_inside, other=0.0)
         q = (q.to(tl.float32) * channel[None, :]).to(q.dtype)
     q_sum = tl.sum(q.to(tl.float32), 1)
+    if RAGGED:
+        begin = tl.load(ends_ptr + head - 1, mask=head > 0, other=0).to(tl.int64)
+        tokens = (tl.load(ends_ptr + head) - begin).to(tl.int32)
+        k_first, v_first = begin * k_stride_n, begin * v_stride_n
+    else:
+        k_first = (head // groups) * k_stride_b + (head % groups) * k_stride_g
+        v_first = (head // groups) * v_stride_b + (head % groups) * v_stride_g
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for start in range(split * chunk, tl.minimum(split * chunk + chunk, tokens), BLOCK_N):
         k = _load_tile(
-            k_ptr, k_scale_ptr, k_zero_ptr, head, k_stride_b, k_stride_g, k_stride_n, groups, start, tokens, width,
+            k_ptr, k_scale_ptr, k_zero_ptr, head, k_first, k_stride_n, start, tokens, width,
             k_group, k_units, K_LAYOUT, K_PER_ROW, K_BITS, K_U, K_BYTES, K_FOLDED, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         n = start + tl.arange(0, BLOCK_N)
@@ -135,7 +143,7 @@ def _segment_kernel(
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(p, 1)
         v = _load_tile(
-            v_ptr, v_scale_ptr, v_zero_ptr, head, v_stride_b, v_stride_g, v_stride_n, groups, start, tokens, v_width,
+            v_ptr, v_scale_ptr, v_zero_ptr, head, v_first, v_stride_n, start, tokens, v_width,
             v_group, v_units, V_LAYOUT, V_PER_ROW, V_BITS, V_U, V_BYTES, V_FOLDED, BLOCK_N, BLOCK_DV,
         )  # fmt: skip
         out *= shrink[:, None]
@@ -185,12 +193,12 @@ def _join_kernel(
     tl.store(out_at, (out / safe).to(out_ptr.dtype.element_ty), mask=dv < v_width)
 
 
-def decode_segments(q_BHTD: Tensor, segments: Sequence[SegmentPart], softmax: Softmax) -> tuple[Tensor, Tensor]:
+def decode_segments(q_BHTD: Tensor, segments: Sequence[Part], softmax: Softmax) -> tuple[Tensor, Tensor]:
     """See ``isoflop.kernels.decode_segments.decode_segments``."""
     if not segments:
         raise ValueError("decode_segments needs at least one segment")
     batch, heads, queries = q_BHTD.shape[:3]
-    groups, v_width = segments[0].k.shape[1], segments[0].v.shape[-1]
+    groups, v_width = segments[0].groups, operands(segments[0])[1].shape[-1]
     rows, all_groups = heads // groups * queries, batch * groups
     q = q_BHTD.contiguous()
     filled = [part for part in segments if part.tokens]
@@ -213,39 +221,48 @@ def decode_segments(q_BHTD: Tensor, segments: Sequence[SegmentPart], softmax: So
     return softmax.with_sinks(out, lse)
 
 
-def _block(part: SegmentPart) -> int:
-    return _BLOCK_PACKED if isinstance(part.k, Packed) or isinstance(part.v, Packed) else _BLOCK_DENSE
+def _block(part: Part) -> int:
+    return _BLOCK_PACKED if any(isinstance(x, Packed) for x in operands(part)) else _BLOCK_DENSE
 
 
-def _splits(parts: Sequence[SegmentPart], all_groups: int, device: torch.device) -> list[int]:
-    """Programs per key-value head for each segment: enough to fill the GPU, in proportion to tokens, none without work."""
+def _splits(parts: Sequence[Part], all_groups: int, device: torch.device) -> list[int]:
+    """Programs per key-value head for each segment: enough to fill the GPU, in proportion to tokens, none without work.
+
+    Of a ragged one, as many as fill it with what the heads have on average; the longest head has them all.
+    """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     wanted = _WAVES * processors / all_groups
-    tokens = sum(part.tokens for part in parts)
+    means = [len(p.k_RD) / all_groups if isinstance(p, RaggedPart) else p.tokens for p in parts]
     found = []
-    for part in parts:
-        blocks = math.ceil(part.tokens / _block(part))
-        count = max(1, min(blocks, round(wanted * part.tokens / tokens)))
-        found.append(math.ceil(blocks / math.ceil(blocks / count)))
+    for part, mean in zip(parts, means, strict=True):
+        block = _block(part)
+        usual, most = math.ceil(mean / block), math.ceil(part.tokens / block)
+        count = max(1, min(usual, round(wanted * mean / sum(means))))
+        found.append(math.ceil(most / math.ceil(usual / count)))
     return found
 
 
-def _launch(q: Tensor, part: SegmentPart, softmax: Softmax, out: Tensor, lse: Tensor, first: int, count: int) -> None:
+def _launch(q: Tensor, part: Part, softmax: Softmax, out: Tensor, lse: Tensor, first: int, count: int) -> None:
     """Attend to one segment; writes ``count`` partial results from ``first`` on."""
     all_groups, splits, rows, v_width = out.shape
-    block = _block(part)
-    k_tensors, k_strides, k_constants = _operand(part.k, "K", block)
-    v_tensors, v_strides, v_constants = _operand(part.v, "V", block)
-    width, groups = q.shape[-1], part.k.shape[1]
-    extras = [part.log_bias_BGN, part.k_channel_scale_BGD, part.v_channel_scale_BGD]
+    block, (k, v) = _block(part), operands(part)
+    k_tensors, k_strides, k_constants = _operand(k, "K", block)
+    v_tensors, v_strides, v_constants = _operand(v, "V", block)
+    width, groups = q.shape[-1], part.groups
+    ends: Tensor | None = None
+    extras: list[Tensor | None] = [None] * 3
+    if isinstance(part, RaggedPart):
+        ends = part.ends_O
+    else:
+        extras = [part.log_bias_BGN, part.k_channel_scale_BGD, part.v_channel_scale_BGD]
     given = [q if x is None else x.float().contiguous() for x in extras]  # a pointer that is not read stands for None
     chunk = math.ceil(math.ceil(part.tokens / block) / count) * block
     _segment_kernel[(count, all_groups)](
-        q, *k_tensors, *v_tensors, *given, out, lse, *k_strides, *v_strides,
-        *factors(softmax), groups, rows, part.tokens, width, v_width, *_sizes(part.k, part.v), chunk, first, splits,
+        q, *k_tensors, *v_tensors, *given, q if ends is None else ends, out, lse, *k_strides, *v_strides,
+        *factors(softmax), groups, rows, part.tokens, width, v_width, *_sizes(k, v), chunk, first, splits,
         **k_constants, **v_constants, K_FOLDED=k_constants["K_LAYOUT"] == _BY_TOKEN,
         # small scales times small probabilities would leave float16's range
-        V_FOLDED=v_constants["V_LAYOUT"] == _BY_TOKEN and q.dtype != torch.float16,
+        V_FOLDED=v_constants["V_LAYOUT"] == _BY_TOKEN and q.dtype != torch.float16, RAGGED=ends is not None,
         HAS_CAP=softmax.cap is not None, HAS_BIAS=extras[0] is not None, HAS_K_CHANNEL=extras[1] is not None, HAS_V_CHANNEL=extras[2] is not None,
         BLOCK_M=max(16, triton.next_power_of_2(rows)), BLOCK_N=block,
         BLOCK_D=max(16, triton.next_power_of_2(width)), BLOCK_DV=max(16, triton.next_power_of_2(v_width)),
@@ -267,14 +284,15 @@ def _sizes(*operands: Tensor | Packed) -> list[int]:
 def _operand(
     x: Tensor | Packed, side: str, block: int
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...], dict[str, Any]]:
-    """(data, scales, zeros), strides over batch, heads and tokens, and the kernel's constants for keys or values."""
+    """(data, scales, zeros), strides over batch, heads and tokens (0 for those that there are none of), and the kernel's constants for keys or values."""
     if isinstance(x, Packed):
         tensors = (x.codes.contiguous(), x.scale.contiguous(), x.zero.contiguous())
         layout, bits, per_row = _layout(x, block), x.bits, x.axis == -1
         strides: tuple[int, ...] = (0, 0, 0)
     else:
         dense = x if x.stride(-1) == 1 else x.contiguous()
-        tensors, layout, bits, per_row, strides = (dense, dense, dense), _DENSE, 8, True, dense.stride()[:3]
+        tensors, layout, bits, per_row, strides = (dense, dense, dense), _DENSE, 8, True, dense.stride()[:-1]
+        strides = (*[0] * (3 - len(strides)), *strides)
     count, size = unit(bits)
     constants = {"LAYOUT": layout, "PER_ROW": per_row, "BITS": bits, "U": count, "BYTES": size}
     return tensors, strides, {f"{side}_{name}": value for name, value in constants.items()}

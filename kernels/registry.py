@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from isoflop.kernels import cases
 from isoflop.kernels.cases import Arguments, Case, Source
 from isoflop.kernels.column_scores import column_scores
-from isoflop.kernels.decode_segments import SegmentPart, decode_segments
+from isoflop.kernels.decode_segments import Part, RaggedPart, decode_segments
 from isoflop.kernels.dispatch import Operation, leaves
 from isoflop.kernels.merge import bipartite_match, merge_tokens
 from isoflop.kernels.quant import Packed, quant_pack, unpack
@@ -157,12 +157,20 @@ def _scores_peer(arguments: Arguments) -> Callable[[], Any]:
 
 
 def _attention_peer(arguments: Arguments) -> Callable[[], Any]:
-    """``scaled_dot_product_attention`` over the same tokens in a dense cache of the queries' type."""
+    """``scaled_dot_product_attention`` over the same tokens in a dense cache of the queries' type; ragged heads padded, with a mask."""
     q_BHTD, scaling = arguments["q_BHTD"], arguments["softmax"].scaling
-    parts: Sequence[SegmentPart] = arguments["segments"]
+    given: Sequence[Part] = arguments["segments"]
+    parts = [part.padded() if isinstance(part, RaggedPart) else part for part in given]
     k_BGND = torch.cat([part.keys().to(q_BHTD.dtype) for part in parts], dim=2)
     v_BGND = torch.cat([part.values().to(q_BHTD.dtype) for part in parts], dim=2)
-    return lambda: F.scaled_dot_product_attention(q_BHTD, k_BGND, v_BGND, scale=scaling, enable_gqa=True)
+    mask_BHTN = None
+    if any(part.log_bias_BGN is not None for part in parts):
+        each = (
+            k_BGND.new_zeros(*k_BGND.shape[:2], p.tokens) if p.log_bias_BGN is None else p.log_bias_BGN for p in parts
+        )
+        bias_BGN = torch.cat([bias.to(q_BHTD.dtype) for bias in each], dim=2)
+        mask_BHTN = bias_BGN.repeat_interleave(q_BHTD.shape[1] // k_BGND.shape[1], 1)[:, :, None]
+    return lambda: F.scaled_dot_product_attention(q_BHTD, k_BGND, v_BGND, mask_BHTN, scale=scaling, enable_gqa=True)
 
 
 def _match_peer(arguments: Arguments) -> Callable[[], Any]:

@@ -90,7 +90,7 @@ def newest_attention(query: AttentionCall, store: LayerStore) -> Tensor:
 
     Added up over the query heads of each key-value head, in float32. The packed part of the cache is read as codes.
     """
-    parts = [segment.part() for segment in store.all() if segment.tokens]
+    parts = [segment.read_part() for segment in store.all() if segment.tokens]
     lse_BH1 = decode_segments(query.q_BHTD, parts, query.softmax)[1]
     logits_BH1N = segment_logits(query.q_BHTD, store.recent, query.softmax, query.order_BT)
     return over_group((logits_BH1N - lse_BH1[..., None]).exp()[:, :, 0], query.k_BGTD.shape[1])

@@ -179,9 +179,9 @@ def test_ragged_heads_are_read_as_if_each_were_alone(lengths: list[list[int]]) -
             seen = torch.ones(6, len(keys), dtype=torch.bool).tril(len(keys) - 6)
             logits = (tail.q_BHTD[b, h] @ keys.T * WIDTH**-0.5).masked_fill(~seen, float("-inf"))
             torch.testing.assert_close(found[b, :, h], logits.softmax(-1) @ values, atol=1e-5, rtol=1e-5)
-    parts = [segment.part(), recent.part()]
-    last = decode_segments(tail.q_BHTD[:, :, -1:], parts, tail.softmax)[0]
-    torch.testing.assert_close(found[:, -1], last[:, :, 0], atol=1e-5, rtol=1e-5)
+    for part in (segment.part(), segment.read_part()):
+        last = decode_segments(tail.q_BHTD[:, :, -1:], [part, recent.part()], tail.softmax)[0]
+        torch.testing.assert_close(found[:, -1], last[:, :, 0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("cap", [None, 5.0])

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isoflop.kernels.decode_segments import SegmentPart
+from isoflop.kernels.decode_segments import RaggedPart, SegmentPart
 from isoflop.models.segments import Segment
 
 TILE = 64
@@ -72,18 +72,15 @@ class RaggedSegment(Segment):
     @property
     def lengths_BG(self) -> Tensor:
         """Tokens of each head."""
-        return self.ends_O.long().diff(prepend=self.ends_O.new_zeros(1)).view(self.positions_BGN.shape[:2])
+        return self.read_part().lengths_BG
+
+    def read_part(self) -> RaggedPart:
+        """The tensors themselves."""
+        return RaggedPart(self.k_RD, self.v_RD, self.ends_O, self.positions_BGN.shape[1], self.tokens)
 
     def part(self) -> SegmentPart:
-        """With room for the longest head in all of them, for readers that know no ragged heads."""
-        lengths_BG, places_N = self.lengths_BG, torch.arange(self.tokens, device=self.ends_O.device)
-        empty_BGN = places_N >= lengths_BG[..., None]
-        starts_BG = self.ends_O.view(lengths_BG.shape) - lengths_BG
-        index_BGN = (starts_BG[..., None] + places_N).masked_fill(empty_BGN, 0)
-        bias_BGN = torch.zeros(empty_BGN.shape, dtype=self.k_RD.dtype, device=self.k_RD.device)
-        bias_BGN.masked_fill_(empty_BGN, float("-inf"))
-        k_BGND, v_BGND = (x[index_BGN].masked_fill(empty_BGN[..., None], 0) for x in (self.k_RD, self.v_RD))
-        return SegmentPart(k_BGND, v_BGND, bias_BGN)
+        """With room for the longest head in all of them."""
+        return self.read_part().padded()
 
     def products(self, q_BGMD: Tensor) -> Tensor:
         """Queries times keys; 0 at entries that are not there."""

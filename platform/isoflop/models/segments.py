@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isoflop.kernels.decode_segments import SegmentPart, decode_segments
+from isoflop.kernels.decode_segments import Part, SegmentPart, decode_segments
 from isoflop.kernels.quant import Packed
 from isoflop.kernels.softmax import Softmax
 from isoflop.models.growing import Rooms
@@ -59,7 +59,11 @@ class Segment(ABC):
 
     @abstractmethod
     def part(self) -> SegmentPart:
-        """What the decoding kernel reads: packed tensors stay packed."""
+        """Keys and values, (B, G, N, D), and what belongs to them: packed tensors stay packed."""
+
+    def read_part(self) -> Part:
+        """What the decoding kernel reads; nothing is copied for it."""
+        return self.part()
 
     def keys(self) -> Tensor:
         """k_BGND as attention reads them."""
@@ -188,7 +192,7 @@ def decode_one(q_BH1D: Tensor, segments: Sequence[Segment], softmax: Softmax) ->
     read by themselves and joined to the others by their log-sum-exp; nothing of the cache is copied.
     """
     segments = [segment for segment in segments if segment.tokens]
-    parts = [segment.part() for segment in segments if segment.heads_G is None]
+    parts = [segment.read_part() for segment in segments if segment.heads_G is None]
     some = [segment for segment in segments if segment.heads_G is not None]
     if not some:
         return decode_segments(q_BH1D, parts, softmax)[0].transpose(1, 2)
@@ -200,7 +204,7 @@ def decode_one(q_BH1D: Tensor, segments: Sequence[Segment], softmax: Softmax) ->
     for segment in some:
         rows_H = segment.query_heads(q_BH1D.shape[1])
         assert rows_H is not None
-        out_BR1D, lse_BR1 = decode_segments(q_BH1D[:, rows_H], [segment.part()], of_part)
+        out_BR1D, lse_BR1 = decode_segments(q_BH1D[:, rows_H], [segment.read_part()], of_part)
         outs.append(_over_all_heads(out_BR1D, rows_H, 0.0))
         lses.append(_over_all_heads(lse_BR1, rows_H, float("-inf")))
     lse_NBH1 = torch.stack(lses)
