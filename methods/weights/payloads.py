@@ -21,6 +21,21 @@ from isoflop.kernels.quant import Packed, pack_bits, quant_pack, unpack, unpack_
 from isoflop.models.base import tensor_bytes
 
 
+class _Kinds(dict[str, "type[Payload]"]):
+    def __missing__(self, kind: str) -> type[Payload]:
+        from isoflop.methods.base import METHODS
+
+        METHODS.names()  # imports whatever defines methods, their payloads with them
+        found = self.get(kind)
+        if found is None:
+            raise KeyError(f"payload of kind {kind!r}: the method that stored it is not installed")
+        return found
+
+
+PAYLOADS: dict[str, type[Payload]] = _Kinds()
+"""Every class of payloads by its kind, which its definition puts here."""
+
+
 @dataclass(frozen=True, eq=False)
 class Payload(ABC):
     """A stored matrix.
@@ -31,6 +46,10 @@ class Payload(ABC):
 
     kind: ClassVar[str]
     shape: tuple[int, int]
+
+    def __init_subclass__(cls) -> None:
+        if "kind" in vars(cls):
+            PAYLOADS[cls.kind] = cls
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -274,11 +293,6 @@ class StackPayload(Payload):
         for number in range(self.blocks):
             total_OI += self.block(number)
         return total_OI if self.divisor_I is None else total_OI / self.divisor_I.float()
-
-
-PAYLOADS: dict[str, type[Payload]] = {
-    cls.kind: cls for cls in (DensePayload, AbsentPayload, GridPayload, BitmapPayload, PatternPayload, StackPayload)
-}
 
 
 def pack_signs(x: Tensor) -> Tensor:
