@@ -25,8 +25,8 @@ class Nf4(MatrixCodecMethod):
 
     What 4-bit loading in the Hugging Face libraries does: no calibration, no fitted grid, 0 is exact. Weights of a block are
     neighbours in row-major order, also across the ends of rows. Stored bits per weight: ``bits + 8/block + 32/(256·block)``, 4.127
-    at the defaults of the paper, and ``bits + 32/block`` without double quantisation. Use it where nothing may be calibrated;
-    ``gptq`` and ``awq`` lose less at equal bytes where something may.
+    at the defaults of the paper, and ``bits + 32/block`` without double quantisation. Use it where nothing may be calibrated,
+    and compare it with ``gptq`` at equal bytes where something may.
 
     Our choices: the 8-bit float of the second quantisation, which the paper leaves open, is the dynamic type of the released code;
     2 and 3 bits follow the table's formula with fewer quantiles; GPT-2's transposed matrices are taken as outputs by inputs.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from isoflop.core.folder_context import FolderContext
+from isoflop.core.knobs import KnobValue
 from isoflop.methods.base import Method
 from isoflop.methods.kv_cache.probe import PROMPT, TAIL, VOCABULARY, untrained_decoder
 from isoflop.methods.probe import AbsoluteCost, Probe
@@ -53,6 +54,10 @@ class WeightProbe(Probe):
     def forget(self) -> None:
         """Calibrate anew."""
         self._calibrated.clear()
+
+    def settings(self, knob: str) -> Sequence[Mapping[str, KnobValue]]:
+        """HQQ's norm matters where some errors are outliers."""
+        return [{"lp_norm": p, "beta": 1e3} for p in (0.7, 1.0)] if knob == "lp_norm" else ()
 
     def absolute(self) -> Sequence[AbsoluteCost]:
         """A layer of width 64 with keys of 32 and an MLP of 96: 2·64² + 2·64·32 + 3·64·96 = 30720 weights.

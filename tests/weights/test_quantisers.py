@@ -20,7 +20,7 @@ from isoflop.methods.weights.statistics import ViewStats
 from isoflop.methods.weights.views import linear_views
 from isoflop.models.base import Model
 
-QUANTISERS: dict[str, dict[str, Any]] = {"rtn": {}, "gptq": {}, "nf4": {}}
+QUANTISERS: dict[str, dict[str, Any]] = {"rtn": {}, "gptq": {}, "nf4": {}, "hqq": {}}
 SHAPES = [(1, 64), (8, 1), (1, 1), (5, 13), (3, 130)]
 """One row, one column, one weight, widths that no group divides, groups and a rest."""
 
