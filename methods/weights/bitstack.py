@@ -19,15 +19,15 @@ from isoflop.methods.base import METHODS, Axes, Method
 from isoflop.methods.calibration import OnModel
 from isoflop.methods.weights.artefact import Artefact
 from isoflop.methods.weights.base import Served, WeightMethod, all_matrices_known, known_matrices
-from isoflop.methods.weights.folding import Folding, fold_scales
+from isoflop.methods.weights.folding import FOLD_EXAMPLES, Folding, as_stored, fold_scales
 from isoflop.methods.weights.stacks import PERPLEXITY, SORTS, SortedStacks, Stacks, block_bytes, decompose, sort_blocks
 from isoflop.methods.weights.statistics import CalibrationStage, Statistics, calibration_seed, collect
 from isoflop.methods.weights.views import LinearView, linear_views
 from isoflop.models.base import Model, ModelInfo
 
 OFF, DIVIDE, FOLD = "off", "divide", "fold"
-FOLD_EXAMPLES = 4
-"""Training examples on which folds are tried."""
+EPSILON = 1e-3
+"""Added to scales, so that none is 0."""
 
 
 @METHODS.register("bitstack")
@@ -200,7 +200,8 @@ def stack_model(
     folding = Folding()
     if statistics is not None:
         batch = next(iter(model.calibration(ctx, FOLD_EXAMPLES, seed))) if scaling == FOLD else None
-        folding = fold_scales(model, views, statistics, batch)
+        scales = {view.name: as_stored(statistics.scales(view) + EPSILON) for view in views}
+        folding = fold_scales(model, views, scales, statistics.owner, batch)
     payloads, errors = {}, {}
     for view in views:
         payloads[view.name], errors[view.name] = decompose(folding.scaled(view), k, n_iter, avd, folding.divisor(view))

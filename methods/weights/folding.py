@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from isoflop.methods.weights.artefact import in_place
-from isoflop.methods.weights.statistics import Statistics
 from isoflop.methods.weights.views import LinearView, observed, replaceable
 from isoflop.models.base import Model
 
-EPSILON = 1e-3
 HALF_MAX = 6e4
+FOLD_EXAMPLES = 4
+"""Training examples on which folds are tried."""
 _FEEDS = {"down_proj": ("up_proj", "gate_proj"), "o_proj": ("v_proj", "q_proj")}
 """Consumer: the matrix whose rows take 1/s, and one that must be there too (a gated MLP, an ordinary attention)."""
 
@@ -66,22 +66,32 @@ class Folding:
         return self.scales[view.name].half() if view.name in self.divided else None
 
 
+def as_stored(scale_I: Tensor) -> Tensor:
+    """Scales on the float16 grid, in float32."""
+    return scale_I.clamp(max=HALF_MAX).half().float()
+
+
 @torch.no_grad()
-def fold_scales(model: Model, views: list[LinearView], statistics: Statistics, batch: Any | None) -> Folding:
-    """Scale every view by what its inputs look like.
+def fold_scales(
+    model: Model,
+    views: list[LinearView],
+    scales: Mapping[str, Tensor],
+    owner: Mapping[str, str],
+    batch: Any | None,
+) -> Folding:
+    """Scale every view.
 
     Args:
+        scales: of the input channels by the view's name, as stored; the same for all views with a common input.
+        owner: of each view, the one that stands for its input (``Statistics.owner``).
         batch: for ``Model.supervised``, on which folds are found and tried; None to divide everywhere.
     """
-    folding = Folding(divided={view.name for view in views})
-    for view in views:
-        s_I = (statistics.scales(view) + EPSILON).clamp(max=HALF_MAX)
-        folding.scales[view.name] = s_I.half().float()
+    folding = Folding(dict(scales), divided={view.name for view in views})
     if batch is None:
         return folding
     groups: dict[str, list[LinearView]] = {}
     for view in views:
-        groups.setdefault(statistics.owner[view.name], []).append(view)
+        groups.setdefault(owner[view.name], []).append(view)
     carriers = _carriers(model, views, groups, batch)
     before, _ = model.supervised(batch)
     chosen = dict(carriers)

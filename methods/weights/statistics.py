@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,12 +43,15 @@ class ViewStats:
         norms_I: ‖X_j‖₂ over all tokens.
         scales_I: mean over samples of the L2 norm over a sample's tokens (BitStack's s, without its epsilon). The tokens
             of a batch that are routed to one expert count as one sample.
+        means_I, maxima_I: mean and largest |X_j| over all tokens; None where an older version calibrated.
     """
 
     tokens: int
     hessian_II: Tensor
     norms_I: Tensor
     scales_I: Tensor
+    means_I: Tensor | None = None
+    maxima_I: Tensor | None = None
     _curvatures: dict[tuple[float, torch.dtype], Curvature] = field(default_factory=dict, repr=False)
 
     def curvature(self, damp: float, dtype: torch.dtype) -> Curvature:
@@ -64,8 +67,19 @@ class ViewStats:
 class _Sums:
     gram_II: Tensor
     norms_I: Tensor
+    sizes_I: Tensor
+    maxima_I: Tensor
     tokens: int = 0
     samples: int = 0
+
+    @classmethod
+    def empty(cls, like: Tensor, cols: int) -> _Sums:
+        """Of nothing, where ``like`` lies."""
+
+        def zeros(*shape: int) -> Tensor:
+            return like.new_zeros(shape, dtype=torch.float32)
+
+        return cls(zeros(cols, cols), zeros(cols), zeros(cols), zeros(cols))
 
     def add(self, x: Tensor) -> None:
         x = x.detach().float()
@@ -75,6 +89,10 @@ class _Sums:
             rows = slice(start, start + STRIPE)
             self.gram_II[rows, start:].addmm_(x_NI[:, rows].T, x_NI[:, start:])
         self.norms_I += x_BNI.norm(dim=1).sum(0)
+        if x_NI.shape[0]:
+            size_NI = x_NI.abs()
+            self.sizes_I += size_NI.sum(0)
+            self.maxima_I = torch.maximum(self.maxima_I, size_NI.amax(0))
         self.tokens += x_NI.shape[0]
         self.samples += x_BNI.shape[0]
 
@@ -86,7 +104,9 @@ class _Sums:
             self.gram_II[rows, rows] = self.gram_II[rows, rows].triu() + self.gram_II[rows, rows].triu(1).T
             self.gram_II[start + STRIPE :, rows] = self.gram_II[rows, start + STRIPE :].T
         hessian_II = self.gram_II.mul_(2 / max(self.tokens, 1))
-        return {"hessian": hessian_II, "norms": norms_I, "scales": self.norms_I / max(self.samples, 1)}
+        means_I = self.sizes_I / max(self.tokens, 1)
+        scales_I = self.norms_I / max(self.samples, 1)
+        return {"hessian": hessian_II, "norms": norms_I, "scales": scales_I, "means": means_I, "maxima": self.maxima_I}
 
 
 @dataclass
@@ -104,7 +124,7 @@ class _Collector:
         if self.owner[view.name] != view.name:
             return
         if view.name not in self.sums:
-            self.sums[view.name] = _Sums(x.new_zeros(view.cols, view.cols).float(), x.new_zeros(view.cols).float())
+            self.sums[view.name] = _Sums.empty(x, view.cols)
         self.sums[view.name].add(x)
 
     def end_batch(self) -> None:
@@ -114,9 +134,8 @@ class _Collector:
         """Those of all views; an expert that no token was routed to has zeros."""
         for view in views:
             if view.name not in self.owner:
-                empty = view.weight().new_zeros
                 self.owner[view.name] = view.name
-                self.sums[view.name] = _Sums(empty(view.cols, view.cols).float(), empty(view.cols).float())
+                self.sums[view.name] = _Sums.empty(view.weight(), view.cols)
         tensors: dict[str, Tensor | Path] = {
             f"{name}/{part}": t for name, sums in self.sums.items() for part, t in sums.tensors().items()
         }
@@ -168,7 +187,11 @@ class Statistics:
         name = self.owner[view.name]
         device = view.holder.device
         hessian, norms, scales = (self._read(name, part).to(device) for part in ("hessian", "norms", "scales"))
-        return ViewStats(self._tokens[name], hessian, norms, scales)
+        found = ViewStats(self._tokens[name], hessian, norms, scales)
+        if not self._has(name, "means"):
+            return found
+        means, maxima = (self._read(name, part).to(device) for part in ("means", "maxima"))
+        return replace(found, means_I=means, maxima_I=maxima)
 
     def each(self, views: Iterable[LinearView]) -> Iterator[tuple[LinearView, ViewStats]]:
         """Views with their statistics, those of one input at a time: what neighbours share is read and worked out once."""
@@ -208,6 +231,16 @@ class Statistics:
         index = _read_index(folder)
         return cls({name: folder / file for name, file in index["files"].items()}, index["owner"], index["tokens"])
 
+    def _has(self, owner: str, part: str) -> bool:
+        """Whether it was kept; older versions kept no magnitudes."""
+        from safetensors import safe_open
+
+        found = self._tensors.get(owner)
+        if not isinstance(found, Path):
+            return f"{owner}/{part}" in self._tensors
+        with safe_open(found, framework="pt") as file:
+            return f"{owner}/{part}" in file.keys()  # noqa: SIM118
+
     def _read(self, owner: str, part: str) -> Tensor:
         from safetensors import safe_open
 
@@ -229,11 +262,21 @@ def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class CalibrationStage(OnModel):
-    """Statistics of a model's linear views on ``n_calib`` training examples; one for all weight methods."""
+    """Statistics of a model's linear views on ``n_calib`` training examples; one for all weight methods.
+
+    Attributes:
+        sizes: asks for mean and largest magnitudes too, which stores of older versions do not hold; where nobody asks the key is
+            the one it always was.
+    """
 
     kind: ClassVar[str] = "weight-calibration"
 
     n_calib: int
+    sizes: bool = False
+
+    def spec(self) -> dict[str, Any]:
+        """Without ``sizes`` where nobody asks for them."""
+        return {name: value for name, value in super().spec().items() if name != "sizes" or value}
 
     def compute(self, ctx: StageContext, folder: Path) -> None:
         """One pass through the model; each block is written before the next one runs."""

@@ -14,8 +14,8 @@ from weight_cases import Bare, context, gpt2, held_out_loss, llama, mixtral, tra
 
 from isoflop.core.errors import Infeasible
 from isoflop.methods.base import build
-from isoflop.methods.weights.bitstack import BitStack
-from isoflop.methods.weights.folding import Folding, fold_scales
+from isoflop.methods.weights.bitstack import EPSILON, BitStack
+from isoflop.methods.weights.folding import Folding, as_stored, fold_scales
 from isoflop.methods.weights.level_bank import LevelBank
 from isoflop.methods.weights.payloads import StackPayload
 from isoflop.methods.weights.probe import WeightProbe
@@ -116,7 +116,8 @@ def folded(model: Model, mode: str) -> tuple[Folding, int]:
     views = linear_views(model)
     statistics = collect(model, context(), 8, 0)
     batch = next(iter(model.calibration(context(), 4, 0))) if mode == "fold" else None
-    return fold_scales(model, views, statistics, batch), len(views)
+    scales = {view.name: as_stored(statistics.scales(view) + EPSILON) for view in views}
+    return fold_scales(model, views, scales, statistics.owner, batch), len(views)
 
 
 def served_logits(model: Model, folding: Folding) -> Tensor:

@@ -20,7 +20,7 @@ from isoflop.methods.weights.statistics import ViewStats
 from isoflop.methods.weights.views import linear_views
 from isoflop.models.base import Model
 
-QUANTISERS: dict[str, dict[str, Any]] = {"rtn": {}, "gptq": {}, "nf4": {}, "hqq": {}}
+QUANTISERS: dict[str, dict[str, Any]] = {"rtn": {}, "gptq": {}, "nf4": {}, "hqq": {}, "awq": {}}
 SHAPES = [(1, 64), (8, 1), (1, 1), (5, 13), (3, 130)]
 """One row, one column, one weight, widths that no group divides, groups and a rest."""
 
@@ -39,7 +39,8 @@ def inputs(cols: int) -> ViewStats:
     x_NI = torch.randn(3 * cols, cols, generator=torch.Generator().manual_seed(1))
     gram_II = x_NI.T @ x_NI
     norms_I = gram_II.diagonal().sqrt()
-    return ViewStats(3 * cols, 2 / (3 * cols) * gram_II, norms_I, norms_I)
+    size_NI = x_NI.abs()
+    return ViewStats(3 * cols, 2 / (3 * cols) * gram_II, norms_I, norms_I, size_NI.mean(0), size_NI.amax(0))
 
 
 def encoded(name: str, weight: Tensor) -> Payload:
