@@ -100,16 +100,24 @@ class OwnWeightsStage(OnModel):
 
 
 def trained(
-    method: Learner, model: Model, ctx: StageContext, seed: int, keeper: Keeper | None = None
+    method: Learner,
+    model: Model,
+    ctx: StageContext,
+    seed: int,
+    keeper: Keeper | None = None,
+    begun: nn.Module | None = None,
 ) -> tuple[nn.Module, list[float]]:
     """The method's weights behind all lessons, and the loss of each.
 
     Nothing of the model changes: its parameters take no gradients while it lasts.
 
+    Args:
+        begun: where its weights begin; by default as they are drawn.
+
     Raises:
         Infeasible: the loss does not depend on the weights.
     """
-    module = method.untrained(model.info, seed)
+    module = begun if begun is not None else method.untrained(model.info, seed)
     if module is None:
         raise ValueError(f"method {method.name} has no weights to train")
     module = module.to(next(model.module.parameters()).device).train().requires_grad_(True)

@@ -18,19 +18,29 @@ from isoflop.methods.base import Method
 from isoflop.methods.kv_cache.probe import PROMPT, TAIL, VOCABULARY, untrained_decoder
 from isoflop.methods.probe import AbsoluteCost, Probe
 from isoflop.methods.weights.base import WeightMethod
+from isoflop.methods.weights.healing import HealedMethod
 from isoflop.methods.weights.payloads import PAYLOADS, Payload
 from isoflop.methods.weights.views import linear_views, replaceable
 from isoflop.models.base import tensor_bytes
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
 
+HEALED_STEPS = 2
+"""Of the training of a stored form, at most."""
 SETTINGS_LENGTH = 256
 """Characters of a payload's settings as JSON, at most: they cost nothing, so no weights may lie in them."""
 
 
 class WeightProbe(Probe):
-    """Logits of an untrained decoder; the cost is the bytes of its matrices as stored."""
+    """Logits of an untrained decoder; the cost is the bytes of its matrices as stored.
 
-    def __init__(self, examples: int = 4, layers: int = 1) -> None:
+    Args:
+        tried: settings in which a knob shows what it does, where none shows by itself; see ``Probe.settings``.
+    """
+
+    def __init__(
+        self, examples: int = 4, layers: int = 1, tried: Mapping[str, Sequence[Mapping[str, KnobValue]]] | None = None
+    ) -> None:
+        self._tried = tried or {}
         self.model: LmModel = untrained_decoder(layers=layers)
         shapes = Counter((view.rows, view.cols) for view in linear_views(self.model))
         matrices = tuple((rows, cols, count) for (rows, cols), count in shapes.items())
@@ -43,9 +53,14 @@ class WeightProbe(Probe):
         self._ids = torch.from_numpy(rng.integers(0, VOCABULARY, (examples, PROMPT + TAIL)))
 
     def prepared(self, method: Method, seed: int) -> Any:
-        """The value of the method's own calibration on this model; kept, because a ratio knob may not change it."""
+        """The value of the method's own calibration on this model; kept, because a ratio knob may not change it.
+
+        Of a training the first steps are enough to see that it happens.
+        """
         if not isinstance(method, WeightMethod) or not hasattr(method, "calibrate"):
             return None
+        if isinstance(method, HealedMethod):
+            method = method.begun(HEALED_STEPS)
         key = f"{method.name} {method.calibration_knobs()} {seed}"
         if key not in self._calibrated:
             self._calibrated[key] = method.calibrate(self.model, self.ctx, seed)
@@ -56,8 +71,9 @@ class WeightProbe(Probe):
         self._calibrated.clear()
 
     def settings(self, knob: str) -> Sequence[Mapping[str, KnobValue]]:
-        """HQQ's norm matters where some errors are outliers."""
-        return [{"lp_norm": p, "beta": 1e3} for p in (0.7, 1.0)] if knob == "lp_norm" else ()
+        """Those given. HQQ's norm matters where some errors are outliers."""
+        norms = [{"lp_norm": p, "beta": 1e3} for p in (0.7, 1.0)] if knob == "lp_norm" else ()
+        return self._tried.get(knob, norms)
 
     def absolute(self) -> Sequence[AbsoluteCost]:
         """A layer of width 64 with keys of 32 and an MLP of 96: 2·64² + 2·64·32 + 3·64·96 = 30720 weights.
