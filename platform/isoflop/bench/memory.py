@@ -139,7 +139,14 @@ def _row(name: str, lengths: list[int], peaks: dict[tuple[int, int], dict[str, i
 
 @click.command("memory")
 @click.argument("methods", nargs=-1)
-@click.option("--tokens", multiple=True, type=click.IntRange(256), default=(1024, 2048, 4096, 8192), show_default=True)
+@click.option(
+    "--tokens",
+    multiple=True,
+    type=click.IntRange(256),
+    default=(1024, 2048, 4096, 8192),
+    show_default=True,
+    help="Of a prompt; may be repeated.",
+)
 @click.option("--target", default=32768, show_default=True, type=click.IntRange(256), help="tokens of the large model")
 @json_option
 def memory(methods: tuple[str, ...], tokens: tuple[int, ...], target: int, as_json: bool) -> None:

@@ -185,7 +185,14 @@ def _same(ours: Any, theirs: Any) -> float | None:
 @click.option(
     "--text", required=True, type=click.Path(exists=True, dir_okay=False), help="what the prompts are cut from"
 )
-@click.option("--tokens", multiple=True, type=click.IntRange(128), default=(1024, 2048, 4096), show_default=True)
+@click.option(
+    "--tokens",
+    multiple=True,
+    type=click.IntRange(128),
+    default=(1024, 2048, 4096),
+    show_default=True,
+    help="Of a prompt; may be repeated.",
+)
 @click.option("--peer", default="", help="a Python in whose environment kvpress is installed")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
