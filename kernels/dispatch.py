@@ -52,9 +52,11 @@ class Operation(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the Triton kernel if it is switched on, fits these arguments and no gradient is needed; else the twin."""
-        if self.switched_on() and _on_cuda(args, kwargs) and _has_triton() and self.supports(*args, **kwargs):
-            return self.fused(*args, **kwargs)
-        return self.twin(*args, **kwargs)
+        return (self.fused if self.fuses(*args, **kwargs) else self.twin)(*args, **kwargs)
+
+    def fuses(self, *args: P.args, **kwargs: P.kwargs) -> bool:
+        """Whether a call with these arguments runs the Triton kernel."""
+        return self.switched_on() and _on_cuda(args, kwargs) and _has_triton() and self.supports(*args, **kwargs)
 
     def supports(self, *args: P.args, **kwargs: P.kwargs) -> bool:
         """Whether the Triton kernel covers these arguments; the twin covers all."""

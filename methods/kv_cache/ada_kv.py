@@ -22,7 +22,7 @@ from isoflop.methods.kv_cache.select import lengths
 from isoflop.methods.kv_cache.snapkv import KERNELS
 from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.ragged import RaggedSegment
-from isoflop.models.segments import LayerStore, attend_segments
+from isoflop.models.segments import LayerStore
 
 if TYPE_CHECKING:
     from isoflop.methods.kv_cache.probe import KvCacheProbe
@@ -99,7 +99,3 @@ class AdaKV(PyramidKV):
         scores_BGT = scores_BGT.masked_fill(newest_BGT | padding_BGT, -torch.inf)
         rest = [count - r for count, r in zip(counts, recent, strict=True)]
         return adaptive(scores_BGT, rest, self.floor, self.shares) | (newest_BGT & ~padding_BGT)
-
-    def read(self, query: AttentionCall, store: LayerStore, prepared: Any) -> Tensor:
-        """By tiles of the heads' parts."""
-        return attend_segments(query.q_BHTD, store.all(), query.softmax, query.order_BT)[0]

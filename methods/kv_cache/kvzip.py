@@ -29,7 +29,7 @@ from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.hooks.occupant import Occupant
 from isoflop.models.ragged import RaggedSegment
 from isoflop.models.reading import TextInfo
-from isoflop.models.segments import DenseSegment, LayerStore, attend_segments
+from isoflop.models.segments import DenseSegment, LayerStore
 
 if TYPE_CHECKING:
     from isoflop.methods.kv_cache.probe import KvCacheProbe
@@ -199,12 +199,6 @@ class KVzip(KeepsShare):
             return best_of_each(scores_BLT, counts_B1.expand(-1, scores_BLT.shape[1]))
         together = scores_BLT.split(scores_BLT.shape[1] if self.scope == ALL else groups, dim=1)
         return torch.cat([best_of_all(part, [part.shape[1] * n for n in counts]) for part in together], dim=1)
-
-    def read(self, query: AttentionCall, store: LayerStore, prepared: Any) -> Tensor:
-        """As ever over the whole prompt, and by tiles of the heads' parts afterwards."""
-        if isinstance(store.segments[0], RaggedSegment):
-            return attend_segments(query.q_BHTD, store.all(), query.softmax, query.order_BT)[0]
-        return super().read(query, store, prepared)
 
     def footprint(self, model: Model, ctx: StageContext) -> dict[str, float]:
         """Also ``kv_scoring_tokens``: read behind the prompt to score it, per example."""

@@ -13,7 +13,9 @@ import torch
 from kv_cases import GROUPS, WIDTH, a_call, column_sums, left_padded, one_row, stepped
 from torch import Tensor
 
-from isoflop.kernels.decode_segments import decode_segments
+from isoflop.kernels.decode_segments import Part, decode_segments
+from isoflop.kernels.dispatch import Operation
+from isoflop.kernels.softmax import Softmax
 from isoflop.methods.kv_cache.ada_kv import AdaKV
 from isoflop.methods.kv_cache.base import slice_call
 from isoflop.methods.kv_cache.head_budgets import adaptive
@@ -182,6 +184,25 @@ def test_ragged_heads_are_read_as_if_each_were_alone(lengths: list[list[int]]) -
     for part in (segment.part(), segment.read_part()):
         last = decode_segments(tail.q_BHTD[:, :, -1:], [part, recent.part()], tail.softmax)[0]
         torch.testing.assert_close(found[:, -1], last[:, :, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_the_kernel_is_given_ragged_heads_as_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoding step takes it where it runs, and the tiles where it does not; both read the same."""
+    call = a_call(41)
+    store = AdaKV(keep=0.3, window=4, floor=0.0).compress(slice_call(call, 0, 40), None)
+    last = slice_call(call, 40, 41)
+    store.recent.append(last.k_BGTD, last.v_BGTD, last.order_BT[:, None].expand(2, GROUPS, -1))
+    by_tiles = AdaKV().read(last, store, None)
+    kinds: list[str] = []
+
+    def kernel(q_BHTD: Tensor, segments: list[Part], softmax: Softmax) -> tuple[Tensor, Tensor]:
+        kinds.extend(type(part).__name__ for part in segments)
+        return decode_segments.twin(q_BHTD, segments, softmax)
+
+    monkeypatch.setattr(Operation, "fused", property(lambda _: kernel))
+    monkeypatch.setattr(Operation, "fuses", lambda *given: True)
+    torch.testing.assert_close(AdaKV().read(last, store, None), by_tiles, atol=1e-5, rtol=1e-5)
+    assert kinds == ["RaggedPart", "SegmentPart"]
 
 
 @pytest.mark.parametrize("cap", [None, 5.0])

@@ -19,7 +19,7 @@ from isoflop.methods.kv_cache.base import KvCacheMethod
 from isoflop.models.contexts import Contexts, read_contexts
 from isoflop.models.family import family_of
 from isoflop.models.lm import LmModel
-from isoflop.models.ragged import NEVER
+from isoflop.models.segments import NEVER
 
 
 def run(lm: LmModel, ids: list[int], tail: list[int], name: str, knobs: dict[str, Any]) -> dict[str, Any]:

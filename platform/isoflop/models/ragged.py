@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 
 from isoflop.kernels.decode_segments import RaggedPart, SegmentPart
-from isoflop.models.segments import Segment
+from isoflop.models.segments import NEVER, Segment
 
 TILE = 64
-NEVER = torch.iinfo(torch.long).max
-"""Position of an entry that is not there: behind every query, so that none sees it."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,12 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isoflop.kernels.decode_segments import Part, SegmentPart, decode_segments
+from isoflop.kernels.decode_segments import Part, RaggedPart, SegmentPart, decode_segments
 from isoflop.kernels.quant import Packed
 from isoflop.kernels.softmax import Softmax
 from isoflop.models.growing import Rooms
 from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.hooks.occupant import tensor_bytes
+
+NEVER = torch.iinfo(torch.long).max
+"""Position of an entry that is not there: behind every query, so that none sees it."""
 
 
 @dataclass
@@ -189,10 +192,14 @@ def decode_one(q_BH1D: Tensor, segments: Sequence[Segment], softmax: Softmax) ->
     """Softmax attention of one query per row, behind all tokens of the segments: (B, 1, H, D).
 
     The same as ``attend_segments``, by the kernel that reads packed segments as codes. Segments over some of the heads are
-    read by themselves and joined to the others by their log-sum-exp; nothing of the cache is copied.
+    read by themselves and joined to the others by their log-sum-exp; nothing of the cache is copied. Without the kernel ragged heads
+    are read by tiles, since its twin would make all as long as the longest.
     """
     segments = [segment for segment in segments if segment.tokens]
     parts = [segment.read_part() for segment in segments if segment.heads_G is None]
+    if any(isinstance(part, RaggedPart) for part in parts) and not decode_segments.fuses(q_BH1D, parts, softmax):
+        behind_all_B1 = torch.full((q_BH1D.shape[0], 1), NEVER - 1, device=q_BH1D.device)
+        return attend_segments(q_BH1D, segments, softmax, behind_all_B1)[0]
     some = [segment for segment in segments if segment.heads_G is not None]
     if not some:
         return decode_segments(q_BH1D, parts, softmax)[0].transpose(1, 2)
