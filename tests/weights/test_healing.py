@@ -22,7 +22,11 @@ from isoflop.methods.weights.views import linear_views, replaceable
 from isoflop.models.family import family_of
 from isoflop.models.training.loop import Keeper
 
-HEALED: dict[str, dict[str, Any]] = {"svd": {}, "compactifai": {"chi": 8}}
+HEALED: dict[str, dict[str, Any]] = {
+    "svd": {},
+    "compactifai": {"chi": 8},
+    "lr2vq": {"m": 4, "k": 16, "rank": 2, "pretrain_steps": 1},
+}
 """Small enough for the models of these tests."""
 SHAPES = [(1, 64), (8, 1), (1, 1), (5, 13), (24, 130)]
 
@@ -77,7 +81,7 @@ def test_every_architecture_serves_what_its_files_hold(name: str, make: Any, tmp
     healed.save(tmp_path)
     again = Healed.load(tmp_path)
     assert again.losses == healed.losses
-    assert len(healed.losses) == 2
+    assert len(healed.losses) == method.heal_steps + getattr(method, "pretrain_steps", 0)
     views = linear_views(model)
     with method.apply(model, again):
         for view in views:
@@ -208,6 +212,9 @@ def test_knobs_without_effect_change_no_stage() -> None:
         ("svd", {"heal_steps": 0}, {"heal_lr": 0.1, "heal_batch": 3, "heal_kd": 0.5, "alpha": 1.0, "n_calib": 3}),
         ("svd", {"scaling": "svd-llm"}, {"alpha": 1.0}),
         ("svd", {"keep": 1.0}, {"scaling": "asvd", "heal_steps": 7}),
+        ("lr2vq", {"heal_steps": 0}, {"assign": "ste", "tau": 1.0}),
+        ("lr2vq", {"assign": "ste"}, {"tau": 1.0}),
+        ("lr2vq", {"heal_steps": 0, "pretrain_steps": 0}, {"heal_lr": 0.1, "heal_batch": 3, "heal_kd": 0.5}),
         ("compactifai", {"spared": 0.0}, {"spare_by": "block", "n_profile": 3}),
         ("compactifai", {"spared": 0.5}, {"n_profile": 3}),
     ]:
@@ -256,6 +263,7 @@ def test_a_model_without_a_loss_is_refused_where_one_is_trained_on() -> None:
     build("svd", {}).check(silent)
     for name, knobs in [
         ("svd", {"heal_steps": 5}),
+        ("lr2vq", {"heal_steps": 0, "pretrain_steps": 5}),
         ("compactifai", {"spared": 0.5, "spare_by": "block", "heal_steps": 0}),
     ]:
         with pytest.raises(Infeasible, match=f"method {name} with .* no head that predicts tokens; allowed"):

@@ -90,6 +90,14 @@ def test_inputs_that_are_never_seen_do_no_harm(dead: int) -> None:
     assert error <= 1.05 * best + 1e-3
 
 
+def test_a_gram_matrix_that_rounding_has_made_indefinite_is_lifted() -> None:
+    x = matrix(64, 24, seed=3).double()
+    values, vectors = torch.linalg.eigh(x.T @ x)
+    values[0] = -0.1
+    left, right = whitened_low_rank(matrix(), vectors * values @ vectors.T, 7)
+    assert torch.isfinite(left @ right).all()
+
+
 @pytest.mark.parametrize("scaling", ["asvd", "svd-llm"])
 def test_without_any_input_every_scaling_is_plain(scaling: str) -> None:
     """An expert that no token was routed to."""
