@@ -6,7 +6,7 @@ Shape suffixes: O outputs (rows), I inputs (columns), G groups of a row, W weigh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from isoflop.methods.weights.payloads import DensePayload, GridPayload, Payload
 from isoflop.methods.weights.rtn import BITS
 from isoflop.methods.weights.statistics import ViewStats
 from isoflop.models.base import ModelInfo
+
+if TYPE_CHECKING:
+    from isoflop.methods.weights.probe import WeightProbe
 
 LEAST_RANGE, LARGEST_INVERSE = 1e-4, 2e4
 """Of the released code: narrower groups become constant, and steps are no finer than 1/20000."""
@@ -126,6 +129,13 @@ class Hqq(MatrixCodecMethod):
     def identity(cls, info: ModelInfo) -> Hqq:
         """16 bits."""
         return cls(bits=16)
+
+    @classmethod
+    def probe(cls) -> WeightProbe:
+        """The norm matters where some errors are outliers."""
+        from isoflop.methods.weights.probe import WeightProbe
+
+        return WeightProbe(tried={"lp_norm": [{"lp_norm": p, "beta": 1e3} for p in (0.7, 1.0)]})
 
     def axes(self, info: ModelInfo) -> Axes:
         """Bits per weight, grids left out."""

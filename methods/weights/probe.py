@@ -71,9 +71,8 @@ class WeightProbe(Probe):
         self._calibrated.clear()
 
     def settings(self, knob: str) -> Sequence[Mapping[str, KnobValue]]:
-        """Those given. HQQ's norm matters where some errors are outliers."""
-        norms = [{"lp_norm": p, "beta": 1e3} for p in (0.7, 1.0)] if knob == "lp_norm" else ()
-        return self._tried.get(knob, norms)
+        """Those given."""
+        return self._tried.get(knob, ())
 
     def absolute(self) -> Sequence[AbsoluteCost]:
         """A layer of width 64 with keys of 32 and an MLP of 96: 2·64² + 2·64·32 + 3·64·96 = 30720 weights.
