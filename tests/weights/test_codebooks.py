@@ -122,6 +122,15 @@ def test_as_many_entries_as_points_leave_no_error(points: int) -> None:
     assert torch.allclose(table[nearest(repeated, table)], repeated)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_entries_begin_at_points_that_are_apart(seed: int) -> None:
+    """k-means++: a point that an entry lies on is never drawn again."""
+    from isoflop.methods.weights.codebooks import _spread
+
+    points = torch.arange(6.0)[:, None].repeat(4, 2)
+    assert sorted(_spread(points, 6, drawn(seed))[:, 0].tolist()) == list(range(6))
+
+
 def test_an_entry_that_nobody_is_near_takes_a_point_of_the_fullest() -> None:
     """Trap: dead entries."""
     from isoflop.methods.weights.codebooks import _reseed

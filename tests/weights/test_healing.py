@@ -25,6 +25,7 @@ from isoflop.models.training.loop import Keeper
 HEALED: dict[str, dict[str, Any]] = {
     "svd": {},
     "compactifai": {"chi": 8},
+    "aqlm": {"code_bits": 4, "group": 4, "codebooks": 1, "rounds": 2, "steps": 3, "n_calib": 4},
     "lr2vq": {"m": 4, "k": 16, "rank": 2, "pretrain_steps": 1},
 }
 """Small enough for the models of these tests."""
@@ -213,6 +214,7 @@ def test_knobs_without_effect_change_no_stage() -> None:
         ("svd", {"scaling": "svd-llm"}, {"alpha": 1.0}),
         ("svd", {"keep": 1.0}, {"scaling": "asvd", "heal_steps": 7}),
         ("lr2vq", {"heal_steps": 0}, {"assign": "ste", "tau": 1.0}),
+        ("aqlm", {"rounds": 0}, {"beam": 4, "steps": 3, "lr": 0.1, "tolerance": 0.5, "n_calib": 3}),
         ("lr2vq", {"assign": "ste"}, {"tau": 1.0}),
         ("lr2vq", {"heal_steps": 0, "pretrain_steps": 0}, {"heal_lr": 0.1, "heal_batch": 3, "heal_kd": 0.5}),
         ("compactifai", {"spared": 0.0}, {"spare_by": "block", "n_profile": 3}),
