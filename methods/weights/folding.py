@@ -110,7 +110,7 @@ def _carriers(
 ) -> dict[str, Carrier]:
     """What could take up the scales of each group of views with a common input, by the group's owner."""
     names = {id(p): name for name, p in model.module.named_parameters()}
-    norms = _norms_feeding(model, views, batch)
+    norms = norms_feeding(model, views, batch)
     by_name = {view.name: view for view in views}
     found: dict[str, Carrier] = {}
     for owner, members in groups.items():
@@ -127,7 +127,7 @@ def _carriers(
     return found
 
 
-def _norms_feeding(model: Model, views: list[LinearView], batch: Any) -> dict[str, nn.Module]:
+def norms_feeding(model: Model, views: list[LinearView], batch: Any) -> dict[str, nn.Module]:
     """The norm whose output object a view is given, by the view's name."""
     returned: dict[int, tuple[nn.Module, Tensor]] = {}
     found: dict[str, nn.Module] = {}

@@ -68,7 +68,37 @@ class ScaledPayload(Payload):
 
 
 @dataclass(frozen=True)
-class ScalingMethod(CalibratedMethod):
+class FoldingMethod(CalibratedMethod):
+    """Base class of methods that change a model to another one that computes the same before they encode its matrices."""
+
+    @abstractmethod
+    def encode_folded(self, model: Model, ctx: StageContext, statistics: Statistics, seed: int) -> Artefact:
+        """Every view as stored, and the vectors outside the views that change with them.
+
+        Args:
+            statistics: of the model as it is.
+            seed: of the calibration examples.
+        """
+
+    def prepare(
+        self, info: ModelInfo, weights: Stage | None, seed: int, trained_with: tuple[Method, ...] = ()
+    ) -> Stage | None:
+        """The stage with the encoded matrices."""
+        self.check(info)
+        source = OnModel.source(info, weights, seed, trained_with)
+        relevant = self.relevant()
+        calibration = CalibrationStage(**source, n_calib=relevant.n_calib, sizes=True)
+        return FoldedStage(**source, method=relevant, calibration=calibration)
+
+    @torch.no_grad()
+    def calibrate(self, model: Model, ctx: StageContext, seed: int) -> Artefact:
+        """What the stage computes, on a loaded model."""
+        examples = calibration_seed(seed)
+        return self.encode_folded(model, ctx, collect(model, ctx, self.n_calib, examples), examples)
+
+
+@dataclass(frozen=True)
+class ScalingMethod(FoldingMethod):
     """Base class of methods that scale input channels, all matrices with a common input alike, and then encode."""
 
     @abstractmethod
@@ -103,11 +133,7 @@ class ScalingMethod(CalibratedMethod):
         return ScaledPayload.of(inner, s_I.half())
 
     def encode_folded(self, model: Model, ctx: StageContext, statistics: Statistics, seed: int) -> Artefact:
-        """Every view, its scales folded away where the model computes the same with them.
-
-        Args:
-            seed: of the calibration examples.
-        """
+        """Every view, its scales folded away where the model computes the same with them."""
         if self.scales_nothing:
             return self.encode_model(model, statistics)
         views = linear_views(model)
@@ -133,33 +159,17 @@ class ScalingMethod(CalibratedMethod):
             found |= {view.name: s_I.to(view.holder.device) for view in members}
         return found
 
-    def prepare(
-        self, info: ModelInfo, weights: Stage | None, seed: int, trained_with: tuple[Method, ...] = ()
-    ) -> Stage | None:
-        """The stage with the encoded matrices."""
-        self.check(info)
-        source = OnModel.source(info, weights, seed, trained_with)
-        relevant = self.relevant()
-        calibration = CalibrationStage(**source, n_calib=relevant.n_calib, sizes=True)
-        return FoldedStage(**source, method=relevant, calibration=calibration)
-
-    @torch.no_grad()
-    def calibrate(self, model: Model, ctx: StageContext, seed: int) -> Artefact:
-        """What the stage computes, on a loaded model."""
-        examples = calibration_seed(seed)
-        return self.encode_folded(model, ctx, collect(model, ctx, self.n_calib, examples), examples)
-
 
 @dataclass(frozen=True)
 class FoldedStage(ArtefactStage):
-    """A model's matrices as a ``ScalingMethod`` encodes them, and the vectors that scales are folded into."""
+    """A model's matrices as a ``FoldingMethod`` encodes them, and the vectors that change with them."""
 
     kind: ClassVar[str] = "folded-weight-artefact"
 
     @torch.no_grad()
     def compute(self, ctx: StageContext, folder: Path) -> None:
-        """Scale, fold and encode."""
-        assert isinstance(self.method, ScalingMethod)
+        """Fold and encode."""
+        assert isinstance(self.method, FoldingMethod)
         with self.model(ctx) as model:
             found = self.method.encode_folded(model, ctx, ctx.get(self.calibration), calibration_seed(self.seed))
             found.save(folder)

@@ -63,6 +63,7 @@ MEASURED: dict[str, str] = {
     "model_bits": "bits per parameter of the whole model",
     "model_ratio": "bytes of the whole model's weights without methods over those with them",
     "compressed_params": "parameters that were compressed",
+    "online_flops": "FLOPs per token of turning activations while the model runs",
     "stored_params": "numbers that compressed matrices are stored as",
     "raw_bytes": "bytes of the image as it is",
     "codec_bytes": "bytes of the coded image",
