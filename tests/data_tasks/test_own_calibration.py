@@ -41,6 +41,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
     (tmp_path / "b.txt").write_text("Words of another kind: 1 2 3, 4 5 6. " * 20)
+    (tmp_path / "broken.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    (tmp_path / "numbers.jsonl").write_text('{"text": "one"}\n{"text": 3}\n')
     (tmp_path / "tiny.txt").write_text("hi there")
     (tmp_path / "test.txt").write_text("What is measured is another text again. " * 12)
     return tmp_path
@@ -143,6 +145,71 @@ def test_methods_calibrate_on_it(folder: Path, checkpoint: Path) -> None:
     assert all(found[0][name] != found[1][name] for name in ("gptq", "wanda"))
 
 
+SEVERAL: dict[str, Any] = {
+    "calibration": [
+        {"data": "default", "samples": 4},
+        {**A, "samples": 6},
+        {"data": "b.txt", "length": 32, "samples": 6},
+    ],
+    "methods": ["none", {"gptq": {"bits": [2, 3], "group": 8}}, {"wanda": {"sparsity": 0.5}}],
+}
+"""Three texts, of which the first is what a model calibrates on by itself."""
+
+
+def test_several_texts_are_a_choice_of_the_sweep(folder: Path, checkpoint: Path) -> None:
+    """Each with the methods that calibrate and once without; a job is that of a sweep with this text alone, and finds its way back."""
+    sweep = resolve(written(folder, checkpoint, **SEVERAL))
+    points = list(sweep.space.grid())
+    assert len(points) == 1 + 3 * 2 + 3
+    found = [job for config in points for job in sweep.jobs_of(config)]
+    assert len({job.id for job in found}) == len({job.trial_id for job in found}) == len(points)
+    for config, job in zip(points, found, strict=True):
+        assert sweep.config_of(job) == config
+        now = sweep.job_now(job)
+        assert now is not None
+        assert now.id == job.id
+    wanted = {"default": ({}, 4), "a.jsonl": (A, 6), "b.txt": ({"data": "b.txt", "length": 32}, 6)}
+    for config, job in zip(points, found, strict=True):
+        if "calibration" not in config:
+            continue
+        choice, samples = wanted[str(config["calibration"])]
+        knobs = {k.split(".")[1]: v for k, v in config.items() if "." in k and k.split(".")[0] in ("gptq", "wanda")}
+        more = {"calibration": choice} if choice else {}
+        method = {job.method_label: {**knobs, "n_calib": samples}}
+        alone = jobs(written(folder, checkpoint, methods=[method], **more))
+        assert alone[job.method_label].id == job.id
+        assert dict(job.methods[0].knobs)["n_calib"] == samples
+    fewer = resolve(written(folder, checkpoint, **SEVERAL, exclude={"calibration": "b.txt", "gptq.bits": 2}))
+    assert len(list(fewer.space.grid())) == len(points) - 1
+
+
+def test_settings_of_a_method_share_the_statistics_of_a_text(folder: Path, checkpoint: Path) -> None:
+    """One stage of statistics per text, whatever methods and settings ask for it."""
+    sweep = resolve(written(folder, checkpoint, **SEVERAL))
+    keys: dict[str, set[str]] = {}
+    for config in sweep.space.grid():
+        for job in sweep.jobs_of(config):
+            for stage in ResolvedJob.of(job).stages():
+                if stage.kind == "weight-calibration":
+                    keys.setdefault(str(config["calibration"]), set()).add(stage.key)
+    assert {text: len(found) for text, found in keys.items()} == {"default": 1, "a.jsonl": 1, "b.txt": 1}
+    assert len(set.union(*keys.values())) == 3
+
+
+def test_the_tokens_of_a_text_are_counted_up_to_what_is_asked(folder: Path, checkpoint: Path) -> None:
+    """The largest number of windows that is allowed is the one that the text has, separators included."""
+    from isoflop.models.lm import calibrated_on
+
+    info = family_of("hf:").info(f"hf:{checkpoint}", {})
+    chosen = {"data": str(folder / "a.jsonl"), "field": "body", "length": 8}
+    tokenizer = info.tokenizer.ready()
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in TEXTS]
+    most = (sum(lengths) + sum(n > 0 for n in lengths) - 1) // 8
+    calibrated_on(info, {**chosen, "samples": most})
+    with pytest.raises(UserError, match=f"allowed: samples up to {most}, "):
+        calibrated_on(info, {**chosen, "samples": most + 1})
+
+
 def test_every_method_says_whether_it_calibrates(checkpoint: Path) -> None:
     """A stage that asks for calibration examples belongs to a method that says so; else its jobs would not know the text."""
     info = family_of("hf:").info(f"hf:{checkpoint}", {})
@@ -168,6 +235,20 @@ def test_every_method_says_whether_it_calibrates(checkpoint: Path) -> None:
         ({"calibration": {"data": "tiny.txt"}}, r"calibration: data .*tiny.txt: hold 8 bytes, and an example has 128 tokens; allowed: more text, or"),
         ({"calibration": {**A, "length": 1}}, r"calibration.length.*1"),
         ({"calibration": {**A, "length": 100000}}, r"calibration: length = 100000 is more than the \d+ tokens that a text of model"),
+        ({"calibration": {**A, "samples": 99}}, r"calibration: data .*a.jsonl: samples = 99 of 16 tokens are 1584 tokens, and the text has \d+; allowed: samples up to \d+"),
+        ({"calibration": {**A, "samples": 2}}, r"calibration: samples sets n_calib, which gptq says itself; keep one of the two"),
+        ({"calibration": {**A, "samples": 2}, "methods": [{"double-sparsity": KNOBS["double-sparsity"]}]}, r"calibration: samples is the knob n_calib of methods; those that have it: .*gptq"),
+        ({"calibration": {**A, "samples": 0}}, r"calibration.samples: 0"),
+        ({"calibration": {"data": "broken.jsonl"}}, r"calibration: .*broken.jsonl.*row 2|calibration: .*broken.jsonl.*line 2"),
+        ({"calibration": {"data": "numbers.jsonl"}}, r"calibration: field 'text' of row 2 of .*numbers.jsonl holds no text but '3'"),
+        ({"calibration": {"data": "public:nothing/a.jsonl"}}, r"calibration: data public:nothing"),
+        ({"calibration": [A, {**A, "data": "c.jsonl"}]}, r"calibration\[1\]: data .*c.jsonl: no file or folder"),
+        ({"calibration": [A, {**A, "length": 8}]}, r"calibration\[1\]: a text of the name 'a.jsonl' stands there already; give one of them a name"),
+        ({"calibration": [A, {**A, "name": "b"}]}, r"calibration\[1\]: b is the same text as a.jsonl, cut the same way; keep one"),
+        ({"calibration": ["default", {"data": "default", "length": 8}]}, r"calibration\[1\]: length is of a text that is named"),
+        ({"calibration": []}, r"calibration: is empty"),
+        ({"calibration": [A, "b.txt"], "exclude": {"calibration": "c.txt"}}, r"exclude.*calibration never takes the value 'c.txt'"),
+        ({"calibration": [A, "b.txt"], "zip": {"calibration": ["a.jsonl", "b.tx"], "wanda.sparsity": [0.5, 0.6]}, "methods": ["wanda"]}, r"zip.*'b.tx'.*did you mean 'b.txt'"),
         ({"calibration": A, "methods": ["none", {"snapkv": {"keep": 0.5}}]}, r"calibration: no method of the sweep calibrates; those that do: .*gptq"),
         ({"calibration": A, "models": ["tiny-lm/recall-d64"], "tasks": ["kv-recall"], "methods": ["gptq"]}, r"calibration: model tiny-lm/recall-d64 has no tokenizer"),
     ],

@@ -219,7 +219,7 @@ def _print_plan(plan: Plan) -> None:
     for method, axes in plan.axes.items():
         ends = (f"{axis} {low:.4g}" + (f" … {high:.4g}" if high > low else "") for axis, (low, high) in axes.items())
         out.print(f"{method} plans {', '.join(ends)}")
-    if (found := plan.calibration) is not None:
+    for found in plan.calibration:
         name = Path(found["data"]).name
         out.print(Text(f"calibration on {name}: {found['documents']} documents, {found['bytes']} bytes"))
     if any({"ratio", "bits"} <= set(axes) for axes in plan.axes.values()):

@@ -18,6 +18,7 @@ from isoflop.core.errors import UserError
 from isoflop.core.knobs import path_knobs
 from isoflop.core.secrets import has_secret
 from isoflop.core.version import __version__
+from isoflop.sweep.blocks import OWN_TEXT
 from isoflop.sweep.spec import SweepSpec, load_spec
 from isoflop.tasks.base import TASKS
 
@@ -125,9 +126,9 @@ def _relative_paths(folder: Path, spec: SweepSpec) -> list[str]:
                 continue
             if option in paths if paths is not None else (folder / value).exists():
                 found.append(value)
-    calibration = spec.calibration.data if spec.calibration is not None else ""
-    if calibration and not urlparse(calibration).scheme and not Path(calibration).expanduser().is_absolute():
-        found.append(calibration)
+    for text in spec.calibration or ():
+        if text.data != OWN_TEXT and not urlparse(text.data).scheme and not Path(text.data).expanduser().is_absolute():
+            found.append(text.data)
     return found
 
 

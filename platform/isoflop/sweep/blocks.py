@@ -85,14 +85,27 @@ class ContenderBlock(Block):
     x: dict[str, str] = Field(default_factory=dict, description="Variable of the law -> axis, e.g. {D: V}.")
 
 
+OWN_TEXT = "default"
+"""Stands among the texts of a sweep for what a model is calibrated on where nothing is said."""
+
+
 class CalibrationBlock(Block):
     """Text that methods calibrate on instead of what a model was trained on."""
 
-    data: str = Field(description="Text files or rows: file, folder, hub:OWNER/NAME or public:NAME/FILE.")
+    data: str = Field(
+        description="Text files or rows: file, folder, hub:OWNER/NAME or public:NAME/FILE; or default, a model's own text."
+    )
+    name: str | None = Field(None, description="What the sweep calls it; default: the last part of data.")
     split: str = Field("", description="Of a hub's data set; of a folder, how names of its files begin.")
     field: str = Field("text", description="Field of a row that holds the text; not for text files.")
     length: Whole | None = Field(
         None, ge=2, le=10_000_000, description="Tokens of an example; default 512, or what the model can read."
+    )
+    samples: Whole | None = Field(
+        None,
+        ge=1,
+        le=100_000,
+        description="Examples: the methods' knob n_calib, for all of them; the text must hold as many.",
     )
 
 
@@ -311,11 +324,12 @@ def _composition(value: Any) -> Any:
     return (_method(value),)
 
 
-def _calibration(value: Any) -> Any:
-    return {"data": value} if isinstance(value, str) else value
+def _calibrations(value: Any) -> Any:
+    listed = value if isinstance(value, (list, tuple)) else [value]
+    return [{"data": one} if isinstance(one, str) else one for one in listed]
 
 
-Calibration_ = Annotated[CalibrationBlock, BeforeValidator(_calibration)]
+Calibrations = Annotated[tuple[CalibrationBlock, ...], BeforeValidator(_calibrations)]
 Model_ = Annotated[ModelEntry, BeforeValidator(lambda v: _named(v, "ref", "options"))]
 Composition = Annotated[tuple[MethodEntry, ...], BeforeValidator(_composition)]
 Task_ = Annotated[TaskEntry, BeforeValidator(lambda v: _named(v, "name", "options"))]

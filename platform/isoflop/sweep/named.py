@@ -1,4 +1,4 @@
-"""What a spec names besides methods: models, tasks and the text that is calibrated on, looked up and checked."""
+"""What a spec names besides methods: models and tasks, looked up and checked."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from isoflop.core.errors import Infeasible, UserError
-from isoflop.core.knobs import check_knobs, knob_specs, placed, placed_path
+from isoflop.core.knobs import check_knobs, knob_specs, placed
 from isoflop.core.yaml_source import Source
-from isoflop.methods.base import METHODS
 from isoflop.models.family import family_of
-from isoflop.models.lm import calibrated_on
 from isoflop.sweep.spec import SweepSpec
 from isoflop.tasks.base import task_class
 
@@ -27,24 +25,6 @@ def check_models(spec: SweepSpec, source: Source) -> None:
         same = seen.setdefault((entry.ref.partition("?")[0], info.version, info.options), entry.ref)
         if same != entry.ref:
             raise UserError(f"{where}: {entry.ref} is the same model as {same}, with the same options; keep one")
-
-
-def calibration(spec: SweepSpec, source: Source) -> tuple[tuple[str, Any], ...]:
-    """The text that methods calibrate on, its place made absolute; every model can read it, and some method does."""
-    if spec.calibration is None:
-        return ()
-    where = source.where(("calibration",))
-    chosen = spec.calibration.model_dump(exclude_none=True)
-    chosen["data"] = placed_path(chosen["data"], source.folder)
-    calibrating = [name for name in METHODS.names() if METHODS.get(name).calibrates]
-    if not any(method.name in calibrating for composition in spec.methods for method in composition):
-        raise UserError(f"{where}: no method of the sweep calibrates; those that do: {', '.join(calibrating)}")
-    for entry in spec.models:
-        try:
-            calibrated_on(family_of(entry.ref).info(entry.ref, entry.options), chosen)
-        except UserError as error:
-            raise UserError(f"{where}: {str(error).removeprefix('calibration: ')}") from None
-    return tuple(sorted(chosen.items()))
 
 
 def task_options(spec: SweepSpec, source: Source) -> dict[str, dict[str, Any]]:

@@ -51,7 +51,7 @@ class Plan:
         axes: of each method, the least and the most that its configurations plan on an axis (``Method.axes``).
         dense_bits: of each model, what an element counts where nothing compresses it (``ModelInfo.dense_bits``): what planned
             and measured ratios of bits are against.
-        calibration: the text that methods calibrate on where the sweep names one: ``data``, ``documents``, ``bytes``.
+        calibration: the texts that methods calibrate on where the sweep names some: ``data``, ``documents``, ``bytes``.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Plan:
     forecast: Forecast | None = None
     axes: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     dense_bits: dict[str, int] = field(default_factory=dict)
-    calibration: dict[str, Any] | None = None
+    calibration: tuple[dict[str, Any], ...] = ()
 
     @property
     def left(self) -> int | None:
@@ -103,7 +103,7 @@ class Plan:
             "budget": self.budget,
             "axes": {method: {axis: list(ends) for axis, ends in found.items()} for method, found in self.axes.items()},
             "dense_bits": self.dense_bits,
-            "calibration": self.calibration,
+            "calibration": list(self.calibration),
             "forecast": None if self.forecast is None else self.forecast.to_dict(),
         }
 
@@ -139,14 +139,12 @@ def make_plan(sweep: Sweep, store_uri: str | None = None, cache_dir: Path | None
         forecast=_forecast(sweep, store),
         axes=_axes(sample),
         dense_bits={job.job.model: job.info.dense_bits for job in sample},
-        calibration=_calibration(dict(sweep.calibration)),
+        calibration=tuple(_calibration(dict(text.choice)) for text in sweep.calibrations if text.choice),
     )
 
 
-def _calibration(chosen: dict[str, Any]) -> dict[str, Any] | None:
+def _calibration(chosen: dict[str, Any]) -> dict[str, Any]:
     """How much text there is to calibrate on."""
-    if not chosen:
-        return None
     rows = documents(chosen["data"], chosen["split"])
     return {"data": chosen["data"], "documents": len(rows), "bytes": text_bytes(rows, chosen["field"])}
 

@@ -23,7 +23,8 @@ from isoflop.search import Branch, Config, Param, SearchSpace, Zip
 from isoflop.search.space import MAX_GRID, Exclusion, Value
 from isoflop.sweep import columns
 from isoflop.sweep.blocks import KnobEntry, MethodEntry
-from isoflop.sweep.named import calibration, check_models, check_tasks, task_options
+from isoflop.sweep.calibrations import PARAMETER, calibrations, compared
+from isoflop.sweep.named import check_models, check_tasks, task_options
 from isoflop.sweep.resolved import Sweep, knob_prefix
 from isoflop.sweep.searching import check_problem, find_strategy
 from isoflop.sweep.spec import SweepSpec, import_modules, load_spec
@@ -49,13 +50,15 @@ def resolve(given: Any) -> Sweep:
         branches.append(Branch(label, tuple(params)))
         methods[label] = tuple(m.name for m in composition)
     check_models(spec, source)
+    texts = calibrations(spec, source)
+    branches = compared(branches, methods, texts)
     tasks = task_options(spec, source)
     check_tasks(spec, tasks, source)
     columns.check(spec, source, {name: task_class(name)(**options) for name, options in tasks.items()})
     strategy = find_strategy(spec, source)
     space = SearchSpace(tuple(m.ref for m in spec.models), tuple(branches), zips, _excludes(spec, source, branches))
     _check_zips(spec, source, space, zipped)
-    sweep = Sweep(spec, source, strategy, space, tasks, methods, calibration(spec, source))
+    sweep = Sweep(spec, source, strategy, space, tasks, methods, texts)
     _check_grid(sweep)
     check_problem(sweep)
     return sweep
@@ -252,7 +255,8 @@ def _zips(spec: SweepSpec, source: Source) -> tuple[Zip, ...]:
 
 
 def _check_zips(spec: SweepSpec, source: Source, space: SearchSpace, zipped: set[str]) -> None:
-    known = {"model", "method"} | {p.name for b in space.branches for p in b.params}
+    params = {p.name: p for b in space.branches for p in b.params}
+    known = {"model", "method", *params}
     for index, block in enumerate(spec.zip):
         where = source.where(("zip", index))
         if len(block) < 2:
@@ -268,6 +272,10 @@ def _check_zips(spec: SweepSpec, source: Source, space: SearchSpace, zipped: set
         for path, values in block.items():
             if path not in known:
                 raise unknown("parameter", path, known, where)
+            if path == PARAMETER:
+                texts = params[path].values or ()
+                for value in (v for v in values if v not in texts):
+                    raise unknown("text of this sweep", str(value), map(str, texts), f"{where}: {path}")
             for fixed, options in (("model", space.models), ("method", tuple(b.label for b in space.branches))):
                 if path != fixed:
                     continue

@@ -17,6 +17,7 @@ from isoflop.jobs.job import versions_of
 from isoflop.methods.base import METHODS
 from isoflop.models.family import family_of
 from isoflop.search import Config, SearchSpace, Strategy
+from isoflop.sweep.calibrations import PARAMETER, WITHOUT, Calibration, calibrate
 from isoflop.sweep.spec import SweepSpec
 from isoflop.tasks.base import Task, task_class, task_of
 
@@ -31,7 +32,7 @@ class Sweep:
     space: SearchSpace
     task_options: Mapping[str, dict[str, Any]]
     branch_methods: Mapping[str, tuple[str, ...]]
-    calibration: tuple[tuple[str, Any], ...] = ()
+    calibrations: tuple[Calibration, ...] = ()
 
     @cached_property
     def tasks(self) -> dict[str, Task]:
@@ -41,6 +42,7 @@ class Sweep:
     def methods_of(self, config: Config) -> tuple[MethodSpec, ...]:
         """The methods of a point with all of their knobs."""
         out = []
+        text = self._text_of(config)
         for position, name in enumerate(self.branch_methods[str(config["method"])]):
             prefix = knob_prefix(str(config["method"]), position)
             given = {
@@ -48,19 +50,20 @@ class Sweep:
                 for k, v in config.items()
                 if k.startswith(prefix) and "." not in k.removeprefix(prefix)
             }
+            given = {**text.given(name), **given}
             out.append(MethodSpec.of(name, check_knobs(METHODS.get(name), given, f"method {name}")))
         return tuple(out)
 
     def jobs_of(self, config: Config) -> list[Job]:
         """The jobs of a trial: one per task and repeat."""
-        methods = self.methods_of(config)
+        methods, text = self.methods_of(config), self._text_of(config)
         return [
-            self._job(str(config["model"]), methods, task, repeat)
+            self._job(str(config["model"]), methods, task, repeat, text)
             for repeat in range(self.spec.repeats)
             for task in self.task_options
         ]
 
-    def _job(self, model: str, methods: tuple[MethodSpec, ...], task: str, repeat: int) -> Job:
+    def _job(self, model: str, methods: tuple[MethodSpec, ...], task: str, repeat: int, text: Calibration) -> Job:
         names = tuple(m.name for m in methods)
         return Job(
             model=model,
@@ -70,26 +73,28 @@ class Sweep:
             seed=self.spec.seed + repeat,
             model_options=self._model_options[model],
             task_options=self._task_parts[task][0],
-            versions=tuple(sorted(self._versions(model, names, task).items())),
+            versions=tuple(sorted(self._versions(model, names, task, text).items())),
             task_paths=self._task_parts[task][1],
-            calibration=self._calibration_of(names),
+            calibration=text.choice,
         )
 
-    def _versions(self, model: str, methods: tuple[str, ...], task: str) -> dict[str, str]:
-        key = (model, methods, task)
+    def _versions(self, model: str, methods: tuple[str, ...], task: str, text: Calibration) -> dict[str, str]:
+        key = (model, methods, task, text)
         if key not in self._version_cache:
             self._version_cache[key] = versions_of(
                 model,
                 dict(self._model_options[model]),
                 methods,
                 task_of(task, self.task_options[task]),
-                dict(self._calibration_of(methods)),
+                dict(text.choice),
             )
         return self._version_cache[key]
 
-    def _calibration_of(self, methods: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
-        """The sweep's own text, for jobs with a method that calibrates: what others compute does not depend on it."""
-        return self.calibration if any(METHODS.get(name).calibrates for name in methods) else ()
+    def _text_of(self, config: Config) -> Calibration:
+        """The text that a point calibrates on; of several, the one that it names."""
+        if not self.calibrations or not calibrate(self.branch_methods[str(config["method"])]):
+            return WITHOUT
+        return next((one for one in self.calibrations if one.name == config.get(PARAMETER)), self.calibrations[0])
 
     @cached_property
     def _model_options(self) -> dict[str, tuple[tuple[str, Any], ...]]:
@@ -109,7 +114,7 @@ class Sweep:
         return found
 
     @cached_property
-    def _version_cache(self) -> dict[tuple[str, tuple[str, ...], str], dict[str, str]]:
+    def _version_cache(self) -> dict[tuple[str, tuple[str, ...], str, Calibration], dict[str, str]]:
         return {}
 
     def config_of(self, job: Job) -> Config:
@@ -121,6 +126,8 @@ class Sweep:
         for position, method in enumerate(job.methods):
             prefix = knob_prefix(label, position)
             config.update({prefix + k: v for k, v in method.knobs if prefix + k in wanted})
+        if PARAMETER in wanted and (text := next((one for one in self.calibrations if one.suits(job)), None)):
+            config[PARAMETER] = text.name
         return config
 
     def job_now(self, job: Job) -> Job | None:
@@ -132,7 +139,7 @@ class Sweep:
         config = self.space.spelled(written)
         if job.task not in self.task_options or job.repeat >= self.spec.repeats or not self.space.contains(config):
             return None
-        now = self._job(job.model, self.methods_of(config), job.task, job.repeat)
+        now = self._job(job.model, self.methods_of(config), job.task, job.repeat, self._text_of(config))
         then = job if config == written else replace(job, methods=self._spelled(job.methods, job.method_label, config))
         return now if now.id == then.id else None
 

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -25,7 +25,7 @@ from isoflop.core.yaml_source import KeyPath, Source, load_yaml
 from isoflop.sweep.blocks import (
     Block,
     Budget,
-    Calibration_,
+    Calibrations,
     Composition,
     FrontierBlock,
     LawBlock,
@@ -56,8 +56,9 @@ class SweepSpec(Block):
     models: tuple[Model_, ...] = Field(min_length=1)
     methods: tuple[Composition, ...] = Field(min_length=1)
     tasks: tuple[Task_, ...] = Field(min_length=1)
-    calibration: Calibration_ | None = Field(
-        None, description="Text that methods calibrate on; default: a model's training text, or what Python carries."
+    calibration: Annotated[Calibrations, Field(min_length=1)] | None = Field(
+        None,
+        description="Text that methods calibrate on, or a list of texts that are compared; default: a model's training text, or what Python carries.",
     )
     repeats: Whole = Field(1, ge=1, le=10_000, description="Repeats with another seed each.")
     zip: tuple[dict[str, tuple[Any, ...]], ...] = Field(

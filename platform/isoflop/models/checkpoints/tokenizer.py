@@ -44,6 +44,10 @@ class CheckpointTokenizer(TokenizerSource):
         Raises:
             UserError: a file of it is broken.
         """
+        return self.ready()
+
+    def ready(self) -> Any:
+        """What ``load`` gives."""
         source = locate(self.ref, self.revision, weights=False)
         for name in (*TOKENIZER_FILES, *PROCESSOR_TEMPLATES):
             if (source / name).exists():
@@ -73,15 +77,12 @@ class GgufTokenizer(CheckpointTokenizer):
 
     gguf: str
 
-    def load(self, ctx: StageContext, folder: Path) -> Any:
-        """The tokenizer, read from the file."""
-        return self._read()
-
     def not_byte_level(self) -> str:
         """Read off the tokenizer that transformers makes of the file."""
-        return not_byte_level(json.loads(self._read().backend_tokenizer.to_str()))
+        return not_byte_level(json.loads(self.ready().backend_tokenizer.to_str()))
 
-    def _read(self) -> Any:
+    def ready(self) -> Any:
+        """The tokenizer, read from the file."""
         return read_gguf_tokenizer(locate(self.ref, self.revision, weights=False, gguf=self.gguf) / self.gguf)
 
 

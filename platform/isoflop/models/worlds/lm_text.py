@@ -33,6 +33,10 @@ class TokenizerSource(Stage):
         """Why bytes have no probabilities under it; empty when they have. Known before anything is computed."""
         return ""
 
+    def ready(self) -> Any:
+        """The tokenizer itself where it lies in files; None where it must be computed first."""
+        return None
+
 
 @dataclass(frozen=True)
 class TrainedTokenizer(TokenizerSource):

@@ -110,13 +110,13 @@ def own_text(choice: Mapping[str, Any], tokenizer: TokenizerSource | None, most:
     """The windows that ``calibration:`` of a sweep asks for, in a model's tokens.
 
     Args:
-        choice: ``data``, and perhaps ``split``, ``field`` and ``length``.
+        choice: ``data``, and perhaps ``split``, ``field``, ``length``, and ``samples``: windows that it must hold.
         most: tokens of a window that the model reads whole; None where nothing limits it.
         ref: the model's name, for messages.
 
     Raises:
         Infeasible: the model reads no text, or none as long.
-        UserError: nothing there, no such field, nothing but empty documents.
+        UserError: nothing there, no such field, one that holds something else, nothing but empty documents, too few tokens.
     """
     if tokenizer is None:
         raise Infeasible(f"calibration: model {ref} has no tokenizer; allowed: language models that read text")
@@ -131,6 +131,7 @@ def own_text(choice: Mapping[str, Any], tokenizer: TokenizerSource | None, most:
     rows = documents(data, split)
     if field not in rows.fields():
         raise unknown(f"field of {rows.name}", field, rows.fields(), "calibration: field")
+    _check_texts(rows, field)
     size = text_bytes(rows, field)
     if not size:
         raise UserError(f"calibration: data {data}: every document is empty")
@@ -138,7 +139,43 @@ def own_text(choice: Mapping[str, Any], tokenizer: TokenizerSource | None, most:
         raise UserError(
             f"calibration: data {data}: hold {size} bytes, and an example has {length} tokens; allowed: more text, or a shorter length"
         )
+    samples = choice.get("samples")
+    if samples is not None:
+        _check_samples(rows, field, tokenizer, samples, length)
     return OwnText(TokensStage(OwnDocuments(rows.content, field, data, split), tokenizer, "train"), length)
+
+
+def _check_texts(rows: Rows, field: str) -> None:
+    for index, row in enumerate(rows.rows):
+        value = row.get(field)
+        if value is not None and not isinstance(value, str):
+            place = rows.place(index) or rows.name
+            raise UserError(f"calibration: field {field!r} of {place} holds no text but {str(value)[:40]!r}")
+
+
+def _check_samples(rows: Rows, field: str, tokenizer: TokenizerSource, samples: int, length: int) -> None:
+    """Raise UserError where the text has fewer windows than are asked for.
+
+    Tokens are counted where the tokenizer is there, up to as many as are needed; else a token takes a byte at least.
+    """
+    needed, ready = samples * length, tokenizer.ready()
+    between = 0 if ready is not None and ready.eos_token_id is None else 1
+    held = -between
+    for row in rows.rows:
+        text = str(row.get(field) or "")
+        tokens = (
+            len(text.encode())
+            if ready is None
+            else len(ready(text, add_special_tokens=False, verbose=False)["input_ids"])
+        )
+        held += tokens + between if tokens else 0
+        if held >= needed:
+            return
+    held, most = max(held, 0), "" if ready is not None else "at most "
+    raise UserError(
+        f"calibration: data {rows.name}: samples = {samples} of {length} tokens are {needed} tokens, and the text has {most}{held}; "
+        f"allowed: samples up to {held // length}, a shorter length, or more text"
+    )
 
 
 def text_bytes(rows: Rows, field: str) -> int:
