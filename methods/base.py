@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from isoflop.core.errors import UserError
 from isoflop.core.hashing import derive_seed
 from isoflop.core.hook import Hook
-from isoflop.core.knobs import KnobSpec, KnobValue, check_knobs, knob_specs
+from isoflop.core.knobs import KnobSpec, KnobValue, check_knobs, knob_specs, without_newer
 from isoflop.core.registry import Registry
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import Checkpoint, Model, ModelInfo
@@ -102,8 +102,8 @@ class Method:
         return {name: getattr(self, name) for name in knob_specs(type(self))}
 
     def as_field(self) -> tuple[str, str, tuple[tuple[str, KnobValue], ...]]:
-        """What names this method in the key of a stage that holds it: name, version and every knob."""
-        return self.name, self.version, tuple(sorted(self.knobs().items()))
+        """What names this method in the key of a stage that holds it: name, version and every knob (newer ones if they differ)."""
+        return self.name, self.version, tuple(sorted(without_newer(type(self), self.knobs()).items()))
 
     @classmethod
     def order(cls) -> int:

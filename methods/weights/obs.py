@@ -49,22 +49,38 @@ class Curvature:
     Attributes:
         factor_II: U, see above.
         dead_I: inputs that are always zero, unless nothing was observed at all.
+        order_I: the column of the matrix that each of these is; None where columns are swept as they lie.
     """
 
     factor_II: Tensor
     dead_I: Tensor
+    order_I: Tensor | None = None
 
     @classmethod
-    def of(cls, hessian_II: Tensor, damp: float, dtype: torch.dtype = torch.float32) -> Curvature:
+    def of(
+        cls, hessian_II: Tensor, damp: float, dtype: torch.dtype = torch.float32, by_activation: bool = False
+    ) -> Curvature:
         """Work it out in float64.
 
         Args:
             hessian_II: of the inputs; any positive factor gives the same.
             damp: added to the diagonal, relative to its mean.
             dtype: to keep it in.
+            by_activation: columns of the largest H_jj first, those that no input reaches counting 1, as published.
         """
+        order_I = None
+        if by_activation:
+            size_I = hessian_II.diagonal()
+            order_I = size_I.masked_fill(size_I == 0, 1.0).argsort(descending=True, stable=True)
+            hessian_II = hessian_II[order_I][:, order_I]
         dead_I = hessian_II.diagonal() == 0
-        return cls(inverse_factor(hessian_II, damp).to(dtype), dead_I & ~dead_I.all())
+        return cls(inverse_factor(hessian_II, damp).to(dtype), dead_I & ~dead_I.all(), order_I)
+
+    def in_place(self, values_I: Tensor) -> Tensor:
+        """What belongs to the columns as they are swept, in the order in which they lie."""
+        if self.order_I is None:
+            return values_I
+        return torch.empty_like(values_I).scatter_(0, self.order_I, values_I)
 
 
 def inverse_factor(hessian_II: Tensor, damp: float) -> Tensor:

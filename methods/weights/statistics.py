@@ -52,11 +52,11 @@ class ViewStats:
     scales_I: Tensor
     means_I: Tensor | None = None
     maxima_I: Tensor | None = None
-    _curvatures: dict[tuple[float, torch.dtype], Curvature] = field(default_factory=dict, repr=False)
+    _curvatures: dict[tuple[float, torch.dtype, bool], Curvature] = field(default_factory=dict, repr=False)
 
-    def curvature(self, damp: float, dtype: torch.dtype) -> Curvature:
+    def curvature(self, damp: float, dtype: torch.dtype, by_activation: bool = False) -> Curvature:
         """What an OBS sweep over weights of a type knows of the inputs; worked out once, since many matrices may ask."""
-        key = damp, torch.float64 if dtype == torch.float64 else torch.float32
+        key = damp, torch.float64 if dtype == torch.float64 else torch.float32, by_activation
         if key not in self._curvatures:
             self._curvatures.clear()  # one of them is as large as the Hessian
             self._curvatures[key] = Curvature.of(self.hessian_II, *key)

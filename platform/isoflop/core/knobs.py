@@ -51,7 +51,7 @@ class Knob:
         ratio: this knob sets the compression ratio.
         path: names a file, a folder or a data set. Relative ones are taken from where the sweep's YAML lies; what stands there
             names a job, not the place.
-        newer: of a task: came when there were results already, so that job ids have it only where it is not at its default.
+        newer: came when there were results already, so that ids of jobs and stages have it only where it is not at its default.
         unit: "tokens", "bits", …; empty when it has none.
         doc: one line for people.
     """
@@ -286,6 +286,22 @@ def placed_path(value: str, folder: Path | None) -> str:
     if not value or _SCHEME.match(value):
         return value
     return str((Path.cwd() if folder is None else folder) / Path(value).expanduser())
+
+
+def without_newer(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What names a configuration: newer knobs only where they are not at their defaults."""
+    specs = _knob_specs(cls)
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in specs or not (specs[name].knob.newer and value == specs[name].default)
+    }
+
+
+def with_newer(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The knobs of a configuration that was written down before some of them were there."""
+    newer = {name: spec.default for name, spec in _knob_specs(cls).items() if spec.knob.newer}
+    return {**newer, **values}
 
 
 def path_knobs(cls: type) -> frozenset[str]:

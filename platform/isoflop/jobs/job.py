@@ -10,7 +10,7 @@ from typing import Any
 from isoflop.core.documents import documents
 from isoflop.core.errors import Infeasible
 from isoflop.core.hashing import content_hash
-from isoflop.core.knobs import KnobValue, frozen
+from isoflop.core.knobs import KnobValue, frozen, with_newer, without_newer
 from isoflop.core.stage import Stage, walk
 from isoflop.methods.base import METHODS, Method, build, in_turn
 from isoflop.models.base import ModelInfo
@@ -116,7 +116,7 @@ class Job:
         """The inverse of :meth:`to_dict`."""
         return cls(
             model=data["model"],
-            methods=tuple(MethodSpec.of(m["name"], m["knobs"]) for m in data["methods"]),
+            methods=tuple(MethodSpec.of(m["name"], whole_knobs(m["name"], m["knobs"])) for m in data["methods"]),
             task=data["task"],
             repeat=data["repeat"],
             seed=data["seed"],
@@ -138,8 +138,18 @@ class Job:
 
     def _method_specs(self) -> list[dict[str, Any]]:
         return [
-            {"name": m.name, "knobs": dict(m.knobs), "version": self.version(f"method:{m.name}")} for m in self.methods
+            {"name": m.name, "knobs": _naming(m), "version": self.version(f"method:{m.name}")} for m in self.methods
         ]
+
+
+def whole_knobs(method: str, knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """The knobs of a method that a row of whatever age was written with."""
+    return with_newer(METHODS.get(method), knobs) if method in METHODS else dict(knobs)
+
+
+def _naming(method: MethodSpec) -> dict[str, Any]:
+    knobs = dict(method.knobs)
+    return without_newer(METHODS.get(method.name), knobs) if method.name in METHODS else knobs
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import pyarrow as pa
 from scipy.stats import t as student
 
 from isoflop.core.knobs import knob_specs
+from isoflop.jobs.job import whole_knobs
 from isoflop.methods.base import METHODS
 from isoflop.sweep.compression import Compression, compression
 
@@ -120,6 +121,7 @@ def read_configs(table: pa.Table) -> list[Config]:
         read = spec.get("calibration") or {}
         content = (spec.get("versions") or {}).get("calibration")
         spec = {k: spec.get(k) for k in _SPEC}
+        spec["methods"] = [{**m, "knobs": whole_knobs(m["name"], m.get("knobs", {}))} for m in spec["methods"] or ()]
         named = {**spec, "calibration": {**{k: v for k, v in read.items() if k not in _PLACES}, "content": content}}
         key = json.dumps([row["task"], row["model"], row["method"], named], sort_keys=True)
         groups.setdefault(key, []).append(row)

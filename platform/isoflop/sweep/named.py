@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from isoflop.core.errors import Infeasible, UserError
-from isoflop.core.knobs import check_knobs, knob_specs, placed
+from isoflop.core.knobs import check_knobs, placed, without_newer
 from isoflop.core.yaml_source import Source
 from isoflop.models.family import family_of
 from isoflop.sweep.spec import SweepSpec
@@ -37,12 +37,7 @@ def task_options(spec: SweepSpec, source: Source) -> dict[str, dict[str, Any]]:
         label = entry.name.partition(":")[2]
         if cls.labelled and label:
             given.setdefault(cls.labelled, label)
-        checked, specs = check_knobs(cls, given, f"task {entry.name}", where), knob_specs(cls)
-        out[entry.name] = {
-            name: value
-            for name, value in checked.items()
-            if not (specs[name].knob.newer and value == specs[name].default)
-        }
+        out[entry.name] = without_newer(cls, check_knobs(cls, given, f"task {entry.name}", where))
     return out
 
 
