@@ -103,6 +103,10 @@ class Serving(Occupant):
         self._vectors = vectors
         self._stored: dict[str, float] = {}
 
+    def payload(self, view: LinearView) -> Payload:
+        """What is stored of a matrix."""
+        return self._payload_of(view)
+
     @property
     def stored(self) -> dict[str, float]:
         """Bytes of the payloads by the views' parameters, while they are served."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from fetched_cases import stand_ins
 
+from isoflop.core.public import public_root
 from isoflop.core.yaml_source import load_yaml
 from isoflop.sweep.resolve import resolve
 
@@ -30,6 +32,28 @@ def test_they_resolve(name: str) -> None:
         assert tasks == {"retrieval"}
     else:
         assert tasks == {"choice", "generate", "needle"} | ({"text"} if name == "real" else set())
+
+
+@pytest.mark.parametrize(("name", "jobs"), [("weights-calibration", 60), ("weights-calibration-real", 32)])
+@pytest.mark.usefixtures("fetched")
+def test_sweeps_over_calibration_texts_resolve(name: str, jobs: int) -> None:
+    """On texts that hold as much as they ask for; each job has the text that its point names."""
+    documents = public_root() / "documents"
+    words = " ".join(f"word{number % 97} of a text, number {number}." for number in range(9000))
+    for package in ("scipy", "pandas"):
+        (documents / "text" / f"{package}.txt").write_text(words)
+    for kind, field in (("lookup", "functions"), ("choice", "passage")):
+        row = {field: words, "options": ["a", "b"], "answer": 0}
+        (documents / f"{kind}.jsonl").write_text(json.dumps(row) + "\n")
+    sweep = resolve(ROOT / "sweeps" / f"{name}.yaml")
+    found = [(config, job) for config in sweep.space.grid() for job in sweep.jobs_of(config)]
+    assert len(found) == len({job.id for _, job in found}) == jobs
+    for config, job in found:
+        data = dict(job.calibration).get("data", "")
+        assert bool(data) == (config["calibration"] not in ("own text", "4 windows"))
+        assert dict(job.methods[0].knobs)["n_calib"] == {"4 windows": 4, "one window": 1}.get(
+            str(config["calibration"]), 64 if "real" in name else 128
+        )
 
 
 def test_weights_are_grouped_otherwise_than_the_file_groups_them() -> None:

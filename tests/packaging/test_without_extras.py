@@ -26,7 +26,12 @@ print(len(METHODS.names()), len(TASKS.names()), len(FAMILIES.names()))
 
 @pytest.mark.parametrize(
     "packages",
-    [("lm_eval", "lmms_eval", "loguru", "datasets", "evaluate"), ("nbclient", "ipykernel"), ("accelerate", "gguf")],
+    [
+        ("lm_eval", "lmms_eval", "loguru", "datasets", "evaluate"),
+        ("nbclient", "ipykernel"),
+        ("accelerate", "gguf"),
+        ("compressed_tensors",),
+    ],
 )
 def test_registries_and_commands_load_without_the_packages_of_extras(packages: tuple[str, ...]) -> None:
     done = subprocess.run(

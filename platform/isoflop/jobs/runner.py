@@ -105,7 +105,7 @@ class Runner:
         fresh, self._used = not self._used, True
         warm = set(self._models.held())
         try:
-            resolved = _resolve(job)
+            resolved = resolve_here(job)
             warm.discard(resolved.model_key)
             self._run(resolved, out, on_shard)
         except Infeasible as error:
@@ -219,8 +219,8 @@ class VersionMismatch(RuntimeError):
     """This process would compute something else than the job's id names."""
 
 
-def _resolve(job: Job) -> ResolvedJob:
-    """The job's objects, if they are here what they were where the job was made."""
+def resolve_here(job: Job) -> ResolvedJob:
+    """The job's objects, if they are here what they were where the job was made; else VersionMismatch."""
     task = task_of(job.task, dict(job.task_options), dict(job.task_paths))
     methods = tuple(m.name for m in job.methods)
     here = versions_of(job.model, dict(job.model_options), methods, task, dict(job.calibration))
@@ -237,7 +237,7 @@ def _resolve(job: Job) -> ResolvedJob:
 
 def _stage(job: Job, key: str) -> Stage:
     """The stage of a job by its key."""
-    stages = {stage.key: stage for stage in _resolve(job).stages()}
+    stages = {stage.key: stage for stage in resolve_here(job).stages()}
     if key not in stages:
         raise VersionMismatch(
             f"job {job.id} has no stage {key} on {socket.gethostname()} (it has: {', '.join(stages) or 'none'}); "

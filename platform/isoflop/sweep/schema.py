@@ -71,6 +71,11 @@ def sweep_schema() -> dict[str, Any]:
         "description": "Tasks, with options as {task: {option: value}}.",
         "items": _named({name: _options(knob_specs(TASKS.get(name)), TASKS.get(name)) for name in TASKS}, "task"),
     }
+    text = {"anyOf": [{"type": "string", "minLength": 1}, {"$ref": "#/$defs/CalibrationBlock"}]}
+    properties["calibration"] = {
+        "anyOf": [*text["anyOf"], {"type": "array", "minItems": 1, "items": text}, {"type": "null"}],
+        "description": properties["calibration"].get("description", ""),
+    }
     one_or_many = {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}}
     properties["zip"] = {
         "anyOf": [one_or_many, {"type": "array", "items": one_or_many}],
