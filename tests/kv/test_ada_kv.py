@@ -156,9 +156,13 @@ def test_bytes_are_those_of_the_lengths() -> None:
     assert segment_of(store).k_RD.shape == (80, WIDTH)
 
 
+@pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("lengths", [[[1, 40], [0, 7]], [[TILE, TILE + 1], [2 * TILE - 1, 3]], [[0, 0], [0, 5]]])
-def test_ragged_heads_are_read_as_if_each_were_alone(lengths: list[list[int]]) -> None:
-    """Head by head, over what it holds; and in the form for readers that know no ragged heads."""
+def test_ragged_heads_are_read_as_if_each_were_alone(
+    lengths: list[list[int]], tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over what it holds, whichever way it is read; and in the form for readers that know no ragged heads."""
+    monkeypatch.setattr(RaggedSegment, "_on_processor", not tiles)
     call = a_call(2 * TILE + 6)
     rng = torch.Generator().manual_seed(1)
     kept_BGT = torch.zeros(2, GROUPS, 2 * TILE, dtype=torch.bool)

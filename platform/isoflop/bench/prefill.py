@@ -63,6 +63,9 @@ def bench_prefill(
         raise UserError(f"model {model}: is no checkpoint; allowed: hf:<folder> or hf:<owner>/<repository>")
     if peer and shutil.which(peer) is None:
         raise UserError(f"--peer {peer}: no such program; allowed: a Python in whose environment kvpress is installed")
+    if peer and (done := subprocess.run([peer, "-c", "import kvpress"], capture_output=True, text=True)).returncode:
+        last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+        raise UserError(f"--peer {peer}: {last}; allowed: a Python in whose environment kvpress is installed")
     folder = locate(model, "main", weights=True)
     ids = _ids(model, folder, text)
     if len(ids) < max(tokens) + SCORED:

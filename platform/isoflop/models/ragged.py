@@ -2,7 +2,8 @@
 
 Keys and values of all rows and heads lie in one tensor each, head by head, and the ends of the heads' parts beside them: what is
 resident is the sum of the lengths. Reading goes by tiles, so many tokens of one head, whose number follows that sum too: one long
-head does not make the others as long.
+head does not make the others as long. A processor reads the heads one after the other instead, which copies no keys: three to
+five times as fast there with 2,000 tokens a head, and as fast with 64 short heads.
 
 Shape suffixes: B batch, G key-value heads, O rows and heads (b·G + g), R tokens of all of them, S tiles, W tokens of a tile, M query
 rows of a key-value head, N tokens of the longest head, T tokens of a prompt, D head width.
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from isoflop.kernels.decode_segments import RaggedPart, SegmentPart
 from isoflop.models.segments import NEVER, Segment
@@ -82,23 +84,50 @@ class RaggedSegment(Segment):
 
     def products(self, q_BGMD: Tensor) -> Tensor:
         """Queries times keys; 0 at entries that are not there."""
-        tiles = self._tiles()
         q_OMD = q_BGMD.float().flatten(0, 1)
-        found_SMW = q_OMD[tiles.owner_S] @ tiles.of(self.k_RD).float().transpose(-1, -2)
-        rows = q_OMD.shape[1]
-        found_OMXW = found_SMW.new_zeros(len(q_OMD), rows, tiles.most, TILE)
-        found_OMXW[tiles.owner_S, :, tiles.place_S] = found_SMW
-        return found_OMXW.view(*q_BGMD.shape[:3], -1)[..., : self.tokens]
+        found_OMN = self.products_by_head(q_OMD) if self._on_processor else self.products_by_tile(q_OMD)
+        return found_OMN.view(*q_BGMD.shape[:3], -1)
 
     def mixed(self, p_BGMN: Tensor) -> Tensor:
         """Weights times values; weights of entries that are not there are 0."""
-        tiles = self._tiles()
-        missing = tiles.most * TILE - p_BGMN.shape[-1]
-        p_OMXW = torch.nn.functional.pad(p_BGMN, (0, missing)).flatten(0, 1).unflatten(-1, (tiles.most, TILE))
-        found_SMD = p_OMXW[tiles.owner_S, :, tiles.place_S] @ tiles.of(self.v_RD).float()
-        found_OMD = found_SMD.new_zeros(p_OMXW.shape[0], *found_SMD.shape[1:])
-        found_OMD.index_add_(0, tiles.owner_S, found_SMD)
+        p_OMN = p_BGMN.flatten(0, 1)
+        found_OMD = self.mixed_by_head(p_OMN) if self._on_processor else self.mixed_by_tile(p_OMN)
         return found_OMD.view(*p_BGMN.shape[:3], -1).to(self.v_RD.dtype)
+
+    @property
+    def _on_processor(self) -> bool:
+        return self.k_RD.device.type == "cpu"
+
+    def products_by_head(self, q_OMD: Tensor) -> Tensor:
+        """Head by head, (O, M, N), float32."""
+        parts = zip(q_OMD, self._by_head(self.k_RD), strict=True)
+        return torch.stack([F.pad(q @ k.float().T, (0, self.tokens - len(k))) for q, k in parts])
+
+    def mixed_by_head(self, p_OMN: Tensor) -> Tensor:
+        """Head by head, (O, M, D), float32."""
+        parts = zip(p_OMN, self._by_head(self.v_RD), strict=True)
+        return torch.stack([p[:, : len(v)] @ v.float() for p, v in parts])
+
+    def _by_head(self, x_RD: Tensor) -> tuple[Tensor, ...]:
+        """Views of each row and head's tokens."""
+        return x_RD.split(self.lengths_BG.flatten().tolist())
+
+    def products_by_tile(self, q_OMD: Tensor) -> Tensor:
+        """Tile by tile, all at once, (O, M, N), float32."""
+        tiles = self._tiles()
+        found_SMW = q_OMD[tiles.owner_S] @ tiles.of(self.k_RD).float().transpose(-1, -2)
+        found_OMXW = found_SMW.new_zeros(*q_OMD.shape[:2], tiles.most, TILE)
+        found_OMXW[tiles.owner_S, :, tiles.place_S] = found_SMW
+        return found_OMXW.flatten(2)[..., : self.tokens]
+
+    def mixed_by_tile(self, p_OMN: Tensor) -> Tensor:
+        """Tile by tile, all at once, (O, M, D), float32."""
+        tiles = self._tiles()
+        missing = tiles.most * TILE - p_OMN.shape[-1]
+        p_OMXW = F.pad(p_OMN, (0, missing)).unflatten(-1, (tiles.most, TILE))
+        found_SMD = p_OMXW[tiles.owner_S, :, tiles.place_S] @ tiles.of(self.v_RD).float()
+        found_OMD = found_SMD.new_zeros(len(p_OMN), *found_SMD.shape[1:])
+        return found_OMD.index_add_(0, tiles.owner_S, found_SMD)
 
     def tensors(self) -> Iterable[Tensor]:
         """Keys, values, and where heads end."""
