@@ -64,7 +64,9 @@ def test_bad_input_is_said_in_a_line(checkpoint: Path) -> None:
         shutil.copy(checkpoint / name, bare)
     with pytest.raises(UserError, match=f"model hf:{bare}: has no tokenizer that can be read"):
         bench_prefill(f"hf:{bare}", "", str(short), (128,), 1, 1)
-    with pytest.raises(UserError, match="--peer .*: ModuleNotFoundError: No module named 'kvpress'; allowed: a Python"):
+    with pytest.raises(
+        UserError, match=r"--peer .*: ModuleNotFoundError: No module named 'kvpress'; allowed: a Python"
+    ):
         bench_prefill(f"hf:{checkpoint}", sys.executable, str(checkpoint.parent / "text.txt"), (128,), 1, 1)
 
 

@@ -21,6 +21,8 @@ from isoflop.models.whole_cache import WholeCache
 NAMES = [name for name in METHODS.names() if issubclass(METHODS.get(name), KvCacheMethod)]
 QUADRATIC: dict[str, str] = {}
 """Methods whose definition asks for every pair of tokens at once, and why. None does: scores are sums over queries, in blocks."""
+ONE_BY_ONE = {"mikv", "minicache", "lococo"}
+"""Take each token behind the prompt in a step of its own, as rolling caches do."""
 TOKENS = 400
 
 
@@ -40,7 +42,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def largest(probe: KvCacheProbe, method: KvCacheMethod | None, tokens: int, padding: int) -> int:
     """Numbers of the largest tensor of scoring what is behind a context and one with so much padding (none: the same again)."""
     rng = torch.Generator().manual_seed(0)
-    tail = tokens // (4 if padding == 0 and not isinstance(method, Rolling) else 16)  # many methods take them one by one
+    one_by_one = isinstance(method, Rolling) or (method is not None and method.name in ONE_BY_ONE)
+    tail = tokens // (16 if one_by_one else 4)
     contexts, tails = (
         [torch.randint(VOCABULARY, (n,), generator=rng).tolist() for n in lengths]
         for lengths in ((tokens, tokens - padding), (tail, tail))

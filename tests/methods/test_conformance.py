@@ -33,9 +33,13 @@ _PROBES: dict[Any, Shared[Probe]] = {}
 
 
 def probe_of(name: str) -> Shared[Probe]:
-    """One probe for all methods whose class got ``probe`` from the same place: what one of them leaves behind fails itself."""
+    """One probe for all methods whose class got ``probe`` from the same place: what one of them leaves behind fails itself.
+
+    What a class says of it for itself, ``tried``, is a place of its own.
+    """
     cls = METHODS.get(name)
-    return _PROBES.setdefault(cls.probe.__func__, Shared(cls.probe))  # type: ignore[attr-defined]
+    places = cls.probe.__func__, getattr(getattr(cls, "tried", None), "__func__", None)  # type: ignore[attr-defined]
+    return _PROBES.setdefault(places, Shared(cls.probe))
 
 
 CASES = [
