@@ -50,6 +50,15 @@ class _Call:
             return _Call((states_BTd, *self.args[1:]), self.kwargs)
         return _Call((), {**self.kwargs, "hidden_states": states_BTd})
 
+    def forgetful(self) -> _Call:
+        """The same call without a cache, into which a block that runs again would write again."""
+        from transformers import Cache
+
+        def known(value: Any) -> Any:
+            return None if isinstance(value, Cache) else value
+
+        return _Call(tuple(map(known, self.args)), {name: known(value) for name, value in self.kwargs.items()})
+
 
 class _Recorder(nn.Module):
     """Stands where a block was; all that is asked of it but to run the block answers."""
@@ -102,6 +111,30 @@ class BlockPasses:
                     states[place] = _run(block, calls[number], states[place])
                     calls[number] = _Call((), {})  # what only this block was given goes
                     ended()
+
+    @torch.no_grad()
+    def blocks(self) -> Iterator[tuple[int, Callable[[bool], None]]]:
+        """One block after the other: its number, and a call that runs all batches through it, as often as is wanted.
+
+        The call's argument says whether what comes out goes on to the next block; it must, once, the last time.
+
+        Raises:
+            ValueError: the model cannot be run block by block.
+        """
+        if self._list is None or self._model.occupied or not self._hands_states_on():
+            raise ValueError("its blocks cannot be run one by one")
+        recorded = [self._recorded(batch) for batch in self._batches]
+        states = [first for first, _ in recorded]
+        called = [[call.forgetful() for call in calls] for _, calls in recorded]
+        for number, block in enumerate(self._list):
+
+            def run(on: bool, number: int = number, block: nn.Module = block) -> None:
+                for place, calls in enumerate(called):
+                    found = _run(block, calls[number], states[place])
+                    if on:
+                        states[place], calls[number] = found, _Call((), {})
+
+            yield number, run
 
     def _recorded(self, batch: Any) -> tuple[Any, list[_Call]]:
         """The states that the first block is given, and how each block is called besides."""
