@@ -13,11 +13,13 @@ from torch import Tensor
 from weight_cases import context, gpt2, held_out_loss, llama, mixtral, trained_decoder
 
 from isoflop.core.errors import Infeasible
-from isoflop.methods.base import build
+from isoflop.core.knobs import knob_specs
+from isoflop.methods.base import METHODS, build
 from isoflop.methods.weights.base import CalibratedMethod, MatrixCodecMethod
 from isoflop.methods.weights.magnitude import Magnitude
 from isoflop.methods.weights.probe import WeightProbe
 from isoflop.methods.weights.rules import keep_highest
+from isoflop.methods.weights.sparse import Pruner
 from isoflop.methods.weights.statistics import ViewStats, collect
 from isoflop.methods.weights.views import linear_views
 from isoflop.methods.weights.wanda import Wanda
@@ -111,11 +113,24 @@ def test_sparsity_is_exact_also_with_ties(rows: int, cols: int, sparsity: float,
     assert int((~keep).sum()) == removed
 
 
-@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
-@pytest.mark.parametrize("pattern", ["1:2", "2:4", "4:8"])
-@pytest.mark.parametrize("make", [llama, gpt2])
-def test_patterns_hold_along_the_inputs(name: str, pattern: str, make: object) -> None:
-    """27 (c); GPT-2 stores its matrices the other way round (trap vi)."""
+PRUNERS = sorted(name for name in METHODS.own() if issubclass(METHODS.get(name), Pruner))
+
+
+def test_pruners_are_met_here() -> None:
+    """Every method that sets weights to zero, whoever adds one, offers the patterns that hardware knows."""
+    assert {"magnitude", "wanda", "sparsegpt"} <= set(PRUNERS)
+    for name in PRUNERS:
+        assert {"2:4", "4:8"} <= set(knob_specs(METHODS.get(name))["pattern"].knob.choices or ())
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize(("pattern", "bits"), [("1:2", 8 + 0.5), ("2:4", 8 + 1.0), ("4:8", 8 + 1.5)])
+@pytest.mark.parametrize("make", [llama, gpt2, mixtral])
+def test_patterns_hold_along_the_inputs(name: str, pattern: str, bits: float, make: object) -> None:
+    """27 (c); GPT-2 stores its matrices the other way round (trap vi), experts stack them.
+
+    Half of the 16-bit weights are kept, each with its place among M in log2 M bits: half a bit, one bit, one and a half per weight.
+    """
     model = make()  # type: ignore[operator]
     n, m = (int(part) for part in pattern.split(":"))
     method = build(name, {"pattern": pattern, **({} if name == "magnitude" else {"n_calib": 2})})
@@ -123,6 +138,7 @@ def test_patterns_hold_along_the_inputs(name: str, pattern: str, make: object) -
         for view in linear_views(model):
             groups = view.weight().unflatten(1, (-1, m))
             assert bool(((groups != 0).sum(-1) == n).all()), view.name
+        assert method.footprint(model, context())["bits"] == pytest.approx(bits)
 
 
 def test_a_pattern_with_another_sparsity_is_refused() -> None:
