@@ -38,6 +38,9 @@ DKM, STE = "dkm", "ste"
 ROUNDS, STILL = 5, 1e-4
 """Rounds of soft clustering in a step at most, and the relative movement of entries below which they end."""
 
+MOST_SHARES = 2**30
+"""Of groups in entries, over all matrices: float32 numbers that a step of soft clustering holds several times."""
+
 
 @METHODS.register("lr2vq")
 @dataclass(frozen=True)
@@ -73,6 +76,13 @@ class Lr2Vq(HealedMethod):
             raise Infeasible(
                 f"method lr2vq: rank = {self.rank} exceeds m = {self.m}; allowed: rank up to {self.m}, or a larger m"
             )
+        if self.heal_steps and self.assign == DKM:
+            held = sum(rows * -(-cols // self.m) * self.k * count for rows, cols, count in known_matrices(info))
+            if held > MOST_SHARES:
+                raise Infeasible(
+                    f"method lr2vq: assign = {DKM} holds {held:.2g} shares of groups in entries in each step on model {info.ref}, and "
+                    f"at most {MOST_SHARES:.2g} are tried; allowed: assign = {STE}, a larger m, a smaller k, or heal_steps = 0"
+                )
         if self.pretrain_steps:
             info.check_loss(f"method {self.name} with pretrain_steps = {self.pretrain_steps}")
 

@@ -172,6 +172,15 @@ def test_more_dimensions_than_weights_are_refused() -> None:
         Lr2Vq(m=8, rank=9).check(WeightProbe().model.info)
 
 
+def test_soft_assignments_that_no_memory_holds_are_refused() -> None:
+    """A checkpoint's matrices: 2·4096² weights in groups of 8, 256 entries each, 100 blocks."""
+    info = replace(WeightProbe().model.info, geometry={"matrices": ((4096, 4096, 200),)})
+    with pytest.raises(Infeasible, match=r"assign = dkm holds 1\.1e\+11 shares .* allowed: assign = ste, a larger m"):
+        Lr2Vq().check(info)
+    Lr2Vq(assign=STE).check(info)
+    Lr2Vq(heal_steps=0).check(info)
+
+
 def test_plans_count_the_tables() -> None:
     model = WeightProbe().model
     method = Lr2Vq(m=8, k=64, rank=4, **BARE)  # type: ignore[arg-type]
