@@ -41,7 +41,7 @@ class EMS(Eviction):
     the kept token with the most similar key, also one of the window, unless no cosine exceeds ``tau``: then they belong to the zero
     class and vanish. So redundant heads merge and sparse ones evict, at the same size. Values are averaged by score, keys in
     direction, at the norm of the kept one. After every ``window`` new tokens the same is done again, with the scores of classes carried
-    on. The threshold, the window and the number of candidates are not the paper's, see the module.
+    on. The threshold, the window and the number of candidates are our choice.
     """
 
     paper: ClassVar[str] = "arXiv 2412.08521"

@@ -37,7 +37,7 @@ class KeepsShare(KvCacheMethod):
             low=0.01,
             high=1.0,
             ratio=True,
-            doc="share of the tokens kept, to the nearest number; none of a known prompt is refused",
+            doc="share of the tokens kept, to the nearest number; a share that leaves none of a known prompt is refused",
         ),
     ] = 0.5
 

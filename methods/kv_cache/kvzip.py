@@ -76,7 +76,7 @@ class KVzip(KeepsShare):
 
     scope: Annotated[str, Knob(choices=(ALL, LAYER, HEAD), doc="what competes: all layers and heads, the heads of a layer, or tokens of a head")] = ALL  # fmt: skip
     sinks: Annotated[int, Knob(low=0, high=1024, unit="tokens", doc="first tokens that stay")] = 4
-    chunk: Annotated[int, Knob(low=1, high=1_000_000, log=True, unit="tokens", doc="that are repeated at a time")] = 2000  # fmt: skip
+    chunk: Annotated[int, Knob(low=1, high=1_000_000, log=True, unit="tokens", doc="tokens of the prompt that are repeated at a time")] = 2000  # fmt: skip
     instruct: Annotated[bool, Knob(doc="ask for the text before it is repeated, where the model reads text")] = True
 
     @classmethod

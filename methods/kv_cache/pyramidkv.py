@@ -34,7 +34,7 @@ class PyramidKV(SnapKV):
 
     paper: ClassVar[str] = "arXiv 2406.02069"
 
-    beta: Annotated[int, Knob(low=1, high=1000, log=True, doc="mean budget over that of the highest layer, windows left out")] = 20  # fmt: skip
+    beta: Annotated[int, Knob(low=1, high=1000, log=True, doc="mean budget over that of the highest layer, windows left out; ada-kv: with base: pyramidkv")] = 20  # fmt: skip
 
     def occupants(self, model: Model, prepared: Any) -> dict[Hook[Any], Occupant]:
         """The cache, which knows how many layers there are."""

@@ -40,7 +40,7 @@ class SparseAttention(KvCacheMethod):
     """
 
     family: ClassVar[str] = "sparse-attention"
-    ratio_of: ClassVar[str] = "bytes of the KV cache that a step reads"
+    ratio_of: ClassVar[str] = "bytes of the KV cache that a step reads, which stays whole in memory"
     ratio_bytes: ClassVar[tuple[str, str] | None] = ("kv_bytes_dense", "kv_read_bytes")
     cuts: ClassVar[str] = "kv_read_ratio"
     shares_choices: ClassVar[bool] = False

@@ -39,8 +39,10 @@ class Quest(DenseFirst):
 
     paper: ClassVar[str] = "arXiv 2406.10774"
 
-    page: Annotated[int, Knob(low=1, high=4096, log=True, unit="tokens", doc="of a page; two keys are read for each page")] = 16  # fmt: skip
-    least: Annotated[int, Knob(low=1, high=4096, unit="pages", doc="read at least, as far as there are as many")] = 1
+    page: Annotated[int, Knob(low=1, high=4096, log=True, unit="tokens", doc="tokens of a page; of each page two keys are read to score it")] = 16  # fmt: skip
+    least: Annotated[
+        int, Knob(low=1, high=4096, unit="pages", doc="pages that are read at least, where there are as many")
+    ] = 1
     newest: Annotated[bool, Knob(doc="the last page is always among those read")] = False
     select_per: Annotated[str, Knob(choices=("query-head", "kv-head"), doc="who chooses pages; a group by its heads together")] = "query-head"  # fmt: skip
 

@@ -41,7 +41,7 @@ class TidalDecode(SparseAttention):
     paper: ClassVar[str] = "arXiv 2410.05076"
     shares_choices: ClassVar[bool] = True
 
-    sparse_start: Annotated[int, Knob(low=0, high=256, unit="layers", doc="first layers that only read everything; the next one selects")] = 2  # fmt: skip
+    sparse_start: Annotated[int, Knob(low=0, high=256, unit="layers", doc="first layers that read all tokens and select none; the next one selects")] = 2  # fmt: skip
     correction: Annotated[int, Knob(low=0, high=256, doc="number of a later layer, from 0, that selects anew; 0: none")] = 0  # fmt: skip
     select_per: Annotated[str, Knob(choices=("query-head", "kv-head", "layer"), doc="who chooses tokens; a group, or all heads, by their summed attention")] = "query-head"  # fmt: skip
     force_recent: Annotated[int, Knob(low=0, high=4096, unit="tokens", doc="newest tokens always among those read, as far as the budget goes")] = 1  # fmt: skip

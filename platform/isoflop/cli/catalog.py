@@ -146,7 +146,11 @@ def _document(name: str, cls: type, as_json: bool) -> None:
         out.print(_flowing(doc), markup=False)
         if issubclass(cls, Method) and cls.hooks:
             trained = "; takes part in training models that are trained here" if cls.trains_model else ""
-            out.print(f"\nActs at {', '.join(names_of(cls.hooks))}{trained}.")
+            out.print(
+                f"\nActs at {', '.join(names_of(cls.hooks))}{trained}. Goes together with methods that act elsewhere."
+            )
+            if cls.ratio_of:
+                out.print(f"Its ratio: uncompressed over compressed, {cls.ratio_of}; * is the knob that sets it.")
         if knobs:
             rows = [
                 (k["name"] + ("*" if k["ratio"] else ""), k["type"], k["default"], k["allowed"], k["doc"])

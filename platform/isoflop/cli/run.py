@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from importlib.resources import files
@@ -164,9 +165,10 @@ def _print_end(opened: SweepResults, options: RunOptions, measured: Answers | No
         if options.store is None and "ISOFLOP_STORE" not in os.environ and opened.spec.store is None
         else f" --store {opened.store.shown}"
     )
-    hints = [("go on", f"{program} resume {opened.name}{where}")] if summary.interrupted or summary.left else []
+    resume = f"{program} resume {opened.name}{where}{_as_before(options)}"
+    hints = [("go on", resume)] if summary.interrupted or summary.left else []
     if summary.failed:
-        hints.append(("try again", f"{program} resume {opened.name} --retry-failed{where}"))
+        hints.append(("try again", f"{resume} --retry-failed"))
     hints.append(("look", f"{program} show {opened.name}{where}"))
     hints.append(("report", opened.conclusion.path or f"{program} report {opened.name}{where}"))
     if options.tracking_uri != "none":
@@ -184,6 +186,16 @@ def _print_end(opened: SweepResults, options: RunOptions, measured: Answers | No
         hints.append(("ask", f'{python} -c "{asked}"'))
     for what, how in hints:
         click.echo(f"{what + ':' if what else '':11} {how}")  # never broken over lines: these are to be copied
+
+
+def _as_before(options: RunOptions) -> str:
+    """Where jobs run and are tracked, if not as usual; an address with a user's name in it may hold a password, and is not told."""
+    usual = RunOptions()
+    named = {"--executor": "executor", "--tracking-uri": "tracking_uri", "--ray-address": "ray_address"}
+    given = {
+        flag: getattr(options, name) for flag, name in named.items() if getattr(options, name) != getattr(usual, name)
+    }
+    return "".join(f" {flag} {shlex.quote(str(value))}" for flag, value in given.items() if "@" not in str(value))
 
 
 def _programs() -> tuple[str, str]:
@@ -219,6 +231,9 @@ def _print_plan(plan: Plan) -> None:
     for method, axes in plan.axes.items():
         ends = (f"{axis} {low:.4g}" + (f" … {high:.4g}" if high > low else "") for axis, (low, high) in axes.items())
         out.print(f"{method} plans {', '.join(ends)}")
+    if meaning := _meaning(plan):
+        out.print(Text(f"ratio: uncompressed over compressed, {meaning}"))
+        out.print("as knobs say; grids, indices and tokens behind a prompt come on top, and are measured when it runs")
     for found in plan.calibration:
         name = Path(found["data"]).name
         out.print(Text(f"calibration on {name}: {found['documents']} documents, {found['bytes']} bytes"))
@@ -262,6 +277,16 @@ def _print_plan(plan: Plan) -> None:
         out.print(Text(f"infeasible: {line}", style="yellow"))
     if len(plan.infeasible) > 10:
         out.print(f"… and {len(plan.infeasible) - 10} more infeasible points")
+
+
+def _meaning(plan: Plan) -> str:
+    """What planned ratios compare, of the methods that stand alone."""
+    from isoflop.methods.base import METHODS
+    from isoflop.sweep.compression import Compression, definitions
+
+    planned = [name for name, axes in plan.axes.items() if "ratio" in axes and name in METHODS]
+    found = [(name, Compression(of, 1.0)) for name in planned if (of := METHODS.get(name).ratio_of)]
+    return definitions(found) if any(name != "none" for name, _ in found) else ""
 
 
 def _dense_bits(plan: Plan) -> list[str]:

@@ -35,9 +35,11 @@ class Infeasible(UserError):
 
 
 def nearest(name: str, options: Iterable[str]) -> str | None:
-    """The option most like ``name``, or None when nothing is close."""
-    found = difflib.get_close_matches(str(name), [str(o) for o in options], n=1, cutoff=0.6)
-    return found[0] if found else None
+    """The option most like ``name``, else the first one that begins with it, or None when nothing is close."""
+    known = [str(o) for o in options]
+    found = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+    begun = [o for o in known if len(name) > 1 and o.lower().startswith(name.lower())]
+    return next(iter([*found, *begun]), None)
 
 
 def unknown(kind: str, name: object, options: Iterable[str], where: str = "", within: str = "") -> UserError:

@@ -66,8 +66,10 @@ def definitions(found: Iterable[tuple[str, Compression | None]]) -> str:
     for method, one in found:
         if one is not None and method not in by_meaning.setdefault(one.of, []):
             by_meaning[one.of].append(method)
-    if len(by_meaning) > 1:  # the baseline compares nothing
-        by_meaning = {of: methods for of, methods in by_meaning.items() if methods != [_BASELINE]}
+    # the baseline compares nothing
+    by_meaning = {of: methods for of, methods in by_meaning.items() if methods != [_BASELINE]}
+    if not by_meaning:
+        return "nothing compressed here"
     if len(by_meaning) == 1:
         return next(iter(by_meaning))
     return "; ".join(f"{of} ({', '.join(methods)})" for of, methods in by_meaning.items())

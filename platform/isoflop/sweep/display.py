@@ -68,7 +68,7 @@ class Display:
         state.waiting = len(self.queue) + behind
         state.total = self.spending.expected_jobs(points)
         state.elapsed = self.spending.elapsed
-        state.eta = self._eta(state)
+        state.eta = None if draining else self._eta(state)  # what is left is not begun
         state.best = self.trials.best
         state.stages_done, state.stages_left = done.stages, self.queue.stages_left
         state.stages_running = self.queue.stages_running
