@@ -13,9 +13,17 @@ import torch
 from torch import Tensor
 
 from isoflop.core.knobs import Knob
-from isoflop.kernels.quant import grid_of
 from isoflop.methods.base import METHODS, Axes
 from isoflop.methods.weights.folding import as_stored
+from isoflop.methods.weights.grids import (
+    FLOAT,
+    GRID_DOC,
+    INTEGER,
+    SYMMETRIC,
+    IntegerGridPayload,
+    check_grid,
+    grid_named,
+)
 from isoflop.methods.weights.payloads import DensePayload, GridPayload, Payload
 from isoflop.methods.weights.rtn import BITS
 from isoflop.methods.weights.scaling import ScalingMethod
@@ -80,11 +88,11 @@ class Awq(ScalingMethod):
     that computes the input where the model then computes the same, at no cost; elsewhere s is stored in float16 and divided by.
     Then each group's range is narrowed where that helps, but for queries and keys. The weights themselves are rounded to the nearest:
     nothing is fitted to the calibration text but one exponent per input and one limit per group, so that little text is enough.
-    Stored bits per weight are those of ``rtn``, and 16/rows where scales cannot be folded.
+    Stored bits per weight are those of ``rtn`` on the same grids, and 16/rows where scales cannot be folded.
 
     Not as released: the error is measured at the outputs of the matrices (equation 4), where the released code measures it behind
     attention or the MLP; it is of all calibration tokens, there of samples; activations that feed a matrix without a gate
-    (GPT-2's MLP) are not scaled in place, there the matrix divides; grids are those of ``rtn``, with a zero point anywhere.
+    (GPT-2's MLP) are not scaled in place, there the matrix divides; a group's range always holds 0.
     """
 
     paper: ClassVar[str] = "arXiv 2306.00978"
@@ -92,12 +100,18 @@ class Awq(ScalingMethod):
     bits: Annotated[int, Knob(choices=BITS, ratio=True, unit="bits", doc="per weight; 16 leaves weights as they are")] = 4  # fmt: skip
     group: Annotated[int, Knob(low=8, high=65536, log=True, unit="weights", doc="of a row that share a grid")] = 128
     n_grid: Annotated[int, Knob(low=1, high=100, unit="steps", doc="exponents tried from 0 to 1; 1 scales nothing")] = 20  # fmt: skip
+    grid: Annotated[str, Knob(choices=(INTEGER, FLOAT, SYMMETRIC), doc=GRID_DOC)] = INTEGER
     clip: Annotated[bool, Knob(doc="narrow the range of groups, down to half, where outputs change less")] = True
 
     @classmethod
     def identity(cls, info: ModelInfo) -> Awq:
         """16 bits."""
         return cls(bits=16)
+
+    def check(self, info: ModelInfo) -> None:
+        """Also refuse grids of too few values."""
+        super().check(info)
+        check_grid(self.name, self.grid, self.bits)
 
     @property
     def scales_nothing(self) -> bool:
@@ -106,7 +120,7 @@ class Awq(ScalingMethod):
 
     def relevant(self) -> Awq:
         """At 16 bits nothing is searched."""
-        return self.at_defaults("group", "n_grid", "clip", "n_calib") if self.bits == 16 else self
+        return self.at_defaults("group", "n_grid", "grid", "clip", "n_calib") if self.bits == 16 else self
 
     def axes(self, info: ModelInfo) -> Axes:
         """Bits per weight, grids left out."""
@@ -123,13 +137,15 @@ class Awq(ScalingMethod):
         if self.clip and not any(part in role for part in QUERIES_AND_KEYS):
             limit = best_clip(weight_OI, stats.hessian_II, self.rounded, self.group, CLIP_GRID)
             weight_OI = ungrouped(grouped(weight_OI, self.group).clamp(-limit, limit), weight_OI.shape[1])
-        return GridPayload.round(weight_OI, self.bits, self.group)
+        if self.grid == FLOAT:
+            return GridPayload.round(weight_OI, self.bits, self.group)
+        return IntegerGridPayload.round(weight_OI, self.bits, self.group, self.grid == SYMMETRIC)
 
     def rounded(self, weight_OGW: Tensor) -> Tensor:
-        """Groups on their min-max grids."""
-        scale, zero = (part.float() for part in grid_of(*weight_OGW.aminmax(dim=-1, keepdim=True), self.bits))
-        steps = (weight_OGW - zero) / scale.masked_fill(scale == 0, torch.inf)
-        return steps.add_(0.5).floor_().clamp_(0, 2**self.bits - 1).mul_(scale).add_(zero)
+        """Groups on their own grids."""
+        grid, columns = grid_named(self.grid, self.bits), weight_OGW.flatten(0, 1).T
+        ready = grid.ready(*grid.fit(columns.T), columns.dtype)
+        return grid.values(grid.codes(columns, ready), ready).T.view_as(weight_OGW)
 
 
 CLIP_GRID = 20
