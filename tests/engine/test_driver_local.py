@@ -42,6 +42,19 @@ def test_a_grid_runs_every_job_once_and_each_stage_once(tmp_path: Path, toy_part
     assert len(toy_parts.log_lines(tmp_path / "cache", "load")) == 2  # models stay warm
 
 
+def test_this_process_is_handed_one_thing_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it was handed besides would begin after Ctrl-C."""
+    waiting, submit = [], LocalExecutor.submit
+
+    def noted(self: LocalExecutor, worker: str, item: Any) -> None:
+        waiting.append(len(self._queue))
+        submit(self, worker, item)
+
+    monkeypatch.setattr(LocalExecutor, "submit", noted)
+    run_local(toy(), tmp_path)
+    assert set(waiting) == {0}
+
+
 def test_the_second_run_finds_everything_done(tmp_path: Path, toy_parts: ModuleType) -> None:
     first = scores(run_local(toy(), tmp_path).results())
     before = toy_parts.log_lines(tmp_path / "cache")

@@ -25,6 +25,8 @@ from isoflop.tasks.base import TASKS, Shard, Task
 from isoflop.tasks.language_task import LanguageTask, score
 
 KV_METHODS = [name for name in METHODS.own() if issubclass(METHODS.get(name), KvCacheMethod)]
+BRIEF: dict[str, dict[str, Any]] = {"lococo": {"steps": 10}, "duo-attention": {"steps": 10}}
+"""Methods that train weights of their own: what they compute does not depend on how long."""
 
 
 def task(name: str, **options: Any) -> Task:
@@ -49,7 +51,7 @@ def test_scores_are_those_of_decoding_token_by_token(
     name: str, query: str, recall_lm: LmModel, lm_ctx: FolderContext
 ) -> None:
     suite = language_task("kv-recall", examples=4, pairs=8, asked=4, query=query).suite(recall_lm.info, lm_ctx)
-    method = build(name, {})
+    method = build(name, BRIEF.get(name, {}))
     with method.apply(recall_lm, calibrated(method, recall_lm, lm_ctx)):
         nll_B, right_B, _ = score(recall_lm, suite.sequences)
         logits_BTW = recall_lm.stepwise_logits(suite.sequences)
@@ -165,7 +167,7 @@ def test_generate_of_hugging_face_works_inside_a_method(
     method: str | None, recall_lm: LmModel, lm_ctx: FolderContext
 ) -> None:
     ids = torch.from_numpy(np.random.default_rng(2).integers(2, 128, (2, 20)))
-    built = build(method, {}) if method else None
+    built = build(method, BRIEF.get(method, {})) if method else None
     with built.apply(recall_lm, calibrated(built, recall_lm, lm_ctx)) if built else nullcontext():
         greedy = recall_lm.greedy(ids, 6)
         with recall_lm.serving() as cache:

@@ -165,10 +165,10 @@ def _print_end(opened: SweepResults, options: RunOptions, measured: Answers | No
         if options.store is None and "ISOFLOP_STORE" not in os.environ and opened.spec.store is None
         else f" --store {opened.store.shown}"
     )
-    resume = f"{program} resume {opened.name}{where}{_as_before(options)}"
-    hints = [("go on", resume)] if summary.interrupted or summary.left else []
+    resume, before = f"{program} resume {opened.name}", f"{where}{_as_before(options)}"
+    hints = [("go on", f"{resume}{before}")] if summary.interrupted or summary.left else []
     if summary.failed:
-        hints.append(("try again", f"{resume} --retry-failed"))
+        hints.append(("try again", f"{resume} --retry-failed{before}"))
     hints.append(("look", f"{program} show {opened.name}{where}"))
     hints.append(("report", opened.conclusion.path or f"{program} report {opened.name}{where}"))
     if options.tracking_uri != "none":

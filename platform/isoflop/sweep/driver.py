@@ -232,7 +232,9 @@ class Driver:
         if self._spending.ended(self._queue.running) is None:
             self._settle(workers)
         rooms = room(workers)
-        for level in range(self._pacing.depth):
+        for level in range(
+            1 if self._executor.here else self._pacing.depth
+        ):  # in this process nothing is gained by more
             for worker in workers:
                 slot = self._slots[worker.id]
                 if len(slot.items) != level or (level and (slot.items[0].kind == "stage" or slot.items[0].alone)):

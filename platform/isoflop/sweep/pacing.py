@@ -35,8 +35,8 @@ class Pacing:
 
     @property
     def depth(self) -> int:
-        """Jobs that a worker has at a time, the running one included; one until it is known that they are short."""
-        return 2 if 0 < self.job_seconds < _SHORT_JOB else 1
+        """Jobs that a worker has at a time, the running one included."""
+        return 2 if self.job_seconds < _SHORT_JOB else 1
 
     def per_slot(self, any_ran: bool) -> int:
         """Jobs of a search that learns which are open at a time, per slot."""
