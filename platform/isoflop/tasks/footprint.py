@@ -31,10 +31,10 @@ from isoflop.models.visual_side import PLAIN, Layout
 from isoflop.models.vlm import VlmModel
 from isoflop.models.vlm_info import VlmBatch
 
-REPEATS = (3, 5)
-"""Fewest and most timings of a call."""
+MOST_TIMINGS = 5
+"""Of a call that takes little."""
 PATIENCE = 1.0
-"""Seconds after which the fewest are enough."""
+"""Seconds of timing after which there is no further one: what takes longer differs less, and is most of a job on a real model."""
 MakeBatch = Callable[[dict[LayerKey, Tensor]], VlmBatch]
 
 
@@ -116,12 +116,16 @@ def decoder_cache(model: DecoderModel, forward: Callable[[], Any]) -> CacheRepor
     return reading.cache
 
 
-def seconds_of(call: Callable[[], Any], devices: Sequence[torch.device]) -> float:
-    """Median wall seconds of a call after one warm-up; calls that take long, and differ less, are timed less often."""
-    call()
+def seconds_of(call: Callable[[], Any], devices: Sequence[torch.device], warm: bool = False) -> float:
+    """Median wall seconds of a call after one warm-up; calls that take long, and differ less, are timed less often.
+
+    Args:
+        warm: it has just run, and needs no warm-up.
+    """
+    if not warm:
+        call()
     times: list[float] = []
-    fewest, most = REPEATS
-    while len(times) < (fewest if sum(times) > PATIENCE else most):
+    while len(times) < MOST_TIMINGS and sum(times) <= PATIENCE:
         started = time.perf_counter()
         call()
         synchronize(devices)

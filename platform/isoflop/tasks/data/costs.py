@@ -14,7 +14,9 @@ from isoflop.models.lm import LmModel
 from isoflop.tasks.footprint import byte_costs, decoder_cache, peak_bytes_of, seconds_of
 
 MEASURED = 4
-"""Examples over which costs are averaged, since prompts differ in length."""
+"""Examples over which costs are averaged, since prompts differ in length …"""
+MEASURED_TOKENS = 2048
+"""… but no more than have so many tokens together: measuring long windows took longer than scoring them."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,11 @@ class Priced:
 
 
 def costs_of(lm: LmModel, examples: Sequence[Priced]) -> dict[str, float]:
-    """Means over examples; seconds and peak, and what a method on the cache says for itself, are of the first.
+    """Means over the first examples; seconds and peak, and what a method on the cache says for itself, are of the first.
 
     ``text_tokens`` are those of a prompt and its longest answer, ``prompt_tokens`` those of its context.
     """
+    examples = _measured(examples)
     costs, caches = [], []
     for example in reversed(examples):  # so that what a method on the cache says for itself is of the first
         method, prepared = flops_of(example.prepare)
@@ -53,6 +56,7 @@ def costs_of(lm: LmModel, examples: Sequence[Priced]) -> dict[str, float]:
         return examples[0].run(examples[0].prepare())
 
     dense = float(np.mean([lm.dense_cache_bytes(example.dense) for example in examples]))
+    peak = peak_bytes_of(answer, lm.devices)
     return {
         "visual_tokens": 0.0,
         "text_tokens": float(np.mean([example.length for example in examples])),
@@ -61,9 +65,15 @@ def costs_of(lm: LmModel, examples: Sequence[Priced]) -> dict[str, float]:
         "flops_llm": language,
         "flops_method": method,
         **byte_costs(lm, cache, dense),
-        "seconds": seconds_of(answer, lm.devices),
-        "peak_bytes": float(lm.resident_bytes() + peak_bytes_of(answer, lm.devices)),
+        "seconds": seconds_of(answer, lm.devices, warm=True),
+        "peak_bytes": float(lm.resident_bytes() + peak),
     }
+
+
+def _measured(examples: Sequence[Priced]) -> Sequence[Priced]:
+    """The first one, and those behind it up to ``MEASURED_TOKENS``."""
+    together = np.cumsum([example.length for example in examples])
+    return examples[: max(1, int((together <= MEASURED_TOKENS).sum()))]
 
 
 def _flops_and_cache(lm: LmModel, run: Callable[[], Any]) -> tuple[int, CacheReport]:
