@@ -19,7 +19,7 @@ from isoflop.models.hooks.attention import AttentionCall
 from isoflop.models.memory import memory_of
 
 MOST_BYTES = 4 * 2**30
-SHARE_OF_FREE = 0.125
+SHARE_OF_FREE = 0.2
 """Of the free memory when the first pass is kept; never more than ``MOST_BYTES``."""
 
 
