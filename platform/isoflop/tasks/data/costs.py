@@ -15,7 +15,7 @@ from isoflop.tasks.footprint import byte_costs, decoder_cache, peak_bytes_of, se
 
 MEASURED = 4
 """Examples over which costs are averaged, since prompts differ in length …"""
-MEASURED_TOKENS = 2048
+MEASURED_TOKENS = 1024
 """… but no more than have so many tokens together: measuring long windows took longer than scoring them."""
 
 
