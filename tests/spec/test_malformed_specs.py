@@ -487,3 +487,13 @@ def test_the_order_of_a_composition_makes_no_other_method() -> None:
     spec = {"name": "s", "models": ["tiny-llava/d24"], "methods": [["mqt", "zipcache"], ["zipcache", "mqt"]], "tasks": ["reading"]}  # fmt: skip
     with pytest.raises(UserError, match=r"'mqt\+zipcache' is named twice"):
         load_spec(spec)
+
+
+def test_a_task_that_is_asked_twice_is_told_how_to_name_both() -> None:
+    from isoflop.sweep.spec import load_spec
+
+    spec = {"name": "s", "models": ["tiny-lm/text-d32"], "methods": ["none"], "tasks": ["generate", {"generate": {}}]}
+    with pytest.raises(UserError, match="'generate' is named twice; give one a label, as in generate:mine"):
+        load_spec(spec)
+    with pytest.raises(UserError, match="'generate:mine' is named twice; give one a label, as in generate:mine"):
+        load_spec({**spec, "tasks": ["generate:mine", {"generate:mine": {}}]})

@@ -125,16 +125,16 @@ def load_spec(given: str | Path | Mapping[str, Any] | Source) -> tuple[SweepSpec
 
 def _check_blocks_together(spec: SweepSpec, source: Source) -> None:
     """What no block can tell by itself."""
-    for what, names in (
-        ("models", [m.ref for m in spec.models]),
-        ("methods", ["+".join(sorted(m.name for m in c)) for c in spec.methods]),
-        ("tasks", [t.name for t in spec.tasks]),
+    together = "list the values of its knobs in one entry"
+    for what, names, instead in (
+        ("models", [m.ref for m in spec.models], together),
+        ("methods", ["+".join(sorted(m.name for m in c)) for c in spec.methods], together),
+        ("tasks", [t.name for t in spec.tasks], "give one a label, as in {name}:mine"),
     ):
         double = next((i for i, name in enumerate(names) if name in names[:i]), None)
         if double is not None:
-            raise UserError(
-                f"{source.where((what, double))}: {names[double]!r} is named twice; list the values of its knobs in one entry"
-            )
+            told = instead.format(name=names[double].partition(":")[0])
+            raise UserError(f"{source.where((what, double))}: {names[double]!r} is named twice; {told}")
     if len(spec.objectives) > 1 and spec.search.pruner != "none":
         raise UserError(f"{source.where(('search', 'pruner'))}: pruning needs a single objective")
 
