@@ -52,7 +52,7 @@ def test_sweeps_over_calibration_texts_resolve(name: str, jobs: int) -> None:
         data = dict(job.calibration).get("data", "")
         assert bool(data) == (config["calibration"] not in ("own text", "4 windows"))
         assert dict(job.methods[0].knobs)["n_calib"] == {"4 windows": 4, "one window": 1}.get(
-            str(config["calibration"]), 64 if "real" in name else 128
+            str(config["calibration"]), 48 if "real" in name else 128
         )
 
 
