@@ -8,13 +8,17 @@ from isoflop.core.public import public_root
 from isoflop.testing.architectures.encoders import save_encoder, small_encoder
 from isoflop.testing.task_probes import reader_of_text
 
+LAYERS = 8
+"""Methods that tell layers apart refuse fewer."""
+
 
 def stand_ins() -> None:
     """A small untrained language model, an encoder and a document of each kind, in the cache that ISOFLOP_CACHE names."""
     model, _ = reader_of_text()
     folder = public_root() / "smollm2-135m-instruct"
-    model.module.config.max_position_embeddings = 2048
-    model.module.save_pretrained(folder)
+    told = {**model.module.config.to_dict(), "max_position_embeddings": 2048, "num_hidden_layers": LAYERS}
+    told.pop("layer_types", None)
+    type(model.module)(type(model.module.config)(**told)).save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
     save_encoder(small_encoder("BertModel", hidden_size=64), public_root() / "all-minilm-l6-v2")
     documents = public_root() / "documents"
