@@ -15,7 +15,7 @@ from isoflop.models.budget import tokens_at_once
 from isoflop.models.contexts import Contexts, Scores, read_contexts
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.metering import metered
-from isoflop.tasks.data.costs import Priced, costs_of
+from isoflop.tasks.data.costs import Priced, _measured, costs_of
 from isoflop.tasks.data.language import FREE_PADDING, MOST_MASKED, MOST_PADDING, batches_of, score_tails
 
 RNG = np.random.default_rng(3)
@@ -109,4 +109,20 @@ def test_an_example_is_run_no_more_than_its_costs_need(method: str) -> None:
     measured = 1 if method else 2
     whole = runs[: runs.index(0) + 1] if method else runs
     assert [whole.count(n) for n in (1, 2)] == [measured, measured]
-    assert 4 + measured <= runs.count(0) <= (2 if method else 1) * (7 + measured)
+    assert 2 + measured <= runs.count(0) <= (2 if method else 1) * (7 + measured)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "measured"),
+    [
+        ([1023, 1, 1, 1], [1, 2, 3]),  # the mean is 256.5
+        ([300, 300, 200, 200], [0, 1, 2, 3]),
+        ([1024, 1024, 1024, 1024], [0]),
+        ([3000, 2000, 100, 2900], [1]),  # nothing fits, and 2,000 is the mean
+        ([5000, 600, 500, 100], [1]),  # the mean is 1,550
+        ([7], [0]),
+    ],
+)
+def test_long_examples_are_measured_where_they_are_most_like_the_mean(lengths: list[int], measured: list[int]) -> None:
+    examples = [Priced(len, len, length, place, length) for place, length in enumerate(lengths)]  # type: ignore[arg-type]
+    assert [one.context for one in _measured(examples)] == measured

@@ -43,7 +43,7 @@ class Choice(LanguageDataTask):
     context; the filled ``prompt``, and the option, where one is given.
     """
 
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
     metrics: ClassVar[tuple[str, ...] | None] = ("nll", "margin")
 
     question: Annotated[str, Knob(doc="field of the question")] = "question"

@@ -16,7 +16,7 @@ from isoflop.tasks.footprint import byte_costs, decoder_cache, peak_bytes_of, se
 MEASURED = 4
 """Examples over which costs are averaged, since prompts differ in length …"""
 MEASURED_TOKENS = 1024
-"""… but no more than have so many tokens together: measuring long windows took longer than scoring them."""
+"""… but of these no more than have so many tokens together: measuring long windows took longer than scoring them."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Priced:
 
 
 def costs_of(lm: LmModel, examples: Sequence[Priced]) -> dict[str, float]:
-    """Means over the first examples; seconds and peak, and what a method on the cache says for itself, are of the first.
+    """Means over examples; seconds and peak, and what a method on the cache says for itself, are of the first.
 
     ``text_tokens`` are those of a prompt and its longest answer, ``prompt_tokens`` those of its context.
     """
@@ -71,9 +71,11 @@ def costs_of(lm: LmModel, examples: Sequence[Priced]) -> dict[str, float]:
 
 
 def _measured(examples: Sequence[Priced]) -> Sequence[Priced]:
-    """The first one, and those behind it up to ``MEASURED_TOKENS``."""
-    together = np.cumsum([example.length for example in examples])
-    return examples[: max(1, int((together <= MEASURED_TOKENS).sum()))]
+    """All of them, or of more than ``MEASURED_TOKENS`` those whose length is nearest to the mean, one at least."""
+    lengths = np.array([example.length for example in examples])
+    nearest = np.argsort(np.abs(lengths - lengths.mean()), kind="stable")
+    fit = max(1, int((np.cumsum(lengths[nearest]) <= MEASURED_TOKENS).sum()))
+    return [examples[place] for place in sorted(nearest[:fit])]
 
 
 def _flops_and_cache(lm: LmModel, run: Callable[[], Any]) -> tuple[int, CacheReport]:

@@ -26,7 +26,7 @@ class Generate(GreedyTask):
     compressed before what follows it is read. Secondary metric: ``tokens``, how many were generated.
     """
 
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
     asks: ClassVar[frozenset[Hook[Any]]] = frozenset({PROMPT_TEXT})
 
     prompt: Annotated[str, Knob(doc="template over fields, as {question}; {{ is a brace")] = "{prompt}"

@@ -31,7 +31,7 @@ class HumanEval(GreedyTask):
     ``execute: true``. Secondary metric: ``tokens``, how many were generated.
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
 
     execute: Annotated[bool, Knob(doc="run programs that the model wrote, on this machine")] = False
     max_tokens: Annotated[int, Knob(low=1, high=100_000, doc="most generated tokens", unit="tokens")] = 256

@@ -44,7 +44,7 @@ class Needle(ContextTask):
     A length counts all tokens of the prompt. Secondary metrics: ``tokens`` generated, ``found`` (all answers given).
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     metrics: ClassVar[tuple[str, ...] | None] = ("tokens", "found")
     asks: ClassVar[frozenset[Hook[Any]]] = frozenset({PROMPT_TEXT})
 

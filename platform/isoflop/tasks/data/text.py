@@ -39,7 +39,7 @@ class Text(ContextTask, DataTask):
     ``bytes`` (scored in a window: weights, for whoever wants the figure of all text).
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     quantity: ClassVar[str] = "bits per byte"
     metrics: ClassVar[tuple[str, ...] | None] = ("nll", "accuracy", "bytes")
     asks: ClassVar[frozenset[Hook[Any]]] = frozenset({FEED_FORWARD})

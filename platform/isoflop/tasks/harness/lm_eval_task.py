@@ -62,7 +62,7 @@ class LmEval(HarnessTask):
     ``lm-eval:arc_easy`` is short for ``lm-eval: {task: arc_easy}``. Versions of harness and task and the documents enter job ids.
     """
 
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
     needs: ClassVar[frozenset[str]] = frozenset({"tokenizer"})
 
     num_fewshot: Annotated[
