@@ -106,7 +106,7 @@ class Pairing:
         difference = float(found.error[0] - found.error[1])
         if found.unknown:
             return Gap(difference, unknown=found.unknown)
-        apart, unseen = found.draws[:, 0] - found.draws[:, 1], found.reach * found.unseen[:, 0]
+        apart, unseen = found.draws[:, 0] - found.draws[:, 1], found.reach[0, 1] * found.unseen[:, 0]
         ends = (0.5 - _LEVEL / 2, 0.5 + _LEVEL / 2)
         low, high = np.quantile(np.concatenate([apart - unseen, apart + unseen]), ends).tolist()
         return Gap(difference, low, high, float(found.best()[1]), found.told)

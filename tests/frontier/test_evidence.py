@@ -113,6 +113,19 @@ def test_only_repeats_and_examples_that_all_have_are_compared() -> None:
     assert "same examples" in cut.notes[0]
 
 
+def test_one_that_is_far_off_says_nothing_of_the_others() -> None:
+    """Fifty that nobody would take left each of three good ones a fiftieth, since an unseen example might have been theirs."""
+    rng = np.random.default_rng(2)
+    level = rng.normal(1, 0.3, 10)
+    good = [level + shift + rng.normal(0, 0.004, 10) for shift in (0.0, 0.003, 0.02)]
+    far = [level + 0.4 + 0.2 * rng.random(10) for _ in range(50)]
+    alone = gather([candidate(f"m{i}", {0: s}) for i, s in enumerate(good)]).best()
+    beside = gather([candidate(f"m{i}", {0: s}) for i, s in enumerate([*good, *far])]).best()
+    np.testing.assert_allclose(beside[:3], alone, atol=0.1)  # the fifty have .04 together
+    assert beside[3:].max() < 0.01
+    assert alone[0] > 0.5
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 5).flatmap(

@@ -4,7 +4,8 @@ Two sources of chance are drawn, each where rows know it:
 
 * **examples**, jointly for all configurations (each draw weighs the same examples), with Dirichlet weights over the n that were
   scored *and one that was not* (Rubin's Bayesian bootstrap with Gaffke's extra observation). What the unseen example would have
-  said is set by the question, by up to ``reach``: so that agreement on a handful of examples is no certainty. Of 0/1 scores
+  said is set by the question, by up to ``reach``, which is what one was seen to say of these two: agreement on a handful of examples
+  is no certainty, and a third configuration that is far off does not blur the two. Of 0/1 scores
   this makes the probability of being better that of a sign test with a flat prior, 1 - 2**-(k+1) where all k examples that differ
   agree, and the one of being as good the rule of succession. Other scores may differ by next to nothing; the same bound holds for
   them, with k = n.
@@ -62,7 +63,7 @@ class Evidence:
         error: means (C,), over the repeats that all have.
         draws: (D, C), without the unseen example's share.
         unseen: its weight (D, C), 0 where no examples are known.
-        reach: how far apart it may put two candidates.
+        reach: how far apart it may put each two candidates, (C, C).
         surest: (C, C), the most that can be said for one against another with so many examples or rows.
         log_costs: of draws (D, C), where costs differ between repeats; else the means.
         told: what it rests on, e.g. "120 paired examples"; unknown: why nothing is known; notes: what a reader must know.
@@ -71,7 +72,7 @@ class Evidence:
     error: Array
     draws: Array
     unseen: Array
-    reach: float
+    reach: Array
     surest: Array
     log_costs: Array
     told: str = ""
@@ -83,27 +84,28 @@ class Evidence:
         the candidate and wholly against it. Equals share."""
         found = np.zeros(len(self.error))
         for c in range(len(found)):
-            others = np.delete(self.draws, c, axis=1)
+            others, reach = np.delete(self.draws, c, axis=1), np.delete(self.reach[c], c)
             if not others.shape[1]:
                 return np.ones(1)
-            least = others.min(axis=1)
-            equals = 1 + (others == least[:, None]).sum(axis=1)
+            own = self.draws[:, c]
             for side in (-1.0, 1.0):
-                own = self.draws[:, c] + side * self.reach * self.unseen[:, c]
+                seen = others - side * self.unseen[:, c, None] * reach
+                least = seen.min(axis=1)
+                equals = 1 + (seen == least[:, None]).sum(axis=1)
                 found[c] += 0.5 * float(np.mean((own < least) + (own == least) / equals))
         found = np.minimum(found, self.surest.min(axis=1))
         return found / max(1.0, float(found.sum()))
 
     def at_most(self, a: int, b: int, margin: float) -> float:
         """Probability that the error of ``a`` exceeds that of ``b`` by no more than ``margin``, the unseen example against ``a``."""
-        gap = self.draws[:, a] - self.draws[:, b] + self.reach * self.unseen[:, a]
+        gap = self.draws[:, a] - self.draws[:, b] + self.reach[a, b] * self.unseen[:, a]
         return min(float(np.mean(gap <= margin + 1e-12)), float(self.surest[a, b]))
 
     def shaken(self, groups: Sequence[int], seed: int) -> Array:
         """Draws (D, C) in which the unseen example speaks for or against each group of candidates, by chance."""
         rng = np.random.default_rng([seed, 1])
         sides = rng.choice((-0.5, 0.5), size=(len(self.draws), max(groups, default=0) + 1))
-        return np.asarray(self.draws + self.reach * self.unseen * sides[:, list(groups)])
+        return np.asarray(self.draws + self.reach.max() * self.unseen * sides[:, list(groups)])
 
 
 def gather(candidates: Sequence[Candidate], seed: int = 0, draws: int = DRAWS) -> Evidence:
@@ -135,7 +137,7 @@ def gather(candidates: Sequence[Candidate], seed: int = 0, draws: int = DRAWS) -
         error=errors.mean(axis=0),
         draws=_equals_equal(found, errors, blocks),
         unseen=unseen,
-        reach=reach_of(blocks) if blocks else 0.0,
+        reach=_reaches(blocks, count),
         surest=np.ones((count, count))
         if _right_or_wrong(blocks)
         else _surest(np.full(count, max([len(shared), *map(len, blocks)]))),
@@ -164,14 +166,14 @@ def _apart(candidates: Sequence[Candidate], seed: int, draws: int) -> Evidence:
     own = [gather([c], seed + 1 + k, draws) for k, c in enumerate(candidates)]
     unknown = next((e.unknown for e in own if e.unknown), "")
     rows = np.array([len(c.errors) for c in candidates])
-    scored = all(e.reach for e in own)
+    scored = all(e.reach.any() for e in own)
     graded = scored and _right_or_wrong([s for c in candidates for s in c.scores.values()])
     carried = [max([n, *map(len, c.scores.values())]) for n, c in zip(rows, candidates, strict=True)]
     return Evidence(
         error=np.array([e.error[0] for e in own]),
         draws=np.concatenate([e.draws for e in own], axis=1),
         unseen=np.concatenate([e.unseen for e in own], axis=1),
-        reach=max(e.reach for e in own),
+        reach=np.full((len(own), len(own)), max(float(e.reach.max()) for e in own)),
         surest=np.ones((len(own), len(own))) if graded else _surest(np.array(carried) if scored else rows),
         log_costs=np.concatenate([e.log_costs for e in own], axis=1),
         told="" if unknown else f"{_between(rows)} unpaired rows each",
@@ -240,6 +242,17 @@ def reach_of(blocks: Sequence[Array]) -> float:
         return 1.0
     apart = float(np.max(scores.max(axis=1) - scores.min(axis=1)))
     return apart or float(scores.max() - scores.min()) or float(np.abs(scores).max())
+
+
+def _reaches(blocks: Sequence[Array], count: int) -> Array:
+    """``reach_of`` each two candidates, (C, C). Those that agree in all that was scored may differ by as much as any two do."""
+    if not blocks:
+        return np.zeros((count, count))
+    most, scores_nC = reach_of(blocks), np.concatenate(blocks)
+    if _right_or_wrong(blocks):
+        return np.full((count, count), most)
+    apart = np.stack([np.abs(scores_nC - scores_nC[:, [c]]).max(axis=0) for c in range(count)])
+    return np.where(apart > 0, apart, most)
 
 
 def _surest(rows: Array) -> Array:
