@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from isoflop.methods.kv_cache.base import CompressedCache
 from isoflop.methods.kv_cache.full_cache import FullCache
@@ -164,19 +163,18 @@ class _AliveBytes(TorchDispatchMode):
         self._users: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._follow(leaf, new=leaf.untyped_storage().data_ptr() not in known)
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        for tensor in _tensors(result):
+            self._follow(tensor, args, kwargs)
         return result
 
-    def _follow(self, tensor: Tensor, new: bool) -> None:
+    def _follow(self, tensor: Tensor, args: Any, kwargs: Any) -> None:
         storage = tensor.untyped_storage()
         pointer, size = storage.data_ptr(), storage.nbytes()
         if pointer not in self._users:
-            if not new:  # a view of a weight or of an input, counted elsewhere
-                return
+            if any(pointer == x.untyped_storage().data_ptr() for x in _tensors((args, kwargs))):
+                return  # a view of a weight or of an input, counted elsewhere
             self._users[pointer] = 0
             self.now += size
             self.peak = max(self.peak, self.now)
@@ -188,3 +186,14 @@ class _AliveBytes(TorchDispatchMode):
         if self._users[pointer] == 0:
             del self._users[pointer]
             self.now -= size
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Those among an operator's arguments or results; twice as fast as a general walk over trees, which small operators feel."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+    elif isinstance(values, dict):
+        yield from _tensors(list(values.values()))
