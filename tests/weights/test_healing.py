@@ -96,21 +96,6 @@ def test_every_architecture_serves_what_its_files_hold(name: str, make: Any, tmp
     assert all(torch.equal(p, before[n]) for n, p in model.module.named_parameters())
 
 
-@pytest.mark.parametrize("name", HEALED)
-def test_beside_a_method_on_the_cache(name: str) -> None:
-    """Each changes what the other leaves; both go again."""
-    probe = WeightProbe(examples=2)
-    method, cache = method_of(name), build("kv-rtn", {"bits": 2})
-    bare = probe.outputs([0, 1])
-    with method.apply(probe.model, probe.prepared(method, 0)):
-        alone = probe.outputs([0, 1])
-        with cache.apply(probe.model, None):
-            both = probe.outputs([0, 1])
-    assert not torch.equal(alone, bare)
-    assert torch.isfinite(both).all()
-    assert torch.equal(probe.outputs([0, 1]), bare)
-
-
 # The training
 
 

@@ -15,7 +15,7 @@ from isoflop.methods.base import METHODS, build
 from isoflop.methods.weights.artefact import Artefact
 from isoflop.methods.weights.base import CalibratedMethod, MatrixCodecMethod
 from isoflop.methods.weights.payloads import Payload
-from isoflop.methods.weights.probe import WeightProbe, check_payload
+from isoflop.methods.weights.probe import check_payload
 from isoflop.methods.weights.statistics import ViewStats
 from isoflop.methods.weights.views import linear_views
 from isoflop.models.base import Model
@@ -93,23 +93,6 @@ def test_every_architecture_serves_what_its_files_hold(name: str, make: Any, tmp
         stored = sum(artefact[view.name].nbytes(model.info.dense_bits) for view in linear_views(model))
         assert sum(model.stored.values()) == stored
         assert method.footprint(model, context())["bits"] < 6
-
-
-@pytest.mark.parametrize("name", QUANTISERS)
-def test_beside_a_method_on_the_cache(name: str) -> None:
-    """Each changes what the other leaves; both go again."""
-    probe = WeightProbe(examples=2)
-    method, cache = method_of(name), build("kv-rtn", {"bits": 2})
-    bare = probe.outputs([0, 1])
-    found = {}
-    with method.apply(probe.model, probe.prepared(method, 0)):
-        found["weights"] = probe.outputs([0, 1])
-        with cache.apply(probe.model, None):
-            assert probe.model.stored
-            found["both"] = probe.outputs([0, 1])
-    assert not torch.equal(found["weights"], bare)
-    assert torch.isfinite(found["both"]).all()
-    assert torch.equal(probe.outputs([0, 1]), bare)
 
 
 def test_the_walk_leaves_no_quantiser_out() -> None:

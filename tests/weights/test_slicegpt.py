@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from weight_cases import Bare, context, gpt2, held_out_loss, llama, mixtral, trained_decoder
 
 from isoflop.core.errors import Infeasible
-from isoflop.methods.base import build
 from isoflop.methods.weights.probe import WeightProbe, check_payload
 from isoflop.methods.weights.slicegpt import Sliced, SliceGpt
 from isoflop.methods.weights.slicing import (
@@ -275,19 +274,6 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert torch.isfinite(found).all()
     assert not torch.equal(found, bare)
     assert torch.equal(logits(model), bare)
-
-
-def test_beside_a_method_on_the_cache() -> None:
-    probe = WeightProbe(examples=2, layers=2)
-    method, cache = SliceGpt(n_calib=4), build("kv-rtn", {"bits": 2})
-    bare = probe.outputs([0, 1])
-    with method.apply(probe.model, probe.prepared(method, 0)):
-        alone = probe.outputs([0, 1])
-        with cache.apply(probe.model, None):
-            both = probe.outputs([0, 1])
-    assert not torch.equal(alone, bare)
-    assert torch.isfinite(both).all()
-    assert torch.equal(probe.outputs([0, 1]), bare)
 
 
 def test_principal_components_lose_less_than_other_rotations() -> None:
