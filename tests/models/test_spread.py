@@ -253,6 +253,15 @@ def test_a_worker_has_as_many_devices_as_gpus(monkeypatch: pytest.MonkeyPatch) -
     assert devices_here(4) == ("cpu",)
 
 
+@pytest.mark.parametrize("gpus", [0.5, 1, 2])
+def test_this_process_refuses_gpus_that_it_does_not_see(gpus: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ray does, instead of computing on the processor; and 0 hides those that are there."""
+    sweep: Any = SimpleNamespace(spec=SimpleNamespace(resources=ResourcesBlock(gpus=gpus)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=rf"resources\.gpus = {gpus:g}: this process sees no GPU; allowed: 0"):
+        make_executor(sweep, RunOptions(executor="local"))
+
+
 def test_workers_are_given_their_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On Ray by what an actor has, in this process by what a job wants."""
     from isoflop.execute.ray_worker import RayWorker
@@ -266,3 +275,6 @@ def test_workers_are_given_their_devices(tmp_path: Path, monkeypatch: pytest.Mon
     sweep: Any = SimpleNamespace(spec=SimpleNamespace(resources=ResourcesBlock(gpus=2)))
     executor: Any = make_executor(sweep, RunOptions(executor="local", cache_dir=str(tmp_path)))
     assert executor._runner.cache.devices == two
+    none: Any = SimpleNamespace(spec=SimpleNamespace(resources=ResourcesBlock(gpus=0)))
+    executor = make_executor(none, RunOptions(executor="local", cache_dir=str(tmp_path)))
+    assert executor._runner.cache.devices == ("cpu",)

@@ -198,7 +198,10 @@ def make_executor(sweep: Sweep, options: RunOptions, store: Store | None = None)
     """The executor that the options ask for; not started."""
     block = sweep.spec.resources
     if options.executor == "local":
-        return LocalExecutor(options.cache_dir, devices_here(block.gpus), max(1, int(block.cpus)))
+        devices = devices_here(block.gpus) if block.gpus else ("cpu",)
+        if block.gpus and devices == ("cpu",):
+            raise UserError(f"resources.gpus = {block.gpus:g}: this process sees no GPU; allowed: 0")
+        return LocalExecutor(options.cache_dir, devices, max(1, int(block.cpus)))
     from isoflop.execute.ray_executor import RayExecutor
 
     return RayExecutor(
