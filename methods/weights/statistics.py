@@ -292,3 +292,11 @@ class CalibrationStage(OnModel):
 def calibration_seed(seed: int) -> int:
     """Seed of the calibration examples of a job."""
     return derive_seed("weight calibration", seed)
+
+
+def input_statistics(x_NI: Tensor) -> ViewStats:
+    """Statistics of one matrix's inputs, (N, I), as one sample."""
+    sums = _Sums.empty(x_NI, x_NI.shape[1])
+    sums.add(x_NI)
+    found = sums.tensors()
+    return ViewStats(sums.tokens, found["hessian"], found["norms"], found["scales"], found["means"], found["maxima"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from isoflop.bench.live_bytes import LiveBytes
 from isoflop.bench.memory import (
     DEPTHS,
     HEADS,
@@ -19,6 +18,7 @@ from isoflop.bench.memory import (
     decoder,
 )
 from isoflop.core.errors import UserError
+from isoflop.models.live_bytes import LiveBytes
 
 
 def test_bytes_live_as_long_as_some_tensor_on_them() -> None:

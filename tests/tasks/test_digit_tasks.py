@@ -11,12 +11,12 @@ import torch
 from isoflop.methods.base import build
 from isoflop.methods.visual_tokens.probe import untrained_model
 from isoflop.models.features import Vision
+from isoflop.models.live_bytes import LiveBytes
 from isoflop.models.vlm import VlmModel
 from isoflop.models.worlds import digit_world as world
 from isoflop.tasks import digit_scenes
 from isoflop.tasks.base import TASKS
 from isoflop.tasks.digit_scenes import DigitSceneTask
-from isoflop.tasks.footprint import _AliveBytes
 from isoflop.testing import FolderContext
 
 NAMES = ("reading", "visual-reasoning")
@@ -171,7 +171,7 @@ def test_the_text_pass_of_quecc_is_charged(model: VlmModel, ctx: Context) -> Non
 
 def test_peak_bytes_of_a_known_computation() -> None:
     x = torch.ones(1000)
-    with _AliveBytes() as alive:
+    with LiveBytes() as alive:
         y = x + 1  # 4,000 bytes
         z = y.view(10, 100) * 2  # 4,000 more; the view costs nothing
         del y

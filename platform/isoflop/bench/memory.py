@@ -16,7 +16,6 @@ import click
 import numpy as np
 import torch
 
-from isoflop.bench.live_bytes import LiveBytes
 from isoflop.cli.common import console, emit, grid, json_option
 from isoflop.core.errors import UserError, unknown
 from isoflop.core.folder_context import FolderContext
@@ -27,6 +26,7 @@ from isoflop.methods.kv_cache.probe import RandomTokens
 from isoflop.methods.untrained import untrained_llama
 from isoflop.models.contexts import read_contexts
 from isoflop.models.hooks.attention import ATTENTION
+from isoflop.models.live_bytes import LiveBytes
 from isoflop.models.lm import LmInfo, LmModel
 
 VOCABULARY = 512

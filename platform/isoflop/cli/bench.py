@@ -13,6 +13,7 @@ _BENCHES = {
     "memory": ("isoflop.bench.memory", "memory"),
     "prefill": ("isoflop.bench.prefill", "prefill"),
     "search": ("isoflop.bench.search", "search"),
+    "weights": ("isoflop.bench.weights", "weights"),
 }
 
 

@@ -10,14 +10,12 @@ merely computes in float32 (``ModelInfo.dense_bits``); ``peak_bytes`` counts wha
 from __future__ import annotations
 
 import time
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from isoflop.methods.kv_cache.base import CompressedCache
 from isoflop.methods.kv_cache.full_cache import FullCache
@@ -25,6 +23,7 @@ from isoflop.models.counting import flops_of
 from isoflop.models.decoder_model import DecoderModel
 from isoflop.models.features import LayerKey
 from isoflop.models.hooks.attention import ATTENTION, CacheReport
+from isoflop.models.live_bytes import LiveBytes
 from isoflop.models.metering import meter
 from isoflop.models.visual_side import PLAIN, Layout
 from isoflop.models.vlm import VlmModel
@@ -148,52 +147,6 @@ def peak_bytes_of(call: Callable[[], Any], devices: Sequence[torch.device]) -> i
         call()
         synchronize(devices)
         return sum(torch.cuda.max_memory_allocated(device) for device in devices) - before
-    with _AliveBytes() as alive:
+    with LiveBytes() as alive:
         call()
     return alive.peak
-
-
-class _AliveBytes(TorchDispatchMode):
-    """Follows the storages of tensors that operators return, until the last tensor on a storage is gone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0
-        self.peak = 0
-        self._users: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        for tensor in _tensors(result):
-            self._follow(tensor, args, kwargs)
-        return result
-
-    def _follow(self, tensor: Tensor, args: Any, kwargs: Any) -> None:
-        storage = tensor.untyped_storage()
-        pointer, size = storage.data_ptr(), storage.nbytes()
-        if pointer not in self._users:
-            if any(pointer == x.untyped_storage().data_ptr() for x in _tensors((args, kwargs))):
-                return  # a view of a weight or of an input, counted elsewhere
-            self._users[pointer] = 0
-            self.now += size
-            self.peak = max(self.peak, self.now)
-        self._users[pointer] += 1
-        weakref.finalize(tensor, self._release, pointer, size)
-
-    def _release(self, pointer: int, size: int) -> None:
-        self._users[pointer] -= 1
-        if self._users[pointer] == 0:
-            del self._users[pointer]
-            self.now -= size
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """Those among an operator's arguments or results; twice as fast as a general walk over trees, which small operators feel."""
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from _tensors(value)
-    elif isinstance(values, dict):
-        yield from _tensors(list(values.values()))
