@@ -209,7 +209,7 @@ def _without_cuda() -> Iterator[None]:
     """The released solvers wait for CUDA, and print what they lose."""
     waits = torch.cuda.synchronize
     if not torch.cuda.is_available():
-        torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+        torch.cuda.synchronize = lambda *_: None
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
