@@ -11,7 +11,7 @@ from typing import Any
 
 from xdist.scheduler import LoadScopeScheduling
 
-TRAINED_TOGETHER = {"data_selection", "lm", "prompts", "sparsity"}
+TRAINED_TOGETHER = {"data_selection", "encoders", "lm", "prompts", "sparsity"}
 ONE_AT_A_TIME = {
     "cluster", "gradients",
     "engine/test_crashes.py", "engine/test_metrics.py", "engine/test_ray_deaths.py", "engine/test_ray_executor.py",

@@ -12,7 +12,9 @@ from isoflop.models.hooks.visual_tokens import VISUAL_TOKENS
 from isoflop.tasks.base import TASKS
 from isoflop.testing.task_probes import TaskProbe, task_probe
 
-MEMBERS = [ref for family in ("tiny-lm", "tiny-vit", "tiny-llava") for ref in FAMILIES.get(family).members()]
+MEMBERS = [
+    ref for family in ("tiny-lm", "tiny-vit", "tiny-bert", "tiny-llava") for ref in FAMILIES.get(family).members()
+]
 
 
 @pytest.mark.parametrize("ref", MEMBERS)

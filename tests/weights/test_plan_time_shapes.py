@@ -20,7 +20,14 @@ from isoflop.models.family import family_of
 from isoflop.models.hooks.matrices import matrix_shapes
 from isoflop.models.tiny.lm_config import TEXT_SIZES, lm_config
 
-REFS = ("tiny-llava/d24", "tiny-llava/d48-qwen", "tiny-lm/text-d64", "tiny-lm/recall-d192", "tiny-vit/c48")
+REFS = (
+    "tiny-llava/d24",
+    "tiny-llava/d48-qwen",
+    "tiny-lm/text-d64",
+    "tiny-lm/recall-d192",
+    "tiny-vit/c48",
+    "tiny-bert/d32",
+)
 
 
 def counted(model: Model) -> dict[tuple[int, int], int]:

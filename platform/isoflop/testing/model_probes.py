@@ -25,6 +25,9 @@ from isoflop.models.checkpoints.hf import FAMILY as HF
 from isoflop.models.family import family_of, split_ref
 from isoflop.models.hooks.occupant import Occupant
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
+from isoflop.models.text_classifier import TextClassifier
+from isoflop.models.tiny.bert_training import SIZES as BERT_SIZES
+from isoflop.models.tiny.bert_training import ReviewTokenizer, untrained_bert
 from isoflop.models.tiny.fact_reader import WORDS, WordTokenizer
 from isoflop.models.tiny.lm_config import FACT_SIZES, RECALL_SIZES, TEXT_SIZES
 from isoflop.models.tiny.lm_training import TextRecipe, untrained_lm
@@ -34,6 +37,7 @@ from isoflop.models.tiny.vit_config import untrained as untrained_vit
 from isoflop.models.vit import VitModel
 from isoflop.models.vlm import VlmModel
 from isoflop.models.worlds import recall_world
+from isoflop.models.worlds.reviews import review_number
 from isoflop.testing.given import GivenContext
 
 EXAMPLES, TOKENS = 3, 12
@@ -53,6 +57,8 @@ def outputs_of(model: Model) -> Tensor:
         images = CodecProbe(examples=EXAMPLES)  # of 8-bit samples, which a codec can give back
         images.model = model
         return images.outputs(range(EXAMPLES))
+    if isinstance(model, TextClassifier):
+        return model.classify(model.labelled([review_number(number, "outputs") for number in range(EXAMPLES)]))
     raise UserError(f"the suite does not know how to run a {type(model).__name__}: give its ModelProbe `outputs`")
 
 
@@ -119,6 +125,12 @@ def _tiny_vit(info: Any) -> VitModel:
     return VitModel(info, untrained_vit(VIT_SIZES[size], data, 0).eval().requires_grad_(False))
 
 
+def _tiny_bert(info: Any) -> TextClassifier:
+    context, module = GivenContext({}), untrained_bert(BERT_SIZES[info.ref.partition("/")[2]], 0)
+    tokenizer = lambda: context.get(ReviewTokenizer())  # noqa: E731
+    return TextClassifier(info, module.eval().requires_grad_(False), tokenizer)
+
+
 def _checkpoint() -> ModelProbe:
     """A decoder that was written to a folder; what it is loaded with is the family's own ``load``."""
     context = GivenContext({})
@@ -143,5 +155,6 @@ PROBES: dict[str, Callable[[], ModelProbe]] = {
         (("tiny-llava/d24", {}), ("tiny-llava/d24-qwen", {}), ("tiny-llava/d24", {"tower": "cls"})), _tiny_llava
     ),
     "tiny-vit": lambda: ModelProbe((("tiny-vit/c48", {}), ("tiny-vit/c48-sprites", {})), _tiny_vit),
+    "tiny-bert": lambda: ModelProbe((("tiny-bert/d32", {}),), _tiny_bert),
     HF: _checkpoint,
 }

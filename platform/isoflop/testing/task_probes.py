@@ -48,6 +48,7 @@ from isoflop.tasks.latency import GenerationLatency
 from isoflop.tasks.prompt_qa import PromptQa
 from isoflop.tasks.reconstruction import Reconstruction
 from isoflop.tasks.symbols import SymbolTask
+from isoflop.tasks.text_classification import TextClassification
 from isoflop.testing.given import GivenContext, made_up_documents
 from isoflop.testing.model_probes import untrained
 from isoflop.testing.small_llava import save_small_llava
@@ -113,6 +114,10 @@ def _coded_images() -> TaskProbe:
 
 def _symbols() -> TaskProbe:
     return TaskProbe(untrained("tiny-lm/recall-d64"), GivenContext({}), {"examples": 14, "shard": 6})
+
+
+def _reviews() -> TaskProbe:
+    return TaskProbe(untrained("tiny-bert/d32"), GivenContext({}), {"examples": 14, "shard": 6})
 
 
 def _text(**options: KnobValue) -> TaskProbe:
@@ -260,6 +265,7 @@ PROBES: dict[Any, Callable[[], TaskProbe]] = {
     Reconstruction: _coded_images,
     LabelledImages: _images,
     SymbolTask: _symbols,
+    TextClassification: _reviews,
     BitsPerByte: lambda: _text(tokens=24),
     ByteTask: lambda: _text(prompt=32, scored=4),
     PromptQa: _questions,
