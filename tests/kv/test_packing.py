@@ -9,6 +9,7 @@ import pytest
 import torch
 from kv_cases import a_call, one_row, stepped
 
+from isoflop.cli import main
 from isoflop.core.errors import Infeasible
 from isoflop.jobs.job import Job, MethodSpec, ResolvedJob
 from isoflop.methods.base import METHODS, build, in_turn
@@ -177,3 +178,17 @@ def test_what_cannot_follow_is_refused_in_one_line(pair: tuple[tuple[str, dict[s
         with pytest.raises(Infeasible, match=says) as refused:
             ResolvedJob.of(job(*order))
         assert "\n" not in str(refused.value)
+
+
+def test_pages_of_methods_name_what_may_share_their_place(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def page(name: str) -> str:
+        monkeypatch.setattr("sys.argv", ["isoflop", "methods", name])
+        with pytest.raises(SystemExit):
+            main()
+        return " ".join(capsys.readouterr().out.split())
+
+    assert f"Behind it, at the same place: {', '.join(PACKS)}." in page("snapkv")
+    assert f"Before it, at the same place: {', '.join(KEEPS)}." in page("kv-rtn")
+    assert "at the same place" not in page("rtn")

@@ -128,6 +128,15 @@ def _flowing(doc: str) -> str:
     return "\n".join(found)
 
 
+def _sharing(name: str, cls: type[Method]) -> dict[str, list[str]]:
+    """Methods that may take a hook with this one, by whether they act before or behind it."""
+    others = {n: METHODS.get(n) for n in METHODS.names() if n != name and set(METHODS.get(n).hooks) & set(cls.hooks)}
+    return {
+        "before": [n for n, other in others.items() if cls().over(other()) is not None],
+        "behind": [n for n, other in others.items() if other().over(cls()) is not None],
+    }
+
+
 def _document(name: str, cls: type, as_json: bool) -> None:
     knobs = [_knob_dict(k) for k in knob_specs(cls).values()]
     doc = inspect.getdoc(cls) or ""
@@ -136,7 +145,7 @@ def _document(name: str, cls: type, as_json: bool) -> None:
         "doc": doc,
         "knobs": knobs,
         **{k: getattr(cls, k) for k in ("family", "paper", "version", "trains_model") if hasattr(cls, k)},
-        **({"hooks": names_of(cls.hooks)} if issubclass(cls, Method) else {}),
+        **({"hooks": names_of(cls.hooks), "shares_with": _sharing(name, cls)} if issubclass(cls, Method) else {}),
     }
 
     def human() -> None:
@@ -149,6 +158,9 @@ def _document(name: str, cls: type, as_json: bool) -> None:
             out.print(
                 f"\nActs at {', '.join(names_of(cls.hooks))}{trained}. Goes together with methods that act elsewhere."
             )
+            for place, others in data["shares_with"].items():
+                if others:
+                    out.print(f"{place.capitalize()} it, at the same place: {', '.join(others)}.")
             if cls.ratio_of:
                 out.print(f"Its ratio: uncompressed over compressed, {cls.ratio_of}; * is the knob that sets it.")
         if knobs:
