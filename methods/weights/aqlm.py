@@ -107,8 +107,14 @@ class Aqlm(HealedMethod):
             "tolerance": [{"tolerance": 0.0}, {"tolerance": 1.0}],
             "rounds": [{"rounds": 0}, {"rounds": 1}],
             "steps": [{"steps": 1, "lr": 0.1}, {"steps": 2, "lr": 0.1}],
-            "code_bits": [{"code_bits": 2}, {"code_bits": 4}],
+            **{name: [{"rounds": 1, "steps": 1, name: value} for value in values] for name, values in QUICKLY.items()},
         }
+
+
+QUICKLY: Mapping[str, Sequence[KnobValue]] = {
+    "code_bits": (2, 4), "codebooks": (1, 2), "group": (4, 8), "beam": (1, 4), "n_calib": (1, 4)
+}  # fmt: skip
+"""What shows after one step."""
 
 
 def _gram(stats: ViewStats) -> Tensor:

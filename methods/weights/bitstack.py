@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 
@@ -20,10 +20,22 @@ from isoflop.methods.calibration import OnModel
 from isoflop.methods.weights.artefact import Artefact
 from isoflop.methods.weights.base import Served, WeightMethod, all_matrices_known, known_matrices
 from isoflop.methods.weights.folding import FOLD_EXAMPLES, Folding, as_stored, fold_scales
-from isoflop.methods.weights.stacks import PERPLEXITY, SORTS, SortedStacks, Stacks, block_bytes, decompose, sort_blocks
+from isoflop.methods.weights.stacks import (
+    PERPLEXITY,
+    SORTS,
+    WEIGHT_ERROR,
+    SortedStacks,
+    Stacks,
+    block_bytes,
+    decompose,
+    sort_blocks,
+)
 from isoflop.methods.weights.statistics import CalibrationStage, Statistics, calibration_seed, collect
 from isoflop.methods.weights.views import LinearView, linear_views
 from isoflop.models.base import Model, ModelInfo
+
+if TYPE_CHECKING:
+    from isoflop.methods.weights.probe import WeightProbe
 
 OFF, DIVIDE, FOLD = "off", "divide", "fold"
 EPSILON = 1e-3
@@ -52,6 +64,20 @@ class BitStack(WeightMethod):
     sort: Annotated[str, Knob(choices=SORTS, doc="order of the blocks within a level")] = PERPLEXITY
     n_calib: Annotated[int, Knob(low=1, high=100_000, log=True, unit="examples", doc="training examples for the scales")] = 256  # fmt: skip
     n_sort: Annotated[int, Knob(low=1, high=100_000, log=True, unit="examples", doc="training examples for the order")] = 32  # fmt: skip
+
+    @classmethod
+    def probe(cls) -> WeightProbe:
+        """What a knob does shows on few blocks, too, ordered by few examples."""
+        from isoflop.methods.weights.probe import WeightProbe
+
+        few: dict[str, KnobValue] = {"n_iter": 3, "sort": WEIGHT_ERROR, "n_calib": 4}
+        shown: dict[str, list[KnobValue]] = {
+            "k": [1, 2], "n_iter": [2, 3], "scaling": [FOLD, OFF], "avd": [False, True], "n_calib": [1, 4]
+        }  # fmt: skip
+        tried = {name: [{**few, name: value} for value in values] for name, values in shown.items()}
+        ordered = [{**few, "sort": sort, "n_sort": 2} for sort in SORTS]
+        counted = [{**few, "sort": PERPLEXITY, "n_sort": count} for count in (1, 2)]
+        return WeightProbe(tried={**tried, "sort": ordered, "n_sort": counted})
 
     def axes(self, info: ModelInfo) -> Axes:
         """Bits per weight, scales included."""
