@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import isoflop
+from isoflop.cli import main
 from isoflop.cli.submit import _relative_paths
 from isoflop.core.errors import UserError
 from isoflop.execute.bundle import copy_package, copy_sweep, data_beside, modules_beside
@@ -156,6 +159,17 @@ def submit(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
+def submit_here(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in this process, where it ends before it looks at Ray's settings."""
+    command, out, err = ["isoflop", "submit", *arguments], io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", command)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return subprocess.CompletedProcess(command, int(ended.value.code or 0), out.getvalue(), err.getvalue())
+
+
 def one_line(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
@@ -229,13 +243,13 @@ def test_the_given_address_wins_over_the_environment(sweep: Path) -> None:
 
 def test_mistakes_are_found_before_anybody_is_called(sweep: Path) -> None:
     address = ("--address", "http://127.0.0.1:9")
-    assert "relative" in one_line(submit(str(sweep), *address, "--store", "results"))
-    assert "needs one of SWEEP.yaml" in one_line(submit(*address))
-    assert "needs one of SWEEP.yaml" in one_line(submit(str(sweep), *address, "--stop", "x"))
+    assert "relative" in one_line(submit_here(str(sweep), *address, "--store", "results"))
+    assert "needs one of SWEEP.yaml" in one_line(submit_here(*address))
+    assert "needs one of SWEEP.yaml" in one_line(submit_here(str(sweep), *address, "--stop", "x"))
     sweep.write_text(SWEEP.replace("tasks", "taks"))
-    assert "did you mean 'tasks'" in one_line(submit(str(sweep), *address))
-    assert "no such file" in one_line(submit(str(sweep.parent / "none.yaml"), *address))
-    assert "--address" in one_line(submit(str(sweep)))
+    assert "did you mean 'tasks'" in one_line(submit_here(str(sweep), *address))
+    assert "no such file" in one_line(submit_here(str(sweep.parent / "none.yaml"), *address))
+    assert "--address" in one_line(submit_here(str(sweep)))
 
 
 def test_the_command_on_the_head_is_quoted() -> None:
