@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -229,13 +229,13 @@ class HealedMethod(MatrixCodecMethod, Learner):
 
     def lessons(self, model: Model, ctx: StageContext, seed: int) -> Iterator[Any]:
         """Batches of training examples."""
-        return islice(self._batches(model, ctx, derive_seed("healing", seed)), self.heal_steps)
+        drawn = model.calibration(ctx, self.examples, derive_seed("healing", seed))
+        return islice(in_parts(drawn, self.heal_batch), self.heal_steps)
 
-    def _batches(self, model: Model, ctx: StageContext, seed: int) -> Iterator[Any]:
-        for batch in model.calibration(ctx, self.examples, seed):
-            rows = list(range(size_of(batch)))
-            for start in range(0, len(rows), self.heal_batch):
-                yield rows_of(batch, rows[start : start + self.heal_batch])
+    @property
+    def kd_temperature(self) -> float:
+        """By which logits are divided in the divergence, which grows by its square."""
+        return 1.0
 
     def loss(self, model: Model, module: nn.Module, lesson: Any) -> Tensor:
         """Cross-entropy of the served model, and how far its logits are from the uncompressed ones."""
@@ -246,8 +246,9 @@ class HealedMethod(MatrixCodecMethod, Learner):
             return loss
         with torch.no_grad():
             dense_SW, _ = model.supervised(lesson)
-        wanted_SW, found_SW = dense_SW.float().log_softmax(-1), logits_SW.float().log_softmax(-1)
-        apart = F.kl_div(found_SW, wanted_SW, log_target=True, reduction="batchmean")
+        heat = self.kd_temperature
+        wanted_SW, found_SW = (dense_SW.float() / heat).log_softmax(-1), (logits_SW.float() / heat).log_softmax(-1)
+        apart = heat**2 * F.kl_div(found_SW, wanted_SW, log_target=True, reduction="batchmean")
         return (1 - self.heal_kd) * loss + self.heal_kd * apart
 
     def check(self, info: ModelInfo) -> None:
@@ -362,6 +363,14 @@ class HealedMethod(MatrixCodecMethod, Learner):
         if not isinstance(prepared, Healed):
             return {}
         return {**({"loss": prepared.losses} if prepared.losses else {}), **prepared.profile}
+
+
+def in_parts(batches: Iterable[Any], size: int) -> Iterator[Any]:
+    """Batches of training examples in parts of ``size``, none of which reaches over two of them."""
+    for batch in batches:
+        rows = list(range(size_of(batch)))
+        for start in range(0, len(rows), size):
+            yield rows_of(batch, rows[start : start + size])
 
 
 @dataclass(frozen=True)

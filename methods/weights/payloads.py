@@ -165,31 +165,44 @@ class GridPayload(Payload):
 
 @dataclass(frozen=True, eq=False)
 class BitmapPayload(Payload):
-    """Kept weights and one bit per position: 16·(1 - sparsity) + 1 bits per weight at 16-bit weights."""
+    """Kept weights and one bit per position, or per group of neighbours: 16·(1 - sparsity) + 1/group bits per weight at 16-bit weights."""
 
     kind: ClassVar[str] = "bitmap"
     kept: Tensor
     bitmap: Tensor
+    group: int = 1
 
     @classmethod
-    def of(cls, weight_OI: Tensor, keep_OI: Tensor) -> BitmapPayload:
-        """Keep what ``keep_OI`` marks."""
-        bits = pack_bits(keep_OI.flatten().to(torch.uint8), 1)
-        return cls((weight_OI.shape[0], weight_OI.shape[1]), weight_OI[keep_OI], bits)
+    def of(cls, weight_OI: Tensor, keep_OI: Tensor, group: int = 1) -> BitmapPayload:
+        """Keep what ``keep_OI`` marks.
+
+        Raises:
+            ValueError: it marks parts of a group.
+        """
+        keep_NG = keep_OI.reshape(-1, group)
+        if not torch.equal(keep_NG.any(1), keep_NG.all(1)):
+            raise ValueError(f"a bitmap of groups keeps {group} neighbours or none of them")
+        bits = pack_bits(keep_NG[:, 0].to(torch.uint8), 1)
+        return cls((weight_OI.shape[0], weight_OI.shape[1]), weight_OI[keep_OI], bits, group)
 
     def tensors(self) -> dict[str, Tensor]:
         """Kept weights in row-major order, and the bitmap."""
         return {"kept": self.kept, "bitmap": self.bitmap}
 
+    def settings(self) -> dict[str, Any]:
+        """The shape, and the group where there is one."""
+        return {**super().settings(), **({"group": self.group} if self.group > 1 else {})}
+
     @classmethod
     def restore(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BitmapPayload:
         """The inverse of ``settings`` and ``tensors``."""
-        return cls(_shape(settings), tensors["kept"], tensors["bitmap"])
+        return cls(_shape(settings), tensors["kept"], tensors["bitmap"], settings.get("group", 1))
 
     def decode(self) -> Tensor:
         """Zeros with the kept weights in their places."""
         rows, cols = self.shape
-        keep_OI = unpack_bits(self.bitmap, 1, rows * cols).bool().view(rows, cols)
+        keep_N = unpack_bits(self.bitmap, 1, rows * cols // self.group).bool()
+        keep_OI = keep_N.repeat_interleave(self.group).view(rows, cols)
         weight_OI = self.kept.new_zeros(rows, cols)
         weight_OI[keep_OI] = self.kept
         return weight_OI

@@ -59,9 +59,7 @@ class Pruner(MatrixCodecMethod):
         pattern = pattern_of(self.pattern)
         if pattern is not None:
             return PatternPayload.of(weight_OI, keep_OI, pattern)
-        bitmap = BitmapPayload.of(weight_OI, keep_OI)
-        dense = DensePayload.of(weight_OI * keep_OI)
-        return bitmap if bitmap.nbytes(16) < dense.nbytes(16) else dense
+        return sparse_payload(weight_OI, keep_OI)
 
 
 @dataclass(frozen=True)
@@ -81,6 +79,17 @@ class ScorePruner(Pruner):
 @dataclass(frozen=True)
 class CalibratedPruner(CalibratedMethod, Pruner):
     """Base class of pruners that know the inputs."""
+
+
+def sparse_payload(weight_OI: Tensor, keep_OI: Tensor, group: int = 1) -> Payload:
+    """What is kept with a bitmap, or the matrix with its zeros where that is smaller.
+
+    Args:
+        group: neighbours of a row that stay or go together, of which the bitmap has one bit.
+    """
+    bitmap = BitmapPayload.of(weight_OI, keep_OI, group)
+    dense = DensePayload.of(weight_OI * keep_OI)
+    return bitmap if bitmap.nbytes(16) < dense.nbytes(16) else dense
 
 
 def _dividing(cols: int) -> list[str]:

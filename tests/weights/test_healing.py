@@ -26,6 +26,7 @@ HEALED: dict[str, dict[str, Any]] = {
     "svd": {},
     "compactifai": {"chi": 8},
     "aqlm": {"code_bits": 4, "group": 4, "codebooks": 1, "rounds": 2, "steps": 3, "n_calib": 4},
+    "obert": {"sparsity": 0.5, "grads": 3, "grad_batch": 2, "damp": 1e-4, "block": 8, "prunings": 2},
     "lr2vq": {"m": 4, "k": 16, "rank": 2, "pretrain_steps": 1},
 }
 """Small enough for the models of these tests."""
