@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from isoflop.methods.probe import Probe
 
 
-ADDITIVE_COSTS = frozenset({"method_params", "method_bytes"})
-"""Keys of footprints that the methods of a composition share: parameters, and bytes of everything that a method keeps."""
+ADDITIVE_COSTS = frozenset({"method_params", "method_bytes", "training_seconds"})
+"""Keys of footprints that the methods of a composition share: parameters, bytes of everything that a method keeps, what trainings took."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class Method:
         trains_model: takes part in training a model family that is trained here. A family that cannot train with one
             of its hooks occupied refuses it at plan (``ModelFamily.trainable``).
         calibrates: ``prepare`` reads the model's calibration examples, so that a sweep's ``calibration`` is part of its jobs.
+        learns_behind: hooks whose methods, of the same trial, are in place when this one's preparation runs (``prepare_behind``).
     """
 
     name: ClassVar[str] = ""
@@ -96,6 +97,7 @@ class Method:
     ratio_bytes: ClassVar[tuple[str, str] | None] = None
     trains_model: ClassVar[bool] = False
     calibrates: ClassVar[bool] = False
+    learns_behind: ClassVar[frozenset[Hook[Any]]] = frozenset()
 
     def knobs(self) -> dict[str, KnobValue]:
         """All knob values, defaults included."""
@@ -194,6 +196,10 @@ class Method:
     def check_prompt(self, tokens: int, task: str) -> None:
         """Raise Infeasible when this configuration would keep nothing of prompts of ``tokens`` tokens in ``task``."""
 
+    def tokens_before(self, info: ModelInfo) -> int:
+        """Positions that the method takes before every input, whatever it is; 0 for most."""
+        return 0
+
     def check_room(self, info: ModelInfo, tokens: int, task: str) -> None:
         """Raise Infeasible when the model has no room for what the method adds to prompts of ``tokens`` tokens in ``task``."""
 
@@ -225,6 +231,21 @@ class Method:
         """
         trained = weights is not None and any(method.name == self.name for method in trained_with)
         return weights if trained else None
+
+    def prepare_behind(
+        self,
+        info: ModelInfo,
+        weights: Stage | None,
+        seed: int,
+        trained_with: tuple[Method, ...],
+        behind: tuple[tuple[Method, Stage | None], ...],
+    ) -> Stage | None:
+        """``prepare`` for a method that learns through what others of the trial have made of the model; by default it does not.
+
+        Args:
+            behind: the trial's methods in the hooks of ``learns_behind``, with their stages, in the order of application.
+        """
+        return self.prepare(info, weights, seed, trained_with)
 
     def module_of(self, model: Model, prepared: Any) -> nn.Module | None:
         """The method's own weights for ``occupants``; None where it has none.

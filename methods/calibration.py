@@ -30,6 +30,7 @@ class OnModel(Stage):
         examples: stages that the model's calibration examples come from.
         seed: of the job.
         text: a user's own that it calibrates on, or None for the model's.
+        behind, behind_prepared: other methods of the trial, and their stages, through which the result is learned.
     """
 
     ref: str
@@ -41,6 +42,8 @@ class OnModel(Stage):
     examples: tuple[Stage, ...]
     seed: int
     text: OwnText | None = field(default=None, kw_only=True)
+    behind: tuple[Method, ...] = field(default=(), kw_only=True)
+    behind_prepared: tuple[Stage | None, ...] = field(default=(), kw_only=True)
 
     @staticmethod
     def source(
@@ -67,23 +70,25 @@ class OnModel(Stage):
         }
 
     def spec(self) -> dict[str, Any]:
-        """Without a text of one's own where there is none: such stages keep their keys."""
-        return {name: value for name, value in super().spec().items() if name != "text" or value is not None}
+        """Without a text of one's own, and methods to learn behind, where there are none: such stages keep their keys."""
+        newer = {"text", "behind", "behind_prepared"}
+        return {name: value for name, value in super().spec().items() if name not in newer or value}
 
     def deps(self) -> tuple[Stage, ...]:
         """Weights, the stages of the methods, and the examples."""
-        found = (self.weights, *self.prepared, *self.examples)
+        found = (self.weights, *self.prepared, *self.behind_prepared, *self.examples)
         return tuple(stage for stage in found if stage is not None)
 
     @contextmanager
     def model(self, ctx: StageContext) -> Iterator[Model]:
-        """The loaded model with the methods it was trained with, to be measured; changed copies are the caller's."""
+        """The loaded model with the methods it was trained with, and those to learn behind, to be measured; changed copies are the caller's."""
         family = family_of(self.ref)
         info = family.info(self.ref, dict(self.options))
         if self.text is not None and isinstance(info, TextInfo):
             info = replace(info, text=self.text)
         model = family.load(info, self.weights, ctx)
         with ExitStack() as stack:
-            for method, stage in zip(self.trained_with, self.prepared, strict=True):
+            in_place = (*self.trained_with, *self.behind), (*self.prepared, *self.behind_prepared)
+            for method, stage in zip(*in_place, strict=True):
                 stack.enter_context(method.apply(model, ctx.get(stage) if stage is not None else None))
             yield model

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +21,7 @@ from isoflop.core.stage import Stage, StageContext
 from isoflop.methods.base import Method
 from isoflop.methods.calibration import OnModel
 from isoflop.models.base import Checkpoint, Model, ModelInfo
+from isoflop.models.lm import LmBatch
 from isoflop.models.training.loop import Keeper, Pace, Schedule, descend, record_training
 
 
@@ -45,6 +46,10 @@ class Learner(Method):
     @abstractmethod
     def loss(self, model: Model, module: nn.Module, lesson: Any) -> Tensor:
         """The scalar loss of a lesson, with gradients."""
+
+    def drawn(self, model: Model, ctx: StageContext, seed: int) -> nn.Module | None:
+        """The weights before the training, where they go by the model's own; by default ``untrained``."""
+        return self.untrained(model.info, seed)
 
     def pace(self, optimizer: torch.optim.Optimizer) -> Pace | None:
         """Learning rates step by step where ``schedule`` does not give them."""
@@ -117,7 +122,7 @@ def trained(
     Raises:
         Infeasible: the loss does not depend on the weights.
     """
-    module = begun if begun is not None else method.untrained(model.info, seed)
+    module = begun if begun is not None else method.drawn(model, ctx, seed)
     if module is None:
         raise ValueError(f"method {method.name} has no weights to train")
     module = module.to(next(model.module.parameters()).device).train().requires_grad_(True)
@@ -152,6 +157,18 @@ def trained(
         for parameter, before in learning:
             parameter.requires_grad_(before)
     return module.eval().requires_grad_(False), losses
+
+
+def texts_of(model: Model, ctx: StageContext, steps: int, batch: int, seed: int) -> Iterator[LmBatch]:
+    """A language model's calibration texts, ``batch`` for each of ``steps``."""
+    done = 0
+    for texts in model.calibration(ctx, 2 * steps * batch, seed):  # their last batches may be smaller
+        for first in range(0, len(texts.ids_BT) - batch + 1, batch):
+            if done == steps:
+                return
+            rows = slice(first, first + batch)
+            yield LmBatch(texts.ids_BT[rows], texts.targets_BT[rows])
+            done += 1
 
 
 def training_seconds(prepared: Any) -> float:

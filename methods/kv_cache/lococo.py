@@ -6,7 +6,7 @@ Shape suffixes: B batch, H query heads, G key-value heads, T tokens of a pass, N
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Self
 
 import torch
@@ -24,7 +24,7 @@ from isoflop.methods.kv_cache.learned import LearnedCache, LearnedCacheMethod
 from isoflop.methods.kv_cache.rows import compact, first_tokens, real_part, rows_alike, store_of_rows
 from isoflop.methods.kv_cache.select import select, split
 from isoflop.methods.kv_cache.slot_mixer import ACTIVATIONS, SlotMixer
-from isoflop.methods.own_weights import training_seconds
+from isoflop.methods.own_weights import texts_of, training_seconds
 from isoflop.models.base import Model, ModelInfo
 from isoflop.models.hooks.attention import ATTENTION, AttentionCall
 from isoflop.models.hooks.occupant import Occupant
@@ -153,14 +153,8 @@ class LoCoCo(LearnedCacheMethod):
 
     def lessons(self, model: Model, ctx: StageContext, seed: int) -> Iterator[LmBatch]:
         """Calibration texts, ``batch`` at a time."""
-        done = 0
-        for texts in model.calibration(ctx, 2 * self.examples, seed):  # their last batches may be smaller
-            for first in range(0, len(texts.ids_BT) - self.batch + 1, self.batch):
-                if done == self.steps:
-                    return
-                rows = slice(first, first + self.batch)
-                yield LmBatch(texts.ids_BT[rows], texts.targets_BT[rows], texts.ids_BT.shape[1])
-                done += 1
+        for texts in texts_of(model, ctx, self.steps, self.batch, seed):
+            yield replace(texts, prefix=texts.ids_BT.shape[1])
 
     def loss(self, model: Model, module: nn.Module, lesson: LmBatch) -> Tensor:
         """Of every token, each chunk read over what its predecessors left."""

@@ -155,9 +155,22 @@ def input_rounding(payload: Payload, bits: int) -> Callable[[Tensor], Tensor]:
         steps = values.abs().amax(-1, keepdim=True).clamp(min=LEAST) / (2 ** (bits - 1) - 1) if step is None else step
         steps = steps.to(x.device)
         values = on_steps(values, steps, bits) * steps
-        return (values if divisor_I is None else values * divisor_I.to(x.device)).to(x.dtype)
+        found = (values if divisor_I is None else values * divisor_I.to(x.device)).to(x.dtype)
+        return _Straight.apply(x, found) if torch.is_grad_enabled() and x.requires_grad else found
 
     return rounded
+
+
+class _Straight(torch.autograd.Function):
+    """Gradients pass rounding as if it were not there (arXiv 1308.3432), for what learns in front of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 @METHODS.register("smoothquant")

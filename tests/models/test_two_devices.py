@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from isoflop.methods.base import METHODS, build
 from isoflop.methods.decoder_tokens.probe import DecoderTokenProbe
 from isoflop.methods.kv_cache.probe import PROMPT, KvCacheProbe
+from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.documents import DOCUMENTS
 from isoflop.models.hooks.gradients import GRADIENTS
 from isoflop.models.hooks.pixels import PIXELS
@@ -112,12 +113,14 @@ def everything(name: str, probe: Any) -> tuple[Tensor, Any]:
         costs = probe.cost(), method.footprint(probe.model, probe.ctx)
         if isinstance(probe, KvCacheProbe):
             batch = probe.batch(rows)
-            found += [probe.model.stepwise_logits(batch)[:, PROMPT:].flatten(1), probe.model.greedy(batch.ids_BT, 2)]
+            if probe.model.occupant(ATTENTION) is not None:
+                found.append(probe.model.stepwise_logits(batch)[:, PROMPT:].flatten(1))
+            found.append(probe.model.greedy(batch.ids_BT, 2))
             found += [logits_SW for logits_SW, _ in probe.model.scored_logits(batch)]
     return torch.cat([x.flatten().double() for x in found]), costs
 
 
-INSIDE = ("kv-cache", "sparse-attention", "weights", "activation-sparsity", "decoder-tokens")
+INSIDE = ("kv-cache", "sparse-attention", "weights", "repair", "activation-sparsity", "decoder-tokens")
 """Families that act on layers; of the others, which act before them, one method each."""
 SEARCHES = ("evopress", "evopress-sparse")  # seconds each; evopress-drop is the same search
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -187,12 +187,13 @@ class ResolvedJob:
             if prompt is not None:
                 method.check_prompt(prompt, built.name)
                 method.check_room(info, prompt, built.name)
+        _room_before(methods, built, info)
         one_per_hook(methods)
         for place, method in enumerate(methods):
             method.check_beside([*methods[:place], *methods[place + 1 :]], info)
         weights = family.weights(info, methods, job.seed)
         trained_with = family.trained_with(info, methods)
-        prepared = tuple(method.prepare(info, weights, job.seed, trained_with) for method in methods)
+        prepared = _prepared(methods, info, weights, job.seed, trained_with)
         return cls(job, family, info, methods, built, weights, prepared)
 
     @property
@@ -209,6 +210,34 @@ class ResolvedJob:
         """All stages, dependencies first."""
         own = (self.weights, *self.prepared, *self.task.stages(self.info))
         return tuple(walk(tuple(s for s in own if s is not None)))
+
+
+def _prepared(
+    methods: Sequence[Method], info: ModelInfo, weights: Stage | None, seed: int, trained_with: tuple[Method, ...]
+) -> tuple[Stage | None, ...]:
+    """The stage of each method; those that learn behind others are told of them."""
+    found: dict[int, Stage | None] = {}
+    order = sorted(range(len(methods)), key=lambda place: methods[place].order())
+    for place in order:
+        wanted = methods[place].learns_behind
+        behind = [other for other in found if wanted & set(methods[other].hooks) and methods[other] not in trained_with]
+        pairs = tuple((methods[other], found[other]) for other in behind)
+        found[place] = methods[place].prepare_behind(info, weights, seed, trained_with, pairs)
+    return tuple(found[place] for place in range(len(methods)))
+
+
+def _room_before(methods: Sequence[Method], task: Task, info: ModelInfo) -> None:
+    """Raise Infeasible where a task that fits into the model does not fit behind what methods put before every input."""
+    for method in methods:
+        tokens = method.tokens_before(info)
+        if not tokens or "positions" not in info.geometry:
+            continue
+        try:
+            task.check(replace(info, geometry={**info.geometry, "positions": info.geometry["positions"] - tokens}))
+        except Infeasible as error:
+            raise Infeasible(
+                f"method {method.name} puts {tokens} tokens before every input, and then {error}"
+            ) from error
 
 
 def _asked_for(method: Method, task: Task) -> None:

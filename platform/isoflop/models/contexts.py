@@ -166,7 +166,7 @@ class Contexts:
     def _pass(self, ids_BT: Tensor, start: int, keep: int) -> Tensor:
         positions_BT = self._lengths_B[:, None] + start + torch.arange(ids_BT.shape[1], device=ids_BT.device)
         # padding on the right may reach behind the last position that a model knows
-        positions_BT = positions_BT.clamp(max=self._lm.info.geometry["positions"] - 1)
+        positions_BT = positions_BT.clamp(max=self._lm.room - 1)
         return self._cache.go_on(ids_BT, positions_BT, keep)
 
 
@@ -363,6 +363,6 @@ def _averaged(notes: Sequence[tuple[int, dict[str, np.ndarray]]]) -> dict[str, n
 
 def room_for(lm: LmModel, tokens: int, what: str) -> None:
     """Raise Infeasible where a model has less room than ``tokens``."""
-    room = lm.info.geometry["positions"]
+    room = lm.room
     if tokens > room:
         raise Infeasible(f"{what} takes {tokens} tokens; model {lm.info.ref} has room for {room}")

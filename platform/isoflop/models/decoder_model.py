@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from isoflop.core.errors import Infeasible
 from isoflop.models.base import Model
 from isoflop.models.hooks.attention import ATTENTION
+from isoflop.models.hooks.soft_prompt import SOFT_PROMPT
 
 
 class DecoderModel(Model):
@@ -54,6 +55,12 @@ class DecoderModel(Model):
         """Where the weights lie."""
         return next(self.module.parameters()).device
 
+    @property
+    def room(self) -> int:
+        """Tokens that a text may have: the model's positions without those that a learned prompt takes."""
+        prompt = self.occupant(SOFT_PROMPT)
+        return int(self.info.geometry["positions"]) - (0 if prompt is None else prompt.tokens)
+
     def dense_cache_bytes(self, tokens: int) -> float:
         """Bytes of a key-value cache that holds so many tokens whole in every layer, or its window of them, one request."""
         shape = self.info.geometry
@@ -68,21 +75,22 @@ class DecoderModel(Model):
 
         Queries inside the prefix attend to it exactly; queries behind it attend to its compressed form and exactly to
         the tokens behind it. That equals compressing after the prompt and going on step by step, because the states
-        of a prefix never depend on what follows. Without a policy the block changes nothing.
+        of a prefix never depend on what follows. A learned prompt before the text belongs to it. Without a policy the block
+        changes nothing.
 
         Args:
             examples_B: example numbers of the rows, for what is random in the policy; None where there are none.
         """
-        policy = self.occupant(ATTENTION)
-        if policy is None:
+        policy, learned = self.occupant(ATTENTION), self.occupant(SOFT_PROMPT)
+        with ExitStack() as stack:
+            if learned is not None:
+                stack.callback(setattr, learned, "prefix", learned.prefix)
+                learned.prefix = tokens
+                tokens += learned.tokens
+            if policy is not None:
+                stack.callback(vars(policy).update, prefix=policy.prefix, examples_B=None)
+                policy.prefix, policy.examples_B = tokens, examples_B
             yield
-            return
-        before = policy.prefix
-        policy.prefix, policy.examples_B = tokens, examples_B
-        try:
-            yield
-        finally:
-            policy.prefix, policy.examples_B = before, None
 
 
 def decoder_of(module: Any) -> Any:

@@ -189,7 +189,7 @@ def prompts_of(lm: LmModel, questions: Sequence[FactQuestion], contexts: Sequenc
     Raises:
         Infeasible: one is longer than the reader's room.
     """
-    tokenizer, room = lm.tokenizer, lm.info.geometry["positions"]
+    tokenizer, room = lm.tokenizer, lm.room
     pairs = zip(questions, contexts, strict=True)
     prompts = [tokenised(tokenizer, context, question.query, question.answer) for question, context in pairs]
     longest = max(prompt.length for prompt in prompts)

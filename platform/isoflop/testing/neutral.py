@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from isoflop.core.hook import Hook
 from isoflop.models.base import Model
+from isoflop.models.hooks.adapters import ADAPTERS
 from isoflop.models.hooks.attention import ATTENTION, AttentionCall, AttentionPolicy, CacheReport, causal_attention
 from isoflop.models.hooks.byte_view import BYTE_VIEW, TokenView
 from isoflop.models.hooks.decoder_layers import DECODER_LAYERS, LayerTokens, TokenPolicy
@@ -28,6 +29,7 @@ from isoflop.models.hooks.pixels import PIXELS, ImageCodec, ImageCodecRun
 from isoflop.models.hooks.prompt_text import PROMPT_TEXT, Compressed, ContextCompressor, Document, joined
 from isoflop.models.hooks.residual import RESIDUAL, ResidualPolicy
 from isoflop.models.hooks.signals import Codec, Coded
+from isoflop.models.hooks.soft_prompt import SOFT_PROMPT, Before, PromptPolicy
 from isoflop.models.hooks.vision_blocks import VISION_BLOCKS, BlockRun, TokenReduction
 from isoflop.models.hooks.visual_tokens import VISUAL_TOKENS, CompressedTokens, Compression, VisualInput
 from isoflop.models.hooks.voxels import VOXELS, VoxelCodecRun
@@ -67,6 +69,14 @@ class WholeUpdate(ResidualPolicy):
     def update(self, layer: int, before_BTd: Tensor, after_BTd: Tensor) -> Tensor:
         """As it came."""
         return after_BTd
+
+
+class NoPrompt(PromptPolicy):
+    """A prompt without tokens."""
+
+    def begin(self, ids_BT: Tensor, valid_BT: Tensor | None) -> Before:
+        """Never asked."""
+        raise NotImplementedError
 
 
 class ChosenExperts(ExpertPolicy):
@@ -134,6 +144,7 @@ def neutral(hook: Hook[Any], model: Any) -> Occupant | None:
 
 
 _NEUTRAL: dict[Hook[Any], Callable[[Any], Occupant]] = {
+    ADAPTERS: lambda model: Occupant(),
     ATTENTION: lambda model: CausalAttention(),
     BYTE_VIEW: lambda model: TokenView(),
     DECODER_LAYERS: AllTokens,
@@ -145,6 +156,7 @@ _NEUTRAL: dict[Hook[Any], Callable[[Any], Occupant]] = {
     PIXELS: lambda model: ImageCodecRun(RawImages()),
     PROMPT_TEXT: lambda model: WholeDocuments(),
     RESIDUAL: lambda model: WholeUpdate(),
+    SOFT_PROMPT: lambda model: NoPrompt(),
     VISION_BLOCKS: lambda model: BlockRun(TokenReduction(), _prefix_of(model)),
     VISUAL_TOKENS: lambda model: AllPatches(),
     VOXELS: lambda model: VoxelCodecRun(RawSamples()),

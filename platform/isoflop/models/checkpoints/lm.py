@@ -14,6 +14,7 @@ from isoflop.models.checkpoints.gguf import read_gguf
 from isoflop.models.checkpoints.source import FAMILY, Options, read_config, read_whole
 from isoflop.models.checkpoints.tokenizer import tokenizer_in
 from isoflop.models.decoder_model import decoder_of, layers_of
+from isoflop.models.hooks.adapters import ADAPTERS
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.byte_view import BYTE_VIEW
 from isoflop.models.hooks.experts import EXPERTS, routers_of
@@ -21,6 +22,7 @@ from isoflop.models.hooks.feed_forward import FEED_FORWARD, has_mlps
 from isoflop.models.hooks.matrices import MATRICES
 from isoflop.models.hooks.prompt_text import PROMPT_TEXT
 from isoflop.models.hooks.residual import RESIDUAL
+from isoflop.models.hooks.soft_prompt import SOFT_PROMPT
 from isoflop.models.lm import LmInfo, LmModel, tokenizer_of
 from isoflop.models.spread import devices_for, placed
 from isoflop.models.worlds import recall_world
@@ -58,6 +60,9 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
         version=version,
         n_params=sum(p.numel() for p in layers_of(decoder).parameters()),
         hooks=hooks_of(decoder, bool(tokenizer)),
+        lacks=((SOFT_PROMPT.name, "its layers look token ids up in tables of their own"),)
+        if _reads_ids(decoder)
+        else (),
         offers=frozenset(named | ({"tokenizer"} if tokenizer else set())),
         geometry={**geometry, "positions": positions},
         dense_bits=chosen.bits,
@@ -70,11 +75,17 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
 
 def hooks_of(decoder: Any, reads_text: bool) -> frozenset[Hook[Any]]:
     """Places that a decoder offers to methods; ``decoder`` may be a skeleton on the device ``meta``."""
-    found: set[Hook[Any]] = {ATTENTION, MATRICES, RESIDUAL}
+    found: set[Hook[Any]] = {ADAPTERS, ATTENTION, MATRICES, RESIDUAL}
+    found |= set() if _reads_ids(decoder) else {SOFT_PROMPT}
     found |= {FEED_FORWARD} if has_mlps(decoder) else set()
     found |= {EXPERTS} if routers_of(decoder) else set()
     found |= {PROMPT_TEXT, BYTE_VIEW} if reads_text else set()
     return frozenset(found)
+
+
+def _reads_ids(decoder: Any) -> bool:
+    """Whether layers look token ids up in tables of their own, so that embeddings do not say all that stands in a column (Gemma 3n)."""
+    return bool(getattr(decoder.config, "hidden_size_per_layer_input", None))
 
 
 def load(info: ModelInfo, source: Path, options: Options, ctx: StageContext) -> LmModel:

@@ -45,6 +45,28 @@ def called_with(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     raise Infeasible(f"{type(attention).__name__} does not call its attention through transformers' interface")
 
 
+def first_call(decoder: Any, **inputs: Any) -> AttentionCall:
+    """What a decoder's first layer calls its softmax with. The pass ends there, and hooks on the decoder itself do not see it.
+
+    Args:
+        decoder: a Hugging Face decoder.
+        inputs: of a pass without a cache.
+
+    Raises:
+        Infeasible: it does not go through transformers' interface.
+    """
+
+    def stop(call: AttentionCall) -> Tensor:
+        raise _Called(call)
+
+    try:
+        with replacing(decoder.config, stop):
+            decoder.forward(**inputs, use_cache=False)
+    except _Called as found:
+        return found.call
+    raise Infeasible(f"{type(decoder).__name__} does not call its attention through transformers' interface")
+
+
 def own_last_row(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Softmax]:
     """Logits of the last token in an attention module as the module itself computes them, masked, (B, H, T) in float32; and
     what makes weights of them.

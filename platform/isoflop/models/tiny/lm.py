@@ -30,6 +30,7 @@ from isoflop.core.knobs import check_knobs, knob_specs
 from isoflop.core.stage import Stage, StageContext
 from isoflop.models.base import Checkpoint, Model, ModelInfo
 from isoflop.models.family import FAMILIES, ModelFamily, all_options, split_ref, without_defaults
+from isoflop.models.hooks.adapters import ADAPTERS
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.byte_view import BYTE_VIEW
 from isoflop.models.hooks.documents import DOCUMENTS, DocumentChooser
@@ -38,6 +39,7 @@ from isoflop.models.hooks.gradients import GRADIENTS
 from isoflop.models.hooks.matrices import MATRICES
 from isoflop.models.hooks.prompt_text import PROMPT_TEXT
 from isoflop.models.hooks.residual import RESIDUAL
+from isoflop.models.hooks.soft_prompt import SOFT_PROMPT
 from isoflop.models.lm import LmInfo, LmModel, tokenizer_of
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.tiny.fact_reader import WORDS, FactRecipe, FactStage, FactText, WordTokenizer
@@ -64,7 +66,7 @@ from isoflop.models.worlds import recall_world as world
 from isoflop.models.worlds.lm_text import EnglishText, TokensStage
 
 FAMILY = "tiny-lm"
-HOOKS: frozenset[Hook[Any]] = frozenset({ATTENTION, MATRICES, FEED_FORWARD, RESIDUAL})
+HOOKS: frozenset[Hook[Any]] = frozenset({ADAPTERS, ATTENTION, MATRICES, FEED_FORWARD, RESIDUAL, SOFT_PROMPT})
 READS_TEXT: frozenset[Hook[Any]] = frozenset({PROMPT_TEXT, BYTE_VIEW})
 RECIPES: dict[str, type[LmRecipe]] = {
     "recall": RecallRecipe,

@@ -89,7 +89,7 @@ class HarnessModel(LM):
     @torch.no_grad()
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Log-likelihoods of whole texts in nats, in windows of the model's room."""
-        room, first = self._lm.info.geometry["positions"], self.tokens.first_id
+        room, first = self._lm.room, self.tokens.first_id
         totals = []
         for request in requests:
             ids, _ = self.tokens.with_ends(request.args[0], special=False)

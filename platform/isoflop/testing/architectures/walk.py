@@ -20,18 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isoflop.core.errors import UserError
+from isoflop.core.errors import Infeasible, UserError
 from isoflop.core.folder_context import FolderContext
 from isoflop.methods.base import build
 from isoflop.models.checkpoints.source import brief
 from isoflop.models.decoder_model import decoder_of, layers_of
 from isoflop.models.family import family_of
+from isoflop.models.hooks.soft_prompt import SOFT_PROMPT, Before, PromptPolicy
 from isoflop.models.lm import NOT_SCORED, LmBatch, LmModel
 from isoflop.models.quiet import no_progress_bars
 from isoflop.models.taps import ActivationTap, Tap, attention_in
 from isoflop.testing.architectures.small import RESERVED, WORDS, Architecture, NotSmall, small_config
 
-LENGTH, PADS, PROMPT, STEPS = 13, 3, 7, 3
+LENGTH, PADS, PROMPT, STEPS, LEARNED = 13, 3, 7, 3, 2
 TOLERANCE = 1e-4
 """Largest difference, relative to the largest number compared; float32 rounds to 1e-6 or so in two layers."""
 EXACT = "exact"
@@ -157,7 +158,53 @@ def tap(subject: Subject) -> None:
             same(f"the tapped attention of layer {number}", found_BHT[row][:, real_T], expected_HT)
 
 
-CHECKS: dict[str, Check] = {"one pass": one_pass, "step by step": step_by_step, "tap": tap}
+class _Embeddings(PromptPolicy):
+    """Given ones, of each row its own."""
+
+    def __init__(self, embeds_BNd: Tensor) -> None:
+        self.embeds_BNd, self.tokens = embeds_BNd, embeds_BNd.shape[1]
+
+    def begin(self, ids_BT: Tensor, valid_BT: Tensor | None) -> Before:
+        """Of as many rows as the pass has."""
+        return Before(self.embeds_BNd[: len(ids_BT)])
+
+
+def learned_prompt(subject: Subject) -> None:
+    """Embeddings of the tokens that a text begins with, put before the rest of it, are those tokens."""
+    model, batch = subject.model, subject.batch
+    assert batch.valid_BT is not None
+    if SOFT_PROMPT not in model.info.hooks:
+        raise Infeasible(f"it does not offer {SOFT_PROMPT.name}{model.info.why_not([SOFT_PROMPT.name])}")
+    starts = torch.tensor([0, PADS])
+    taken_BN = starts[:, None] + torch.arange(LEARNED)
+    embeds_BNd = model.decoder.get_input_embeddings()(batch.ids_BT.gather(1, taken_BN))
+    kept_BT = torch.ones_like(batch.valid_BT).scatter(1, taken_BN, False)
+    ids_BT, valid_BT = (x_BT[kept_BT].reshape(2, -1) for x_BT in (batch.ids_BT, batch.valid_BT))
+    rest = LmBatch(ids_BT, torch.zeros_like(ids_BT), PROMPT - LEARNED, valid_BT)
+    expected = [logits_TW[LEARNED:] for logits_TW in subject.alone]
+
+    def compare(what: str, logits_BTW: Tensor) -> None:
+        for row, expected_TW in enumerate(expected):
+            same(what, logits_BTW[row, -len(expected_TW) :], expected_TW)
+
+    with model.occupy(SOFT_PROMPT, _Embeddings(embeds_BNd)):
+        compare("one pass behind embeddings", model.logits(replace(rest, prefix=0)))
+        served_BT = model.greedy(ids_BT[:1, :PROMPT], STEPS)
+        with build("full-cache", {}).apply(model, None):
+            compare("one pass behind embeddings, with a prompt", model.logits(rest))
+            compare("step by step behind embeddings", model.stepwise_logits(rest))
+    found_BT = torch.cat((batch.ids_BT[:1, : PROMPT + LEARNED], served_BT), dim=1)
+    logits_TW = subject.stock(input_ids=found_BT, use_cache=False).logits[0, PROMPT + LEARNED - 1 : -1]
+    chosen_T = logits_TW.gather(1, served_BT[0, :, None])[:, 0]  # a near-tie may fall either way
+    same("the most likely token while serving behind embeddings", chosen_T, logits_TW.amax(-1))
+
+
+CHECKS: dict[str, Check] = {
+    "one pass": one_pass,
+    "step by step": step_by_step,
+    "tap": tap,
+    "learned prompt": learned_prompt,
+}
 
 
 @contextmanager
