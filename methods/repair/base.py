@@ -181,7 +181,7 @@ class RepairMethod(Learner):
         for texts in texts_of(model, ctx, steps, self.batch, derive_seed("repair", seed)):
             yield LmBatch(texts.ids_BT[:, :room], texts.targets_BT[:, :room])
 
-    def loss(self, model: Model, module: nn.Module, lesson: LmBatch) -> Tensor:
+    def loss(self, model: Model, module: nn.Module, lesson: Any) -> Tensor:
         """Through the model as it is, summed over each text's tokens, mean over the texts."""
         with in_its_hooks(self, model, InTraining(module)):
             return text_loss(model, lesson)
