@@ -122,7 +122,7 @@ def test_another_width_or_vocabulary_is_refused(bench: Bench) -> None:
 
 
 def test_a_training_lowers_the_loss_through_the_compressed_model(bench: Bench) -> None:
-    """On one batch of texts again and again, behind each compression: by 15 % in 40 steps over five seeds of weights, 1 % asked for."""
+    """On one batch of texts again and again, behind each compression: by 38 and 41 % in 15 steps, 10 % asked for."""
     method, lesson = prompting(tokens=8), asked(texts(4, 24, seed=11))
     for compression in COMPRESSIONS:
         with bench.applied(compression):
@@ -135,7 +135,7 @@ def test_a_training_lowers_the_loss_through_the_compressed_model(bench: Bench) -
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 losses.append(float(loss.detach()))
-        assert losses[-1] < 0.99 * losses[0]
+        assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize("at", [0, 1])
