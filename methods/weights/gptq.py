@@ -115,7 +115,7 @@ class GridRule:
         groups = math.ceil(cols / self.group)
         self._dtype = torch.float64 if weight_OI.dtype == torch.float64 else torch.float32
         self._codes_IO = weight_OI.new_zeros(cols, rows, dtype=torch.uint8)
-        found = self.grid.fit(weight_OI[:, : self.group])
+        found = self.grid.fit(weight_OI[:1, : self.group])  # of what types they are
         self.scale_OG, self.zero_OG = (part.new_zeros(rows, groups) for part in found)
 
     @property

@@ -35,13 +35,18 @@ class WeightProbe(Probe):
 
     Args:
         tried: settings in which a knob shows what it does, where none shows by itself; see ``Probe.settings``.
+        model: in the place of that decoder.
     """
 
     def __init__(
-        self, examples: int = 4, layers: int = 1, tried: Mapping[str, Sequence[Mapping[str, KnobValue]]] | None = None
+        self,
+        examples: int = 4,
+        layers: int = 1,
+        tried: Mapping[str, Sequence[Mapping[str, KnobValue]]] | None = None,
+        model: LmModel | None = None,
     ) -> None:
         self._tried = tried or {}
-        self.model: LmModel = untrained_decoder(layers=layers)
+        self.model: LmModel = untrained_decoder(layers=layers) if model is None else model
         shapes = Counter((view.rows, view.cols) for view in linear_views(self.model))
         matrices = tuple((rows, cols, count) for (rows, cols), count in shapes.items())
         self.model.info = replace(self.model.info, geometry={**self.model.info.geometry, "matrices": matrices})

@@ -161,6 +161,24 @@ def collect_by_block(model: Model, ctx: StageContext, examples: int, seed: int, 
     BlockPasses(model, views, list(model.calibration(ctx, examples, seed))).run(watching)
 
 
+@torch.no_grad()
+def collect_in_turn(model: Model, views: list[LinearView], batches: Sequence[Any], take: Take) -> None:
+    """Run batches block by block; what ``take`` writes into a block's matrices is what the next block's inputs come from.
+
+    All matrices of a block are seen before any of them is changed.
+
+    Raises:
+        ValueError: the model cannot be run block by block.
+    """
+    for number, run in BlockPasses(model, views, batches).blocks():
+        some = [view for view in views if view.layer == number]
+        collector = _Collector()
+        with observed(some, collector):
+            run(False)
+        take(some, collector.statistics(some))
+        run(True)
+
+
 def collect(model: Model, ctx: StageContext, examples: int, seed: int) -> Statistics:
     """The statistics of all blocks at once."""
     found = Statistics({}, {}, {})

@@ -151,6 +151,20 @@ def _linear_hook(view: LinearView, observe: Observer) -> Callable[..., None]:
     return hook
 
 
+def expert_inner(first: LinearView, x_NI: Tensor, weight_OI: Tensor | None = None) -> Tensor:
+    """What an expert's first matrix and its activation make of tokens: the inputs (N, I) of its second matrix.
+
+    Args:
+        first: the view of the first matrix, ``gate_up_proj`` or ``up_proj``.
+        weight_OI: in the place of that matrix.
+    """
+    bias = getattr(first.module, f"{first.role}_bias", None)
+    weight_OI = first.weight() if weight_OI is None else weight_OI
+    y_NO = nn.functional.linear(x_NI, weight_OI, None if bias is None else bias[first.expert])
+    inner: Tensor = first.module._apply_gate(y_NO) if first.role == "gate_up_proj" else first.module.act_fn(y_NO)
+    return inner
+
+
 def _experts_hook(views: list[LinearView], observe: Observer) -> Callable[..., None]:
     """Inputs of the experts of a mixture: routed tokens, and what the first matrix and its activation make of them.
 
@@ -167,9 +181,6 @@ def _experts_hook(views: list[LinearView], observe: Observer) -> Callable[..., N
                 continue  # a place of an expert that lives elsewhere
             x_NI = tokens_NI[(chosen == expert).any(-1)]
             observe(wanted[first, expert], x_NI)
-            bias = getattr(module, f"{first}_bias", None)
-            y_NO = nn.functional.linear(x_NI, wanted[first, expert].weight(), None if bias is None else bias[expert])
-            inner = module._apply_gate(y_NO) if first == "gate_up_proj" else module.act_fn(y_NO)
-            observe(wanted["down_proj", expert], inner)
+            observe(wanted["down_proj", expert], expert_inner(wanted[first, expert], x_NI))
 
     return hook

@@ -48,6 +48,8 @@ MEASURED: dict[str, str] = {
     "calibration_ppl_ratio": "perplexity of the calibration's texts, over that without the method",
     "calibration_active": "share of neurons that are active, of the calibration's texts",
     "cett": "relative error of a block's output, as calibrated",
+    "active_experts": "experts that run for a token in a layer",
+    "active_params": "parameters of the layers that a token meets",
     "mlp_flops": "FLOPs of the feed-forward blocks per token",
     "mlp_flops_dense": "the same, of all neurons",
     "kv_prompt_bytes": "bytes of the prompt's cache",

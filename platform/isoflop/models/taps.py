@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from isoflop.core.errors import Infeasible
+from isoflop.kernels.column_scores import column_scores
 from isoflop.kernels.softmax import Softmax
 from isoflop.models.hooks.one_attention import own_last_row
 from isoflop.models.moving import moved
@@ -160,18 +161,51 @@ class Tap:
         logits_BHT = self._last_logits(*moved((rope, valid_BT), heard.device), end)
         return self._softmax.weights(logits_BHT[:, :, None])[:, :, 0].to(rope[0].device)  # where the question came from
 
+    def received(self, rope: tuple[Tensor, Tensor] | None, valid_BT: Tensor | None) -> Tensor:
+        """Attention that each token of a decoder layer gets, (B, T) in float32: the mean over heads and over the real tokens from
+        it on; 0 at padding.
+
+        Args:
+            rope, valid_BT: as in ``last_row``.
+
+        Raises:
+            Infeasible: as in ``last_row``.
+        """
+        if not self._fits:
+            raise self._unknown("has no projections of queries and keys by themselves")
+        heard = self._heads(self._q_BTC)
+        if rope is None or not _KNOWN.get(self._architecture, False):
+            raise self._unknown("rotates, scales or normalises queries and keys in another way")
+        (cos, sin), valid_BT = moved((rope, valid_BT), heard.device)
+        q_BHTD, k_BGTD = self._rotated((cos, sin), slice(None), slice(None))
+        batch, heads, length, _ = q_BHTD.shape
+        if valid_BT is None:
+            valid_BT = torch.ones(batch, length, dtype=torch.bool, device=heard.device)
+        places_1T = torch.arange(length, device=heard.device)[None]
+        sums_BGT = column_scores(
+            q_BHTD, k_BGTD, self._softmax, valid_BT[:, None].float(), places_1T, places_1T, valid_BT
+        )[:, :, 0]
+        behind_BT = valid_BT.flip(-1).cumsum(-1).flip(-1)
+        mean_BT = sums_BGT.sum(1) / (heads * behind_BT.clamp(min=1))
+        return mean_BT.masked_fill(~valid_BT, 0.0).to(rope[0].device)
+
     def _last_logits(self, rope: tuple[Tensor, Tensor], valid_BT: Tensor | None, end: int | None = None) -> Tensor:
-        q_BHTD = self._normed("q_norm", self._heads(self._q_BTC)[:, :end][:, -1:]).transpose(1, 2)
-        k_BGTD = self._normed("k_norm", self._heads(self._k_BTC)[:, :end]).transpose(1, 2)
-        rotate = sys.modules[type(self.attention).__module__].apply_rotary_pos_emb  # each architecture has its own
-        cos, sin = (x[:, :end] for x in rope)
-        q_BHTD = rotate(q_BHTD, q_BHTD, cos[:, -1:], sin[:, -1:])[0]
-        k_BGTD = rotate(k_BGTD, k_BGTD, cos, sin)[1]
+        last = slice((rope[0].shape[1] if end is None else end) - 1, end)
+        q_BHTD, k_BGTD = self._rotated(rope, last, slice(end))
         k_BHTD = k_BGTD.repeat_interleave(q_BHTD.shape[1] // k_BGTD.shape[1], dim=1)
         logits_BHT = self._softmax.logits((q_BHTD.float() @ k_BHTD.float().transpose(-1, -2))[:, :, 0])
         if valid_BT is not None:
             logits_BHT = logits_BHT.masked_fill(~valid_BT[:, None, :end], float("-inf"))
         return logits_BHT
+
+    def _rotated(self, rope: tuple[Tensor, Tensor], queries: slice, keys: slice) -> tuple[Tensor, Tensor]:
+        """Queries (B, H, T, D) and keys (B, G, T, D) of some columns, as the module has them behind RoPE."""
+        q_BHTD = self._normed("q_norm", self._heads(self._q_BTC)[:, queries]).transpose(1, 2)
+        k_BGTD = self._normed("k_norm", self._heads(self._k_BTC)[:, keys]).transpose(1, 2)
+        rotate = sys.modules[type(self.attention).__module__].apply_rotary_pos_emb  # each architecture has its own
+        cos, sin = rope
+        q_BHTD = rotate(q_BHTD, q_BHTD, cos[:, queries], sin[:, queries])[0]
+        return q_BHTD, rotate(k_BGTD, k_BGTD, cos[:, keys], sin[:, keys])[1]
 
     @property
     def _softmax(self) -> Softmax:

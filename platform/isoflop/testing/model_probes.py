@@ -31,6 +31,7 @@ from isoflop.models.tiny.bert_training import ReviewTokenizer, untrained_bert
 from isoflop.models.tiny.fact_reader import WORDS, WordTokenizer
 from isoflop.models.tiny.lm_config import FACT_SIZES, RECALL_SIZES, TEXT_SIZES
 from isoflop.models.tiny.lm_training import TextRecipe, untrained_lm
+from isoflop.models.tiny.moe_lm import MOE_SIZES, MoeRecipe, untrained_moe
 from isoflop.models.tiny.vit import MEMBERS
 from isoflop.models.tiny.vit_config import SIZES as VIT_SIZES
 from isoflop.models.tiny.vit_config import untrained as untrained_vit
@@ -110,6 +111,8 @@ def _tiny_lm(info: Any) -> LmModel:
     elif corpus == "text":
         recipe = TextRecipe(**dict(info.options))
         module = untrained_lm(recipe.shaped(TEXT_SIZES[size]), recipe.vocabulary, 0, **recipe.config)
+    elif corpus == "moe":
+        module = untrained_moe(MOE_SIZES[size], MoeRecipe(**dict(info.options)), 0)
     else:
         module = untrained_lm(TEXT_SIZES[size], info.geometry["vocab_size"], 0)
     return LmModel(info, module.eval().requires_grad_(False), tokenizer)
@@ -148,6 +151,7 @@ PROBES: dict[str, Callable[[], ModelProbe]] = {
             ("tiny-lm/text-d32", {"act": "relu"}),
             ("tiny-lm/facts-d64", {}),
             ("tiny-lm/mixed-d32", {}),
+            ("tiny-lm/moe-d32", {}),
         ),
         _tiny_lm,
     ),

@@ -17,7 +17,7 @@ from isoflop.models.decoder_model import decoder_of, layers_of
 from isoflop.models.hooks.adapters import ADAPTERS
 from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.byte_view import BYTE_VIEW
-from isoflop.models.hooks.experts import EXPERTS, routers_of
+from isoflop.models.hooks.experts import EXPERTS, mixture_geometry, routers_of
 from isoflop.models.hooks.feed_forward import FEED_FORWARD, has_mlps
 from isoflop.models.hooks.matrices import MATRICES
 from isoflop.models.hooks.prompt_text import PROMPT_TEXT
@@ -64,7 +64,7 @@ def describe(ref: str, options: tuple[tuple[str, Any], ...], source: Path, versi
         if _reads_ids(decoder)
         else (),
         offers=frozenset(named | ({"tokenizer"} if tokenizer else set())),
-        geometry={**geometry, "positions": positions},
+        geometry={**geometry, **mixture_geometry(decoder), "positions": positions},
         dense_bits=chosen.bits,
         options=options,
         text=_calibration_text(tokenizer, vocabulary, positions),

@@ -14,6 +14,8 @@ weights of a step on the way: ``tiny-lm/text-d64?act=relu&at=64`` and ``…&at=5
 the reader to judge compressed prompts with.
 
 ``tiny-lm/mixed-<size>`` trains on prose, docstrings and code, then on documents chosen from a pool (see ``mixed_lm``).
+
+``tiny-lm/moe-<size>`` is a mixture of experts of Mixtral's class, trained on the same three kinds of text (see ``moe_lm``).
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ from isoflop.models.tiny.lm_training import (
     train_tokens,
 )
 from isoflop.models.tiny.mixed_lm import MixedRecipe, mixed_info, mixed_weights
+from isoflop.models.tiny.moe_lm import MOE_SIZES, MoeRecipe, moe_info, moe_weights
 from isoflop.models.training.distributed import ExchangingMethod
 from isoflop.models.training.taught import Taught
 from isoflop.models.training.taught_stage import TaughtStage
@@ -73,6 +76,7 @@ RECIPES: dict[str, type[LmRecipe]] = {
     "text": TextRecipe,
     "facts": FactRecipe,
     "mixed": MixedRecipe,
+    "moe": MoeRecipe,
 }
 CALIBRATION_PAIRS = 16
 CALIBRATION_LENGTH = 128
@@ -86,8 +90,14 @@ class TinyLm(ModelFamily):
     trainable: ClassVar[frozenset[Hook[Any]]] = frozenset({DOCUMENTS, GRADIENTS, RESIDUAL, FEED_FORWARD, ATTENTION})
 
     def members(self) -> list[str]:
-        """``tiny-lm/recall-d64`` … ``tiny-lm/mixed-d256``."""
-        sizes = {"recall": RECALL_SIZES, "text": TEXT_SIZES, "facts": FACT_SIZES, "mixed": TEXT_SIZES}
+        """``tiny-lm/recall-d64`` … ``tiny-lm/moe-d128``."""
+        sizes = {
+            "recall": RECALL_SIZES,
+            "text": TEXT_SIZES,
+            "facts": FACT_SIZES,
+            "mixed": TEXT_SIZES,
+            "moe": MOE_SIZES,
+        }
         return [f"{FAMILY}/{corpus}-{size}" for corpus in sizes for size in sizes[corpus]]
 
     def info(self, ref: str, options: Mapping[str, Any]) -> LmInfo:
@@ -120,6 +130,8 @@ class TinyLm(ModelFamily):
         if corpus == "mixed":
             chooser = cast("DocumentChooser | None", next(iter(choosing), None))
             return mixed_weights(info, None if chooser is None else chooser.trained_on(info, seed), size, seed)
+        if corpus == "moe":
+            return moe_weights(info, size, seed)
         if corpus == "recall":
             return RecallStage(size, seed, info.options)
         if corpus == "facts":
@@ -159,13 +171,15 @@ class TinyLm(ModelFamily):
 
     def load(self, info: ModelInfo, weights: Stage | None, ctx: StageContext) -> Model:
         """The trained model on the worker's device."""
-        from transformers import LlamaForCausalLM
+        from transformers import AutoModelForCausalLM
 
         if not isinstance(info, LmInfo) or weights is None:
             raise ValueError(f"model {info.ref} has no weights of its own: pass the stage that weights() gives")
         checkpoint: Checkpoint = ctx.get(weights)
         with no_progress_bars():
-            module = LlamaForCausalLM.from_pretrained(checkpoint.folder, local_files_only=True, use_safetensors=True)
+            module = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder, local_files_only=True, use_safetensors=True
+            )
         return LmModel(info, module.to(ctx.device).eval().requires_grad_(False), tokenizer_of(info, ctx))
 
     def _corpus(self, ref: str) -> str:
@@ -192,7 +206,13 @@ def _parts(ref: str) -> tuple[str, str]:
 @lru_cache(maxsize=256)
 def _info(ref: str, options: Options) -> LmInfo:
     corpus, size = _parts(ref)
-    describe = {"recall": _recall_info, "text": _text_info, "facts": _facts_info, "mixed": _mixed_info}
+    describe = {
+        "recall": _recall_info,
+        "text": _text_info,
+        "facts": _facts_info,
+        "mixed": _mixed_info,
+        "moe": _moe_info,
+    }
     return describe[corpus](ref, size, options)
 
 
@@ -253,6 +273,15 @@ def _facts_info(ref: str, size: str, options: Options) -> LmInfo:
 
 def _mixed_info(ref: str, size: str, options: Options) -> LmInfo:
     return mixed_info(ref, FAMILY, size, HOOKS | {BYTE_VIEW}, options)
+
+
+def _moe_info(ref: str, size: str, options: Options) -> LmInfo:
+    recipe = MoeRecipe(**dict(options))
+    if recipe.active > recipe.experts:
+        raise UserError(
+            f"model {ref}: active = {recipe.active} is more than there are experts; allowed: 1 to {recipe.experts}"
+        )
+    return moe_info(ref, FAMILY, size, (HOOKS - {FEED_FORWARD}) | READS_TEXT, options)
 
 
 FAMILIES.register(FAMILY)(TinyLm())

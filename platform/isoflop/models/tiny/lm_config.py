@@ -79,19 +79,23 @@ def lm_config(size: LmSize, vocabulary: int, **extra: Any) -> LlamaConfig:
     """The Hugging Face config, with an untied head."""
     from transformers import LlamaConfig
 
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=size.width,
-        intermediate_size=size.mlp,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        head_dim=HEAD_WIDTH,
-        max_position_embeddings=POSITIONS,
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-        **extra,
-    )
+    return LlamaConfig(**lm_fields(size, vocabulary), **extra)
+
+
+def lm_fields(size: LmSize, vocabulary: int) -> dict[str, Any]:
+    """Fields of a decoder's config that its class does not change."""
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": size.width,
+        "intermediate_size": size.mlp,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "head_dim": HEAD_WIDTH,
+        "max_position_embeddings": POSITIONS,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_BASE},
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -273,7 +273,23 @@ def train_tokens(vocabulary: int) -> TokensStage:
     return TokensStage(english, TrainedTokenizer(english, vocabulary), "train")
 
 
-def text_lessons(ids_N: np.ndarray, recipe: TextRecipe, seed: int) -> Iterator[LmBatch]:
+class Windows(Protocol):
+    """The fields of a recipe that :func:`text_lessons` reads."""
+
+    @property
+    def steps(self) -> int:
+        """Batches."""
+
+    @property
+    def batch(self) -> int:
+        """Windows of each."""
+
+    @property
+    def context(self) -> int:
+        """Tokens of a window."""
+
+
+def text_lessons(ids_N: np.ndarray, recipe: Windows, seed: int) -> Iterator[LmBatch]:
     """Windows at random places of the corpus; documents follow each other in them."""
     rng = np.random.default_rng(derive_seed("text lessons", seed))
     for _ in range(recipe.steps):

@@ -300,9 +300,9 @@ def draw_weights(
     for name, parameter in named:
         if "embed_tokens" in name:
             draw(parameter, embedding_std)
-        elif parameter.ndim == 2:
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            draw(parameter, parameter.shape[1] ** -0.5 / ((2 * layers) ** 0.5 if residual else 1.0))
+        elif parameter.ndim >= 2:  # experts of a mixture lie in one parameter, inputs last
+            residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
+            draw(parameter, parameter.shape[-1] ** -0.5 / ((2 * layers) ** 0.5 if residual else 1.0))
         else:
             parameter.fill_(1.0 if "norm" in name else 0.0)
     draw(head, 0.1 * head.shape[1] ** -0.5)

@@ -1,0 +1,1 @@
+"""Leaving experts of a mixture out, token by token."""
