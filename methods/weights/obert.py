@@ -231,10 +231,11 @@ class OBert(HealedMethod):
     def _remove(self, forms: Sequence[Masked], scores: Sequence[Tensor], share: float) -> list[Tensor]:
         """Mark the groups of lowest score as gone; gives what goes of each matrix now."""
         open_N = [score_N.masked_fill(~form.keep_N, -torch.inf) for form, score_N in zip(forms, scores, strict=True)]
+        open_N = [score_N.cpu() for score_N in open_N]  # matrices of one model may lie on several devices
         joined = [torch.cat(open_N)] if self.compare == MODEL else open_N
         kept = torch.cat([keep_highest(score_N[None], share, by_row=False)[0] for score_N in joined])
         parts = kept.split([len(form.keep_N) for form in forms])
-        return [form.keep_only(keep_N) for form, keep_N in zip(forms, parts, strict=True)]
+        return [form.keep_only(keep_N.to(form.keep_N.device)) for form, keep_N in zip(forms, parts, strict=True)]
 
     @classmethod
     def tried(cls) -> Mapping[str, Sequence[Mapping[str, KnobValue]]]:
@@ -265,7 +266,7 @@ class Masked(Form):
         self.group = group
         self.value_OI = nn.Parameter(weight_OI.clone().contiguous())
         self.register_buffer(
-            "keep_N", torch.ones(weight_OI.numel() // group, dtype=torch.bool, device=weight_OI.device)
+            "keep_N", torch.ones(weight_OI.numel() // group, dtype=torch.bool, device=self.value_OI.device)
         )
 
     @property

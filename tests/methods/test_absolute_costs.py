@@ -77,6 +77,8 @@ METERS: dict[str, list[Patch]] = {
     "dense-gradients": [("isoflop.methods.gradients.probe.simulate", scaled_fields("wire_bytes", "payload_bytes"))],
     "data-random": [("isoflop.methods.data_selection.probe.selection_of", scaled_fields("kept_tokens", "pool_tokens"))],
     "byte-greedy": [("isoflop.methods.tokenization.probe.flops_of", scaled_first)],
+    "odp": [("isoflop.methods.experts.pruning.Pruning.active_experts", scaled)],
+    "compress-then-prompt": [("isoflop.methods.repair.base.tensor_bytes", scaled)],
 }
 
 

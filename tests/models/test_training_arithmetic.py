@@ -17,6 +17,7 @@ from isoflop.methods.base import METHODS
 from isoflop.methods.calibration import OnModel
 from isoflop.models.decoder_model import DecoderModel
 from isoflop.models.family import family_of
+from isoflop.models.hooks.attention import ATTENTION
 from isoflop.models.hooks.visual_tokens import AllTokens
 from isoflop.models.training import frozen
 from isoflop.models.training.frozen import CompressorStage
@@ -60,7 +61,7 @@ def test_a_teacher_is_asked_without_gradients() -> None:
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_prefix_inside_a_prefix_is_put_back(fails: bool) -> None:
     policy = SimpleNamespace(prefix=0, examples_B=None)
-    model: Any = SimpleNamespace(occupant=lambda hook: policy)
+    model: Any = SimpleNamespace(occupant=lambda hook: policy if hook is ATTENTION else None)
     with DecoderModel.compressing_prefix(model, 3):
         with pytest.raises(KeyError) if fails else nullcontext(), DecoderModel.compressing_prefix(model, 7):
             assert policy.prefix == 7

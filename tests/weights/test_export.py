@@ -37,7 +37,9 @@ TEXT = "Words of a text that is measured, some of them more than once: words, te
 
 
 def weight_methods() -> list[str]:
-    return [name for name in METHODS.own() if issubclass(METHODS.get(name), WeightMethod)]
+    """But those of mixtures of experts, which refuse a model without any."""
+    found = [name for name in METHODS.own() if issubclass(METHODS.get(name), WeightMethod)]
+    return [name for name in found if name != "mc-moe"]
 
 
 def settings(name: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from os.path import commonprefix
 
 
 class IsoflopError(Exception):
@@ -35,9 +36,11 @@ class Infeasible(UserError):
 
 
 def nearest(name: str, options: Iterable[str]) -> str | None:
-    """The option most like ``name``, else the first one that begins with it, or None when nothing is close."""
+    """The option most like ``name``, of equals one that begins like it; else the first that begins with it, or None."""
     known = [str(o) for o in options]
-    found = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+    found = difflib.get_close_matches(str(name), known, n=8, cutoff=0.6)
+    likeness = {o: difflib.SequenceMatcher(None, o, str(name)).ratio() for o in found}
+    found.sort(key=lambda o: (-likeness[o], -len(commonprefix([o, str(name)]))))
     begun = [o for o in known if len(name) > 1 and o.lower().startswith(name.lower())]
     return next(iter([*found, *begun]), None)
 
