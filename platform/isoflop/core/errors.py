@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from os.path import commonprefix
+from itertools import takewhile
 
 
 class IsoflopError(Exception):
@@ -40,7 +40,10 @@ def nearest(name: str, options: Iterable[str]) -> str | None:
     known = [str(o) for o in options]
     found = difflib.get_close_matches(str(name), known, n=8, cutoff=0.6)
     likeness = {o: difflib.SequenceMatcher(None, o, str(name)).ratio() for o in found}
-    found.sort(key=lambda o: (-likeness[o], -len(commonprefix([o, str(name)]))))
+    begins = {
+        o: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(o, str(name), strict=False))) for o in found
+    }
+    found.sort(key=lambda o: (-likeness[o], -begins[o]))
     begun = [o for o in known if len(name) > 1 and o.lower().startswith(name.lower())]
     return next(iter([*found, *begun]), None)
 
