@@ -98,7 +98,8 @@ def changes_of(name: str, how: bool | str) -> dict[str, Any]:
 
 def compare(found: Any, expected: Expected) -> None:
     texts = [str(finding) for finding in found.values()]
-    wanted = [expected] * len(texts) if isinstance(expected, str) else expected[: len(texts)]
+    assert texts, "nothing was looked at"
+    wanted = [expected] * len(texts) if isinstance(expected, str) else expected
     for text, beginning in zip(texts, wanted, strict=True):
         assert text.startswith(beginning.removesuffix("{}")), texts
 
@@ -127,6 +128,8 @@ def test_a_layer_that_rotates_nothing_is_compared_by_itself(tmp_path: Path) -> N
 @pytest.mark.parametrize("name", LLAVAS)
 def test_a_vision_language_model_is_exact_or_refused(name: str, tmp_path: Path) -> None:
     full, expected = LLAVAS[name]
+    if not isinstance(expected, str):  # a learned prompt is tried on decoders alone
+        expected = expected[:-1]
     compare(examine_llava(KNOWN[name], tmp_path, **changes_of(name, full)), expected)
 
 

@@ -11,6 +11,7 @@ import torch
 from isoflop.bench.weights import CASES, bench_weights, given, lost, ours
 from isoflop.bench.weights_released import find_peers
 from isoflop.cli import main
+from isoflop.core.errors import UserError
 from isoflop.methods.base import build
 
 SOLVER = """
@@ -86,3 +87,19 @@ def test_bad_input_is_one_line(
     assert ended.value.code == 2
     assert said in " ".join(told.split())
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import nowhere_to_be_found", "gptq fails with ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
+        (SOLVER.replace("fasterquant", "slowquant"), "the peer of gptq 4 bits fails with AttributeError"),
+    ],
+)
+def test_a_clone_that_fails_is_told_in_a_line(code: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "gptq").mkdir()
+    (tmp_path / "gptq" / "gptq.py").write_text(code)
+    (tmp_path / "gptq" / "quant.py").write_text("class Quantizer:\n    def configure(self, bits, **settings): pass\n")
+    with pytest.raises(UserError, match="allowed: a clone of its authors' repository") as told:
+        bench_weights(((64, 128),), tmp_path, 1)
+    assert said in str(told.value)

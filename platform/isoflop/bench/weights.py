@@ -19,7 +19,7 @@ import click
 import torch
 from torch import Tensor
 
-from isoflop.bench.weights_released import RELEASED, Given, Peer, find_peers
+from isoflop.bench.weights_released import RELEASED, Given, Peer, broken, find_peers
 from isoflop.cli.common import console, emit, grid, json_option
 from isoflop.core.errors import UserError
 from isoflop.methods.base import build
@@ -95,7 +95,7 @@ def bench_weights(shapes: tuple[tuple[int, int], ...], released: Path | None, ro
     """Both sides in turn; the least CPU seconds of some rounds.
 
     Raises:
-        UserError: ``released`` is no folder.
+        UserError: ``released`` is no folder, or what lies there fails.
     """
     if released is not None and not released.is_dir():
         raise UserError(f"--released {released}: no such folder; allowed: one with clones of {', '.join(RELEASED)}")
@@ -109,7 +109,7 @@ def bench_weights(shapes: tuple[tuple[int, int], ...], released: Path | None, ro
 
 
 def _row(case: Case, peer: Peer | None, on: Given, rounds: int) -> dict[str, Any]:
-    sides = {"ours": ours(case, on)} | ({} if peer is None else {"released": lambda: peer(on)})
+    sides = {"ours": ours(case, on)} | ({} if peer is None else {"released": lambda: _of_peer(peer, case, on)})
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     row: dict[str, Any] = {"case": case.label, "shape": "x".join(str(n) for n in on.weight_OI.shape)}
     for _ in range(rounds):
@@ -125,6 +125,13 @@ def _row(case: Case, peer: Peer | None, on: Given, rounds: int) -> dict[str, Any
     if peer is not None:
         row["ratio"] = row["ours_seconds"] / row["released_seconds"]
     return row
+
+
+def _of_peer(peer: Peer, case: Case, on: Given) -> Tensor:
+    try:
+        return peer(on)
+    except Exception as error:  # foreign code may fail in any way
+        raise broken(f"the peer of {case.label}", error) from error
 
 
 class _Shape(click.ParamType):

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isoflop.core.errors import UserError
 from isoflop.methods.weights.statistics import ViewStats
 
 RELEASED = ("gptq", "sparsegpt", "hqq", "llm-awq", "AQLM")
@@ -47,7 +48,11 @@ Peer = Callable[[Given], Tensor]
 
 
 def find_peers(folder: Path | None) -> Mapping[str, Peer]:
-    """Those whose code is there, by name."""
+    """Those whose code is there, by name.
+
+    Raises:
+        UserError: a clone is not what it was when this was written, or needs what is not installed.
+    """
     found: dict[str, Peer] = {}
     with contextlib.suppress(ImportError):
         found["nf4"] = _nf4(importlib.import_module("bitsandbytes.functional"))
@@ -55,8 +60,20 @@ def find_peers(folder: Path | None) -> Mapping[str, Peer]:
         return found
     for name, peers in _MAKERS.items():
         if (folder / name).is_dir():
-            found |= peers(folder / name)
+            try:
+                found |= peers(folder / name)
+            except Exception as error:  # foreign code may fail in any way
+                raise broken(folder / name, error) from error
     return found
+
+
+def broken(clone: Path | str, error: Exception) -> UserError:
+    """What is said of released code that fails."""
+    said = (str(error).splitlines() or [""])[0]
+    return UserError(
+        f"--released: {clone} fails with {type(error).__name__}: {said}; allowed: a clone of its authors' repository with what it "
+        "needs installed, or no such folder"
+    )
 
 
 def _gptq(clone: Path) -> dict[str, Peer]:
@@ -98,8 +115,8 @@ def _sparsegpt(clone: Path) -> dict[str, Peer]:
 
 
 def _hqq(clone: Path) -> dict[str, Peer]:
-    sys.modules.setdefault("termcolor", _stand_in("termcolor", colored=lambda text, *_: text))
-    (quantize,) = _modules(clone, "hqq.core.quantize")
+    with _stand_in("termcolor", colored=lambda text, *_: text):  # for what it says in colours
+        (quantize,) = _modules(clone, "hqq.core.quantize")
 
     def run(on: Given) -> Tensor:
         packed, meta = quantize.Quantizer.quantize(
@@ -198,10 +215,18 @@ def _modules(clone: Path, *names: str) -> list[ModuleType]:
                 del sys.modules[name]
 
 
-def _stand_in(name: str, **attributes: Any) -> ModuleType:
-    module = ModuleType(name)
-    vars(module).update(attributes)
-    return module
+@contextlib.contextmanager
+def _stand_in(name: str, **attributes: Any) -> Iterator[None]:
+    """A module of that name where none is installed."""
+    if importlib.util.find_spec(name) is not None:
+        yield
+        return
+    sys.modules[name] = ModuleType(name)
+    vars(sys.modules[name]).update(attributes)
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 @contextlib.contextmanager

@@ -33,16 +33,8 @@ def called_with(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         Infeasible: it does not go through transformers' interface.
     """
 
-    def stop(call: AttentionCall) -> Tensor:
-        raise _Called(call)
-
-    try:
-        with replacing(attention.config, stop):
-            # a cache would count the tokens again; a mask, which may have any shape, is for the caller to lay on
-            attention.forward(*args, **{**kwargs, "past_key_values": None, "attention_mask": None})
-    except _Called as found:
-        return found.call
-    raise Infeasible(f"{type(attention).__name__} does not call its attention through transformers' interface")
+    # a cache would count the tokens again; a mask, which may have any shape, is for the caller to lay on
+    return _first_of(attention, *args, **{**kwargs, "past_key_values": None, "attention_mask": None})
 
 
 def first_call(decoder: Any, **inputs: Any) -> AttentionCall:
@@ -56,15 +48,21 @@ def first_call(decoder: Any, **inputs: Any) -> AttentionCall:
         Infeasible: it does not go through transformers' interface.
     """
 
+    return _first_of(decoder, **inputs, use_cache=False)
+
+
+def _first_of(module: Any, *args: Any, **kwargs: Any) -> AttentionCall:
+    """The first call of a softmax in a module's pass, which ends there."""
+
     def stop(call: AttentionCall) -> Tensor:
         raise _Called(call)
 
     try:
-        with replacing(decoder.config, stop):
-            decoder.forward(**inputs, use_cache=False)
+        with replacing(module.config, stop):
+            module.forward(*args, **kwargs)
     except _Called as found:
         return found.call
-    raise Infeasible(f"{type(decoder).__name__} does not call its attention through transformers' interface")
+    raise Infeasible(f"{type(module).__name__} does not call its attention through transformers' interface")
 
 
 def own_last_row(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Softmax]:
