@@ -63,7 +63,12 @@ class BlockFisher:
         damp_BB = self.damp * torch.eye(self.block, dtype=torch.float64, device=self._sum_KBB.device)
         for start in range(0, len(self._sum_KBB), step):
             part = slice(start, start + step)
-            yield part, torch.linalg.cholesky(self._sum_KBB[part].double() / max(1, self.count) + damp_BB)
+            factor_KBB, failed_K = torch.linalg.cholesky_ex(self._sum_KBB[part].double() / max(1, self.count) + damp_BB)
+            if bool(failed_K.any()):
+                raise ValueError(
+                    f"damp = {self.damp:g} is lost beside the gradients' squares, so that the Fisher matrix has no inverse; raise damp"
+                )
+            yield part, factor_KBB
 
     def _in_blocks(self, x_OI: Tensor) -> Tensor:
         flat = x_OI.flatten()

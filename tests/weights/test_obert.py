@@ -417,3 +417,10 @@ def test_what_is_gone_stays_gone_whatever_a_training_does_and_scores_say() -> No
     form.clear()
     assert form.value_OI.data.count_nonzero() == 8
     assert weight_OI.count_nonzero() == 16  # a copy
+
+
+def test_a_damp_that_is_lost_beside_the_gradients_is_told() -> None:
+    fisher = BlockFisher(torch.zeros(2, 8), 8, 1e-12)
+    fisher.add(torch.full((2, 8), 1e6))
+    with pytest.raises(ValueError, match=r"damp = 1e-12 is lost beside the gradients' squares, .*raise damp"):
+        fisher.solve(torch.ones(2, 8))
